@@ -1,0 +1,11 @@
+"""Fast operators for multimodal sentiment analysis (text, audio, vision) on PyTorch."""
+
+from msacore._load import load_extension
+
+load_extension()
+
+from msacore.ops.propagation import graph_propagate  # noqa: E402
+
+__version__ = "0.1.0"
+
+__all__ = ["graph_propagate"]

@@ -1,0 +1,30 @@
+"""Seeds, devices and hypothesis profiles of all tests."""
+
+import os
+
+import hypothesis
+import pytest
+import torch
+
+hypothesis.settings.register_profile("default", max_examples=50, deadline=None, derandomize=True)
+hypothesis.settings.register_profile("thorough", max_examples=2000, deadline=None)
+hypothesis.settings.load_profile(os.environ.get("HYPOTHESIS_PROFILE", "default"))
+
+_CUDA_IS_REQUIRED = os.environ.get("MSACORE_REQUIRE_CUDA") == "1"
+_CUDA = pytest.param(
+    "cuda",
+    marks=pytest.mark.skipif(
+        not torch.cuda.is_available() and not _CUDA_IS_REQUIRED,
+        reason="no CUDA device (MSACORE_REQUIRE_CUDA=1 makes this a failure)",
+    ),
+)
+
+
+@pytest.fixture(params=["cpu", _CUDA])
+def device(request: pytest.FixtureRequest) -> torch.device:
+    return torch.device(request.param)
+
+
+@pytest.fixture(autouse=True)
+def _seeded() -> None:
+    torch.manual_seed(0)
