@@ -1,0 +1,42 @@
+# `make demo` and `make test` do all their set-up: a fresh machine needs Python >= 3.10, a C++ compiler and this folder.
+VENV := .venv
+PYTHON := $(VENV)/bin/python
+PIP := $(PYTHON) -m pip install --quiet --disable-pip-version-check
+TORCH ?= torch==2.13.0
+OUT ?= runs/demo
+NATIVE := $(shell find csrc -type f)
+
+.PHONY: demo test lint bench clean
+
+demo: $(VENV)/.built
+	$(PYTHON) -m examples.al_hcl --demo --out $(OUT)/al_hcl
+	$(PYTHON) -m examples.sslmm --demo --out $(OUT)/sslmm
+	@echo "Reports:"
+	@ls $(OUT)/*/report.html
+
+test: lint
+	$(PYTHON) -m pytest --doctest-modules msacore tests
+
+lint: $(VENV)/.built
+	$(VENV)/bin/ruff check .
+	$(VENV)/bin/ruff format --check .
+	$(VENV)/bin/mypy
+	$(VENV)/bin/clang-format --dry-run --Werror \
+	  $$(find csrc tests -name '*.h' -o -name '*.cpp' -o -name '*.cu' -o -name '*.cuh')
+
+bench: $(VENV)/.built
+	$(PYTHON) -m bench
+
+# torch goes in first and pinned: the extension builds against it, and a bare `torch` can be a build of several GB.
+$(VENV)/.ready: pyproject.toml
+	python3 -m venv $(VENV)
+	$(PIP) setuptools wheel ninja pybind11 "$(TORCH)"
+	$(PIP) --no-build-isolation --editable '.[faiss,examples,test,bench,dev]'
+	touch $@
+
+$(VENV)/.built: $(VENV)/.ready setup.py $(NATIVE)
+	$(PIP) --no-build-isolation --no-deps --editable .
+	touch $@
+
+clean:
+	rm -rf $(VENV) build runs *.egg-info msacore/_C*.so

@@ -1,0 +1,98 @@
+"""What the build promises: a stable ABI, complete registrations, a layout in which an operator is found by its name."""
+
+import re
+import shutil
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+
+import msacore
+from msacore import _C
+from msacore.__main__ import operators
+from tests import cases
+
+ROOT = Path(__file__).resolve().parent.parent
+
+
+@pytest.mark.skipif(shutil.which("nm") is None, reason="binutils' nm is not installed")
+def test_the_extension_uses_no_unstable_torch_symbol() -> None:
+    symbols = subprocess.run(
+        ["nm", "-D", "--undefined-only", _C.__file__], capture_output=True, text=True, check=True
+    ).stdout
+    assert "aoti_torch" in symbols, "the symbol table was not read"
+    assert not re.findall(r"_ZNK?(?:2at|3c10|5torch)\w+", symbols)
+
+
+def test_every_operator_has_its_kernels_and_its_case() -> None:
+    table = operators()
+    assert table
+    tested = {case.name for case in cases.ALL}
+    for name, devices in table.items():
+        short = name.removeprefix("msacore::")
+        assert {"cpu", "meta"} <= set(devices), f"{name} lacks a CPU or a fake kernel: {devices}"
+        if f"{name}_backward" in table or short.endswith("_backward"):
+            assert "autograd" in devices, f"{name} has no autograd formula"
+            assert short.removesuffix("_backward") in tested, f"{name} has no OpCase"
+
+
+def test_every_public_operator_has_a_docstring_with_an_example() -> None:
+    for case in cases.ALL:
+        doc = case.op.__doc__ or ""
+        for section in ("Args:", "Returns:", "Raises:", "Note:", "Example:", ">>>"):
+            assert section in doc, f"{case.name}: no {section!r} in its docstring"
+
+
+def test_an_operator_is_found_by_its_name_in_every_layer() -> None:
+    for source in (ROOT / "csrc").glob("*.cpp"):
+        if source.stem == "module":
+            continue
+        for twin in ("msacore/ops", "msacore/reference", "tests/cases"):
+            assert (ROOT / twin / f"{source.stem}.py").exists(), f"{source.name} has no {twin}/{source.stem}.py"
+
+
+def test_kernels_are_launched_in_one_place() -> None:
+    for source in (ROOT / "csrc").rglob("*.cu*"):
+        text = source.read_text()
+        if source.name != "launch.cuh":
+            assert "<<<" not in text, f"{source} launches a kernel; use launch() of common/launch.cuh"
+        if source.name.endswith("_kernels.cuh"):
+            headers = re.findall(r'#include [<"](torch/[^">]+)', text)
+            assert all(h.startswith("torch/headeronly/") for h in headers), f"{source} includes {headers}"
+
+
+def test_importing_msacore_imports_no_optional_package() -> None:
+    code = (
+        "import sys, msacore; print([m for m in ('faiss', 'sklearn', 'matplotlib', 'tqdm.auto') if m in sys.modules])"
+    )
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True, cwd=ROOT)
+    assert done.stdout.strip() == "[]"
+
+
+def test_public_names_exist() -> None:
+    for name in msacore.__all__:
+        assert hasattr(msacore, name)
+
+
+def test_the_report_for_bug_reports_names_what_matters() -> None:
+    done = subprocess.run([sys.executable, "-m", "msacore"], capture_output=True, text=True, check=True, cwd=ROOT)
+    for word in ("torch", "faiss", "compiler", "instruction sets", "CUDA", "msacore::graph_propagate"):
+        assert word in done.stdout
+    assert torch.__version__ in done.stdout
+
+
+def test_without_torch_the_build_stops_with_the_command_to_run(tmp_path: Path) -> None:
+    (tmp_path / "torch.py").write_text("raise ModuleNotFoundError(\"No module named 'torch'\", name='torch')")
+    done = subprocess.run(
+        [sys.executable, "setup.py", "--version"],
+        capture_output=True,
+        text=True,
+        cwd=ROOT,
+        env={"PYTHONPATH": str(tmp_path)},
+    )
+    assert done.returncode != 0
+    assert "'torch' is missing" in done.stderr
+    assert "pip install" in done.stderr
+    assert "--no-build-isolation" in done.stderr
