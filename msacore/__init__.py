@@ -4,8 +4,9 @@ from msacore._load import load_extension
 
 load_extension()
 
+from msacore import uncertainty  # noqa: E402
 from msacore.ops.propagation import graph_propagate  # noqa: E402
 
 __version__ = "0.1.0"
 
-__all__ = ["graph_propagate"]
+__all__ = ["graph_propagate", "uncertainty"]
