@@ -1,26 +1,9 @@
 // From a run-time dtype to a compile-time type.
 #pragma once
-#include <torch/headeronly/util/BFloat16.h>
-#include <torch/headeronly/util/Half.h>
-
 #include "common/check.h"
+#include "common/types.h"
 
 namespace msacore {
-
-using BFloat16 = c10::BFloat16;
-using Half = c10::Half;
-
-// Type that sums are kept in: 16-bit inputs accumulate in float32.
-template <typename T>
-struct AccumulateType {
-  using type = float;
-};
-template <>
-struct AccumulateType<double> {
-  using type = double;
-};
-template <typename T>
-using acc_t = typename AccumulateType<T>::type;
 
 template <typename T>
 struct TypeTag {

@@ -1,0 +1,23 @@
+// Element types of tensors, and the type their sums are kept in. No torch header but torch/headeronly: kernels use it.
+#pragma once
+#include <torch/headeronly/util/BFloat16.h>
+#include <torch/headeronly/util/Half.h>
+
+namespace msacore {
+
+using BFloat16 = c10::BFloat16;
+using Half = c10::Half;
+
+// Type that sums are kept in: 16-bit inputs accumulate in float32.
+template <typename T>
+struct AccumulateType {
+  using type = float;
+};
+template <>
+struct AccumulateType<double> {
+  using type = double;
+};
+template <typename T>
+using acc_t = typename AccumulateType<T>::type;
+
+}  // namespace msacore

@@ -1,0 +1,44 @@
+"""Runs the operators' CUDA code on CPU tensors: their `_cuda.cu` files, built for the host, take the calls over."""
+
+import functools
+from typing import Any
+
+import torch
+from torch.utils._python_dispatch import TorchDispatchMode
+
+import msacore  # noqa: F401  (registers the schemas that are copied here)
+from tests.cuda_on_host.build import ROOT, build
+
+SOURCES = sorted((ROOT / "csrc").glob("*_cuda.cu"))
+
+
+@functools.cache
+def _library() -> torch.library.Library:
+    """The library `msacore_host`: every schema of `msacore`, implemented by the CUDA code built for the host."""
+    library = torch.library.Library("msacore_host", "FRAGMENT")
+    for schema in torch._C._jit_get_all_schemas():
+        if schema.name.startswith("msacore::"):
+            library.define(str(schema).removeprefix("msacore::"))
+    for source in SOURCES:
+        torch.ops.load_library(build(source))
+    return library
+
+
+def has_cuda_code(name: str) -> bool:
+    _library()
+    return torch._C._dispatch_has_kernel_for_dispatch_key(f"msacore_host::{name}", "CPU")
+
+
+class CudaOnHost(TorchDispatchMode):
+    """While active, calls of `torch.ops.msacore`, forward and backward, run the CUDA code on the CPU."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        _library()
+        self.calls = 0
+
+    def __torch_dispatch__(self, func: Any, types: Any, args: tuple[Any, ...] = (), kwargs: Any = None) -> Any:
+        if func.namespace == "msacore":
+            self.calls += 1
+            func = getattr(getattr(torch.ops.msacore_host, func._schema.name.split("::")[1]), func._overloadname)
+        return func(*args, **(kwargs or {}))
