@@ -1,0 +1,1 @@
+"""What the two systems share: corpora, metrics, missing-modality masks, baselines, checkpoints and reports."""

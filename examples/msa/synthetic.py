@@ -1,0 +1,224 @@
+"""The embedded corpus: shapes of a published set, and a signal planted for each part of a system to find."""
+
+from __future__ import annotations
+
+import zlib
+from dataclasses import dataclass
+
+import numpy as np
+
+from .corpus import Corpus
+
+
+@dataclass(frozen=True)
+class Shape:
+    """Sizes of a published set: utterances and videos per split, widths of text, audio and vision, label grid."""
+
+    utterances: tuple[int, int, int]
+    videos: tuple[int, int, int]
+    dims: tuple[int, int, int]
+    limit: float
+    step: float
+
+
+SHAPES = {
+    "mosi": Shape((1284, 229, 686), (52, 10, 31), (768, 5, 20), 3.0, 0.2),
+    "mosei": Shape((16326, 1871, 4659), (2249, 300, 678), (768, 74, 35), 3.0, 1 / 3),
+    "sims": Shape((1368, 456, 457), (36, 12, 12), (768, 33, 709), 1.0, 0.2),
+}
+MODALITIES = ("text", "audio", "vision")
+TOPICS = 12
+COMMON_TOPICS = 2
+STYLES = 4
+NUISANCE = 10
+PERSISTENCE = 0.75
+VIDEO_SHARE = 0.3
+WHITE_NOISE = 0.05
+TOKEN_NOISE = 0.15
+
+
+def synthetic(
+    name: str = "mosi",
+    seed: int = 0,
+    size: int | None = None,
+    pooled: bool = True,
+    length: int = 50,
+    dims: tuple[int, int, int] | None = None,
+) -> Corpus:
+    """Generate utterances in videos, with text, audio and vision features and a sentiment label.
+
+    Per utterance there are latent variables, each of unit variance:
+
+    * ``s`` sentiment, and ``e`` tone. Both are a video effect (30 % of the variance) plus a first-order
+      autoregression over the clips (coefficient .75), so neighbours tell about an utterance, also about its missing
+      modalities.
+    * ``k`` ambiguity of the wording (text only), ``p`` posture in audio and ``q`` gesture in vision: independent
+      between utterances.
+    * a topic. Two common topics hold 60 % of the utterances, are mild (``s`` counts .7, else 1.3); ten rare ones
+      hold 4 % each, and in each of them text shows ``s`` along a direction of its own. Labels of common topics are
+      redundant, and a labelled set that covers the rare topics is worth more than a random one.
+    * four style variables seen by every modality and unrelated to the label, and ten private nuisance variables per
+      modality.
+
+    Label (before rounding to the set's grid and clipping to its range), with ``s' = s · topic strength``::
+
+        y ∝ .9 s' + .25 e + .45 k·e + .25 p·q + noise
+
+    The noise has deviation .25, but 1.0 in the last rare topic (and more labels do not help there).
+
+    * Text shows ``s'`` best (noise .5) and ``k`` exactly; audio and vision show ``s'`` weakly (noise 1.5) and ``e``
+      well (noise .4), and audio shows ``p``, vision ``q``. So each modality alone is informative, and text the most.
+    * ``k·e`` and ``p·q`` have mean zero given either factor: no additive model of the modalities sees them, a product
+      of two modalities (matrix fusion) does. ``k·e`` shows in text × audio and in text × vision alike (the third
+      contrastive tier).
+    * ``s'``, ``e`` and the styles are what the modalities share, above private nuisance: contrasting the modalities
+      finds the subspace without labels, and maps the rare topics' directions of text to one sentiment (the first two
+      tiers).
+
+    Features are a fixed random orthonormal mixing of the latent views plus white noise (.05 pooled, .15 per
+    token). In sequence form all modalities share the tokens' intensities (gamma distributed, mean 1), so token products
+    carry the same information as the utterance's.
+
+    Args:
+        name: Whose sizes to take: ``"mosi"``, ``"mosei"`` or ``"sims"``.
+        seed: Seed of everything.
+        size: Total utterances, split and spread over videos in the set's proportions; all of the set's when omitted.
+        pooled: One vector per utterance and modality; else aligned sequences of up to ``length`` tokens.
+        length: Longest sequence, with ``pooled=False``.
+        dims: Feature widths of text, audio and vision; the set's when omitted.
+
+    Raises:
+        ValueError: The name is unknown, or a size or width is too small.
+
+    Note:
+        The latent variables and labels depend on ``name``, ``seed`` and ``size`` alone: pooled and sequence form
+        agree in them.
+    """
+    if name not in SHAPES:
+        raise ValueError(f"synthetic: name must be one of {sorted(SHAPES)}, got {name!r}")
+    shape = SHAPES[name]
+    widths = dims or shape.dims
+    if min(widths) < 4:
+        raise ValueError(f"synthetic: each modality needs a width of at least 4, got {widths}")
+    if size is not None and size < 30:
+        raise ValueError(f"synthetic: size must be at least 30 utterances, got {size}")
+    if length < 2:
+        raise ValueError(f"synthetic: length must be at least 2 tokens, got {length}")
+    root = np.random.SeedSequence([seed, zlib.crc32(name.encode())])
+    streams = [np.random.default_rng(s) for s in root.spawn(5)]
+    split, video_ptr = _videos(streams[0], shape, size)
+    views, label = _latents(streams[1], video_ptr)
+    step, limit = shape.step, shape.limit
+    labels = np.clip(np.round(label * 0.5 * limit / step) * step, -limit, limit).astype(np.float32)
+    mask = _token_mask(streams[2], len(split), length)
+    features = {}
+    for modality, width, stream in zip(MODALITIES, widths, streams[2].spawn(3), strict=True):
+        mixed = views[modality][:, :width] @ _mixing(streams[3], min(width, views[modality].shape[1]), width)
+        features[modality] = mixed.astype(np.float32), stream
+    video = np.repeat(np.arange(len(video_ptr) - 1), np.diff(video_ptr))
+    clip = np.arange(len(split)) - video_ptr[video]
+    if pooled:
+        arrays = {m: x + WHITE_NOISE * g.standard_normal(x.shape, dtype=np.float32) for m, (x, g) in features.items()}
+    else:
+        gate = streams[4].gamma(0.5, 2.0, mask.shape).astype(np.float32) * mask
+        gate /= np.maximum(gate.sum(1, keepdims=True) / mask.sum(1, keepdims=True), np.float32(1e-6))
+        arrays = {m: _tokens(x, gate, mask, g) for m, (x, g) in features.items()}
+    return Corpus(
+        name=f"synthetic {name.upper()}",
+        family=name,
+        features=arrays,
+        labels=labels,
+        split=split,
+        video_ptr=video_ptr,
+        utterance_ids=np.array([f"v{v:04d}_{c:03d}" for v, c in zip(video.tolist(), clip.tolist(), strict=True)]),
+        masks={} if pooled else {m: mask for m in MODALITIES},
+        aligned=not pooled,
+        notes=(f"generated with seed {seed}; planted signal: see examples/msa/synthetic.py",),
+    )
+
+
+def _videos(rng: np.random.Generator, shape: Shape, size: int | None) -> tuple[np.ndarray, np.ndarray]:
+    scale = 1.0 if size is None else size / sum(shape.utterances)
+    counts = [max(4, round(n * scale)) for n in shape.utterances]
+    if size is not None:
+        counts[0] = size - counts[1] - counts[2]
+    lengths, split = [], []
+    for part, (n, v) in enumerate(zip(counts, shape.videos, strict=True)):
+        videos = min(max(1, round(v * scale)), n)
+        own = 1 + rng.multinomial(n - videos, rng.dirichlet(np.full(videos, 5.0)))
+        lengths.append(own)
+        split.append(np.full(n, part, dtype=np.int8))
+    return np.concatenate(split), np.concatenate([[0], np.cumsum(np.concatenate(lengths))]).astype(np.int64)
+
+
+def _persistent(rng: np.random.Generator, video_ptr: np.ndarray) -> np.ndarray:
+    """Video effect plus autoregression over clips, unit variance."""
+    sizes = np.diff(video_ptr)
+    n = int(video_ptr[-1])
+    first = np.zeros(n, dtype=bool)
+    first[video_ptr[:-1]] = True
+    shock = rng.standard_normal(n)
+    fresh = np.sqrt(1 - PERSISTENCE**2)
+    walk = np.empty(n)
+    previous = 0.0
+    for i, (start, value) in enumerate(zip(first.tolist(), shock.tolist(), strict=True)):
+        previous = value if start else PERSISTENCE * previous + fresh * value
+        walk[i] = previous
+    effect = np.repeat(rng.standard_normal(len(sizes)), sizes)
+    return np.sqrt(VIDEO_SHARE) * effect + np.sqrt(1 - VIDEO_SHARE) * walk
+
+
+def _latents(rng: np.random.Generator, video_ptr: np.ndarray) -> tuple[dict[str, np.ndarray], np.ndarray]:
+    """What each modality shows, most telling columns first, and the label before scaling."""
+    n = int(video_ptr[-1])
+    s, e = _persistent(rng, video_ptr), _persistent(rng, video_ptr)
+    k, p, q = rng.standard_normal((3, n))
+    common = 0.6 / COMMON_TOPICS
+    share = np.r_[np.full(COMMON_TOPICS, common), np.full(TOPICS - COMMON_TOPICS, 0.4 / (TOPICS - COMMON_TOPICS))]
+    topic = rng.choice(TOPICS, n, p=share)
+    rare = topic >= COMMON_TOPICS
+    strength = np.where(rare, 1.3, 0.7)
+    s = s * strength
+    sigma = np.where(topic == TOPICS - 1, 1.0, 0.25)
+    label = 0.9 * s + 0.25 * e + 0.45 * k * e + 0.25 * p * q + sigma * rng.standard_normal(n)
+
+    style = 0.7 * rng.standard_normal((n, STYLES))
+
+    def noisy(x: np.ndarray, sd: float) -> np.ndarray:
+        return x + sd * rng.standard_normal(n)
+
+    # Column 0 of the text code serves the common topics; a rare topic has its own column for s and one for its place.
+    seen = noisy(s, 0.5)
+    code = np.zeros((n, 1 + TOPICS - COMMON_TOPICS))
+    code[np.arange(n), np.where(rare, topic - COMMON_TOPICS + 1, 0)] = seen
+    place = 1.5 * np.eye(TOPICS)[topic]
+    nuisance = {m: 1.2 * rng.standard_normal((n, NUISANCE)) for m in MODALITIES}
+
+    def columns(m: str, *own: np.ndarray) -> np.ndarray:
+        return np.column_stack([*own, style, nuisance[m]])
+
+    views = {
+        "text": columns("text", code, k, place),
+        "audio": columns("audio", noisy(s, 1.5), noisy(e, 0.4), p),
+        "vision": columns("vision", noisy(s, 1.5), noisy(e, 0.4), q),
+    }
+    return views, label
+
+
+def _mixing(rng: np.random.Generator, rank: int, width: int) -> np.ndarray:
+    """Orthonormal rows, ``[rank, width]``."""
+    q, r = np.linalg.qr(rng.standard_normal((width, rank)))
+    return (q * np.sign(np.diag(r))).T
+
+
+def _token_mask(rng: np.random.Generator, n: int, length: int) -> np.ndarray:
+    lengths = np.clip(np.round(rng.gamma(3.0, 4.0, n)), 2, length).astype(int)
+    return np.arange(length) < lengths[:, None]
+
+
+def _tokens(x: np.ndarray, gate: np.ndarray, mask: np.ndarray, rng: np.random.Generator) -> np.ndarray:
+    tokens = rng.standard_normal((*mask.shape, x.shape[1]), dtype=np.float32)
+    tokens *= np.float32(TOKEN_NOISE)
+    tokens += gate[..., None] * x[:, None]
+    tokens *= mask[..., None]
+    return tokens

@@ -1,0 +1,417 @@
+"""Corpora: what the loaders read, what they refuse, and how they say so."""
+
+import argparse
+import io
+import os
+import pickle
+from dataclasses import replace
+
+import numpy as np
+import pytest
+
+from examples.msa.corpus import Corpus
+from examples.msa.data import add_data_arguments, load, load_from
+from examples.msa.mmsa_pickle import load_mmsa
+from examples.msa.npz import load_npz
+
+from .real_data import MMMO, MOSI, needs_real_data
+
+
+def mmsa(aligned=True, n=(6, 3, 4), seed=0, sims=False):
+    """A small file in the layout of MMSA, clips of a video in falling order."""
+    rng = np.random.default_rng(seed)
+    lengths = (8, 8, 8) if aligned else (8, 12, 10)
+    limit = 1.0 if sims else 3.0
+    root = {}
+    for part, (name, count) in enumerate(zip(("train", "valid", "test"), n, strict=True)):
+        words = rng.integers(1, 9, count)
+        bert = np.zeros((count, 3, 8), np.float32)
+        bert[:, 1] = np.arange(8) < words[:, None]
+        root[name] = {
+            "raw_text": np.array([f"words {i}" for i in range(count)]),
+            "text": rng.standard_normal((count, lengths[0], 7)).astype(np.float32),
+            "audio": rng.standard_normal((count, lengths[1], 5)).astype(np.float32),
+            "vision": rng.standard_normal((count, lengths[2], 6)).astype(np.float32),
+            "text_bert": bert,
+            "id": [f"vid{part}{i // 4}$_${count - i}" for i in range(count)],
+            "regression_labels": rng.uniform(-limit, limit, count).astype(np.float32),
+            "annotations": ["Positive"] * count,
+        }
+        if not aligned:
+            root[name]["audio_lengths"] = rng.integers(1, 13, count).tolist()
+            root[name]["vision_lengths"] = rng.integers(1, 11, count).tolist()
+        if sims:
+            root[name]["regression_labels_T"] = root[name]["regression_labels"]
+    return root
+
+
+def write(tmp_path, root, name="aligned_50.pkl", protocol=4):
+    path = tmp_path / name
+    path.write_bytes(pickle.dumps(root, protocol=protocol))
+    return path
+
+
+@pytest.mark.parametrize("protocol", [0, 2, 4, 5])
+def test_aligned_pickle_is_read(tmp_path, protocol):
+    root = mmsa()
+    c = load_mmsa(write(tmp_path, root, protocol=protocol))
+    assert c.modalities == ("text", "audio", "vision") and c.aligned and c.sequences and c.family == "mosi"
+    assert np.bincount(c.split).tolist() == [6, 3, 4]
+    # Rows follow the clip numbers inside a video.
+    assert c.utterance_ids[:4].tolist() == ["vid00$_$3", "vid00$_$4", "vid00$_$5", "vid00$_$6"]
+    assert c.video_ptr.tolist() == [0, 4, 6, 9, 13]
+    row = root["train"]["id"].index(c.utterance_ids[0])
+    assert (c.features["audio"][0] == root["train"]["audio"][row]).all()
+    assert c.labels[0] == root["train"]["regression_labels"][row]
+    assert (c.masks["vision"][0] == (root["train"]["text_bert"][row, 1] > 0)).all()
+
+
+def test_clips_are_ordered_by_number_not_by_letters(tmp_path):
+    root = mmsa(n=(12, 3, 4))
+    root["train"]["id"] = [f"v$_${i}" for i in range(12)]
+    ids = load_mmsa(write(tmp_path, root)).utterance_ids
+    assert ids[:12].tolist() == [f"v$_${i}" for i in range(12)]
+
+
+def test_unaligned_lengths_make_masks(tmp_path):
+    root = mmsa(aligned=False)
+    c = load_mmsa(write(tmp_path, root, "unaligned_50.pkl"))
+    assert not c.aligned and c.features["audio"].shape[1] == 12
+    by_id = dict(zip(root["train"]["id"], root["train"]["audio_lengths"], strict=True))
+    for i in c.rows("train"):
+        assert c.lengths("audio")[i] == by_id[c.utterance_ids[i]]
+
+
+def test_pooled_equals_the_masked_mean(tmp_path):
+    path = write(tmp_path, mmsa(aligned=False), "unaligned_50.pkl")
+    sequences, pooled = load_mmsa(path), load_mmsa(path, pooled=True)
+    assert not pooled.sequences
+    x, mask = sequences.features["vision"], sequences.masks["vision"]
+    assert np.allclose(pooled.features["vision"][2], x[2][mask[2]].mean(0), atol=1e-6)
+    assert all(np.allclose(sequences.pooled().features[m], pooled.features[m]) for m in pooled.modalities)
+
+
+@pytest.mark.parametrize(("name", "sims", "family"), [
+    ("MOSEI_aligned_50.pkl", False, "mosei"),
+    ("aligned_50.pkl", True, "sims"),
+    ("aligned_50.pkl", False, "mosi"),
+])  # fmt: skip
+def test_family_is_told_from_the_file(tmp_path, name, sims, family):
+    assert load_mmsa(write(tmp_path, mmsa(sims=sims), name)).family == family
+
+
+def test_infinite_audio_becomes_zero_and_is_noted(tmp_path):
+    root = mmsa()
+    root["train"]["audio"][2, 1, 3] = -np.inf
+    c = load_mmsa(write(tmp_path, root))
+    assert np.isfinite(c.features["audio"]).all()
+    assert c.notes == ("split 'train': 1 values -inf in audio set to 0",)
+    root["valid"]["vision"][0, 0, 0] = np.nan
+    with pytest.raises(ValueError, match=r"aligned_50.pkl, split 'valid': 'vision' holds 1 values"):
+        load_mmsa(write(tmp_path, root))
+
+
+def test_names_of_old_and_new_numpy_are_read(tmp_path):
+    data = pickle.dumps(mmsa(), protocol=4)
+    assert b"numpy._core" in data
+    path = tmp_path / "old.pkl"
+    # Same program with the old module names: the length bytes of the two names differ.
+    old = pickle.dumps(mmsa(), protocol=2).replace(b"numpy._core.multiarray", b"numpy.core.multiarray")
+    path.write_bytes(old)
+    assert len(load_mmsa(path)) == 13
+
+
+def test_object_arrays_and_scalars_are_read(tmp_path):
+    root = mmsa()
+    root["train"]["id"] = np.array([[i] for i in root["train"]["id"]], dtype=object)
+    root["test"]["regression_labels"] = [np.float64(1.5)] * 4
+    c = load_mmsa(write(tmp_path, root))
+    assert (c.labels[c.rows("test")] == 1.5).all()
+
+
+class Hostile:
+    def __reduce__(self):
+        return os.system, ("echo hostile > hostile",)
+
+
+def forged_dtype() -> bytes:
+    """An object array whose dtype state denies the objects: NumPy would take its bytes for pointers."""
+    state = pickle.dumps(np.array([None]), protocol=2)
+    return state.replace(b"K?", b"K\x00")
+
+
+@pytest.mark.parametrize("build", [
+    lambda: pickle.dumps(Hostile()),
+    lambda: pickle.dumps({"train": {"text": Hostile()}}),
+    lambda: b"cbuiltins\neval\n(S'1'\ntR.",
+    lambda: b"cnumpy\nload\n(S'x'\ntR.",
+    lambda: b"cnumpy._core.multiarray\n_reconstruct\n(cbuiltins\nset\n(K\x00tS'b'\ntR.",
+])  # fmt: skip
+def test_hostile_pickles_run_nothing(tmp_path, monkeypatch, build):
+    monkeypatch.chdir(tmp_path)
+    path = tmp_path / "hostile.pkl"
+    path.write_bytes(build())
+    with pytest.raises(ValueError, match=r"hostile\.pkl: refused or corrupt pickle"):
+        load_mmsa(path)
+    assert not (tmp_path / "hostile").exists()
+
+
+def test_forged_dtype_flags_reach_no_numpy_state(tmp_path):
+    from examples.msa.safe_pickle import plain, read_pickle
+
+    data = forged_dtype()
+    assert data != pickle.dumps(np.array([None]), protocol=2)
+    (tmp_path / "forged.pkl").write_bytes(data)
+    assert plain(read_pickle(tmp_path / "forged.pkl")).tolist() == [None]
+
+
+@pytest.mark.parametrize("damage", [
+    lambda b: b[: len(b) // 2], lambda b: b"", lambda b: b"not a pickle", lambda b: b[:-1],
+    lambda b: b[:20] + bytes(64) + b[84:],
+])  # fmt: skip
+def test_corrupt_pickles_name_the_file(tmp_path, damage):
+    path = tmp_path / "damaged.pkl"
+    path.write_bytes(damage(pickle.dumps(mmsa(), protocol=4)))
+    with pytest.raises(ValueError, match=r"damaged\.pkl"):
+        load_mmsa(path)
+
+
+def drop(*keys):
+    def change(root):
+        for key in keys[:-1]:
+            root = root[key]
+        del root[keys[-1]]
+
+    return change
+
+
+def put(value, *keys):
+    def change(root):
+        for key in keys[:-1]:
+            root = root[key]
+        root[keys[-1]] = value
+
+    return change
+
+
+@pytest.mark.parametrize(("change", "message"), [
+    (drop("valid"), r"lacks the split 'valid'"),
+    (drop("test", "audio"), r"split 'test': it lacks the modality 'audio'"),
+    (drop("train", "id"), r"split 'train': it lacks the key 'id'"),
+    (drop("train", "regression_labels"), r"split 'train': it lacks the key 'regression_labels'"),
+    (put(["a"], "train", "id"), r"split 'train': 'id' must list one entry"),
+    (put([None] * 6, "train", "id"), r"split 'train': 'id' must hold strings"),
+    (put(np.zeros((6, 7), np.float32), "train", "text"), r"'text' must be \[6, L, d\], got \(6, 7\)"),
+    (put(np.zeros((6, 9, 5), np.float32), "train", "audio"), r"'audio' has 9 steps and text 8"),
+    (put(np.zeros((6, 8, 9), np.float32), "train", "audio"), r"'audio' has different shapes"),
+    (put(["x"] * 6, "train", "vision"), r"'vision' is no array of numbers"),
+    (put(np.full(6, 7.0), "train", "regression_labels"), r"outside \[-3, 3\] of mosi"),
+    (put([99] * 6, "train", "audio_lengths"), r"'audio_lengths' must hold 6 numbers in \[0, 8\]"),
+    (put(np.zeros((6, 2, 8)), "train", "text_bert"), r"'text_bert' must be \[6, 3, 8\]"),
+])  # fmt: skip
+def test_what_a_pickle_lacks_is_named(tmp_path, change, message):
+    root = mmsa()
+    change(root)
+    with pytest.raises(ValueError, match=message) as e:
+        load_mmsa(write(tmp_path, root))
+    assert "aligned_50.pkl" in str(e.value)
+
+
+def test_a_pickle_of_something_else_is_refused(tmp_path):
+    with pytest.raises(ValueError, match="expected a dictionary with the splits"):
+        load_mmsa(write(tmp_path, [1, 2]))
+
+
+def test_load_tells_formats_by_content(tmp_path):
+    c = load(write(tmp_path, mmsa(), "data.npz"), pooled=False)
+    assert c.sequences
+    with pytest.raises(FileNotFoundError, match=r"nowhere\.pkl"):
+        load(tmp_path / "nowhere.pkl")
+    with pytest.raises(ValueError, match=r"mosi\.npz only"):
+        load(write(tmp_path, mmsa()), split="clean752")
+    with pytest.raises(ValueError, match="synthetic corpus only"):
+        load(write(tmp_path, mmsa()), size=100)
+
+
+def test_options_reach_the_loader():
+    parser = argparse.ArgumentParser()
+    add_data_arguments(parser)
+    c = load_from(parser.parse_args(["--family", "sims", "--size", "120", "--data-seed", "3", "--sequences"]))
+    assert c.family == "sims" and len(c) == 120 and c.sequences
+    assert c.sha256 == load(family="sims", size=120, seed=3, pooled=False).sha256
+
+
+def small_npz(tmp_path, **changes):
+    n = 20
+    arrays = {
+        "text_minilm": np.zeros((n, 4), np.float32),
+        "text_cnn_bclstm": np.zeros((n, 3), np.float32),
+        "audio": np.arange(n * 2, dtype=np.float32).reshape(n, 2),
+        "video": np.zeros((n, 3), np.float32),
+        "label": np.linspace(-3, 3, n).astype(np.float32),
+        "split": np.repeat([0, 1, 2], [10, 4, 6]).astype(np.int8),
+        "split_bclstm": np.repeat([0, 2], [14, 6]).astype(np.int8),
+        "split_clean752": np.repeat([-1, 0, 1, 2], [8, 4, 4, 4]).astype(np.int8),
+        "video_index": np.arange(n) // 2,
+        "clip_id": np.arange(n)[::-1],
+        "utt_id": np.array([f"u{i}" for i in range(n)]),
+    }
+    arrays = {k: v for k, v in (arrays | changes).items() if v is not None}
+    np.savez(tmp_path / "mosi.npz", **arrays)
+    return tmp_path / "mosi.npz"
+
+
+def test_npz_splits_and_blocks(tmp_path):
+    path = small_npz(tmp_path)
+    c = load_npz(path)
+    assert c.modalities == ("text", "audio") and len(c) == 20
+    assert c.utterance_ids[:4].tolist() == ["u1", "u0", "u3", "u2"]
+    clean = load_npz(path, "clean752")
+    assert clean.modalities == ("text", "audio", "vision") and len(clean) == 12 and (clean.split >= 0).all()
+    assert load_npz(path, "clean752", ("text_cnn_bclstm", "audio")).dims == (3, 2)
+    assert np.bincount(load_npz(path, "bclstm").split).tolist() == [12, 2, 6]
+
+
+@pytest.mark.parametrize("blocks", [("text_cnn_bclstm", "audio"), ("text_minilm", "video"), ("video",)])
+def test_leaking_blocks_are_refused_on_the_official_split(tmp_path, blocks):
+    with pytest.raises(ValueError, match="trained on labels of official test"):
+        load_npz(small_npz(tmp_path), "official", blocks)
+
+
+@pytest.mark.parametrize(("changes", "kwargs", "message"), [
+    ({"audio": None}, {}, "lacks the key 'audio'"),
+    ({"audio": np.zeros((3, 2), np.float32)}, {}, "'audio' has 3 rows, expected 20"),
+    ({"audio": np.full((20, 2), np.nan, np.float32)}, {}, "'audio' holds 40 values"),
+    ({"utt_id": np.array([{}] * 20, dtype=object)}, {}, "plain arrays"),
+    ({}, {"split": "random"}, "split must be one of"),
+    ({}, {"blocks": ("text",)}, "unknown blocks"),
+    ({}, {"split": "clean752", "blocks": ("text_minilm", "text_cnn_bclstm")}, "each modality once"),
+])  # fmt: skip
+def test_what_an_npz_lacks_is_named(tmp_path, changes, kwargs, message):
+    with pytest.raises(ValueError, match=message) as e:
+        load_npz(small_npz(tmp_path, **changes), **kwargs)
+    assert "mosi.npz" in str(e.value)
+
+
+def test_damaged_npz_is_refused(tmp_path):
+    path = small_npz(tmp_path)
+    path.write_bytes(path.read_bytes()[:500])
+    with pytest.raises(ValueError, match=r"mosi\.npz: not a readable"):
+        load(path)
+
+
+def toy(**changes):
+    arguments = {
+        "name": "toy", "family": "mosi", "features": {"a": np.ones((4, 2), np.float32)},
+        "labels": np.zeros(4, np.float32),
+        "split": np.zeros(4, np.int8), "video_ptr": np.array([0, 2, 4]), "utterance_ids": np.array(list("abcd")),
+    }  # fmt: skip
+    return Corpus(**(arguments | changes))
+
+
+@pytest.mark.parametrize(("changes", "message"), [
+    ({"family": "iemocap"}, "family must be one of"),
+    ({"features": {}}, "no modality"),
+    ({"features": {"a": np.ones((3, 2), np.float32)}}, "a has 3 rows"),
+    ({"features": {"a": np.ones((4, 2))}}, "expected float32"),
+    ({"features": {"a": np.ones((4, 3, 2), np.float32)}}, "need a token mask"),
+    ({"labels": np.full(4, np.nan, np.float32)}, "label is not finite"),
+    ({"split": np.full(4, 5, np.int8)}, "0, 1, 2 or -1"),
+    ({"video_ptr": np.array([0, 3, 2, 4])}, "video_ptr must rise"),
+    ({"utterance_ids": np.array(list("aacd"))}, "not unique"),
+    ({"available": np.ones((4, 2), bool)}, "available must be"),
+])  # fmt: skip
+def test_a_corpus_that_does_not_fit_together_is_refused(changes, message):
+    with pytest.raises(ValueError, match=message):
+        toy(**changes)
+
+
+def test_standardise_reads_observed_train_rows_only():
+    x = np.array([[1.0, 5.0], [3.0, 5.0], [100.0, 7.0], [np.nan, np.nan]], np.float32)
+    c = toy(features={"a": x}, split=np.array([0, 0, 2, 0], np.int8))
+    out = c.standardise(observed=np.array([[True], [True], [True], [False]])).features["a"]
+    assert out[:2, 0].tolist() == [-1.0, 1.0] and out[2, 0] == 98.0
+    # A column without spread carries nothing, also outside the train part.
+    assert (out[:3, 1] == 0).all()
+    with pytest.raises(ValueError, match="a is observed in no train row"):
+        c.standardise(observed=np.zeros((4, 1), bool))
+
+
+def test_standardise_leaves_padding_and_absent_rows_zero():
+    x = np.random.default_rng(0).standard_normal((4, 3, 2)).astype(np.float32) + 5
+    mask = np.array([[1, 1, 0], [1, 0, 0], [1, 1, 1], [1, 1, 1]], bool)
+    available = np.array([[True], [True], [True], [False]])
+    hidden = x.copy()
+    hidden[0, 2], hidden[1, 1:], hidden[3] = np.nan, np.nan, np.nan
+    c = toy(features={"a": hidden}, masks={"a": mask}, available=available).standardise()
+    out = c.features["a"]
+    seen = mask & available
+    assert (out[~seen] == 0).all() and np.abs(out[seen].mean(0)).max() < 1e-5
+    assert np.allclose(out[seen].std(0), 1, atol=1e-5)
+
+
+def test_hash_follows_content():
+    base = toy()
+    assert base.sha256 == toy().sha256
+    changed = [
+        toy(labels=np.ones(4, np.float32)),
+        toy(split=np.ones(4, np.int8)),
+        toy(video_ptr=np.array([0, 1, 4])),
+        toy(features={"b": base.features["a"]}),
+        toy(utterance_ids=np.array(list("abce"))),
+    ]
+    assert len({c.sha256 for c in [base, *changed]}) == 6
+
+
+def test_keeping_videos_and_modalities():
+    c = load(size=200)
+    part = c.keep_videos([1, 3])
+    rows = np.flatnonzero(np.isin(c.video_index, [1, 3]))
+    assert part.utterance_ids.tolist() == c.utterance_ids[rows].tolist()
+    assert (np.diff(part.video_ptr) == np.diff(c.video_ptr)[[1, 3]]).all()
+    assert c.keep_modalities(["vision", "text"]).dims == (20, 768)
+    with pytest.raises(ValueError, match="no modality"):
+        c.keep_modalities(["smell"])
+
+
+def test_tensors_have_the_declared_types():
+    t = load(size=60, pooled=False).tensors()
+    assert [x.ndim for x in t["features"]] == [3, 3, 3] and len(t["masks"]) == 3
+    assert str(t["features"][0].dtype) == "torch.float32" and str(t["masks"][0].dtype) == "torch.bool"
+    assert t["available"].shape == (60, 3) and str(t["video_ptr"].dtype) == "torch.int64"
+
+
+def test_replace_keeps_checking():
+    with pytest.raises(ValueError, match="split must hold"):
+        replace(toy(), split=np.full(4, 9, np.int8))
+
+
+def test_pickle_reader_allows_no_wide_codec():
+    from examples.msa.safe_pickle import _encode
+
+    assert _encode("é") == b"\xe9"
+    with pytest.raises(pickle.UnpicklingError, match="codec"):
+        _encode("x", "zlib")
+    assert io.BytesIO(_encode("a", "utf-8")).read() == b"a"
+
+
+@needs_real_data
+def test_mosi_is_read_whole():
+    c = load(MOSI)
+    assert len(c) == 2199 and len(c.video_ptr) == 94 and c.dims == (384, 73)
+    assert np.bincount(c.split).tolist() == [1284, 229, 686]
+    clean = load(MOSI, split="clean752")
+    assert len(clean) == 752 and np.bincount(clean.split).tolist() == [410, 75, 267] and clean.dims == (384, 73, 100)
+    with pytest.raises(ValueError, match="inflated"):
+        load(MOSI, blocks=("text_minilm", "video"))
+
+
+@needs_real_data
+def test_mmmo_masks_come_from_audio_and_text_is_absent_in_train():
+    c = load(MMMO, pooled=False)
+    assert c.aligned and (c.available[:, 0] == (c.split != 0)).all()
+    assert 1 - c.masks["text"].mean() == pytest.approx(0.065, abs=1e-3)
+    assert (c.lengths("audio") < 20).sum() == 136
+    with pytest.raises(ValueError, match="text is observed in no train row"):
+        c.standardise()
+    assert load(MMMO).dims == (300, 74, 36)
