@@ -78,6 +78,13 @@ __device__ __forceinline__ T warp_reduce(T value, Op op) {
   for (int step = Lanes / 2; step > 0; step /= 2) value = op(value, __shfl_xor_sync(kAllLanes, value, step));
   return value;
 }
+// The same over `lanes` neighbours (a power of two) of which other groups of the warp may be elsewhere.
+template <typename T>
+__device__ __forceinline__ T group_sum(T value, int lanes) {
+  const unsigned group = (lanes == kWarp ? kAllLanes : (1u << lanes) - 1) << (lane_id() / lanes * lanes);
+  for (int step = lanes / 2; step > 0; step /= 2) value += __shfl_xor_sync(group, value, step);
+  return value;
+}
 template <int Lanes = kWarp, typename T>
 __device__ __forceinline__ T warp_sum(T value) {
   return warp_reduce<Lanes>(value, Sum{});

@@ -140,6 +140,22 @@ T __shfl_xor_sync(unsigned mask, T value, int lane_mask, int width = 32,
                                site);
 }
 
+template <typename T>
+unsigned __match_any_sync(unsigned mask, T value, cuda_on_host::Site site = cuda_on_host::Site::here()) {
+  struct Match {
+    T value;
+    unsigned same;
+  } mine{value, 0};
+  cuda_on_host::machine().collective("__match_any_sync", mask, site, mine, [](Match* const* lanes) {
+    for (int a = 0; a < cuda_on_host::kWarp; ++a) {
+      for (int b = 0; b < cuda_on_host::kWarp; ++b) {
+        if (lanes[a] && lanes[b] && lanes[a]->value == lanes[b]->value) lanes[a]->same |= 1u << b;
+      }
+    }
+  });
+  return mine.same;
+}
+
 inline void __threadfence() {}
 inline void __threadfence_block() {}
 

@@ -1,0 +1,79 @@
+"""The operators' CUDA code, executed on the CPU: the generic tests again, orders of threads and blocks, sanitizers."""
+
+import subprocess
+import sys
+from collections.abc import Iterator
+
+import pytest
+import torch
+
+from tests import cases, test_ops
+from tests.cuda_on_host.build import ROOT, sanitizer_environment
+from tests.cuda_on_host.dispatch import CudaOnHost
+from tests.opcase import OpCase, run
+from tests.test_cuda_shim import SCHEDULES
+
+# With the fixture below these run the CUDA code.
+from tests.test_ops import (  # noqa: F401
+    each_sample,
+    test_autocast_policy,
+    test_every_output_is_written,
+    test_gradcheck,
+    test_hidden_inputs_are_never_read,
+    test_non_contiguous_inputs_give_the_same_bits,
+    test_values_and_gradients_are_as_accurate_as_torch,
+)
+
+CPU = torch.device("cpu")
+
+
+def _bad_inputs(values: bool) -> pytest.MarkDecorator:
+    found = [(case, label) for case in cases.ALL for label, bad in case.bad_inputs.items() if bad.values == values]
+    return pytest.mark.parametrize(("case", "label"), found, ids=[f"{case.name}-{label}" for case, label in found])
+
+
+@pytest.fixture
+def device() -> Iterator[torch.device]:
+    with CudaOnHost():
+        yield CPU
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
+@each_sample
+def test_every_order_of_threads_and_blocks_gives_equal_bits(
+    case: OpCase, sample: str, dtype: torch.dtype, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    arguments = next(s.arguments for s in case.samples(CPU, dtype) if s.id == sample)
+    results = []
+    for schedule in SCHEDULES:
+        monkeypatch.setenv("CUDA_ON_HOST_SCHEDULE", schedule)
+        with CudaOnHost() as on_host:
+            outputs, grads = run(case, case.op, arguments)
+        assert on_host.calls, "no CUDA code was run"
+        results.append([*outputs, *grads])
+    for schedule, tensors in zip(SCHEDULES[1:], results[1:], strict=True):
+        for ours, ref in zip(tensors, results[0], strict=True):
+            assert torch.equal(ours.nan_to_num(), ref.nan_to_num()), f"{schedule} differs from {SCHEDULES[0]}"
+
+
+@_bad_inputs(values=False)
+def test_bad_input_raises_in_cuda_code(case: OpCase, label: str, device: torch.device) -> None:
+    test_ops.test_bad_input_raises_alike_on_every_device(case, label, device)
+
+
+@_bad_inputs(values=True)
+def test_wrong_values_in_tensors_raise_nothing(case: OpCase, label: str, device: torch.device) -> None:
+    """CUDA code cannot look at values; that it stays in bounds is what the sanitized run of this test shows."""
+    run(case, case.op, case.bad_inputs[label].mutate(dict(case.samples(CPU, torch.float32)[0].arguments)))
+
+
+def test_sanitizers_find_nothing() -> None:
+    chosen = "test_every_order_of_threads or test_wrong_values or test_every_output_is_written"
+    done = subprocess.run(
+        [sys.executable, "-m", "pytest", "-q", "-x", "-p", "no:cacheprovider", __file__, "-k", chosen],
+        cwd=ROOT,
+        env=sanitizer_environment(),
+        capture_output=True,
+        text=True,
+    )
+    assert done.returncode == 0, done.stdout[-3000:] + done.stderr[-6000:]
