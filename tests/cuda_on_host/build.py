@@ -30,9 +30,16 @@ def content_hash(source: Path, command: list[str]) -> str:
     return digest.hexdigest()[:16]
 
 
-@functools.cache
 def build(source: Path, *options: str) -> Path:
     """Path of the shared object made from ``source``, from the cache when nothing changed."""
+    library, error = _compile(source, *options)
+    if error:
+        raise RuntimeError(f"{source.name} does not compile for the host:\n{error[:4000]}")
+    return library
+
+
+@functools.cache  # of failures too: hundreds of tests may ask for the same library
+def _compile(source: Path, *options: str) -> tuple[Path, str]:
     command = [
         *(compiler(), "-x", "c++", "-std=c++17", "-O1", "-g1", "-fPIC", "-shared", "-fvisibility=hidden", "-pthread"),
         *("-Wall", "-Wextra", "-Werror", "-Wno-unknown-pragmas", "-Wno-unused-function"),
@@ -52,9 +59,9 @@ def build(source: Path, *options: str) -> Path:
         unfinished = library.with_suffix(f".{os.getpid()}")
         done = subprocess.run([*command, "-o", str(unfinished)], capture_output=True, text=True)
         if done.returncode != 0:
-            raise RuntimeError(f"{source.name} does not compile for the host:\n{done.stderr[:4000]}")
+            return library, done.stderr
         unfinished.rename(library)
-    return library
+    return library, ""
 
 
 def _runtime(name: str) -> str:

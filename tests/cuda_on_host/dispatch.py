@@ -16,12 +16,13 @@ SOURCES = sorted((ROOT / "csrc").glob("*_cuda.cu"))
 @functools.cache
 def _library() -> torch.library.Library:
     """The library `msacore_host`: every schema of `msacore`, implemented by the CUDA code built for the host."""
+    binaries = [build(source) for source in SOURCES]
     library = torch.library.Library("msacore_host", "FRAGMENT")
     for schema in torch._C._jit_get_all_schemas():
         if schema.name.startswith("msacore::"):
             library.define(str(schema).removeprefix("msacore::"))
-    for source in SOURCES:
-        torch.ops.load_library(build(source))
+    for binary in binaries:
+        torch.ops.load_library(binary)
     return library
 
 
