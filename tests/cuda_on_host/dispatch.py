@@ -1,6 +1,7 @@
 """Runs the operators' CUDA code on CPU tensors: their `_cuda.cu` files, built for the host, take the calls over."""
 
 import functools
+import re
 from typing import Any
 
 import torch
@@ -26,9 +27,10 @@ def _library() -> torch.library.Library:
     return library
 
 
-def has_cuda_code(name: str) -> bool:
-    _library()
-    return torch._C._dispatch_has_kernel_for_dispatch_key(f"msacore_host::{name}", "CPU")
+@functools.cache
+def operators_with_cuda_code() -> frozenset[str]:
+    """Read off the registrations, so that collecting tests compiles nothing."""
+    return frozenset(name for source in SOURCES for name in re.findall(r'm\.impl\("(\w+)"', source.read_text()))
 
 
 class CudaOnHost(TorchDispatchMode):
