@@ -5,8 +5,9 @@ from msacore._load import load_extension
 load_extension()
 
 from msacore import uncertainty  # noqa: E402
+from msacore.ops.matrix_fusion import matrix_fusion  # noqa: E402
 from msacore.ops.propagation import graph_propagate  # noqa: E402
 
 __version__ = "0.1.0"
 
-__all__ = ["graph_propagate", "uncertainty"]
+__all__ = ["graph_propagate", "matrix_fusion", "uncertainty"]

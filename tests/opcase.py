@@ -133,5 +133,8 @@ def assert_as_accurate_as_torch(
     assert torch.equal(ours.isfinite(), ref64.isfinite()), f"{what}: finite where the reference is not, or the reverse"
     error = (ours.double() - ref64).nan_to_num(0, 0, 0).abs().max()
     base = (torch_same_dtype.double() - ref64).nan_to_num(0, 0, 0).abs().max()
-    floor = (1e-14 if ours.dtype == FLOAT64 else 1e-6) * ref64.nan_to_num(0, 0, 0).abs().max()
+    # A correctly rounded 16-bit result is off by up to eps / 2, which torch may miss by luck on a small tensor; in
+    # float64 the reference is its own yardstick, and both round.
+    floors = {FLOAT64: 1e-13, FLOAT32: 1e-6}
+    floor = floors.get(ours.dtype, torch.finfo(ours.dtype).eps / 2) * ref64.nan_to_num(0, 0, 0).abs().max()
     assert error <= factor * base + floor, f"{what}: error {error:.3e} against torch's own {base:.3e}"

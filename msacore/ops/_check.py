@@ -41,3 +41,17 @@ def check_floating(op: str, name: str, tensor: Tensor) -> None:
 def check_device(op: str, name: str, tensor: Tensor, like: Tensor) -> None:
     if tensor.device != like.device:
         fail(op, f"expected `{name}` on {like.device}, got {tensor.device}")
+
+
+def cast_under_autocast(features: list[Tensor], parameters: list[Tensor]) -> tuple[list[Tensor], list[Tensor]]:
+    """Inside autocast, mixed floating dtypes become the features' dtype (the widest of theirs); outside, no change."""
+    tensors = [*features, *parameters]
+    if len({t.dtype for t in tensors}) <= 1 or not all(t.dtype in FLOATING for t in tensors):
+        return features, parameters
+    device = tensors[0].device.type
+    if not (torch.amp.is_autocast_available(device) and torch.is_autocast_enabled(device)):
+        return features, parameters
+    dtype = features[0].dtype
+    for feature in features[1:]:
+        dtype = torch.promote_types(dtype, feature.dtype)
+    return [t.to(dtype) for t in features], [t.to(dtype) for t in parameters]

@@ -1,5 +1,5 @@
 """One file per operator family: its OpCases (samples, bad inputs, hidden inputs)."""
 
-from tests.cases import propagation
+from tests.cases import matrix_fusion, propagation
 
-ALL = [*propagation.CASES]
+ALL = [*matrix_fusion.CASES, *propagation.CASES]
