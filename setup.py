@@ -51,7 +51,9 @@ def build_extension():
         ("MSACORE_CUDA_VERSION", f'"{torch.version.cuda if cuda else ""}"'),
         ("MSACORE_CUDA_ARCHITECTURES", f'"{architectures}"'),
     ]
-    cxx = ["-O3", "-g0", "-fvisibility=hidden", f"-ffile-prefix-map={os.getcwd()}/=", "-fopenmp-simd", *stable]
+    # -fno-math-errno: sqrt sets no errno, so loops over it vectorise; its result is the same.
+    loops = ["-fopenmp-simd", "-fno-math-errno"]
+    cxx = ["-O3", "-g0", "-fvisibility=hidden", f"-ffile-prefix-map={os.getcwd()}/=", *loops, *stable]
     if cuda:
         cxx.append("-DUSE_CUDA")
     sources = sorted(glob.glob("csrc/*.cpp")) + (sorted(glob.glob("csrc/*_cuda.cu")) if cuda else [])

@@ -7,7 +7,8 @@ load_extension()
 from msacore import uncertainty  # noqa: E402
 from msacore.ops.matrix_fusion import matrix_fusion  # noqa: E402
 from msacore.ops.propagation import graph_propagate  # noqa: E402
+from msacore.ops.rank_n_contrast import rank_n_contrast  # noqa: E402
 
 __version__ = "0.1.0"
 
-__all__ = ["graph_propagate", "matrix_fusion", "uncertainty"]
+__all__ = ["graph_propagate", "matrix_fusion", "rank_n_contrast", "uncertainty"]
