@@ -7,7 +7,7 @@ from dataclasses import dataclass
 
 import numpy as np
 
-from .corpus import Corpus
+from .corpus import TRAIN, Corpus
 
 
 @dataclass(frozen=True)
@@ -29,6 +29,7 @@ SHAPES = {
 MODALITIES = ("text", "audio", "vision")
 TOPICS = 12
 COMMON_TOPICS = 2
+COMMON_TRAIN, COMMON_TEST = 0.75, 0.4
 STYLES = 4
 NUISANCE = 10
 PERSISTENCE = 0.75
@@ -54,19 +55,19 @@ def synthetic(
       modalities.
     * ``k`` ambiguity of the wording (text only), ``p`` posture in audio and ``q`` gesture in vision: independent
       between utterances.
-    * a topic. Two common topics hold 60 % of the utterances, are mild (``s`` counts .7, else 1.3); ten rare ones
-      hold 4 % each, and in each of them text shows ``s`` along a direction of its own. Labels of common topics are
-      redundant, and a labelled set that covers the rare topics is worth more than a random one.
+    * a topic. Two common topics are mild (``s`` counts .7); in each of ten rare ones ``s`` counts 1.3 and text shows it
+      along a direction of its own. Common topics hold 75 % of the train part but only 40 % of the others: most labels
+      of the pool are redundant, and a labelled set that covers the rare topics is worth more than a random one.
     * four style variables seen by every modality and unrelated to the label, and ten private nuisance variables per
       modality.
 
     Label (before rounding to the set's grid and clipping to its range), with ``s' = s · topic strength``::
 
-        y ∝ .9 s' + .25 e + .45 k·e + .25 p·q + noise
+        y ∝ .9 s' + .4 e + .45 k·e + .25 p·q + noise
 
-    The noise has deviation .25, but 1.0 in the last rare topic (and more labels do not help there).
+    The noise has deviation .25, but 1.0 in the last rare topic: uncertain there for good, whatever is labelled.
 
-    * Text shows ``s'`` best (noise .5) and ``k`` exactly; audio and vision show ``s'`` weakly (noise 1.5) and ``e``
+    * Text shows ``s'`` best (noise .75) and ``k`` exactly; audio and vision show ``s'`` weakly (noise 1.5) and ``e``
       well (noise .4), and audio shows ``p``, vision ``q``. So each modality alone is informative, and text the most.
     * ``k·e`` and ``p·q`` have mean zero given either factor: no additive model of the modalities sees them, a product
       of two modalities (matrix fusion) does. ``k·e`` shows in text × audio and in text × vision alike (the third
@@ -107,7 +108,7 @@ def synthetic(
     root = np.random.SeedSequence([seed, zlib.crc32(name.encode())])
     streams = [np.random.default_rng(s) for s in root.spawn(5)]
     split, video_ptr = _videos(streams[0], shape, size)
-    views, label = _latents(streams[1], video_ptr)
+    views, label = _latents(streams[1], video_ptr, split)
     step, limit = shape.step, shape.limit
     labels = np.clip(np.round(label * 0.5 * limit / step) * step, -limit, limit).astype(np.float32)
     mask = _token_mask(streams[2], len(split), length)
@@ -168,19 +169,20 @@ def _persistent(rng: np.random.Generator, video_ptr: np.ndarray) -> np.ndarray:
     return np.sqrt(VIDEO_SHARE) * effect + np.sqrt(1 - VIDEO_SHARE) * walk
 
 
-def _latents(rng: np.random.Generator, video_ptr: np.ndarray) -> tuple[dict[str, np.ndarray], np.ndarray]:
+def _latents(
+    rng: np.random.Generator, video_ptr: np.ndarray, split: np.ndarray
+) -> tuple[dict[str, np.ndarray], np.ndarray]:
     """What each modality shows, most telling columns first, and the label before scaling."""
     n = int(video_ptr[-1])
     s, e = _persistent(rng, video_ptr), _persistent(rng, video_ptr)
     k, p, q = rng.standard_normal((3, n))
-    common = 0.6 / COMMON_TOPICS
-    share = np.r_[np.full(COMMON_TOPICS, common), np.full(TOPICS - COMMON_TOPICS, 0.4 / (TOPICS - COMMON_TOPICS))]
-    topic = rng.choice(TOPICS, n, p=share)
+    common = rng.random(n) < np.where(split == TRAIN, COMMON_TRAIN, COMMON_TEST)
+    topic = np.where(common, rng.integers(0, COMMON_TOPICS, n), rng.integers(COMMON_TOPICS, TOPICS, n))
     rare = topic >= COMMON_TOPICS
     strength = np.where(rare, 1.3, 0.7)
     s = s * strength
     sigma = np.where(topic == TOPICS - 1, 1.0, 0.25)
-    label = 0.9 * s + 0.25 * e + 0.45 * k * e + 0.25 * p * q + sigma * rng.standard_normal(n)
+    label = 0.9 * s + 0.4 * e + 0.45 * k * e + 0.25 * p * q + sigma * rng.standard_normal(n)
 
     style = 0.7 * rng.standard_normal((n, STYLES))
 
@@ -188,11 +190,11 @@ def _latents(rng: np.random.Generator, video_ptr: np.ndarray) -> tuple[dict[str,
         return x + sd * rng.standard_normal(n)
 
     # Column 0 of the text code serves the common topics; a rare topic has its own column for s and one for its place.
-    seen = noisy(s, 0.5)
+    seen = noisy(s, 0.75)
     code = np.zeros((n, 1 + TOPICS - COMMON_TOPICS))
     code[np.arange(n), np.where(rare, topic - COMMON_TOPICS + 1, 0)] = seen
-    place = 1.5 * np.eye(TOPICS)[topic]
-    nuisance = {m: 1.2 * rng.standard_normal((n, NUISANCE)) for m in MODALITIES}
+    place = 2.0 * np.eye(TOPICS)[topic]
+    nuisance = {m: 0.9 * rng.standard_normal((n, NUISANCE)) for m in MODALITIES}
 
     def columns(m: str, *own: np.ndarray) -> np.ndarray:
         return np.column_stack([*own, style, nuisance[m]])

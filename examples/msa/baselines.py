@@ -1,0 +1,148 @@
+"""What a system must beat on the same features: ridge regression, and an MLP on filled-in features."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass, field, replace
+
+import numpy as np
+import torch
+from torch import nn
+
+from .corpus import Corpus
+
+RIDGE_STRENGTHS = tuple(float(s) for s in 10.0 ** np.arange(-2, 5.5, 0.5))
+
+
+@dataclass(frozen=True)
+class Fitted:
+    """Predictions for all rows, float64 ``[N]``, and the facts of the fit (chosen strength, epochs)."""
+
+    prediction: np.ndarray
+    facts: dict[str, float] = field(default_factory=dict)
+
+
+def fill(corpus: Corpus, observed: np.ndarray, how: str) -> np.ndarray:
+    """Pooled features of all modalities side by side, standardised, with hidden ones filled in.
+
+    Args:
+        corpus: Pooled or sequence features; sequences are averaged.
+        observed: bool ``[N, M]``; what is False is not read.
+        how: ``"mean"``: the column's mean over observed train rows (0 once standardised); ``"zero"``: the raw
+            value 0, standardised together with the rest, as a pipeline does that does not know about missing values.
+
+    Returns:
+        float32 ``[N, sum of widths]``.
+    """
+    if how not in ("mean", "zero"):
+        raise ValueError(f"fill: how must be 'mean' or 'zero', got {how!r}")
+    corpus = corpus.pooled()
+    seen = corpus.available & observed
+    if how == "mean":
+        standard = corpus.standardise(observed)
+        return np.hstack([np.where(seen[:, [m]], x, np.float32(0)) for m, x in enumerate(standard.features.values())])
+    zeroed = {k: np.where(seen[:, [m]], x, np.float32(0)) for m, (k, x) in enumerate(corpus.features.items())}
+    return np.hstack(list(replace(corpus, features=zeroed, available=None).standardise().features.values()))
+
+
+def fit_ridge(
+    x: np.ndarray,
+    corpus: Corpus,
+    labelled: np.ndarray | None = None,
+    strengths: Sequence[float] = RIDGE_STRENGTHS,
+    refit: bool = False,
+) -> Fitted:
+    """Ridge regression; the strength is the one with the least absolute error on the validation part.
+
+    Args:
+        x: Features, ``[N, d]``.
+        corpus: Labels and split.
+        labelled: bool ``[N]``; train rows whose label is known, all of them when omitted.
+        strengths: Candidates, tried in order; the first of equals wins.
+        refit: Fit once more on train and validation rows with the chosen strength.
+    """
+    train, valid = _labelled_rows(corpus, labelled), corpus.rows("valid")
+    x, y = x.astype(np.float64), corpus.labels.astype(np.float64)
+    candidates = _ridge(x, y, train, strengths)
+    errors = np.abs(candidates[:, valid] - y[valid]).mean(1)
+    best = int(np.argmin(errors))
+    prediction = _ridge(x, y, np.concatenate([train, valid]), [strengths[best]])[0] if refit else candidates[best]
+    return Fitted(prediction, {"strength": strengths[best], "valid_mae": float(errors[best])})
+
+
+def _ridge(x: np.ndarray, y: np.ndarray, rows: np.ndarray, strengths: Sequence[float]) -> np.ndarray:
+    """Predictions for all rows, one line per strength, from a single decomposition; the intercept is not penalised."""
+    mean, level = x[rows].mean(0), y[rows].mean()
+    u, s, vt = np.linalg.svd(x[rows] - mean, full_matrices=False)
+    shrunk = s / (s**2 + np.asarray(strengths)[:, None]) * (u.T @ (y[rows] - level))
+    return level + shrunk @ (vt @ (x - mean).T)
+
+
+def fit_mlp(
+    x: np.ndarray,
+    corpus: Corpus,
+    labelled: np.ndarray | None = None,
+    *,
+    seed: int = 0,
+    hidden: int = 128,
+    dropout: float = 0.3,
+    epochs: int = 100,
+    batch: int = 64,
+    learning_rate: float = 1e-3,
+    weight_decay: float = 1e-4,
+    patience: int = 15,
+) -> Fitted:
+    """Two-layer perceptron trained on absolute error, with early stopping on the validation part.
+
+    Args:
+        x: Features, ``[N, d]``.
+        corpus: Labels and split.
+        labelled: bool ``[N]``; train rows whose label is known, all of them when omitted.
+        seed: Initial weights, dropout and order of the batches; the global generators are left as they were.
+        hidden: Hidden units.
+        dropout: Share of hidden units dropped in training.
+        epochs: Most passes over the labelled rows.
+        batch: Rows per step.
+        learning_rate: Of Adam.
+        weight_decay: Of Adam.
+        patience: Epochs without a better validation error before training stops; the best epoch's weights count.
+    """
+    train, valid = _labelled_rows(corpus, labelled), corpus.rows("valid")
+    with torch.random.fork_rng(devices=[]):
+        torch.manual_seed(seed)
+        inputs, target = torch.from_numpy(np.ascontiguousarray(x)), torch.from_numpy(corpus.labels)
+        net = nn.Sequential(nn.Linear(x.shape[1], hidden), nn.ReLU(), nn.Dropout(dropout), nn.Linear(hidden, 1))
+        optimiser = torch.optim.Adam(net.parameters(), lr=learning_rate, weight_decay=weight_decay)
+        best_error, best_epoch, best_state = float("inf"), 0, {}
+        for epoch in range(1, epochs + 1):
+            net.train()
+            for rows in torch.from_numpy(train)[torch.randperm(len(train))].split(batch):
+                loss = (net(inputs[rows])[:, 0] - target[rows]).abs().mean()
+                optimiser.zero_grad()
+                loss.backward()
+                optimiser.step()
+            error = float((_predict(net, inputs[valid]) - target[valid]).abs().mean())
+            if error < best_error:
+                best_error, best_epoch = error, epoch
+                best_state = {k: v.clone() for k, v in net.state_dict().items()}
+            elif epoch - best_epoch >= patience:
+                break
+        net.load_state_dict(best_state)
+        prediction = _predict(net, inputs).double().numpy()
+    return Fitted(prediction, {"best_epoch": best_epoch, "valid_mae": best_error})
+
+
+def _predict(net: nn.Module, x: torch.Tensor) -> torch.Tensor:
+    net.eval()
+    with torch.no_grad():
+        return net(x)[:, 0]
+
+
+def _labelled_rows(corpus: Corpus, labelled: np.ndarray | None) -> np.ndarray:
+    train = corpus.rows("train")
+    rows = train if labelled is None else train[labelled[train]]
+    if len(rows) == 0:
+        raise ValueError(f"corpus {corpus.name!r}: no labelled train row to fit on")
+    if len(corpus.rows("valid")) == 0:
+        raise ValueError(f"corpus {corpus.name!r}: no validation row to choose a model on")
+    return rows
