@@ -33,9 +33,10 @@ template <typename T, typename In, typename Out>
 void step(const Csr<T>& graph, const In* h, const T* x, Out* out, int64_t width, acc_t<T> alpha, cudaStream_t stream) {
   constexpr int kVector = kPer16<acc_t<T>>;
   const bool wide = can_vectorise<T>(width, {h, x, out});
-  const int lanes = lanes_per_row(width, wide ? kVector : 1);
-  launch(wide ? step_kernel<kVector, T, In, Out> : step_kernel<1, T, In, Out>, grid_for(graph.nodes * lanes, kThreads),
-         dim3(kThreads), 0, stream, graph, h, x, out, width, lanes, 1 - alpha, alpha);
+  const Lanes lanes(width, wide ? kVector : 1);
+  launch(wide ? step_kernel<kVector, T, In, Out> : step_kernel<1, T, In, Out>,
+         grid_for(graph.nodes * lanes.count(), kThreads), dim3(kThreads), 0, stream, graph, h, x, out, width, lanes,
+         1 - alpha, alpha);
 }
 
 template <typename T, typename In, typename Out>
@@ -43,10 +44,10 @@ void backward_step(const Csr<T>& transposed, const In* grad, const acc_t<T>* sum
                    int64_t width, acc_t<T> alpha, bool last, cudaStream_t stream) {
   constexpr int kVector = kPer16<acc_t<T>>;
   const bool wide = can_vectorise<T>(width, {grad, sum_before, sum, next});
-  const int lanes = lanes_per_row(width, wide ? kVector : 1);
+  const Lanes lanes(width, wide ? kVector : 1);
   launch(wide ? backward_step_kernel<kVector, T, In, Out> : backward_step_kernel<1, T, In, Out>,
-         grid_for(transposed.nodes * lanes, kThreads), dim3(kThreads), 0, stream, transposed, grad, sum_before, sum,
-         next, width, lanes, 1 - alpha, alpha, last ? acc_t<T>(1) : alpha);
+         grid_for(transposed.nodes * lanes.count(), kThreads), dim3(kThreads), 0, stream, transposed, grad, sum_before,
+         sum, next, width, lanes, 1 - alpha, alpha, last ? acc_t<T>(1) : alpha);
 }
 
 template <typename T, typename In, typename State>
@@ -54,10 +55,10 @@ void edge_dots(const Csr<T>& graph, const In* grad, const State* h, acc_t<T>* we
                cudaStream_t stream) {
   constexpr int kVector = kPer16<acc_t<T>>;
   const bool wide = can_vectorise<T>(width, {grad, h});
-  const int lanes = lanes_per_row(width, wide ? kVector : 1);
+  const Lanes lanes(width, wide ? kVector : 1);
   launch(wide ? edge_dots_kernel<kVector, T, In, State> : edge_dots_kernel<1, T, In, State>,
-         grid_for(graph.nodes * lanes, kThreads), dim3(kThreads), 0, stream, graph, grad, h, weight_sum, width, lanes,
-         1 - alpha);
+         grid_for(graph.nodes * lanes.count(), kThreads), dim3(kThreads), 0, stream, graph, grad, h, weight_sum, width,
+         lanes, 1 - alpha);
 }
 
 Graph contiguous(const Graph& graph) {

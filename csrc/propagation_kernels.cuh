@@ -5,13 +5,20 @@
 
 namespace msacore::propagation {
 
-constexpr int kThreads = 256;
+constexpr int kThreads = 256;  // in blocks of which 4 fit a multiprocessor: without that bound ptxas spills to fit 6
 
-inline int lanes_per_row(int64_t width, int vector) {
-  int lanes = 1;
-  while (lanes < kWarp && lanes * vector < width) lanes *= 2;
-  return lanes;
-}
+// The lanes that own a row: a power of two, so that a thread finds its row and place without a division.
+struct Lanes {
+  int shift;
+
+  Lanes(int64_t width, int vector) : shift(0) {
+    while (count() < kWarp && count() * vector < width) ++shift;
+  }
+  __host__ __device__ int count() const { return 1 << shift; }
+  __device__ int64_t first_row() const { return grid_thread() >> shift; }
+  __device__ int64_t next_row() const { return grid_threads() >> shift; }
+  __device__ int lane() const { return static_cast<int>(grid_thread()) & (count() - 1); }
+};
 
 __device__ __forceinline__ int64_t clamped(int64_t value, int64_t bound) {
   return value < 0 ? 0 : value >= bound ? bound - 1 : value;
@@ -50,11 +57,11 @@ __device__ __forceinline__ Vector<acc_t<T>, V> gather(const Csr<T>& graph, int64
 
 // out = keep · A h + alpha · x, all [nodes, width]
 template <int V, typename T, typename In, typename Out>
-__global__ void __launch_bounds__(kThreads)
+__global__ void __launch_bounds__(kThreads, 4)
     step_kernel(Csr<T> graph, const In* __restrict__ h, const T* __restrict__ x, Out* __restrict__ out, int64_t width,
-                int lanes, acc_t<T> keep, acc_t<T> alpha) {
-  for (int64_t row = grid_thread() / lanes; row < graph.nodes; row += grid_threads() / lanes) {
-    for (int64_t c = grid_thread() % lanes * V; c < width; c += lanes * V) {
+                Lanes lanes, acc_t<T> keep, acc_t<T> alpha) {
+  for (int64_t row = lanes.first_row(); row < graph.nodes; row += lanes.next_row()) {
+    for (int64_t c = lanes.lane() * V; c < width; c += lanes.count() * V) {
       const auto sum = gather<V>(graph, row, h, width, c);
       const auto own = load<V>(x + row * width + c);
       Vector<Out, V> result;
@@ -70,13 +77,13 @@ __global__ void __launch_bounds__(kThreads)
 // next = keep · Aᵀ grad and sum += share · next, where sum starts as alpha · grad (null `sum_before`). The last step
 // (Out = T) writes only the sum: it is grad_x. All [nodes, width]; `graph` is Aᵀ.
 template <int V, typename T, typename In, typename Out>
-__global__ void __launch_bounds__(kThreads)
+__global__ void __launch_bounds__(kThreads, 4)
     backward_step_kernel(Csr<T> graph, const In* __restrict__ grad, const acc_t<T>* sum_before, Out* sum,
-                         acc_t<T>* __restrict__ next, int64_t width, int lanes, acc_t<T> keep, acc_t<T> alpha,
+                         acc_t<T>* __restrict__ next, int64_t width, Lanes lanes, acc_t<T> keep, acc_t<T> alpha,
                          acc_t<T> share) {
   using A = acc_t<T>;
-  for (int64_t row = grid_thread() / lanes; row < graph.nodes; row += grid_threads() / lanes) {
-    for (int64_t c = grid_thread() % lanes * V; c < width; c += lanes * V) {
+  for (int64_t row = lanes.first_row(); row < graph.nodes; row += lanes.next_row()) {
+    for (int64_t c = lanes.lane() * V; c < width; c += lanes.count() * V) {
       const int64_t at = row * width + c;
       const auto gathered = gather<V>(graph, row, grad, width, c);
       Vector<A, V> before{}, moved;
@@ -97,28 +104,28 @@ __global__ void __launch_bounds__(kThreads)
 
 // weight_sum[e] += keep · <grad[i], h[col[e]]> for the edges e of row i; weight_sum [edges]
 template <int V, typename T, typename In, typename State>
-__global__ void __launch_bounds__(kThreads)
+__global__ void __launch_bounds__(kThreads, 4)
     edge_dots_kernel(Csr<T> graph, const In* __restrict__ grad, const State* __restrict__ h,
-                     acc_t<T>* __restrict__ weight_sum, int64_t width, int lanes, acc_t<T> keep) {
+                     acc_t<T>* __restrict__ weight_sum, int64_t width, Lanes lanes, acc_t<T> keep) {
   using A = acc_t<T>;
-  for (int64_t row = grid_thread() / lanes; row < graph.nodes; row += grid_threads() / lanes) {
+  for (int64_t row = lanes.first_row(); row < graph.nodes; row += lanes.next_row()) {
     const int64_t end = graph.end(row);
     for (int64_t e = graph.begin(row); e < end; ++e) {
       A dot = 0;
-      for (int64_t c = grid_thread() % lanes * V; c < width; c += lanes * V) {
+      for (int64_t c = lanes.lane() * V; c < width; c += lanes.count() * V) {
         const auto g = load<V>(grad + row * width + c);
         const auto value = load<V>(h + graph.source(e) * width + c);
 #pragma unroll
         for (int i = 0; i < V; ++i) dot += static_cast<A>(g.at[i]) * static_cast<A>(value.at[i]);
       }
-      dot = group_sum(dot, lanes);
-      if (grid_thread() % lanes == 0) weight_sum[e] += keep * dot;
+      dot = group_sum(dot, lanes.count());
+      if (lanes.lane() == 0) weight_sum[e] += keep * dot;
     }
   }
 }
 
 template <typename From, typename To>
-__global__ void __launch_bounds__(kThreads)
+__global__ void __launch_bounds__(kThreads, 4)
     convert_kernel(const From* __restrict__ from, To* __restrict__ to, int64_t count) {
   for (int64_t i = grid_thread(); i < count; i += grid_threads()) to[i] = static_cast<To>(from[i]);
 }
@@ -141,7 +148,7 @@ __device__ __forceinline__ int64_t lower_bound(int64_t count, int64_t wanted, Va
 
 // From `edge` [edges], the edges ordered by their source: rowptr_t [nodes + 1], col_t [edges], weight_t [edges] of Aᵀ.
 template <typename T>
-__global__ void __launch_bounds__(kThreads)
+__global__ void __launch_bounds__(kThreads, 4)
     transpose_kernel(Csr<T> graph, const int64_t* __restrict__ edge, int64_t* __restrict__ rowptr_t,
                      int64_t* __restrict__ col_t, T* __restrict__ weight_t) {
   for (int64_t i = grid_thread(); i <= graph.nodes; i += grid_threads()) {
