@@ -42,13 +42,19 @@ struct Fragments {
   const uint32_t *a, *b;
 };
 
-// C += A · B for all lanes, `a(fragments, row, k)` and `b(fragments, k, column)` read the operands where they lie.
+// C += A · B for all lanes; `a(row, k)` and `b(k, column)` read the operands where they lie. The products of 16-bit and
+// tf32 numbers are exact in float32.
 template <int K, typename A, typename B>
 void multiply(Fragments* const* lanes, A a, B b) {
+  float left[16][K], right[8][K];
+  for (int k = 0; k < K; ++k) {
+    for (int row = 0; row < 16; ++row) left[row][k] = a(row, k);
+    for (int column = 0; column < 8; ++column) right[column][k] = b(k, column);
+  }
   for (int row = 0; row < 16; ++row) {
     for (int column = 0; column < 8; ++column) {
       float& c = lanes[row % 8 * 4 + column / 2]->c[row / 8 * 2 + column % 2];
-      for (int k = 0; k < K; ++k) c = std::fma(a(row, k), b(k, column), c);
+      for (int k = 0; k < K; ++k) c += left[row][k] * right[column][k];
     }
   }
 }
