@@ -5,10 +5,11 @@ from msacore._load import load_extension
 load_extension()
 
 from msacore import uncertainty  # noqa: E402
+from msacore.ops.contrastive import info_nce  # noqa: E402
 from msacore.ops.matrix_fusion import matrix_fusion  # noqa: E402
 from msacore.ops.propagation import graph_propagate  # noqa: E402
 from msacore.ops.rank_n_contrast import rank_n_contrast  # noqa: E402
 
 __version__ = "0.1.0"
 
-__all__ = ["graph_propagate", "matrix_fusion", "rank_n_contrast", "uncertainty"]
+__all__ = ["graph_propagate", "info_nce", "matrix_fusion", "rank_n_contrast", "uncertainty"]
