@@ -116,7 +116,7 @@ def test_cells_are_readable():
     assert format_cell(float("nan")) == format_cell(None) == "–" and format_cell(np.bool_(True)) == "yes"
     assert format_cell(mean_interval([0.25])) == "0.250"
     with pytest.raises(ValueError, match="a row has 1 cells, expected 2"):
-        sample_report().section("x").table(["a", "b"], [["only"]])
+        Report("t", "l").section("x").table(["a", "b"], [["only"]])
 
 
 def test_json_refuses_what_it_cannot_hold():
@@ -128,12 +128,11 @@ def test_json_refuses_what_it_cannot_hold():
 
 
 def test_a_failed_report_leaves_the_old_one(tmp_path):
-    sample_report().write(tmp_path)
+    Report("first", "lead").write(tmp_path)
     before = {p.name: p.read_bytes() for p in tmp_path.iterdir()}
-    broken = sample_report()
-    broken.data["bad"] = object()
+    assert set(before) == {"report.html", "report.json"}
     with pytest.raises(TypeError):
-        broken.write(tmp_path)
+        Report("second", "lead", data={"bad": object()}).write(tmp_path)
     assert {p.name: p.read_bytes() for p in tmp_path.iterdir()} == before
 
 

@@ -65,16 +65,16 @@ def bars(groups: Mapping[str, Sequence[float]], xlabel: str, reference: float | 
         xlabel: Axis text.
         reference: A level to mark with a dashed line (0 for paired differences).
     """
-    figure, axes = _figure()
+    figure, axes = _figure((SIZE[0], 1.2 + 0.42 * len(groups)))
     for i, values in enumerate(groups.values()):
         stats = mean_interval(values)
         half = stats["high"] - stats["mean"]
         axes.errorbar(stats["mean"], i, xerr=half if np.isfinite(half) else None, fmt="o", capsize=3, color=COLOURS[0])
-        axes.plot(values, np.full(len(values), i), ".", color=COLOURS[0], alpha=0.35, markersize=5)
+        axes.plot(values, np.full(len(values), i), ".", color=COLOURS[0], alpha=0.45, markersize=6)
     axes.set_yticks(range(len(groups)), list(groups))
     if reference is not None:
         axes.axvline(reference, color="#555555", linestyle="--", linewidth=1)
-    axes.invert_yaxis()
+    axes.set_ylim(len(groups) - 0.5, -0.5)
     axes.set(xlabel=xlabel)
     return figure
 
@@ -105,8 +105,8 @@ def embedding_map(embedding: np.ndarray, colour: np.ndarray, what: str, categori
     return figure
 
 
-def _figure() -> tuple[Figure, Axes]:
-    figure = Figure(figsize=SIZE, layout="constrained")
+def _figure(size: tuple[float, float] = SIZE) -> tuple[Figure, Axes]:
+    figure = Figure(figsize=size, layout="constrained")
     axes = figure.add_subplot()
     axes.spines[["top", "right"]].set_visible(False)
     axes.grid(alpha=0.25)
