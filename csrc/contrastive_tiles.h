@@ -54,7 +54,7 @@ MSACORE_SIMD void add_exponentials(const Tile<A>& t, double* __restrict__ sum_a,
     A row = 0;
 #pragma omp simd reduction(+ : row)
     for (int64_t j = 0; j < t.n; ++j) {
-      const A e = fast_exp2(s[j] * t.scale + t.from_b[j]);
+      const A e = exp2_of(s[j] * t.scale + t.from_b[j]);
       row += e;
       columns[j] += e;
     }
@@ -84,7 +84,7 @@ MSACORE_SIMD void add_exponentials_with_maxima(const Tile<A>& t, double* __restr
     const A shift = takes_part(top) ? top : A(0);
     A row = 0;
 #pragma omp simd reduction(+ : row)
-    for (int64_t j = 0; j < t.n; ++j) row += fast_exp2(s[j] * t.scale + t.from_b[j] - shift);
+    for (int64_t j = 0; j < t.n; ++j) row += exp2_of(s[j] * t.scale + t.from_b[j] - shift);
     sum_a[i] = sum_a[i] * std::exp2(static_cast<double>(max_a[i] - shift)) + row;
     max_a[i] = top;
   }
@@ -96,7 +96,7 @@ MSACORE_SIMD void add_exponentials_with_maxima(const Tile<A>& t, double* __restr
     if (!takes_part(t.from_a[i])) continue;
     const A* s = t.s + i * kTileRow;
 #pragma omp simd
-    for (int64_t j = 0; j < t.n; ++j) columns[j] += fast_exp2(s[j] * t.scale + t.from_b[j] - shift[j]);
+    for (int64_t j = 0; j < t.n; ++j) columns[j] += exp2_of(s[j] * t.scale + t.from_b[j] - shift[j]);
   }
   for (int64_t j = 0; j < t.n; ++j) {
     sum_b[j] = sum_b[j] * std::exp2(static_cast<double>(max_b[j] - shift[j])) + columns[j];
@@ -115,7 +115,7 @@ MSACORE_SIMD void softmax_gradient(const Tile<A>& t, const A* __restrict__ share
     }
     const A share = share_a[i];
 #pragma omp simd
-    for (int64_t j = 0; j < t.n; ++j) s[j] = fast_exp2(s[j] * t.scale + t.from_b[j]) * (share + share_b[j]);
+    for (int64_t j = 0; j < t.n; ++j) s[j] = exp2_of(s[j] * t.scale + t.from_b[j]) * (share + share_b[j]);
   }
 }
 
@@ -134,7 +134,7 @@ MSACORE_SIMD void softmax_gradient_with_maxima(const Tile<A>& t, const A* __rest
 #pragma omp simd
     for (int64_t j = 0; j < t.n; ++j) {
       const A x = s[j] * t.scale + t.from_b[j];
-      s[j] = share * fast_exp2(x - log) + share_b[j] * fast_exp2(x - log_b[j]);
+      s[j] = share * exp2_of(x - log) + share_b[j] * exp2_of(x - log_b[j]);
     }
   }
 }

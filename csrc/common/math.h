@@ -1,19 +1,12 @@
-<<<<<<< HEAD
 // Elementary functions that the compiler can vectorise; the C library's are one call per element.
 #pragma once
 #include <cstdint>
 #include <cstring>
-=======
-// Elementary functions that vectorise: g++ leaves those of <cmath> a library call per element.
-#pragma once
-#include <cstdint>
->>>>>>> a8da696 (contrastive: info_nce on the CPU, forward and backward in tiles)
 
 #include "common/simd.h"
 
 namespace msacore {
 
-<<<<<<< HEAD
 template <typename To, typename From>
 MSACORE_INLINE To bits_as(From from) {
   static_assert(sizeof(To) == sizeof(From), "a bit pattern keeps its size");
@@ -63,10 +56,11 @@ MSACORE_INLINE double exp_of(double x) {
   const uint64_t scale = (bits_as<uint64_t>(shifted) + 1023u) << 52;
   const double result = p * bits_as<double>(scale);
   return x < -708. ? 0. : (x > 709. ? x * 1e308 : result);
-=======
+}
+
 // 2^x to about 1 ulp: 2^round(x) by the exponent bits, times a polynomial of the rest in [-1/2, 1/2] (Chebyshev
 // interpolation, relative error 2.5e-9). 0 below the smallest normal number; NaN stays NaN. Not for x >= 127.5.
-MSACORE_INLINE float fast_exp2(float x) {
+MSACORE_INLINE float exp2_of(float x) {
   constexpr float kRound = 12582912.0f;  // 1.5 · 2^23: adding it rounds to an integer, held in the low bits
   const float kept = x < -126.0f ? -126.0f : x;
   const float shifted = kept + kRound;
@@ -78,12 +72,12 @@ MSACORE_INLINE float fast_exp2(float x) {
   p = p * rest + 2.40226509222888e-1f;
   p = p * rest + 6.93147206702833e-1f;
   p = p * rest + 1.0f;
-  const uint32_t power = (__builtin_bit_cast(uint32_t, shifted) + 127u) << 23;
-  return x < -126.0f ? 0.0f : p * __builtin_bit_cast(float, power);
+  const uint32_t power = (bits_as<uint32_t>(shifted) + 127u) << 23;
+  return x < -126.0f ? 0.0f : p * bits_as<float>(power);
 }
 
 // The same in double precision; polynomial error 4e-18. Not for x >= 1023.5.
-MSACORE_INLINE double fast_exp2(double x) {
+MSACORE_INLINE double exp2_of(double x) {
   constexpr double kRound = 6755399441055744.0;  // 1.5 · 2^52
   const double kept = x < -1022.0 ? -1022.0 : x;
   const double shifted = kept + kRound;
@@ -100,9 +94,8 @@ MSACORE_INLINE double fast_exp2(double x) {
   p = p * rest + 2.40226506959101596e-1;
   p = p * rest + 6.93147180559945309e-1;
   p = p * rest + 1.0;
-  const uint64_t power = (__builtin_bit_cast(uint64_t, shifted) + 1023u) << 52;
-  return x < -1022.0 ? 0.0 : p * __builtin_bit_cast(double, power);
->>>>>>> a8da696 (contrastive: info_nce on the CPU, forward and backward in tiles)
+  const uint64_t power = (bits_as<uint64_t>(shifted) + 1023u) << 52;
+  return x < -1022.0 ? 0.0 : p * bits_as<double>(power);
 }
 
 }  // namespace msacore

@@ -3,5 +3,3 @@
 from msacore.reference import contrastive, matrix_fusion, propagation, rank_n_contrast
 
 __all__ = ["contrastive", "matrix_fusion", "propagation", "rank_n_contrast"]
-
-

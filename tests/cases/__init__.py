@@ -3,5 +3,3 @@
 from tests.cases import contrastive, matrix_fusion, propagation, rank_n_contrast
 
 ALL = [*contrastive.CASES, *matrix_fusion.CASES, *propagation.CASES, *rank_n_contrast.CASES]
-
-
