@@ -15,7 +15,7 @@ demo: $(VENV)/.built
 	@ls $(OUT)/*/report.html
 
 test: lint
-	$(PYTHON) -m pytest --doctest-modules msacore tests
+	$(PYTHON) -m pytest --doctest-modules msacore examples/msa tests
 
 lint: $(VENV)/.built
 	$(VENV)/bin/ruff check .
