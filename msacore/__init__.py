@@ -1,5 +1,7 @@
 """Fast operators for multimodal sentiment analysis (text, audio, vision) on PyTorch."""
 
+from typing import Any
+
 from msacore._load import load_extension
 
 load_extension()
@@ -12,4 +14,13 @@ from msacore.ops.rank_n_contrast import rank_n_contrast  # noqa: E402
 
 __version__ = "0.1.0"
 
-__all__ = ["graph_propagate", "info_nce", "matrix_fusion", "rank_n_contrast", "uncertainty"]
+__all__ = ["graph_propagate", "info_nce", "matrix_fusion", "rank_n_contrast", "select", "uncertainty"]
+
+
+def __getattr__(name: str) -> Any:
+    # Loaded on first use: `python -m msacore.selection` would otherwise find its module imported already.
+    if name == "select":
+        from msacore.selection import select
+
+        return select
+    raise AttributeError(f"module 'msacore' has no attribute {name!r}")

@@ -1,0 +1,1 @@
+"""How :func:`msacore.select` works; nothing here is public."""

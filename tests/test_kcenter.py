@@ -1,0 +1,191 @@
+"""The selection kernels against the plain formulas, in every dtype, at ties, and on bad input."""
+
+import pytest
+import torch
+
+from msacore.ops import kcenter
+from msacore.reference import kcenter as reference
+from tests.cases.kcenter import CASES, KernelCase, draw
+from tests.opcase import DTYPES, map_tensors, non_contiguous
+
+CPU = torch.device("cpu")
+METRICS = pytest.mark.parametrize("metric", ["euclidean", "cosine"])
+every_case = pytest.mark.parametrize("case", CASES, ids=lambda case: case.name)
+every_dtype = pytest.mark.parametrize("dtype", DTYPES, ids=str)
+
+
+def _fold(x: torch.Tensor, centers: torch.Tensor, metric: str, delta: torch.Tensor | None = None):
+    n = len(x)
+    delta = torch.full((n,), torch.inf, dtype=torch.float64) if delta is None else delta
+    scale = 2.0 ** -int(x.double().abs().max().clamp_min(1e-300).log2())
+    rows, zeros = torch.arange(n), torch.zeros(n, dtype=torch.int64)
+    return kcenter.fold(
+        x, rows, zeros, centers, x.double().mean(0), delta, zeros - 1, scale=scale, metric=kcenter.METRICS[metric]
+    )
+
+
+@METRICS
+@every_dtype
+@pytest.mark.parametrize("width", [1, 7, 64, 130])
+@pytest.mark.parametrize("count", [0, 1, 2, 150, 300])
+def test_fold_finds_the_nearest_centre(metric: str, dtype: torch.dtype, width: int, count: int) -> None:
+    x = draw(517, width, seed=width).to(dtype)
+    x[5] = 0
+    centers = draw(count, width, seed=1).to(dtype).double()
+    delta, owner = _fold(x, centers, metric)
+    if count == 0:
+        assert delta.isinf().all()
+        assert owner.eq(-1).all()
+        return
+    distances = reference.distances(x, centers, metric)
+    torch.testing.assert_close(delta, distances.amin(1), rtol=1e-13, atol=1e-14)
+    torch.testing.assert_close(distances.gather(1, owner[:, None])[:, 0], delta, rtol=1e-13, atol=1e-14)
+
+
+@METRICS
+def test_fold_ties_go_to_the_first_centre_and_old_centres_stay(metric: str) -> None:
+    x = draw(300, 4).mul(2).round()
+    centers = torch.cat([x[:40], x[:40]])
+    delta, owner = _fold(x, centers, metric)
+    assert owner.max() < 40
+    again, kept = _fold(x, centers, metric, delta)
+    assert torch.equal(again, delta)
+    assert (_fold(x[:40], x[:40], "euclidean")[0] == 0).all()
+    assert kept.min() >= -1
+
+
+@pytest.mark.parametrize("magnitude", [1e-30, 1e-3, 1.0, 1e4, 1e30])
+@pytest.mark.parametrize("offset", [0.0, 1e5])
+def test_fold_is_exact_for_any_magnitude_and_offset(magnitude: float, offset: float) -> None:
+    x = ((draw(400, 33) + offset) * magnitude).float()
+    centers = x[:90].double()
+    delta, owner = _fold(x, centers, "euclidean")
+    distances = reference.distances(x, centers)
+    torch.testing.assert_close(delta, distances.amin(1), rtol=1e-13, atol=0)
+    assert torch.equal(owner, distances.argmin(1))
+
+
+def test_fold_takes_the_centres_a_row_lacks() -> None:
+    x, centers = draw(600, 9), draw(70, 9, seed=3)
+    start = torch.arange(600) % 71
+    distances = reference.distances(x, centers)
+    hidden = distances.masked_fill(torch.arange(70)[None, :] < start[:, None], torch.inf)
+    infinite = torch.full((600,), torch.inf, dtype=torch.float64)
+    rows = torch.arange(600).flip(0)
+    delta, owner = kcenter.fold(
+        x, rows, start.flip(0), centers, x.mean(0), infinite, start.mul(0) - 1, scale=0.25, metric=0
+    )
+    torch.testing.assert_close(delta.flip(0), hidden.amin(1), rtol=1e-13, atol=0)
+    assert torch.equal(owner.flip(0), hidden.argmin(1).where(start < 70, -1))
+
+
+@METRICS
+@every_dtype
+def test_count_equals_the_plain_count(metric: str, dtype: torch.dtype) -> None:
+    x = draw(520, 11).mul(2).round().to(dtype)
+    centers = x[:333].double()
+    # Whole squared distances (or sixteenths of a turn of cosine): a radius between them leaves nothing to rounding,
+    # and ties in plenty just beside it.
+    for radius in (0.0, 26.5**0.5, 60.5**0.5, 1e3) if metric == "euclidean" else (0.0, 0.51234, 3.0):
+        got = kcenter.count(
+            x,
+            torch.arange(520),
+            centers,
+            x.double().mean(0),
+            radius=radius,
+            scale=0.125,
+            metric=kcenter.METRICS[metric],
+        )
+        assert torch.equal(got, reference.count(x, centers, radius, metric)), radius
+
+
+@pytest.mark.parametrize("count", [0, 1, 5, 100, 4999, 5000, 6000])
+@pytest.mark.parametrize("values", [1, 3, 10**6])
+def test_rank_orders_by_score_then_index(count: int, values: int) -> None:
+    score = torch.randint(values, (5000,), generator=torch.Generator().manual_seed(values)).double()
+    assert torch.equal(kcenter.rank(score, count=count), reference.rank(score, count))
+
+
+def test_rank_survives_a_sample_that_misleads() -> None:
+    score = torch.zeros(40_000, dtype=torch.float64)
+    score[::9] = 1
+    score[4] = 2
+    assert torch.equal(kcenter.rank(score, count=3000), reference.rank(score, 3000))
+    score[:20_000] = -torch.inf
+    assert torch.equal(kcenter.rank(score, count=3000), reference.rank(score, 3000))
+
+
+@every_dtype
+def test_greedy_stops_where_an_outsider_would_come_first(dtype: torch.dtype) -> None:
+    x = draw(60, 5).mul(2).round().to(dtype)
+    weight, delta = torch.rand(60, generator=torch.Generator().manual_seed(0)).double(), torch.full((60,), 9.0).double()
+    index, far = torch.arange(60) * 2, torch.tensor([-torch.inf]).double()
+    picks, scores = kcenter.greedy(x, weight, delta, index, far, torch.tensor([999]), limit=60, metric=0)
+    expected, expected_scores = reference.greedy(x, weight, delta, 60)
+    assert torch.equal(picks, expected)
+    torch.testing.assert_close(scores, expected_scores, rtol=1e-13, atol=0)
+    stop = scores[20:21]
+    for outsider in (-1, 999):
+        made, _ = kcenter.greedy(x, weight, delta, index, stop, torch.tensor([outsider]), limit=60, metric=0)
+        count = int((scores > stop).sum() if outsider < 0 else (scores >= stop).sum())
+        assert torch.equal(made[:count], expected[:count])
+        assert made[count:].eq(-1).all()
+
+
+@every_dtype
+def test_scan_sums_hashes_and_finds_the_first_bad_row(dtype: torch.dtype) -> None:
+    x = draw(9000, 5).to(dtype)
+    sums, checksum, largest, bad = kcenter.scan(x)
+    torch.testing.assert_close(sums, x.double().sum(0), rtol=1e-12, atol=1e-9)
+    assert largest.item() == x.double().abs().max()
+    assert bad.item() == 9000
+    moved = x.clone()
+    moved[17, 2], moved[17, 3] = x[17, 3], x[17, 2]
+    assert (kcenter.scan(moved)[1] != checksum).nonzero().flatten().tolist() == [17]
+    for value in (float("nan"), float("inf"), -float("inf")):
+        broken = x.clone()
+        broken[8000, 1] = broken[5001, 4] = value
+        assert kcenter.scan(broken)[3].item() == 5001
+    assert kcenter.scan(x[:0])[3].item() == 0
+
+
+@every_case
+@pytest.mark.parametrize("change", [lambda t: t, non_contiguous], ids=["contiguous", "strided"])
+def test_opcheck(case: KernelCase, change) -> None:
+    arguments = map_tensors(case.arguments(CPU, torch.float32), change)
+    names = [a.name for a in case.op._schema.arguments if not a.kwarg_only]
+    torch.library.opcheck(
+        case.op, tuple(arguments[n] for n in names), {k: v for k, v in arguments.items() if k not in names}
+    )
+
+
+def _positional(case: KernelCase, arguments: dict) -> None:
+    names = [a.name for a in case.op._schema.arguments if not a.kwarg_only]
+    case.op(*(arguments[n] for n in names), **{k: v for k, v in arguments.items() if k not in names})
+
+
+@pytest.mark.parametrize("device", ["cpu", "meta"])
+@pytest.mark.parametrize(
+    ("case", "label"), [(c, label) for c in CASES for label in c.bad_inputs], ids=lambda v: getattr(v, "name", v)
+)
+def test_bad_inputs_raise_and_name_the_argument(case: KernelCase, label: str, device: str) -> None:
+    bad = case.bad_inputs[label]
+    if bad.values and device == "meta":
+        return
+    arguments = map_tensors(bad.mutate(case.arguments(CPU, torch.float32)), lambda t: t.to(device))
+    with pytest.raises(RuntimeError) as caught:
+        _positional(case, arguments)
+    for word in (case.name, *bad.words):
+        assert word in str(caught.value)
+
+
+@every_case
+@every_dtype
+def test_equal_bits_twice(case: KernelCase, dtype: torch.dtype) -> None:
+    names = [a.name for a in case.op._schema.arguments if not a.kwarg_only]
+    results = []
+    for _ in range(2):
+        arguments = case.arguments(CPU, dtype)
+        out = case.op(*(arguments[n] for n in names), **{k: v for k, v in arguments.items() if k not in names})
+        results.append(out if isinstance(out, tuple) else (out,))
+    assert all(torch.equal(a, b) for a, b in zip(*results, strict=True))
