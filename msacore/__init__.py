@@ -7,6 +7,7 @@ from msacore._load import load_extension
 load_extension()
 
 from msacore import uncertainty  # noqa: E402
+from msacore.ops import kcenter as _kcenter  # noqa: E402, F401  # registers the fake kernels
 from msacore.ops.contrastive import info_nce  # noqa: E402
 from msacore.ops.matrix_fusion import matrix_fusion  # noqa: E402
 from msacore.ops.propagation import graph_propagate  # noqa: E402
