@@ -16,12 +16,6 @@
 
 namespace msacore::matrix_fusion {
 
-// to[j] = from[j], between a storage type and its accumulation type.
-template <typename From, typename To>
-MSACORE_SIMD void convert(const From* __restrict__ from, To* __restrict__ to, int64_t count) {
-  for (int64_t j = 0; j < count; ++j) to[j] = static_cast<To>(from[j]);
-}
-
 // h = (h + extra) · scale for one token.
 template <typename A>
 MSACORE_SIMD void add_and_scale(A* __restrict__ h, const A* __restrict__ extra, A scale, int64_t count) {
@@ -204,7 +198,6 @@ class Chunk {
   static int64_t slot(int64_t m, int64_t n) {
     return n * (n - 1) / 2 + m;
   }  // pairs with one right member are neighbours
-  static Block<const A> constant(const Block<A>& b) { return {b.data, b.rows, b.cols, b.row_stride, b.col_stride}; }
   int64_t left() const { return (s_.modalities - 1) * s_.rows; }
   bool available(int64_t b, int64_t m) const { return !in_.available || in_.available[b * s_.modalities + m]; }
   int64_t count(int64_t b) const { return start_[b + 1] - start_[b]; }

@@ -30,6 +30,11 @@ struct Block {
   Block rows_from(int64_t begin, int64_t count) const { return {row(begin), count, cols, row_stride, col_stride}; }
 };
 
+template <typename A>
+Block<const A> constant(const Block<A>& b) {
+  return {b.data, b.rows, b.cols, b.row_stride, b.col_stride};
+}
+
 // Memory for the intermediate results of one thread, aligned for vector loads, not initialised, freed together.
 class Scratch {
  public:
@@ -45,6 +50,12 @@ class Scratch {
  private:
   std::vector<std::unique_ptr<void, decltype(&std::free)>> memory_;
 };
+
+// to[j] = from[j], between a storage type and its accumulation type.
+template <typename From, typename To>
+MSACORE_SIMD void convert(const From* __restrict__ from, To* __restrict__ to, int64_t count) {
+  for (int64_t j = 0; j < count; ++j) to[j] = static_cast<To>(from[j]);
+}
 
 // out (+)= a · b where the rows of `out` and `b` are contiguous.
 template <typename A>

@@ -1,0 +1,61 @@
+// Low-rank fusion: what the operators accept, on every device.
+#pragma once
+#include <optional>
+#include <string>
+#include <vector>
+
+#include "common/check.h"
+#include "common/dispatch.h"
+
+namespace msacore::low_rank_fusion {
+
+struct Inputs {
+  const std::vector<Tensor>&features, &factors;  // M times [B, d_m], M times [r, d_m + 1, h]
+  const Tensor &rank_weight, &bias;
+  const std::optional<Tensor>& available;
+};
+
+struct Sizes {
+  int64_t batch, modalities, rank, width;  // B, M, r, h
+  std::vector<int64_t> features;           // d_m
+};
+
+inline Sizes check_inputs(const char* op, const Inputs& in) {
+  const int64_t modalities = static_cast<int64_t>(in.features.size());
+  check(modalities >= 1, op, "expected `features` to hold at least 1 modality, got 0");
+  check(in.factors.size() == in.features.size(), op, "expected `factors` to hold a tensor per modality, M = ",
+        modalities, ", got ", in.factors.size());
+  const Tensor& first = in.features[0];
+  check_floating(first, op, "features[0]");
+  check_shape(first, op, "features[0]", {-1, -1}, "[B, d_m]");
+  const auto check_one = [&](const Tensor& t, const std::string& name, std::initializer_list<int64_t> shape,
+                             const char* meaning, ScalarType dtype) {
+    check_dtype(t, op, name, dtype);
+    check_shape(t, op, name, shape, meaning);
+    check_device(t, op, name, first);
+  };
+  const ScalarType dtype = first.scalar_type();
+  check_one(in.rank_weight, "rank_weight", {-1}, "[r]", dtype);
+  check_one(in.bias, "bias", {-1}, "[h]", dtype);
+  Sizes s{first.size(0), modalities, in.rank_weight.size(0), in.bias.size(0), {}};
+  for (int64_t m = 0; m < modalities; ++m) {
+    const std::string index = "[" + std::to_string(m) + "]";
+    check_one(in.features[m], "features" + index, {s.batch, -1}, "[B, d_m]", dtype);
+    s.features.push_back(in.features[m].size(1));
+    check_one(in.factors[m], "factors" + index, {s.rank, s.features[m] + 1, s.width}, "[r, d_m + 1, h]", dtype);
+  }
+  if (in.available) check_one(*in.available, "available", {s.batch, modalities}, "[B, M]", ScalarType::Bool);
+  return s;
+}
+
+inline void check_saved(const char* op, const Tensor& grad_out, const Tensor& projections, const Sizes& s,
+                        const Tensor& like) {
+  check_dtype(grad_out, op, "grad_out", like.scalar_type());
+  check_shape(grad_out, op, "grad_out", {s.batch, s.width}, "[B, h]");
+  check_device(grad_out, op, "grad_out", like);
+  check_dtype(projections, op, "projections", acc_dtype(like.scalar_type()));
+  check_shape(projections, op, "projections", {s.modalities, s.rank, s.batch, s.width}, "[M, r, B, h]");
+  check_device(projections, op, "projections", like);
+}
+
+}  // namespace msacore::low_rank_fusion
