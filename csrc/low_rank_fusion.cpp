@@ -206,8 +206,9 @@ void backward(const Operands<T>& in, const Sizes& s, const T* grad_out_, const a
     A* product = kInPlace ? nullptr : local.take<A>(*std::max_element(s.features.begin(), s.features.end()) * s.width);
     for (int64_t r = first; r < last; ++r) {
       const int64_t stride = s.rank * count;
-      grads.rank_weight[r] = static_cast<T>(combine_backward(projections + r * count, grad_out, grad_a + r * count,
-                                                             in.rank_weight[r], s.modalities, stride, s.batch, s.width));
+      grads.rank_weight[r] =
+          static_cast<T>(combine_backward(projections + r * count, grad_out, grad_a + r * count, in.rank_weight[r],
+                                          s.modalities, stride, s.batch, s.width));
       for (int64_t m = 0; m < s.modalities; ++m) {
         const int64_t d = s.features[m];
         const Block<const A> grad{grad_a + m * stride + r * count, s.batch, s.width, s.width};

@@ -23,8 +23,8 @@ struct Sizes {
 inline Sizes check_inputs(const char* op, const Inputs& in) {
   const int64_t modalities = static_cast<int64_t>(in.features.size());
   check(modalities >= 1, op, "expected `features` to hold at least 1 modality, got 0");
-  check(in.factors.size() == in.features.size(), op, "expected `factors` to hold a tensor per modality, M = ",
-        modalities, ", got ", in.factors.size());
+  check(in.factors.size() == in.features.size(), op,
+        "expected `factors` to hold a tensor per modality, M = ", modalities, ", got ", in.factors.size());
   const Tensor& first = in.features[0];
   check_floating(first, op, "features[0]");
   check_shape(first, op, "features[0]", {-1, -1}, "[B, d_m]");

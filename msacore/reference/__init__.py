@@ -1,5 +1,5 @@
 """Every operator once more in plain PyTorch: the mathematics as readable code, for tests and comparisons."""
 
-from msacore.reference import contrastive, matrix_fusion, propagation, rank_n_contrast
+from msacore.reference import contrastive, low_rank_fusion, matrix_fusion, propagation, rank_n_contrast
 
-__all__ = ["contrastive", "matrix_fusion", "propagation", "rank_n_contrast"]
+__all__ = ["contrastive", "low_rank_fusion", "matrix_fusion", "propagation", "rank_n_contrast"]
