@@ -140,50 +140,15 @@ struct Problem {
     }
   }
 
-  // Losses per row of one direction, zero where dropped; fills stats [3, n] (log-sum-exp, mean positive, total weight).
-  std::vector<double> losses(const Direction<A>& direction, int64_t n, A* stats, int64_t* count) {
-    std::vector<double> loss(n, 0.0);
-    *count = 0;
-    for (int64_t i = 0; i < n; ++i) {
-      double log_sum_exp = 0;
-      const bool kept = direction.total[i] != 0;
-      if (kept && direction.choice(i))
-        loss[i] = anchor_loss(direction, term().scale, term().bounded(), i, &log_sum_exp);
-      *count += kept;
-      stats[i] = static_cast<A>(log_sum_exp);
-      stats[n + i] = static_cast<A>(kept ? direction.positive[i] : 0.0);
-      stats[2 * n + i] = static_cast<A>(direction.total[i]);
-    }
-    return loss;
-  }
-
-  // Weights of softmax and positives in the gradient, from what the forward pass kept.
-  void load(Direction<A>& direction, const Side<A>& side, const A* stats, const A* grad_out, double factor) {
-    const int64_t n = side.n;
-    int64_t count = 0;
-    for (int64_t i = 0; stats && i < n; ++i) count += stats[2 * n + i] != 0;
-    direction.share = Buffer<A>(side.rows, A(0));
-    direction.log = Buffer<A>(side.rows, std::numeric_limits<A>::infinity());
-    direction.attract = Buffer<A>(side.rows, A(0));
-    direction.positive = Buffer<double>(side.rows, 0.0);
-    for (int64_t i = 0; stats && i < n; ++i) {
-      if (stats[2 * n + i] == 0 || !direction.choice(i)) continue;
-      double gradient = static_cast<double>(options.reduction == kNone ? grad_out[i] : grad_out[0]) * factor;
-      if (options.reduction == kMean) gradient /= static_cast<double>(count);
-      const double log = stats[i] * M_LOG2E;
-      direction.log[i] = static_cast<A>(log);
-      direction.share[i] =
-          static_cast<A>(term().bounded() ? gradient * std::exp2(static_cast<A>(term().scale) - log) : gradient);
-      direction.attract[i] = static_cast<A>(gradient / stats[2 * n + i]);
-      direction.positive[i] = stats[n + i];
-    }
-  }
-
   void backward(const A* grad_out, const A* row_stats, const A* column_stats, T* grad_weights) {
     Term<A>& t = term();
     const double factor = t.both ? 0.5 : 1.0;
-    load(t.rows, *t.a, row_stats, grad_out, factor);
-    if (!t.self()) load(t.columns, *t.b, t.both ? column_stats : nullptr, grad_out, factor);
+    const auto gradient_of = [&](int64_t i, int64_t count) {
+      const double gradient = static_cast<double>(grad_out[options.reduction == kNone ? i : 0]) * factor;
+      return options.reduction == kMean ? gradient / static_cast<double>(count) : gradient;
+    };
+    load_shares(t, t.rows, *t.a, row_stats, gradient_of);
+    if (!t.self()) load_shares(t, t.columns, *t.b, t.both ? column_stats : nullptr, gradient_of);
     for (Side<A>& side : sides) side.gradient = Buffer<A>(side.rows * side.width, A(0));
     const auto weight_gradients = [&](const Term<A>&, const Tile<A>& tile, int64_t row, int64_t column) {
       if (!weights) return;
@@ -253,10 +218,10 @@ std::tuple<Tensor, Tensor, Tensor> info_nce_cpu(const Tensor& anchors, const Opt
     A* out = loss.mutable_data_ptr<A>();
     int64_t row_count = 0, column_count = 0;
     std::vector<double> per_row =
-        problem.losses(problem.term().rows, s.anchors, row_stats.mutable_data_ptr<A>(), &row_count);
+        anchor_losses(problem.term(), problem.term().rows, s.anchors, row_stats.mutable_data_ptr<A>(), &row_count);
     if (symmetric) {
-      const std::vector<double> per_column =
-          problem.losses(problem.term().other(), s.candidates, column_stats.mutable_data_ptr<A>(), &column_count);
+      const std::vector<double> per_column = anchor_losses(problem.term(), problem.term().other(), s.candidates,
+                                                           column_stats.mutable_data_ptr<A>(), &column_count);
       if (reduction == kNone)
         for (int64_t i = 0; i < s.anchors; ++i) per_row[i] = (per_row[i] + per_column[i]) / 2;
       const double total = std::accumulate(per_column.begin(), per_column.end(), 0.0);

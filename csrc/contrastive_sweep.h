@@ -272,13 +272,48 @@ void sum_exponentials(std::vector<Term<A>>& terms, Inspect&& inspect) {
   });
 }
 
-// Loss of anchor i: log-sum-exp minus mean positive, natural units; also the log-sum-exp itself.
+// Losses per anchor of one direction, zero where dropped, and how many count. Fills stats [3, n]: log-sum-exp, mean
+// similarity of the positives, their total weight.
 template <typename A>
-double anchor_loss(const Direction<A>& direction, double scale, bool bounded, int64_t i, double* log_sum_exp) {
-  const double shift = bounded ? static_cast<double>(static_cast<A>(scale)) : direction.highest[i];
-  *log_sum_exp = (shift + std::log2(direction.sum[i])) * M_LN2;
-  return (shift - static_cast<double>(static_cast<A>(scale)) * direction.positive[i] + std::log2(direction.sum[i])) *
-         M_LN2;
+std::vector<double> anchor_losses(const Term<A>& term, const Direction<A>& direction, int64_t n, A* stats,
+                                  int64_t* count) {
+  const double scale = static_cast<double>(static_cast<A>(term.scale));
+  std::vector<double> loss(n, 0.0);
+  *count = 0;
+  for (int64_t i = 0; i < n; ++i) {
+    const bool kept = direction.total[i] != 0;
+    double log = 0;  // of the sum of exponentials, to base 2
+    if (kept) log = std::log2(direction.sum[i]) + (term.bounded() ? scale : static_cast<double>(direction.highest[i]));
+    if (kept && direction.choice(i)) loss[i] = (log - scale * direction.positive[i]) * M_LN2;
+    *count += kept;
+    stats[i] = static_cast<A>(log * M_LN2);
+    stats[n + i] = static_cast<A>(kept ? direction.positive[i] : 0.0);
+    stats[2 * n + i] = static_cast<A>(direction.total[i]);
+  }
+  return loss;
+}
+
+// Shares of softmax and positives in the gradient, from the stats of the forward pass (null: no anchors here);
+// gradient_of(i, count) is the gradient of the loss of anchor i, of `count` that are kept.
+template <typename A, typename GradientOf>
+void load_shares(const Term<A>& term, Direction<A>& direction, const Side<A>& side, const A* stats,
+                 GradientOf&& gradient_of) {
+  const int64_t n = side.n;
+  int64_t count = 0;
+  for (int64_t i = 0; stats && i < n; ++i) count += stats[2 * n + i] != 0;
+  direction.share = Buffer<A>(side.rows, A(0));
+  direction.log = Buffer<A>(side.rows, std::numeric_limits<A>::infinity());
+  direction.attract = Buffer<A>(side.rows, A(0));
+  direction.positive = Buffer<double>(side.rows, 0.0);
+  for (int64_t i = 0; stats && i < n; ++i) {
+    if (stats[2 * n + i] == 0 || !direction.choice(i)) continue;
+    const double gradient = gradient_of(i, count), log = stats[i] * M_LOG2E;
+    direction.log[i] = static_cast<A>(log);
+    direction.share[i] =
+        static_cast<A>(term.bounded() ? gradient * std::exp2(static_cast<A>(term.scale) - log) : gradient);
+    direction.attract[i] = static_cast<A>(gradient / stats[2 * n + i]);
+    direction.positive[i] = stats[n + i];
+  }
 }
 
 // Second sweep: gradients of the unit rows from the softmax and from diagonal positives, without the factor

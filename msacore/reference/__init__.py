@@ -1,5 +1,19 @@
 """Every operator once more in plain PyTorch: the mathematics as readable code, for tests and comparisons."""
 
-from msacore.reference import contrastive, low_rank_fusion, matrix_fusion, propagation, rank_n_contrast
+from msacore.reference import (
+    contrastive,
+    hierarchical_contrastive,
+    low_rank_fusion,
+    matrix_fusion,
+    propagation,
+    rank_n_contrast,
+)
 
-__all__ = ["contrastive", "low_rank_fusion", "matrix_fusion", "propagation", "rank_n_contrast"]
+__all__ = [
+    "contrastive",
+    "hierarchical_contrastive",
+    "low_rank_fusion",
+    "matrix_fusion",
+    "propagation",
+    "rank_n_contrast",
+]

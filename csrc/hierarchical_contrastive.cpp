@@ -1,0 +1,247 @@
+// Hierarchical contrastive loss on the CPU: all terms of the three tiers in one sweep forward and one backward; every
+// embedding is normalised once.
+#include "hierarchical_contrastive.h"
+
+#include <torch/csrc/stable/library.h>
+#include <torch/csrc/stable/ops.h>
+
+#include <tuple>
+
+#include "contrastive_classes.h"
+#include "contrastive_sweep.h"
+
+namespace msacore::hierarchical_contrastive {
+namespace {
+
+using contrastive::Direction;
+using contrastive::Labels;
+using contrastive::Side;
+using contrastive::Term;
+
+struct Plan {
+  int64_t tier, first, second;  // sides: modalities, then fused, then pairs
+};
+
+std::vector<Plan> plan_terms(const Sizes& s, bool intra_modal) {
+  std::vector<Plan> plans;
+  const int64_t fused = s.modalities;
+  if (intra_modal)
+    for (int64_t m = 0; m < s.modalities; ++m) plans.push_back({0, m, m});
+  else
+    for (int64_t m = 0; m < s.modalities; ++m)
+      for (int64_t n = m + 1; n < s.modalities; ++n) plans.push_back({0, m, n});
+  for (int64_t m = 0; m < s.modalities; ++m) plans.push_back({1, fused, m});
+  for (int64_t p = 0; p < s.pairs; ++p)
+    for (int64_t q = p + 1; q < s.pairs; ++q) plans.push_back({2, fused + 1 + p, fused + 1 + q});
+  return plans;
+}
+
+// Which modalities each side needs: bits of a mask.
+std::vector<uint64_t> needs_of_sides(const Sizes& s) {
+  std::vector<uint64_t> needs;
+  for (int64_t m = 0; m < s.modalities; ++m) needs.push_back(uint64_t(1) << m);
+  needs.push_back(0);
+  for (int64_t m = 0; m < s.modalities; ++m)
+    for (int64_t n = m + 1; n < s.modalities; ++n) needs.push_back(uint64_t(1) << m | uint64_t(1) << n);
+  return needs;
+}
+
+template <typename T>
+struct Problem {
+  using A = acc_t<T>;
+  Sizes size;
+  Options options;
+  const int64_t* labels;
+  std::vector<Plan> plans;
+  std::vector<Side<A>> sides;
+  std::vector<Term<A>> terms;
+
+  Problem(const Inputs& in, const Sizes& size, const Options& options)
+      : size(size),
+        options(options),
+        labels(in.labels ? in.labels->const_data_ptr<int64_t>() : nullptr),
+        plans(plan_terms(size, options.intra_modal)) {
+    const int64_t n = size.samples;
+    std::vector<const Tensor*> embeddings;
+    for (const Tensor& t : in.unimodal) embeddings.push_back(&t);
+    embeddings.push_back(&in.fused);
+    for (const Tensor& t : in.high_level) embeddings.push_back(&t);
+    const std::vector<uint64_t> needs = needs_of_sides(size);
+    const bool* available = in.available ? in.available->const_data_ptr<bool>() : nullptr;
+    std::vector<uint64_t> present(n, ~uint64_t(0));
+    for (int64_t i = 0; available && i < n; ++i)
+      for (int64_t m = 0; m < size.modalities; ++m)
+        if (!available[i * size.modalities + m]) present[i] &= ~(uint64_t(1) << m);
+
+    std::vector<Buffer<uint8_t>> used;  // rows of a side that some term reads
+    for (size_t k = 0; k < embeddings.size(); ++k) used.emplace_back(n, uint8_t(0));
+    for (const Plan& plan : plans) {
+      Term<A> term{};
+      const bool self = plan.first == plan.second;
+      const uint64_t need = needs[plan.first] | needs[plan.second];
+      term.rows.used = Buffer<uint8_t>(n);
+      term.columns.used = Buffer<uint8_t>(n);
+      for (int64_t i = 0; i < n; ++i) {
+        const uint8_t open = (present[i] & need) == need && (!self || labels[i] >= 0);
+        term.rows.used[i] = term.columns.used[i] = open;
+        used[plan.first][i] |= open;
+        used[plan.second][i] |= open;
+      }
+      term.scale = M_LOG2E / options.temperatures[plan.tier];
+      term.both = term.diagonal = !self;
+      term.exclude_self = self;
+      contrastive::count_candidates(term.rows, n, term.columns, n, self);
+      contrastive::count_candidates(term.columns, n, term.rows, n, self);
+      terms.push_back(std::move(term));
+    }
+    sides.reserve(embeddings.size());
+    for (size_t k = 0; k < embeddings.size(); ++k)
+      sides.emplace_back(embeddings[k]->const_data_ptr<T>(), used[k].get(), n, embeddings[k]->size(1));
+    for (size_t t = 0; t < plans.size(); ++t) {
+      terms[t].a = &sides[plans[t].first];
+      terms[t].b = &sides[plans[t].second];
+    }
+  }
+
+  Labels labels_of(const Term<A>& term) const { return {labels, term.rows.used.get(), size.samples}; }
+
+  // Fills tiers [3] and stats [T, 2, 3, N].
+  void forward(A* tiers, A* stats) {
+    contrastive::sum_exponentials(terms, [](const auto&...) {});
+    double sums[kTiers] = {};
+    const int64_t n = size.samples;
+    for (size_t t = 0; t < terms.size(); ++t) {
+      Term<A>& term = terms[t];
+      if (term.self()) {
+        const Labels classes = labels_of(term);
+        class_positives(*term.a, classes, *term.a, classes, true, term.rows);
+      }
+      for (int64_t side = 0; side < 2; ++side) {
+        int64_t count = 0;
+        const Direction<A>& direction = side ? term.other() : term.rows;
+        const std::vector<double> losses = anchor_losses(term, direction, n, stats + (2 * t + side) * 3 * n, &count);
+        sums[plans[t].tier] += std::accumulate(losses.begin(), losses.end(), 0.0) / (2.0 * std::max<int64_t>(1, count));
+      }
+    }
+    for (int64_t k = 0; k < kTiers; ++k) tiers[k] = static_cast<A>(sums[k]);
+  }
+
+  void backward(const double* grad_tiers, const A* stats) {
+    const int64_t n = size.samples;
+    for (size_t t = 0; t < terms.size(); ++t) {
+      Term<A>& term = terms[t];
+      const int64_t tier = plans[t].tier;
+      const double factor = grad_tiers[tier] / options.temperatures[tier] / (term.self() ? 1 : 2);
+      const auto gradient_of = [factor](int64_t, int64_t count) { return factor / static_cast<double>(count); };
+      load_shares(term, term.rows, *term.a, stats + 2 * t * 3 * n, gradient_of);
+      if (!term.self()) load_shares(term, term.columns, *term.b, stats + (2 * t + 1) * 3 * n, gradient_of);
+    }
+    for (Side<A>& side : sides) side.gradient = Buffer<A>(side.rows * side.width, A(0));
+    contrastive::add_gradients(terms, [](const auto&...) {}, [](const auto&...) {});
+    for (Term<A>& term : terms) {
+      if (!term.self()) continue;
+      const Labels classes = labels_of(term);
+      attract_classes(*term.a, classes, term.rows, *term.a, classes, term.rows, true);
+    }
+  }
+};
+
+std::vector<Tensor> contiguous(const std::vector<Tensor>& tensors) {
+  std::vector<Tensor> out;
+  for (const Tensor& t : tensors) out.push_back(torch::stable::contiguous(t));
+  return out;
+}
+
+Inputs contiguous(const Inputs& in) {
+  const auto optional = [](const OptionalTensor& t) {
+    return t ? OptionalTensor(torch::stable::contiguous(*t)) : std::nullopt;
+  };
+  return {contiguous(in.unimodal), torch::stable::contiguous(in.fused), contiguous(in.high_level),
+          optional(in.available), optional(in.labels)};
+}
+
+std::tuple<Tensor, Tensor, Tensor> forward_cpu(const std::vector<Tensor>& unimodal, const Tensor& fused,
+                                               const std::vector<Tensor>& high_level, const OptionalTensor& available,
+                                               const OptionalTensor& labels, const std::vector<double>& tier_weights,
+                                               const std::vector<double>& temperatures, bool intra_modal) {
+  constexpr const char* op = "hierarchical_contrastive_loss";
+  const Inputs given{unimodal, fused, high_level, available, labels};
+  const Options options{tier_weights, temperatures, intra_modal};
+  const Sizes s = check_inputs(op, given, options);
+  const Inputs in = contiguous(given);
+  const ScalarType dtype = acc_dtype(fused.scalar_type());
+  Tensor loss = torch::stable::new_empty(fused, {}, dtype);
+  Tensor tiers = torch::stable::new_empty(fused, {kTiers}, dtype);
+  Tensor stats = torch::stable::new_empty(fused, {s.terms, 2, 3, s.samples}, dtype);
+  dispatch_floating(fused.scalar_type(), op, [&](auto tag) {
+    using T = typename decltype(tag)::type;
+    using A = acc_t<T>;
+    A* sums = tiers.mutable_data_ptr<A>();
+    Problem<T>(in, s, options).forward(sums, stats.mutable_data_ptr<A>());
+    double total = 0;
+    for (int64_t k = 0; k < kTiers; ++k) total += tier_weights[k] * static_cast<double>(sums[k]);
+    *loss.mutable_data_ptr<A>() = static_cast<A>(total);
+  });
+  return {loss, tiers, stats};
+}
+
+// Gradients in the order of the arguments: unimodal, fused, high_level.
+std::vector<Tensor> backward_cpu(const OptionalTensor& grad_loss, const OptionalTensor& grad_tiers,
+                                 const std::vector<Tensor>& unimodal, const Tensor& fused,
+                                 const std::vector<Tensor>& high_level, const OptionalTensor& available,
+                                 const OptionalTensor& labels, const Tensor& stats_,
+                                 const std::vector<double>& tier_weights, const std::vector<double>& temperatures,
+                                 bool intra_modal) {
+  constexpr const char* op = "hierarchical_contrastive_loss_backward";
+  const Inputs given{unimodal, fused, high_level, available, labels};
+  const Options options{tier_weights, temperatures, intra_modal};
+  const Sizes s = check_inputs(op, given, options);
+  const ScalarType dtype = acc_dtype(fused.scalar_type());
+  if (grad_loss) {
+    check_dtype(*grad_loss, op, "grad_loss", dtype);
+    check_shape(*grad_loss, op, "grad_loss", {}, "[]");
+  }
+  if (grad_tiers) {
+    check_dtype(*grad_tiers, op, "grad_tiers", dtype);
+    check_shape(*grad_tiers, op, "grad_tiers", {kTiers}, "[3]");
+  }
+  check_dtype(stats_, op, "stats", dtype);
+  check_shape(stats_, op, "stats", {s.terms, 2, 3, s.samples}, "[T, 2, 3, N]");
+  const Inputs in = contiguous(given);
+  const Tensor stats = torch::stable::contiguous(stats_);
+  const OptionalTensor tiers = grad_tiers ? OptionalTensor(torch::stable::contiguous(*grad_tiers)) : std::nullopt;
+  std::vector<Tensor> grads;
+  for (const std::vector<Tensor>& group : {in.unimodal, {in.fused}, in.high_level})
+    for (const Tensor& t : group) grads.push_back(torch::stable::new_empty(t, {t.size(0), t.size(1)}));
+  dispatch_floating(fused.scalar_type(), op, [&](auto tag) {
+    using T = typename decltype(tag)::type;
+    using A = acc_t<T>;
+    double gradient[kTiers];
+    for (int64_t k = 0; k < kTiers; ++k)
+      gradient[k] = (grad_loss ? tier_weights[k] * static_cast<double>(*grad_loss->const_data_ptr<A>()) : 0.0) +
+                    (tiers ? static_cast<double>(tiers->const_data_ptr<A>()[k]) : 0.0);
+    Problem<T> problem(in, s, options);
+    problem.backward(gradient, stats.const_data_ptr<A>());
+    for (size_t k = 0; k < grads.size(); ++k) problem.sides[k].project(grads[k].mutable_data_ptr<T>(), A(1));
+  });
+  return grads;
+}
+
+}  // namespace
+}  // namespace msacore::hierarchical_contrastive
+
+#define MSACORE_HIERARCHICAL_ARGUMENTS \
+  "Tensor[] unimodal, Tensor fused, Tensor[] high_level, Tensor? available, Tensor? labels"
+#define MSACORE_HIERARCHICAL_OPTIONS "*, float[] tier_weights, float[] temperatures, bool intra_modal"
+
+STABLE_TORCH_LIBRARY_FRAGMENT(msacore, m) {
+  m.def("hierarchical_contrastive_loss(" MSACORE_HIERARCHICAL_ARGUMENTS ", " MSACORE_HIERARCHICAL_OPTIONS
+        ") -> (Tensor, Tensor, Tensor)");
+  m.def("hierarchical_contrastive_loss_backward(Tensor? grad_loss, Tensor? grad_tiers, " MSACORE_HIERARCHICAL_ARGUMENTS
+        ", Tensor stats, " MSACORE_HIERARCHICAL_OPTIONS ") -> Tensor[]");
+}
+
+STABLE_TORCH_LIBRARY_IMPL(msacore, CPU, m) {
+  m.impl("hierarchical_contrastive_loss", TORCH_BOX(&msacore::hierarchical_contrastive::forward_cpu));
+  m.impl("hierarchical_contrastive_loss_backward", TORCH_BOX(&msacore::hierarchical_contrastive::backward_cpu));
+}

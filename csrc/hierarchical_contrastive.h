@@ -1,0 +1,69 @@
+// Hierarchical contrastive loss: what the operator accepts, on every device.
+#pragma once
+#include <string>
+#include <vector>
+
+#include "contrastive.h"
+
+namespace msacore::hierarchical_contrastive {
+
+using contrastive::OptionalTensor;
+
+constexpr int64_t kTiers = 3;
+constexpr int64_t kMostModalities = 64;
+
+struct Inputs {
+  std::vector<Tensor> unimodal;
+  Tensor fused;
+  std::vector<Tensor> high_level;
+  OptionalTensor available, labels;
+};
+
+struct Options {
+  std::vector<double> tier_weights, temperatures;
+  bool intra_modal;
+};
+
+struct Sizes {
+  int64_t samples, modalities, pairs, terms;
+};
+
+inline int64_t pairs_of(int64_t count) { return count * (count - 1) / 2; }
+
+inline Sizes check_inputs(const char* op, const Inputs& in, const Options& options) {
+  const int64_t modalities = static_cast<int64_t>(in.unimodal.size()), pairs = pairs_of(modalities);
+  check(modalities >= 1 && modalities <= kMostModalities, op, "expected `unimodal` to hold 1 to ", kMostModalities,
+        " tensors, got ", modalities);
+  check(static_cast<int64_t>(in.high_level.size()) == pairs, op, "expected `high_level` to hold M(M-1)/2 = ", pairs,
+        " tensors, got ", in.high_level.size());
+  const Tensor& first = in.unimodal.front();
+  check_floating(first, op, "unimodal[0]");
+  check_shape(first, op, "unimodal[0]", {-1, -1}, "[N, d]");
+  const int64_t n = first.size(0), d = first.size(1);
+  const auto check_embedding = [&](const Tensor& t, const std::string& name, int64_t width, const char* meaning) {
+    check_dtype(t, op, name, first.scalar_type());
+    check_shape(t, op, name, {n, width}, meaning);
+    check_device(t, op, name, first);
+  };
+  for (int64_t m = 1; m < modalities; ++m)
+    check_embedding(in.unimodal[m], "unimodal[" + std::to_string(m) + "]", d, "[N, d]");
+  check_embedding(in.fused, "fused", d, "[N, d]");
+  for (int64_t p = 0; p < pairs; ++p)
+    check_embedding(in.high_level[p], "high_level[" + std::to_string(p) + "]", p ? in.high_level[0].size(1) : -1,
+                    "[N, d3]");
+  if (in.available) {
+    check_dtype(*in.available, op, "available", ScalarType::Bool);
+    check_shape(*in.available, op, "available", {n, modalities}, "[N, M]");
+    check_device(*in.available, op, "available", first);
+  }
+  check(in.labels || !options.intra_modal, op, "expected `labels` with `tier1` \"intra_modal\", got none");
+  contrastive::check_rows(op, in.labels, "labels", ScalarType::Long, n, "[N]", first);
+  check(options.tier_weights.size() == kTiers, op, "expected `tier_weights` to hold 3 numbers, got ",
+        options.tier_weights.size());
+  check(options.temperatures.size() == kTiers, op, "expected `temperatures` to hold 3 numbers, got ",
+        options.temperatures.size());
+  for (double value : options.temperatures) contrastive::check_temperature(op, "temperatures", value);
+  return {n, modalities, pairs, (options.intra_modal ? modalities : pairs) + modalities + pairs_of(pairs)};
+}
+
+}  // namespace msacore::hierarchical_contrastive

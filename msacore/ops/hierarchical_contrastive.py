@@ -1,0 +1,200 @@
+"""The hierarchical contrastive loss of AL-HCL: three tiers of InfoNCE terms in one operator."""
+
+from collections.abc import Sequence
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from msacore.ops._autocast import compute_in_float32
+from msacore.ops._autograd import refuse_second_derivative
+from msacore.ops._check import check_device, check_dtype, check_floating, check_shape, fail
+from msacore.ops.contrastive import check_temperature, loss_dtype
+
+_loss = torch.ops.msacore.hierarchical_contrastive_loss.default
+_loss_backward = torch.ops.msacore.hierarchical_contrastive_loss_backward.default
+_TIERS = 3
+_MOST_MODALITIES = 64
+
+
+def _check_inputs(
+    op: str,
+    unimodal: Sequence[Tensor],
+    fused: Tensor,
+    high_level: Sequence[Tensor],
+    available: Tensor | None,
+    labels: Tensor | None,
+    *,
+    tier_weights: Sequence[float],
+    temperatures: Sequence[float],
+    intra_modal: bool,
+) -> int:
+    """The checks of csrc/hierarchical_contrastive.h; returns the number of terms."""
+    modalities = len(unimodal)
+    pairs = modalities * (modalities - 1) // 2
+    if not 1 <= modalities <= _MOST_MODALITIES:
+        fail(op, f"expected `unimodal` to hold 1 to {_MOST_MODALITIES} tensors, got {modalities}")
+    if len(high_level) != pairs:
+        fail(op, f"expected `high_level` to hold M(M-1)/2 = {pairs} tensors, got {len(high_level)}")
+    first = unimodal[0]
+    check_floating(op, "unimodal[0]", first)
+    check_shape(op, "unimodal[0]", first, (-1, -1), "[N, d]")
+    n, d = first.shape
+    width = high_level[0].shape[1] if pairs and high_level[0].dim() == 2 else -1
+    embeddings = [(f"unimodal[{m}]", t, d, "[N, d]") for m, t in enumerate(unimodal)]
+    embeddings.append(("fused", fused, d, "[N, d]"))
+    embeddings += [(f"high_level[{p}]", t, width, "[N, d3]") for p, t in enumerate(high_level)]
+    for name, tensor, size, meaning in embeddings:
+        check_dtype(op, name, tensor, first.dtype)
+        check_shape(op, name, tensor, (n, size), meaning)
+        check_device(op, name, tensor, first)
+    if available is not None:
+        check_dtype(op, "available", available, torch.bool)
+        check_shape(op, "available", available, (n, modalities), "[N, M]")
+        check_device(op, "available", available, first)
+    if labels is None and intra_modal:
+        fail(op, 'expected `labels` with `tier1` "intra_modal", got none')
+    if labels is not None:
+        check_dtype(op, "labels", labels, torch.int64)
+        check_shape(op, "labels", labels, (n,), "[N]")
+        check_device(op, "labels", labels, first)
+    for name, values in (("tier_weights", tier_weights), ("temperatures", temperatures)):
+        if len(values) != _TIERS:
+            fail(op, f"expected `{name}` to hold 3 numbers, got {len(values)}")
+    for value in temperatures:
+        check_temperature(op, "temperatures", value)
+    return (modalities if intra_modal else pairs) + modalities + pairs * (pairs - 1) // 2
+
+
+@torch.library.register_fake("msacore::hierarchical_contrastive_loss")
+def _(*inputs: Any, **options: Any) -> tuple[Tensor, Tensor, Tensor]:
+    terms = _check_inputs("hierarchical_contrastive_loss", *inputs, **options)
+    fused = inputs[1]
+    dtype = loss_dtype(fused.dtype)
+    shapes = ((), (_TIERS,), (terms, 2, 3, fused.shape[0]))
+    loss, tiers, stats = (fused.new_empty(shape, dtype=dtype) for shape in shapes)
+    return loss, tiers, stats
+
+
+@torch.library.register_fake("msacore::hierarchical_contrastive_loss_backward")
+def _(grad_loss: Tensor | None, grad_tiers: Tensor | None, *saved: Any, **options: Any) -> list[Tensor]:
+    *inputs, stats = saved
+    op = "hierarchical_contrastive_loss_backward"
+    terms = _check_inputs(op, *inputs, **options)
+    unimodal, fused, high_level = inputs[:3]
+    for name, tensor, shape, meaning in (
+        ("grad_loss", grad_loss, (), "[]"),
+        ("grad_tiers", grad_tiers, (_TIERS,), "[3]"),
+        ("stats", stats, (terms, 2, 3, fused.shape[0]), "[T, 2, 3, N]"),
+    ):
+        if tensor is not None:
+            check_dtype(op, name, tensor, loss_dtype(fused.dtype))
+            check_shape(op, name, tensor, shape, meaning)
+    return [t.new_empty(t.shape) for t in (*unimodal, fused, *high_level)]
+
+
+def _setup_context(ctx: Any, inputs: tuple[Any, ...], keyword_only_inputs: dict[str, Any], output: Any) -> None:
+    unimodal, fused, high_level, available, labels = inputs
+    _, _, stats = output
+    ctx.mark_non_differentiable(stats)
+    ctx.set_materialize_grads(False)
+    ctx.save_for_backward(*unimodal, fused, *high_level, available, labels, stats)
+    ctx.modalities = len(unimodal)
+    ctx.options = keyword_only_inputs
+
+
+def _backward(ctx: Any, grad_loss: Tensor | None, grad_tiers: Tensor | None, _: None) -> tuple[Any, ...]:
+    modalities = ctx.modalities
+    *embeddings, available, labels, stats = ctx.saved_tensors
+    grads: Sequence[Tensor | None]
+    if grad_loss is None and grad_tiers is None:
+        grads = [None] * len(embeddings)
+    else:
+        grads = _loss_backward(
+            grad_loss,
+            grad_tiers,
+            embeddings[:modalities],
+            embeddings[modalities],
+            embeddings[modalities + 1 :],
+            available,
+            labels,
+            stats,
+            **ctx.options,
+        )
+    return list(grads[:modalities]), grads[modalities], list(grads[modalities + 1 :]), None, None
+
+
+torch.library.register_autograd("msacore::hierarchical_contrastive_loss", _backward, setup_context=_setup_context)
+refuse_second_derivative("hierarchical_contrastive_loss_backward")
+compute_in_float32("hierarchical_contrastive_loss")
+
+
+def hierarchical_contrastive_loss(
+    unimodal: Sequence[Tensor],
+    fused: Tensor,
+    high_level: Sequence[Tensor],
+    *,
+    available: Tensor | None = None,
+    labels: Tensor | None = None,
+    tier_weights: Sequence[float] = (0.2, 0.3, 0.5),
+    temperatures: Sequence[float] = (0.1, 0.1, 0.5),
+    tier1: str = "cross_modal",
+    return_tiers: bool = False,
+) -> Tensor | tuple[Tensor, Tensor]:
+    """Three tiers of contrastive terms over the embeddings of M modalities, in one operator.
+
+    Tier 1 contrasts the modalities with each other ("cross_modal") or, with labels, each with itself ("intra_modal");
+    tier 2 the fused embedding with every modality; tier 3 the high-level features of modality pairs with each other.
+    All terms but the intra-modal ones are symmetric InfoNCE losses whose positives are the same sample; see
+    :func:`info_nce`.
+
+    Args:
+        unimodal: M tensors ``[N, d]``; float16, bfloat16, float32 or float64, one dtype for all embeddings.
+        fused: ``[N, d]``.
+        high_level: M(M-1)/2 tensors ``[N, d3]``, of the pairs (0, 1), (0, 2), (1, 2), ….
+        available: ``[N, M]`` bool, False where a modality is missing; a pair exists where both members do. A sample
+            takes part in a term only where both of its embeddings exist; missing ones are never read.
+        labels: ``[N]`` int64, needed by "intra_modal" and ignored otherwise; negative means unlabelled.
+        tier_weights: Weights of the three tiers in the loss.
+        temperatures: Temperatures of the three tiers, positive.
+        tier1: "cross_modal" or "intra_modal".
+        return_tiers: Also return the tiers.
+
+    Returns:
+        The loss, 0-d, and with ``return_tiers`` the unweighted sums of the three tiers, ``[3]``, differentiable;
+        float64 for float64 inputs, else float32.
+
+    Raises:
+        RuntimeError: A shape, dtype, device, count or range above does not hold.
+        ValueError: ``tier1`` is neither of the two.
+
+    Note:
+        ``Σ_t tier_weights[t] · tiers[t]``, the loss of "AL-HCL: Active Learning and Hierarchical Contrastive Learning
+        for Multimodal Sentiment Analysis with Fusion Guidance" (2026). One operator call forward and one backward; each
+        embedding is normalised once, both directions of a term come from one sweep, and no similarity matrix is
+        stored. Accumulates in float32 for 16-bit types and computes in float32 under autocast. Deterministic;
+        differentiable once; no host synchronisation on CUDA.
+
+    Example:
+        >>> text, audio, fused = torch.eye(4), torch.eye(4).roll(1, 0), torch.ones(4, 4)
+        >>> loss, tiers = hierarchical_contrastive_loss([text, audio], fused, [torch.eye(4)], return_tiers=True)
+        >>> tiers
+        tensor([10.0001,  2.7726,  0.0000])
+    """
+    if tier1 not in ("cross_modal", "intra_modal"):
+        raise ValueError(
+            "msacore::hierarchical_contrastive_loss: expected `tier1` to be "
+            f'"cross_modal" or "intra_modal", got {tier1!r}'
+        )
+    intra_modal = tier1 == "intra_modal"
+    loss, tiers, _ = _loss(
+        list(unimodal),
+        fused,
+        list(high_level),
+        available,
+        labels if intra_modal else None,
+        tier_weights=list(tier_weights),
+        temperatures=list(temperatures),
+        intra_modal=intra_modal,
+    )
+    return (loss, tiers) if return_tiers else loss
