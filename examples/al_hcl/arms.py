@@ -1,0 +1,53 @@
+"""The systems under comparison: the reference, its baselines, and one arm per ablated part."""
+
+from __future__ import annotations
+
+from dataclasses import replace
+
+from .active import Arm
+
+REFERENCE = "AL-HCL"
+RANDOM = "random selection"
+ALL_LABELS = "all labels"
+
+
+def comparison(base: Arm) -> list[Arm]:
+    """The reference, random selection, and the model trained on every label of the train part."""
+    everything = replace(base.selection, initial=1.0, rounds=0)
+    return [
+        base,
+        replace(base, name=RANDOM, selection=replace(base.selection, strategy="random")),
+        replace(base, name=ALL_LABELS, selection=everything),
+    ]
+
+
+def ablations(base: Arm, modalities: int) -> list[Arm]:
+    """One arm per part left out. Model arms replay the reference's labels; selection arms buy their own.
+
+    Two modalities make one pair, so tier 3 is empty and has no arm.
+    """
+    weights = base.model.tier_weights
+    arms = []
+    for tier in range(3 if modalities > 2 else 2):
+        without = tuple(0.0 if i == tier else w for i, w in enumerate(weights))
+        arms.append(_model_arm(base, f"without tier {tier + 1}", tier_weights=without))
+    arms.append(
+        replace(base, name="without contrast", training=replace(base.training, contrast_weight=0.0), replay=True)
+    )
+    arms.append(_model_arm(base, "without matrix fusion", matrix_fusion=False))
+    arms.append(_model_arm(base, "without fusion guidance", guidance=False))
+    for name, strategy in (("uncertainty only", "topk"), ("diversity only", "kcenter")):
+        arms.append(replace(base, name=name, selection=replace(base.selection, strategy=strategy)))
+    return arms
+
+
+def contrast_sweep(base: Arm, weights: list[float]) -> list[Arm]:
+    """The reference with other weights λ of the contrastive loss, on the reference's labels."""
+    return [
+        replace(base, name=f"λ = {w:g}", training=replace(base.training, contrast_weight=w), replay=True)
+        for w in weights
+    ]
+
+
+def _model_arm(base: Arm, name: str, **changes: object) -> Arm:
+    return replace(base, name=name, model=replace(base.model, **changes), replay=True)

@@ -1,0 +1,117 @@
+"""All arms with all seeds, and the numbers a report needs."""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from examples.msa.corpus import Corpus
+from examples.msa.metrics import HIGHER_IS_BETTER, area_under_curve, mean_interval, paired_difference
+
+from .active import Arm, Run, State
+from .arms import REFERENCE
+from .train import Data
+
+METRICS = {
+    "mosi": ("acc2_has0", "acc2_non0", "f1_has0", "f1_non0", "acc7", "mae", "corr"),
+    "sims": ("acc2", "acc2_non0", "f1", "acc5", "acc3", "mae", "corr"),
+}
+METRICS["mosei"] = METRICS["mosi"]
+
+
+class Experiment:
+    """Arms × seeds on one corpus.
+
+    Args:
+        arms: The reference first.
+        seeds: Runs with equal seeds are paired.
+        corpus: Standardised corpus.
+        data: The same as tensors.
+        folder: Checkpoints go below it.
+        resume: Go on from checkpoints that are there.
+    """
+
+    def __init__(
+        self, arms: list[Arm], seeds: list[int], corpus: Corpus, data: Data, folder: Path, resume: bool
+    ) -> None:
+        self.arms, self.seeds, self.corpus, self.data = arms, seeds, corpus, data
+        self.folder, self.resume = folder, resume
+        self.states: dict[str, list[State]] = {arm.name: [] for arm in arms}
+
+    @property
+    def total(self) -> int:
+        """Trainings in all."""
+        return len(self.seeds) * sum(arm.selection.rounds + 1 for arm in self.arms)
+
+    def rounds(self) -> Iterator[State]:
+        """Run everything, seed by seed so that early results are whole comparisons; one item per training."""
+        for seed in self.seeds:
+            reference: State | None = None
+            for arm in self.arms:
+                name = re.sub(r"[^a-z0-9.]+", "-", arm.name.lower().replace("λ", "lambda"))
+                path = self.folder / "checkpoints" / f"{name}-seed{seed}.pt"
+                run = Run(arm, self.corpus, self.data, seed, path, self.resume, reference if arm.replay else None)
+                yield from [run.state] * len(run.state.records)
+                yield from run.rounds()
+                self.states[arm.name].append(run.state)
+                reference = reference or run.state
+
+    @property
+    def metrics(self) -> tuple[str, ...]:
+        """Metrics of the corpus's family, in the order reports show them."""
+        return METRICS[self.corpus.family]
+
+    def curves(self, metric: str) -> dict[str, np.ndarray]:
+        """``[seeds, rounds + 1]`` per arm that buys labels."""
+        return {
+            a.name: np.array([s.curve(metric) for s in self.states[a.name]]) for a in self.arms if a.selection.rounds
+        }
+
+    def areas(self, metric: str) -> dict[str, list[float]]:
+        """Mean of the metric over the label counts, per seed, for each arm that buys labels."""
+        return {
+            arm.name: [area_under_curve(s.counts, s.curve(metric)) for s in self.states[arm.name]]
+            for arm in self.arms
+            if arm.selection.rounds
+        }
+
+    def summary(self) -> dict[str, Any]:
+        """Everything a report shows, as plain values.
+
+        Per arm: areas and last points per metric with intervals over seeds, and paired differences to the reference;
+        a difference is signed so that positive means better than the reference, also for errors.
+        """
+        result: dict[str, Any] = {}
+        for arm in self.arms:
+            states = self.states[arm.name]
+            entry: dict[str, Any] = {
+                "replays_reference": arm.replay,
+                "labels": states[0].counts,
+                "last": {m: mean_interval([s.curve(m)[-1] for s in states]) for m in self.metrics},
+                "seconds": {k: float(np.mean([s.seconds[k] for s in states])) for k in states[0].seconds},
+            }
+            if arm.selection.rounds:
+                entry["area"] = {m: mean_interval(self.areas(m)[arm.name]) for m in self.metrics}
+                if arm.name != REFERENCE:
+                    entry["area_minus_reference"] = {m: self.difference(m, arm.name) for m in self.metrics}
+            result[arm.name] = entry
+        return result
+
+    def difference(self, metric: str, name: str, reference: str = REFERENCE) -> dict[str, Any]:
+        """Paired difference of areas ``name - reference``, positive where ``name`` is better."""
+        areas, sign = self.areas(metric), 1 if HIGHER_IS_BETTER.get(metric, True) else -1
+        return paired_difference(sign * np.array(areas[name]), sign * np.array(areas[reference]))
+
+    def runs(self) -> dict[str, list[dict[str, Any]]]:
+        """Every record of every run, for the JSON file."""
+        return {
+            name: [
+                {"seed": seed, "rounds": s.records, "seconds": s.seconds}
+                for seed, s in zip(self.seeds, states, strict=True)
+            ]
+            for name, states in self.states.items()
+        }

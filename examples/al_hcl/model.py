@@ -1,0 +1,178 @@
+"""The AL-HCL model: encoders, fusion guidance, matrix fusion, sentiment head, hierarchical contrastive loss."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor, nn
+
+from examples.msa.corpus import Corpus
+from msacore import hierarchical_contrastive_loss
+from msacore.nn import MatrixFusion
+
+from .encoders import Encoder, FusionGuidance, masked_mean
+
+
+@dataclass(frozen=True)
+class ModelConfig:
+    """Sizes and parts of the model.
+
+    Args:
+        width: Common width ``k`` of tokens and of the fused embedding.
+        rows: High-level features ``q`` per pair of modalities.
+        heads: Attention heads.
+        dropout: Share of hidden units dropped, in training and in Monte-Carlo passes.
+        input_dropout: Share of raw features dropped.
+        projection: Width in which embeddings are contrasted.
+        guidance: Fusion guidance; without it the text's mean is used as it is.
+        matrix_fusion: High-level features; without them tier 3 is empty.
+        tier_weights: Of the three contrastive tiers.
+        temperatures: Of the three contrastive tiers.
+        heteroscedastic: Predict a noise variance per sample (Gaussian likelihood) instead of squared error.
+    """
+
+    width: int = 64
+    rows: int = 32
+    heads: int = 4
+    dropout: float = 0.3
+    input_dropout: float = 0.3
+    projection: int = 64
+    guidance: bool = True
+    matrix_fusion: bool = True
+    tier_weights: tuple[float, float, float] = (0.2, 0.3, 0.5)
+    temperatures: tuple[float, float, float] = (0.1, 0.1, 0.5)
+    heteroscedastic: bool = True
+
+
+@dataclass(frozen=True)
+class Inputs:
+    """Rows of a corpus as a model reads them: tokens ``[N, L_m, d_m]``, their masks, and which modalities exist."""
+
+    features: list[Tensor]
+    masks: list[Tensor]
+    available: Tensor
+
+    @classmethod
+    def of(cls, corpus: Corpus, device: torch.device | str = "cpu") -> Inputs:
+        """All rows; pooled features become sequences of one token. Tokens of a missing modality are masked."""
+        t = corpus.tensors(device)
+        features = [x if x.dim() == 3 else x[:, None] for x in t["features"]]
+        masks = t["masks"] or [torch.ones(x.shape[:2], dtype=torch.bool, device=device) for x in features]
+        masks = [m & t["available"][:, i : i + 1] for i, m in enumerate(masks)]
+        return cls(features, masks, t["available"])
+
+    def __getitem__(self, rows: Tensor) -> Inputs:
+        return Inputs([x[rows] for x in self.features], [m[rows] for m in self.masks], self.available[rows])
+
+    def __len__(self) -> int:
+        return len(self.available)
+
+
+@dataclass(frozen=True)
+class Outputs:
+    """What the network says: correction of the linear path and log variance ``[B]`` in units of the labels' deviation,
+    unimodal predictions ``[M, B]``, and the embeddings that the contrastive tiers compare."""
+
+    correction: Tensor
+    log_variance: Tensor
+    unimodal_mean: Tensor
+    unimodal: list[Tensor]
+    fused: Tensor
+    high_level: list[Tensor]
+
+
+class SentimentModel(nn.Module):
+    """AL-HCL on any number of modalities from two.
+
+    Args:
+        dims: Width of each modality's features; the first is the base of fusion guidance.
+        sequences: Whether there are token sequences rather than one pooled token.
+        aligned: Whether token ``l`` belongs to the same word in every modality; then matrix fusion sums over tokens,
+            else it fuses the means.
+        config: Sizes and parts.
+    """
+
+    def __init__(self, dims: tuple[int, ...], sequences: bool, aligned: bool, config: ModelConfig) -> None:
+        super().__init__()
+        if len(dims) < 2:
+            raise ValueError(f"AL-HCL fuses two or more modalities, got {len(dims)}")
+        k, m = config.width, len(dims)
+        self.config, self.per_token = config, aligned or not sequences
+        self.encoders = nn.ModuleList(
+            Encoder(d, k, config.heads, config.dropout, config.input_dropout, sequences) for d in dims
+        )
+        self.guidance = FusionGuidance(k, m, config.heads) if config.guidance else None
+        pairs = m * (m - 1) // 2
+        self.matrix_fusion = (
+            MatrixFusion(k, config.rows, channels=pairs, modalities=m) if config.matrix_fusion else None
+        )
+        self.join = nn.Linear(m * k + (pairs * config.rows if config.matrix_fusion else 0), k)
+        self.dropout = nn.Dropout(config.dropout)
+        self.head = nn.Linear(k, 1)
+        self.noise_head = nn.Linear(k, 1)
+        self.unimodal_heads = nn.ModuleList(nn.Linear(k, 1) for _ in dims)
+        self.project_unimodal = nn.ModuleList(nn.Linear(k, config.projection) for _ in dims)
+        self.project_fused = nn.Linear(k, config.projection)
+        self.project_pairs = nn.ModuleList(nn.Linear(config.rows, config.projection) for _ in range(pairs))
+        # The network starts as no correction of the linear path.
+        for layer in (self.head, self.noise_head):
+            nn.init.zeros_(layer.weight)
+            nn.init.zeros_(layer.bias)
+
+    def forward(self, x: Inputs) -> Outputs:
+        """Predictions and embeddings of a batch."""
+        tokens = [e(f, m) for e, f, m in zip(self.encoders, x.features, x.masks, strict=True)]
+        unimodal = [masked_mean(t, m) for t, m in zip(tokens, x.masks, strict=True)]
+        base = unimodal[0]
+        if self.guidance is not None:
+            base = masked_mean(self.guidance(tokens, x.masks), _some_token(x.masks[0]))
+        parts, high_level = [base, *unimodal[1:]], []
+        if self.matrix_fusion is not None:
+            high, pairs = self._fuse(tokens, unimodal, x)
+            parts.append(high.flatten(1))
+            high_level = list(pairs.unbind(1))
+        fused = self.join(torch.cat(parts, -1))
+        hidden = self.dropout(nn.functional.gelu(fused) + fused)
+        return Outputs(
+            correction=self.head(hidden)[:, 0],
+            log_variance=self.noise_head(hidden)[:, 0].clamp(-6, 4),
+            unimodal_mean=torch.stack(
+                [h(e.detach())[:, 0] for h, e in zip(self.unimodal_heads, unimodal, strict=True)]
+            ),
+            unimodal=unimodal,
+            fused=fused,
+            high_level=high_level,
+        )
+
+    def _fuse(self, tokens: list[Tensor], unimodal: list[Tensor], x: Inputs) -> tuple[Tensor, Tensor]:
+        assert self.matrix_fusion is not None
+        if not self.per_token:
+            return self.matrix_fusion(unimodal, available=x.available)
+        mask = torch.stack(x.masks).any(0)
+        return self.matrix_fusion(tokens, mask=mask, available=x.available)
+
+    def contrastive_loss(self, out: Outputs, available: Tensor) -> Tensor:
+        """Weighted sum of the three tiers, by the fused operator; no label is read."""
+        unimodal = [p(e) for p, e in zip(self.project_unimodal, out.unimodal, strict=True)]
+        fused = self.project_fused(out.fused)
+        weights = self.config.tier_weights
+        if out.high_level:
+            high_level = [p(h) for p, h in zip(self.project_pairs, out.high_level, strict=True)]
+        else:
+            high_level, weights = [torch.zeros_like(fused)] * len(self.project_pairs), (*weights[:2], 0.0)
+        return hierarchical_contrastive_loss(
+            unimodal,
+            fused,
+            high_level,
+            available=available,
+            tier_weights=weights,
+            temperatures=self.config.temperatures,
+        )
+
+
+def _some_token(mask: Tensor) -> Tensor:
+    """The mask, with the first token valid in rows that have none: there the answers alone guide."""
+    first = torch.zeros_like(mask)
+    first[:, 0] = ~mask.any(1)
+    return mask | first

@@ -1,0 +1,234 @@
+"""Training on the labelled rows, with contrast on labelled and unlabelled rows, and Monte-Carlo prediction."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Iterator
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from examples.msa.corpus import Corpus
+
+from .linear import fit_linear
+from .model import Inputs, ModelConfig, Outputs, SentimentModel
+
+
+@dataclass(frozen=True)
+class TrainConfig:
+    """How one model is trained.
+
+    Args:
+        steps: Optimiser steps, the same for any number of labels.
+        batch: Labelled rows per step.
+        contrast_rows: Unlabelled rows per step that only the contrastive loss sees.
+        learning_rate: Of AdamW, falling to 0 as a cosine.
+        weight_decay: Of AdamW, on matrices.
+        contrast_weight: λ of the contrastive loss; 0 leaves it out.
+        check_every: Steps between looks at the validation error; the best weights count.
+        average: Share kept per step by the running average of the weights, which is what is validated and used.
+        passes: Monte-Carlo passes of a prediction.
+    """
+
+    steps: int = 200
+    batch: int = 64
+    contrast_rows: int = 64
+    learning_rate: float = 3e-3
+    weight_decay: float = 0.05
+    contrast_weight: float = 0.1
+    check_every: int = 20
+    average: float = 0.95
+    passes: int = 10
+
+
+@dataclass(frozen=True)
+class Data:
+    """A standardised corpus as tensors: inputs and labels of all rows, and the row numbers of each part."""
+
+    inputs: Inputs
+    labels: Tensor
+    train: Tensor
+    valid: Tensor
+    test: Tensor
+    video: Tensor
+
+    @classmethod
+    def of(cls, corpus: Corpus, device: torch.device | str = "cpu") -> Data:
+        """Raises ValueError when a part is empty, naming it."""
+        rows = {part: corpus.rows(part) for part in ("train", "valid", "test")}
+        empty = [part for part, r in rows.items() if len(r) == 0]
+        if empty:
+            raise ValueError(f"corpus {corpus.name!r} has no utterance in its {' or '.join(empty)} part")
+        tensors = {part: torch.tensor(r, device=device) for part, r in rows.items()}
+        labels = torch.tensor(corpus.labels, device=device)
+        return cls(Inputs.of(corpus, device), labels, **tensors, video=torch.tensor(corpus.video_index, device=device))
+
+
+@dataclass(frozen=True)
+class Trained:
+    """A model and what belongs to it: ``ŷ = centre + scale * (line + correction)``.
+
+    Attributes:
+        model: The network, with its best averaged weights.
+        line: Linear path of every row ``[N]``.
+        centre: Mean of the known labels.
+        scale: Their deviation.
+        noise: Validation error (root mean square, label units), the noise of a model that predicts none.
+        facts: Chosen step, validation error, and the linear path's choices.
+    """
+
+    model: SentimentModel
+    line: Tensor
+    centre: float
+    scale: float
+    noise: float
+    facts: dict[str, float]
+
+
+@dataclass(frozen=True)
+class Prediction:
+    """In label units: means of the stochastic passes ``[S, n]`` of all members, their noise deviations ``[S, n]``,
+    means per member ``[K, n]``, unimodal predictions ``[M, n]``; and fused embeddings ``[n, k]`` without dropout."""
+
+    passes: Tensor
+    noise: Tensor
+    members: Tensor
+    unimodal: Tensor
+    embedding: Tensor
+
+    @property
+    def mean(self) -> Tensor:
+        """Mean over all passes, ``[n]``."""
+        return self.passes.mean(0)
+
+    def __getitem__(self, rows: Tensor) -> Prediction:
+        per_row = [t[:, rows] for t in (self.passes, self.noise, self.members, self.unimodal)]
+        return Prediction(*per_row, self.embedding[rows])
+
+
+def train(model: SentimentModel, data: Data, labelled: Tensor, config: TrainConfig, seed: int) -> Trained:
+    """Train ``model`` in place on the labelled rows; other train rows enter the contrastive loss only.
+
+    Args:
+        model: Freshly made, or trained before.
+        data: The corpus.
+        labelled: Rows whose label is known.
+        config: How.
+        seed: Of batches and dropout.
+
+    Raises:
+        ValueError: No row is labelled.
+    """
+    if len(labelled) == 0:
+        raise ValueError("AL-HCL: there is no labelled sample to train on; raise the initial share")
+    torch.manual_seed(seed)
+    order = torch.Generator().manual_seed(seed)
+    known = data.labels[labelled]
+    centre, scale = float(known.mean()), max(float(known.std(correction=0)), 1e-3)
+    target = (data.labels - centre) / scale
+    line = fit_linear(data.inputs, target, labelled, data.valid, data.video)
+    base = line.everywhere.clone()
+    base[labelled] = line.left_out
+    pool = data.train[~torch.isin(data.train, labelled)]
+    labelled_batches = _endless(labelled, config.batch, order)
+    pool_batches = _endless(pool, config.contrast_rows, order) if len(pool) else None
+    parameters = list(model.parameters())
+    decayed = [p for p in parameters if p.dim() > 1]
+    optimiser = torch.optim.AdamW(
+        [{"params": decayed}, {"params": [p for p in parameters if p.dim() <= 1], "weight_decay": 0.0}],
+        lr=config.learning_rate,
+        weight_decay=config.weight_decay,
+        foreach=True,
+    )
+    schedule = torch.optim.lr_scheduler.CosineAnnealingLR(optimiser, config.steps)
+    average = [p.detach().clone() for p in parameters]
+    best_error, best_step, best = math.inf, 0, average
+    for step in range(config.steps + 1):
+        if step % config.check_every == 0:
+            error = _validate(model, average, data, base, target) * scale
+            if error < best_error:
+                best_error, best_step, best = error, step, [a.clone() for a in average]
+        model.train()
+        rows = next(labelled_batches)
+        count = len(rows)
+        if config.contrast_weight and pool_batches is not None:
+            rows = torch.cat([rows, next(pool_batches)])
+        batch = data.inputs[rows]
+        out = model(batch)
+        loss = task_loss(out, (target - base)[rows[:count]], target[rows[:count]], model.config)
+        if config.contrast_weight:
+            loss = loss + config.contrast_weight * model.contrastive_loss(out, batch.available)
+        optimiser.zero_grad()
+        loss.backward()
+        optimiser.step()
+        schedule.step()
+        torch._foreach_lerp_(average, [p.detach() for p in parameters], 1 - min(config.average, step / (step + 9)))
+    with torch.no_grad():
+        for p, value in zip(parameters, best, strict=True):
+            p.copy_(value)
+        model.eval()
+        residual = base[data.valid] + model(data.inputs[data.valid]).correction - target[data.valid]
+    facts = {"best_step": best_step, "valid_mae": best_error, "strength": line.strength, "side_scale": line.side_scale}
+    return Trained(model, line.everywhere, centre, scale, float(residual.square().mean().sqrt()) * scale, facts)
+
+
+def task_loss(out: Outputs, residual: Tensor, target: Tensor, config: ModelConfig) -> Tensor:
+    """Loss on the first ``len(target)`` rows of a batch: Gaussian negative log likelihood of the residual that the
+    linear path leaves, each sample weighted by its fixed deviation so that noisy samples are still fitted, or squared
+    error; plus the squared error of the unimodal heads, which reaches only those heads."""
+    n = len(target)
+    error = (out.correction[:n] - residual).square()
+    if config.heteroscedastic:
+        log_variance = out.log_variance[:n]
+        weight = (0.5 * log_variance.detach()).exp()
+        error = 0.5 * weight * (error * (-log_variance).exp() + log_variance)
+    return error.mean() + (out.unimodal_mean[:, :n] - target).square().mean()
+
+
+@torch.no_grad()
+def predict(members: list[Trained], data: Data, rows: Tensor, passes: int, seed: int) -> Prediction:
+    """Predict ``rows`` with every member: once without dropout, ``passes`` times with it."""
+    torch.manual_seed(seed)
+    x = data.inputs[rows]
+    means, noises, plain, unimodal, embeddings = [], [], [], [], []
+    for t in members:
+        t.model.eval()
+        out = t.model(x)
+        plain.append(t.centre + t.scale * (t.line[rows] + out.correction))
+        unimodal.append(t.centre + t.scale * out.unimodal_mean)
+        embeddings.append(out.fused)
+        t.model.train()
+        for _ in range(passes):
+            out = t.model(x)
+            means.append(t.centre + t.scale * (t.line[rows] + out.correction))
+            learned = t.scale * (0.5 * out.log_variance).exp()
+            noises.append(learned if t.model.config.heteroscedastic else torch.full_like(learned, t.noise))
+        t.model.eval()
+    return Prediction(
+        torch.stack(means),
+        torch.stack(noises),
+        torch.stack(plain),
+        torch.stack(unimodal).mean(0),
+        torch.cat(embeddings, -1),
+    )
+
+
+def _endless(rows: Tensor, size: int, order: torch.Generator) -> Iterator[Tensor]:
+    """Batches of shuffled rows without end; the last of a sweep may be smaller."""
+    while True:
+        yield from rows[torch.randperm(len(rows), generator=order).to(rows.device)].split(size)
+
+
+@torch.no_grad()
+def _validate(model: SentimentModel, weights: list[Tensor], data: Data, base: Tensor, target: Tensor) -> float:
+    """Mean absolute validation error of the model with other weights, in units of the labels' deviation."""
+    parameters = list(model.parameters())
+    current = [p.detach().clone() for p in parameters]
+    for p, value in zip(parameters, weights, strict=True):
+        p.copy_(value)
+    model.eval()
+    error = base[data.valid] + model(data.inputs[data.valid]).correction - target[data.valid]
+    for p, value in zip(parameters, current, strict=True):
+        p.copy_(value)
+    return float(error.abs().mean())

@@ -1,0 +1,282 @@
+"""AL-HCL: the model reads what it may, runs resume bit by bit, labels are bought once, the page says what was found."""
+
+import json
+import math
+import shutil
+import subprocess
+from dataclasses import replace
+
+import numpy as np
+import pytest
+import torch
+
+from examples.al_hcl.__main__ import main
+from examples.al_hcl.acquire import MEASURES, SelectionConfig, acquire
+from examples.al_hcl.active import Arm, Run
+from examples.al_hcl.arms import REFERENCE, ablations
+from examples.al_hcl.linear import SIDE_SCALES, STRENGTHS, fit_linear
+from examples.al_hcl.model import Inputs, ModelConfig, SentimentModel
+from examples.al_hcl.train import Data, Prediction, TrainConfig, train
+from examples.msa.synthetic import synthetic
+
+MODEL = ModelConfig(width=8, rows=4, heads=2, projection=8)
+TRAINING = TrainConfig(steps=6, batch=8, contrast_rows=8, check_every=3, passes=3)
+SELECTION = SelectionConfig(budget=4, rounds=2)
+ARM = Arm(REFERENCE, MODEL, TRAINING, SELECTION)
+
+
+@pytest.fixture(scope="module", autouse=True)
+def one_thread():
+    """These models are too small for threads to help, and bits are promised per number of threads."""
+    threads = torch.get_num_threads()
+    torch.set_num_threads(1)
+    yield
+    torch.set_num_threads(threads)
+
+
+@pytest.fixture(scope="module")
+def corpus():
+    return synthetic(size=120, dims=(24, 5, 12)).standardise()
+
+
+@pytest.fixture(scope="module")
+def data(corpus):
+    return Data.of(corpus)
+
+
+def new_model(corpus, config=MODEL):
+    torch.manual_seed(0)
+    return SentimentModel(corpus.dims, corpus.sequences, corpus.aligned, config)
+
+
+def finish(run):
+    for state in run.rounds():
+        last = state
+    return last
+
+
+@pytest.mark.parametrize("keep_training", [False, True])
+def test_resume_equals_an_uninterrupted_run_bit_by_bit(corpus, data, tmp_path, keep_training):
+    arm = replace(ARM, selection=replace(SELECTION, keep_training=keep_training))
+    whole = finish(Run(arm, corpus, data, 3, tmp_path / "whole.pt"))
+    next(Run(arm, corpus, data, 3, tmp_path / "cut.pt").rounds())
+    torch.manual_seed(99)
+    resumed = Run(arm, corpus, data, 3, tmp_path / "cut.pt", resume=True)
+    assert len(resumed.state.records) == 1
+    rest = finish(resumed)
+    assert rest.labelled == whole.labelled
+    assert rest.records == whole.records
+    assert torch.equal(rest.embedding, whole.embedding) and torch.equal(rest.prediction, whole.prediction)
+    for a, b in zip(rest.weights, whole.weights, strict=True):
+        assert all(torch.equal(a[k], b[k]) for k in a)
+    assert bool(rest.weights) == keep_training
+
+
+def test_a_finished_run_is_not_repeated_and_the_seed_matters(corpus, data, tmp_path):
+    first = finish(Run(ARM, corpus, data, 0, tmp_path / "a.pt"))
+    assert list(Run(ARM, corpus, data, 0, tmp_path / "a.pt", resume=True).rounds()) == []
+    other = finish(Run(ARM, corpus, data, 1, tmp_path / "b.pt"))
+    assert other.labelled != first.labelled
+
+
+def test_labels_are_bought_once_from_the_train_part(corpus, data, tmp_path):
+    state = finish(Run(ARM, corpus, data, 0, tmp_path / "a.pt"))
+    train_rows = set(corpus.rows("train").tolist())
+    first = round(0.1 * len(train_rows))
+    assert state.counts == [first, first + 4, first + 8]
+    assert len(set(state.labelled)) == len(state.labelled) == first + 8
+    assert set(state.labelled) <= train_rows
+    bought = [p["row"] for r in state.records for p in r["picks"]]
+    assert bought == state.labelled[first:]
+    assert [len(r["picks"]) for r in state.records] == [4, 4, 0]
+    ids = {p["id"]: p["row"] for r in state.records for p in r["picks"]}
+    assert all(corpus.utterance_ids[row] == name for name, row in ids.items())
+
+
+def test_replaying_arms_train_on_the_labels_of_the_reference(corpus, data, tmp_path):
+    reference = finish(Run(ARM, corpus, data, 0, tmp_path / "a.pt"))
+    arms = ablations(ARM, 3)
+    assert len(arms) == 8 and len(ablations(ARM, 2)) == 7
+    for i, arm in enumerate(a for a in arms if a.replay):
+        state = finish(Run(arm, corpus, data, 0, tmp_path / f"{i}.pt", replayed=reference))
+        assert state.labelled == reference.labelled
+        assert [r["test"] for r in state.records] != [r["test"] for r in reference.records]
+
+
+def test_every_ablation_changes_the_objective(corpus, data):
+    rows = data.train[:16]
+    target = data.labels[rows]
+
+    def objective(arm):
+        model = new_model(corpus, arm.model).eval()
+        for head in (model.head, model.noise_head):
+            torch.nn.init.constant_(head.weight, 0.1)
+        out = model(data.inputs[rows])
+        loss = (out.correction - target).square().mean()
+        if arm.training.contrast_weight:
+            loss = loss + arm.training.contrast_weight * model.contrastive_loss(out, data.inputs[rows].available)
+        return float(loss.detach())
+
+    values = {arm.name: objective(arm) for arm in ablations(ARM, 3) if arm.replay}
+    values[REFERENCE] = objective(ARM)
+    assert len(set(values.values())) == len(values) == 7, values
+
+
+def test_labels_outside_the_labelled_set_are_not_read(corpus, data):
+    labelled = data.train[:20]
+    hidden = data.labels.clone()
+    hidden[data.train[20:]] = math.nan
+    hidden[data.test] = math.nan
+    models = [new_model(corpus), new_model(corpus)]
+    for model, labels in zip(models, (data.labels, hidden), strict=True):
+        train(model, replace(data, labels=labels), labelled, TRAINING, 0)
+    for a, b in zip(models[0].parameters(), models[1].parameters(), strict=True):
+        assert torch.equal(a, b)
+
+
+@pytest.mark.parametrize("form", ["pooled", "aligned", "unaligned"])
+def test_what_is_missing_is_not_read(form):
+    corpus = synthetic(size=40, dims=(16, 5, 12), pooled=form == "pooled", length=6).standardise()
+    corpus = replace(corpus, aligned=form == "aligned")
+    full = Inputs.of(corpus)
+    available = full.available.clone()
+    available[::2, 1] = False
+    available[1::3, 0] = False
+    masks = [m & available[:, i : i + 1] for i, m in enumerate(full.masks)]
+    model = new_model(corpus).eval()
+    clean = model(Inputs(full.features, masks, available))
+    poisoned = [torch.where(m[..., None], x, torch.nan) for x, m in zip(full.features, masks, strict=True)]
+    dirty = model(Inputs(poisoned, masks, available))
+    for name in ("correction", "log_variance", "fused", "unimodal_mean"):
+        assert torch.equal(getattr(clean, name), getattr(dirty, name)) and getattr(clean, name).isfinite().all(), name
+    loss = model.contrastive_loss(dirty, available)
+    assert torch.equal(loss, model.contrastive_loss(clean, available)) and loss > 0
+    assert not torch.equal(clean.fused, model(full).fused)
+
+
+def test_two_modalities_have_an_empty_third_tier(corpus):
+    pair = corpus.keep_modalities(("text", "audio"))
+    model, inputs = new_model(pair).eval(), Inputs.of(pair)
+    without = new_model(pair, replace(MODEL, tier_weights=(0.2, 0.3, 0.0))).eval()
+    out = model(inputs)
+    assert len(out.high_level) == 1
+    assert torch.equal(model.contrastive_loss(out, inputs.available), without.contrastive_loss(out, inputs.available))
+    with pytest.raises(ValueError, match="two or more modalities, got 1"):
+        new_model(corpus.keep_modalities(("text",)))
+
+
+def test_linear_path_leaves_out_whole_videos(corpus, data):
+    labelled = data.train[:40]
+    line = fit_linear(data.inputs, data.labels, labelled, data.valid, data.video)
+    assert line.strength in STRENGTHS and line.side_scale in SIDE_SCALES
+    x = np.hstack([f[:, 0].numpy() * (line.side_scale if i else 1.0) for i, f in enumerate(data.inputs.features)])
+    x, y, video = x[labelled].astype(float), data.labels[labelled].double().numpy(), data.video[labelled].numpy()
+    # The shared centre and intercept stay those of all rows; leaving out acts on their joint hat matrix.
+    design = x - x.mean(0)
+    hat = design @ np.linalg.solve(design.T @ design + line.strength * np.eye(x.shape[1]), design.T) + 1 / len(y)
+    expected = np.empty_like(y)
+    for v in np.unique(video):
+        g = video == v
+        expected[g] = y[g] - np.linalg.solve(np.eye(g.sum()) - hat[np.ix_(g, g)], (y - hat @ y)[g])
+    stretched = y.mean() + line.slope * (expected - y.mean())
+    np.testing.assert_allclose(line.left_out.numpy(), stretched, rtol=0, atol=1e-3)
+
+
+@pytest.mark.parametrize("measure", sorted(MEASURES))
+def test_measures_are_finite_and_rank_a_doubtful_sample_first(measure):
+    g = torch.Generator().manual_seed(0)
+    certain = 2 + 0.01 * torch.randn(4, 5, generator=g)
+    doubtful = torch.tensor([1.0, -1.0, 1.2, -1.1])[:, None]
+    passes = torch.cat([certain, doubtful], 1)
+    noise = torch.full_like(passes, 0.5)
+    noise[:, -1] = 0.6
+    p = Prediction(passes, noise, passes, passes[:3], torch.randn(6, 3, generator=g))
+    available = torch.ones(6, 3, dtype=torch.bool)
+    value = MEASURES[measure](p, available)
+    assert value.isfinite().all() and (value >= 0).all() and int(value.argmax()) == 5
+    picks = acquire(p, available, p.embedding[:2], SelectionConfig("topk", measure, budget=1), 0)
+    assert picks.positions.tolist() == [5] and torch.equal(picks.uncertainty, value[5:])
+
+
+def test_checkpoints_that_cannot_be_resumed_say_why(corpus, data, tmp_path):
+    path = tmp_path / "a.pt"
+    next(Run(ARM, corpus, data, 0, path).rounds())
+    with pytest.raises(ValueError, match=r"other arguments.*gamma"):
+        Run(replace(ARM, selection=replace(SELECTION, gamma=2.0)), corpus, data, 0, path, resume=True)
+    content = bytearray(path.read_bytes())
+    content[len(content) // 2] ^= 0xFF
+    path.write_bytes(bytes(content[: len(content) * 3 // 4]))
+    with pytest.raises(ValueError, match=r"a\.pt: corrupt checkpoint"):
+        Run(ARM, corpus, data, 0, path, resume=True)
+
+
+def test_impossible_protocols_are_refused(corpus, data, tmp_path, capsys):
+    with pytest.raises(ValueError, match="no labelled sample"):
+        train(new_model(corpus), data, data.train[:0], TRAINING, 0)
+    with pytest.raises(ValueError, match="no labelled sample"):
+        Run(replace(ARM, selection=replace(SELECTION, initial=0.0)), corpus, data, 0, tmp_path / "a.pt")
+    with pytest.raises(ValueError, match=r"ask for \d+ labels, but the train part has \d+"):
+        Run(replace(ARM, selection=replace(SELECTION, budget=81, rounds=1)), corpus, data, 0, tmp_path / "a.pt")
+    with pytest.raises(ValueError, match="no utterance in its valid part"):
+        Data.of(replace(corpus, split=np.where(corpus.split == 1, 0, corpus.split).astype(np.int8)))
+    quick = ["--size", "60", "--no-progress", "--out", str(tmp_path / "out")]
+    for options, message in [
+        (["--rounds", "0"], "at least 1"),
+        (["--uncertainty", "ensemble_variance"], "--members 2"),
+        (["--seeds", "1", "1"], "must differ"),
+        (["--data", str(tmp_path / "none.pkl")], "no such file"),
+        (["--option", "delta"], "KEY=NUMBER"),
+    ]:
+        options = options if "--data" in options else [*quick, *options]
+        assert main([*options, "--out", str(tmp_path / "out")]) == 2
+        assert message in capsys.readouterr().err
+    assert not (tmp_path / "out").exists()
+
+
+@pytest.fixture(scope="module")
+def report(tmp_path_factory):
+    folder = tmp_path_factory.mktemp("al_hcl")
+    options = (
+        "--size 90 --seeds 0 1 --rounds 2 --budget 3 --steps 4 --width 8 --ablate --sweep-lambda .05 --no-progress"
+    )
+    assert main([*options.split(), "--out", str(folder)]) == 0
+    return folder
+
+
+def test_report_holds_every_number(report):
+    content = json.loads((report / "report.json").read_text())
+    summary, runs = content["data"]["summary"], content["data"]["runs"]
+    assert {"AL-HCL", "random selection", "all labels", "without tier 3", "uncertainty only", "λ = 0.05"} <= set(
+        summary
+    )
+    first = runs["AL-HCL"][0]["rounds"]
+    areas = [np.trapezoid([r["test"]["acc2_has0"] for r in run["rounds"]]) / 2 for run in runs["AL-HCL"]]
+    assert summary["AL-HCL"]["area"]["acc2_has0"]["mean"] == pytest.approx(np.mean(areas))
+    assert [r["labels"] for r in first] == summary["AL-HCL"]["labels"]
+    assert all(len(r["picks"]) == 3 for r in first[:-1])
+    card = content["run"]
+    assert len(card["corpus"]["sha256"]) == 64 and card["seeds"] == [0, 1] and card["seconds"]["experiment"] > 0
+    page = (report / "report.html").read_text()
+    assert "<script" not in page and 'src="http' not in page
+    for text in ("Learning curves", "without matrix fusion", "first picks", first[0]["picks"][0]["id"]):
+        assert text in page
+    assert sorted(p.name for p in report.iterdir()) == ["checkpoints", "report.html", "report.json"]
+
+
+def test_report_in_a_browser(report, tmp_path):
+    browser = shutil.which("chromium") or shutil.which("google-chrome")
+    if browser is None:
+        pytest.skip("no headless Chromium is installed")
+    command = [browser, "--headless", "--no-sandbox", "--disable-gpu", "--disable-quic", "--no-first-run"]
+    command += ["--disable-background-networking", "--disable-component-update", "--disable-sync"]
+    command += [f"--user-data-dir={tmp_path / 'profile'}", "--window-size=1000,1400"]
+    page = (report / "report.html").as_uri()
+    dom = subprocess.run([*command, "--dump-dom", page], capture_output=True, text=True, timeout=60).stdout
+    assert "AL-HCL on synthetic MOSI" in dom and "Run card" in dom and dom.count("<figure>") >= 10
+    picture = tmp_path / "page.png"
+    subprocess.run([*command, f"--screenshot={picture}", page], capture_output=True, timeout=60, check=True)
+    import matplotlib.image
+
+    pixels = matplotlib.image.imread(picture)[..., :3]
+    assert pixels.shape[:2] == (1400, 1000)
+    assert (pixels < 0.5).any(-1).mean() > 0.002 and pixels.std() > 0.02
