@@ -1,234 +1,420 @@
-// Propagation over CSR graphs on the CPU. A thread owns target nodes, so sums have one fixed order.
+// Propagation over conversations on the CPU, with no edge list. A task is one conversation × one cache line of columns,
+// kept in cache for all steps; tasks are independent, so results do not depend on the number of threads.
 #include "propagation.h"
 
 #include <torch/csrc/stable/library.h>
 #include <torch/csrc/stable/ops.h>
 
 #include <algorithm>
-#include <tuple>
+#include <memory>
+#include <type_traits>
 #include <vector>
 
 #include "common/dispatch.h"
 #include "common/simd.h"
+#include "window_tile.h"
 
 namespace msacore::propagation {
 namespace {
 
-constexpr int64_t kGrain = 16384;  // elements a thread should have at least
+constexpr int64_t kGrain = 32768;  // element updates a thread should have at least
 
-int64_t rows_per_task(int64_t work_per_row) {
-  return std::max<int64_t>(1, kGrain / std::max<int64_t>(1, work_per_row));
+void check_offset_values(const char* op, const int64_t* offsets, const WindowSizes& s) {
+  check(offsets[0] == 0, op, "expected `offsets[0]` to be 0, got ", offsets[0]);
+  check(offsets[s.conversations] == s.utterances, op, "expected `offsets[-1]` to be N = ", s.utterances, ", got ",
+        offsets[s.conversations]);
+  for (int64_t v = 0; v < s.conversations; ++v)
+    check(offsets[v] <= offsets[v + 1], op, "expected `offsets` to be non-decreasing, got ", offsets[v], " before ",
+          offsets[v + 1], " at position ", v);
 }
 
-void check_values(const char* op, const int64_t* rowptr, const int64_t* col, const GraphSizes& s) {
-  check(rowptr[0] == 0, op, "expected `rowptr[0]` to be 0, got ", rowptr[0]);
-  check(rowptr[s.nodes] == s.edges, op, "expected `rowptr[-1]` to be E = ", s.edges, ", got ", rowptr[s.nodes]);
-  for (int64_t i = 0; i < s.nodes; ++i)
-    check(rowptr[i] <= rowptr[i + 1], op, "expected `rowptr` to be non-decreasing, got ", rowptr[i], " before ",
-          rowptr[i + 1], " at position ", i);
-  for (int64_t e = 0; e < s.edges; ++e)
-    check(col[e] >= 0 && col[e] < s.nodes, op, "expected `col` in [0, n = ", s.nodes, "), got ", col[e],
-          " at position ", e);
-}
-
-// out[i] = keep · Σ_e weight[e] · h[col[e]] + alpha · x[i] for rows begin … end
-template <typename T, typename A>
-MSACORE_SIMD void spmm_rows(const int64_t* __restrict__ rowptr, const int64_t* __restrict__ col,
-                            const T* __restrict__ weight, const A* __restrict__ h, const T* __restrict__ x,
-                            A* __restrict__ out, int64_t begin, int64_t end, int64_t width, A keep, A alpha) {
-  for (int64_t i = begin; i < end; ++i) {
-    A* row = out + i * width;
-    for (int64_t c = 0; c < width; ++c) row[c] = 0;
-    for (int64_t e = rowptr[i]; e < rowptr[i + 1]; ++e) {
-      const A w = weight ? static_cast<A>(weight[e]) : A(1);
-      const A* source = h + col[e] * width;
-      for (int64_t c = 0; c < width; ++c) row[c] += w * source[c];
-    }
-    for (int64_t c = 0; c < width; ++c) row[c] = keep * row[c] + alpha * static_cast<A>(x[i * width + c]);
-  }
-}
-
-template <typename From, typename To>
-MSACORE_SIMD void convert_range(const From* __restrict__ from, To* __restrict__ to, int64_t begin, int64_t end) {
-  for (int64_t i = begin; i < end; ++i) to[i] = static_cast<To>(from[i]);
-}
-
-template <typename From, typename To>
-void convert(const From* from, To* to, int64_t count) {
-  torch::stable::parallel_for(0, count, kGrain, [&](int64_t b, int64_t e) { convert_range(from, to, b, e); });
-}
-
-template <typename A>
-MSACORE_SIMD void add_scaled_range(A* __restrict__ to, const A* __restrict__ from, A scale, int64_t begin,
-                                   int64_t end) {
-  for (int64_t i = begin; i < end; ++i) to[i] += scale * from[i];
-}
-
-// grad_weight[e] += keep · <grad[i], h[col[e]]> for the edges of rows begin … end
-template <typename A>
-MSACORE_SIMD void edge_dots(const int64_t* __restrict__ rowptr, const int64_t* __restrict__ col,
-                            const A* __restrict__ grad, const A* __restrict__ h, A* __restrict__ grad_weight,
-                            int64_t begin, int64_t end, int64_t width, A keep) {
-  for (int64_t i = begin; i < end; ++i) {
-    const A* g = grad + i * width;
-    for (int64_t e = rowptr[i]; e < rowptr[i + 1]; ++e) {
-      const A* source = h + col[e] * width;
-      A dot = 0;
-#pragma omp simd reduction(+ : dot)
-      for (int64_t c = 0; c < width; ++c) dot += g[c] * source[c];
-      grad_weight[e] += keep * dot;
-    }
-  }
-}
-
-template <typename T>
-struct Csr {
-  const int64_t *rowptr, *col;
-  const T* weight;
-
-  template <typename A>
-  void propagate(const A* h, const T* x, A* out, const GraphSizes& s, A keep, A alpha) const {
-    const int64_t grain = rows_per_task(s.width * (1 + s.edges / std::max<int64_t>(1, s.nodes)));
-    torch::stable::parallel_for(0, s.nodes, grain, [&](int64_t b, int64_t e) {
-      spmm_rows(rowptr, col, weight, h, x, out, b, e, s.width, keep, alpha);
-    });
-  }
+// What the operator was called with; `gate` [N, M] says who sends, null when everybody does.
+struct Call {
+  WindowSizes sizes;
+  const int64_t* offsets;
+  const bool* gate;
+  int64_t past, future, steps;
+  double alpha;
+  Send send;
 };
 
-// The transposed graph: gradients gather along it too, so that they need no atomics.
-template <typename T>
-struct Transposed {
-  std::vector<int64_t> rowptr, col;
-  std::vector<T> weight;
+// The half-steps of one step. Ungated: intra [length], inter [1]; gated: everything per node, [length, M], with all
+// bits set in `sends` where a node sends into the inter half-step, in `next_sends` where into the next intra half-step.
+template <typename A>
+struct Gates {
+  using Bits = typename Row<A>::Bits;
+  const A *intra, *inter;
+  const Bits *sends, *next_sends;
+};
 
-  Transposed(const Csr<T>& graph, const GraphSizes& s) : rowptr(s.nodes + 1, 0), col(s.edges), weight(s.edges, T(1)) {
-    for (int64_t e = 0; e < s.edges; ++e) ++rowptr[graph.col[e] + 1];
-    for (int64_t i = 0; i < s.nodes; ++i) rowptr[i + 1] += rowptr[i];
-    std::vector<int64_t> next(rowptr.begin(), rowptr.end() - 1);
-    for (int64_t i = 0; i < s.nodes; ++i)
-      for (int64_t e = graph.rowptr[i]; e < graph.rowptr[i + 1]; ++e) {
-        const int64_t slot = next[graph.col[e]]++;
-        col[slot] = i;
-        if (graph.weight) weight[slot] = graph.weight[e];
+// The scales (1-α)/count of one conversation and its tile buffers, kept by a thread from task to task.
+template <typename A>
+struct Conversation {
+  using Bits = typename Row<A>::Bits;
+  int64_t length = 0, past = 0, future = 0;
+  std::vector<A> intra, gated_intra, inter, gated_inter;
+  std::vector<Bits> gate, everybody;
+  int64_t nodes = 0;
+  std::unique_ptr<Row<A>[]> buffer;
+  Row<A>*x, *h, *next, *ends, *work;
+  int64_t capacity = -1;
+
+  void prepare(const Call& call, int64_t begin, int64_t end) {
+    const int64_t M = call.sizes.modalities;
+    const A keep = static_cast<A>(1 - call.alpha);
+    length = end - begin;
+    nodes = length * M;
+    past = call.past < 0 ? length - 1 : std::min(call.past, length - 1);
+    future = call.future < 0 ? length - 1 : std::min(call.future, length - 1);
+    intra.resize(length);
+    for (int64_t i = 0; i < length; ++i)
+      intra[i] = keep / static_cast<A>(std::min(i, past) + std::min(length - 1 - i, future) + 1);
+    inter.assign(nodes, M > 1 ? keep / static_cast<A>(M - 1) : A(0));
+    if (call.gate) prepare_gates(call.gate + begin * M, M, keep);
+    reserve(M);
+  }
+
+  // Whether any half-step of step k leaves missing nodes out.
+  static bool gated(const Call& call, int64_t k) { return call.gate && (call.send == Send::kNever || k == 0); }
+
+  Gates<A> gates(const Call& call, int64_t k) const {
+    const bool never = call.send == Send::kNever;
+    if (!gated(call, k)) return {intra.data(), inter.data(), nullptr, nullptr};
+    return {gated_intra.data(), never ? gated_inter.data() : inter.data(), never ? gate.data() : everybody.data(),
+            never && k + 1 < call.steps ? gate.data() : everybody.data()};
+  }
+
+ private:
+  void prepare_gates(const bool* sends, int64_t M, A keep) {
+    everybody.assign(nodes, Bits(-1));
+    gate.resize(nodes);
+    gated_intra.resize(nodes);
+    gated_inter.resize(nodes);
+    for (int64_t e = 0; e < nodes; ++e) gate[e] = sends[e] ? Bits(-1) : Bits(0);
+    for (int64_t m = 0; m < M; ++m) {
+      int64_t senders = 0;
+      for (int64_t j = 0; j < future; ++j) senders += sends[j * M + m];
+      for (int64_t i = 0; i < length; ++i) {
+        if (i + future < length) senders += sends[(i + future) * M + m];
+        if (i > past) senders -= sends[(i - past - 1) * M + m];
+        gated_intra[i * M + m] = senders ? keep / static_cast<A>(senders) : A(0);
       }
-  }
-  Csr<T> view() const { return {rowptr.data(), col.data(), weight.data()}; }
-};
-
-template <typename T>
-Csr<T> csr_of(const Graph& graph) {
-  return {graph.rowptr.const_data_ptr<int64_t>(), graph.col.const_data_ptr<int64_t>(),
-          graph.weight ? graph.weight->const_data_ptr<T>() : nullptr};
-}
-
-Graph contiguous(const Graph& graph) {
-  Graph out{torch::stable::contiguous(graph.rowptr), torch::stable::contiguous(graph.col), std::nullopt};
-  if (graph.weight) out.weight = torch::stable::contiguous(*graph.weight);
-  return out;
-}
-
-template <typename T>
-void forward(const Graph& graph, const T* x, T* out, const GraphSizes& s, int64_t steps, acc_t<T> alpha) {
-  using A = acc_t<T>;
-  const int64_t count = s.nodes * s.width;
-  const Csr<T> csr = csr_of<T>(graph);
-  std::vector<A> h(count), next(count);
-  convert(x, h.data(), count);
-  for (int64_t k = 0; k < steps; ++k) {
-    csr.propagate(h.data(), x, next.data(), s, 1 - alpha, alpha);
-    h.swap(next);
-  }
-  convert(h.data(), out, count);
-}
-
-Tensor graph_propagate_cpu(const Tensor& x_, const Tensor& rowptr, const Tensor& col,
-                           const std::optional<Tensor>& weight, int64_t steps, double alpha) {
-  constexpr const char* op = "graph_propagate";
-  check_steps(op, steps, alpha);
-  const GraphSizes s = check_graph(op, x_, {rowptr, col, weight});
-  const Tensor x = torch::stable::contiguous(x_);
-  const Graph graph = contiguous({rowptr, col, weight});
-  check_values(op, graph.rowptr.const_data_ptr<int64_t>(), graph.col.const_data_ptr<int64_t>(), s);
-  Tensor out = torch::stable::new_empty(x, {s.nodes, s.width});
-  if (out.numel() == 0) return out;
-  dispatch_floating(x.scalar_type(), op, [&](auto tag) {
-    using T = typename decltype(tag)::type;
-    forward<T>(graph, x.const_data_ptr<T>(), out.mutable_data_ptr<T>(), s, steps, static_cast<acc_t<T>>(alpha));
-  });
-  return out;
-}
-
-// With Λ = dL/dH_K and K steps of H ← (1-α) A H + α x: dx += α Λ, dA_e += (1-α) <Λ_i, H_k,col>, Λ ← (1-α) Aᵀ Λ; end dx
-// += Λ.
-template <typename T>
-void backward(const T* grad_out, const Graph& graph, const T* x, T* grad_x, T* grad_weight, const GraphSizes& s,
-              int64_t steps, acc_t<T> alpha) {
-  using A = acc_t<T>;
-  const int64_t count = s.nodes * s.width;
-  const A keep = 1 - alpha;
-  const Csr<T> csr = csr_of<T>(graph);
-  // The states H_0 … H_{K-1} are needed for the edge weights only, and recomputed rather than kept by the forward pass.
-  std::vector<std::vector<A>> states;
-  std::vector<A> weight_sum;
-  if (grad_weight) {
-    weight_sum.assign(s.edges, 0);
-    for (int64_t k = 0; k < steps; ++k) {
-      states.emplace_back(count);
-      k == 0 ? convert(x, states[0].data(), count)
-             : csr.propagate(states[k - 1].data(), x, states[k].data(), s, keep, alpha);
+    }
+    for (int64_t i = 0; i < length; ++i) {
+      int64_t here = 0;
+      for (int64_t m = 0; m < M; ++m) here += sends[i * M + m];
+      for (int64_t m = 0; m < M; ++m) {
+        const int64_t others = here - sends[i * M + m];
+        gated_inter[i * M + m] = others ? keep / static_cast<A>(others) : A(0);
+      }
     }
   }
-  const Transposed<T> transposed(csr, s);
-  const std::vector<T> no_teleport(count, T(0));
-  std::vector<A> grad(count), next(count), sum(count, 0);
-  convert(grad_out, grad.data(), count);
-  for (int64_t k = steps - 1; k >= 0; --k) {
-    if (grad_weight)
-      torch::stable::parallel_for(0, s.nodes, rows_per_task(s.width), [&](int64_t b, int64_t e) {
-        edge_dots(csr.rowptr, csr.col, grad.data(), states[k].data(), weight_sum.data(), b, e, s.width, keep);
-      });
-    torch::stable::parallel_for(0, count, kGrain,
-                                [&](int64_t b, int64_t e) { add_scaled_range(sum.data(), grad.data(), alpha, b, e); });
-    transposed.view().propagate(grad.data(), no_teleport.data(), next.data(), s, keep, A(0));
-    grad.swap(next);
+
+  void reserve(int64_t M) {
+    const int64_t rows = 4 * nodes + 3 * M;
+    if (rows > capacity) {
+      buffer.reset(new Row<A>[rows]);
+      capacity = rows;
+    }
+    x = buffer.get();
+    h = x + nodes;
+    next = h + nodes;
+    ends = next + nodes;
+    work = ends + nodes;
   }
-  add_scaled_range(sum.data(), grad.data(), A(1), 0, count);
-  convert(sum.data(), grad_x, count);
-  if (grad_weight) convert(weight_sum.data(), grad_weight, s.edges);
+};
+
+// A modality count known at compile time keeps all sums of an utterance in registers; 0 is the general form.
+template <typename Body>
+void dispatch_modalities(int64_t modalities, Body&& body) {
+  modalities == 3 ? body(std::integral_constant<int, 3>{}) : body(std::integral_constant<int, 0>{});
 }
 
-std::tuple<Tensor, Tensor> graph_propagate_backward_cpu(const Tensor& grad_out_, const Tensor& x_, const Tensor& rowptr,
-                                                        const Tensor& col, const std::optional<Tensor>& weight,
-                                                        int64_t steps, double alpha) {
-  constexpr const char* op = "graph_propagate_backward";
-  check_steps(op, steps, alpha);
-  const GraphSizes s = check_graph(op, x_, {rowptr, col, weight});
-  check_shape(grad_out_, op, "grad_out", {s.nodes, s.width}, "[n, d]");
-  check_dtype(grad_out_, op, "grad_out", x_.scalar_type());
-  const Tensor x = torch::stable::contiguous(x_), grad_out = torch::stable::contiguous(grad_out_);
-  const Graph graph = contiguous({rowptr, col, weight});
-  check_values(op, graph.rowptr.const_data_ptr<int64_t>(), graph.col.const_data_ptr<int64_t>(), s);
-  Tensor grad_x = torch::stable::new_empty(x, {s.nodes, s.width});
-  Tensor grad_weight = torch::stable::new_empty(x, {weight ? s.edges : 0});
-  dispatch_floating(x.scalar_type(), op, [&](auto tag) {
-    using T = typename decltype(tag)::type;
-    backward<T>(grad_out.const_data_ptr<T>(), graph, x.const_data_ptr<T>(), grad_x.mutable_data_ptr<T>(),
-                weight ? grad_weight.mutable_data_ptr<T>() : nullptr, s, steps, static_cast<acc_t<T>>(alpha));
+// Runs body(conversation, first element of the tile, its width) for every conversation and every tile of columns.
+// Threads share the utterances evenly; a task belongs to the thread in whose share it begins.
+template <typename A, typename Body>
+void for_each_tile(const Call& call, Body&& body) {
+  const WindowSizes& s = call.sizes;
+  constexpr int64_t kWidth = Row<A>::kWidth;
+  const int64_t tiles = (s.width + kWidth - 1) / kWidth;
+  const int64_t work = kWidth * s.modalities * std::max<int64_t>(1, call.steps);
+  const int64_t grain = std::max<int64_t>(1, kGrain / std::max<int64_t>(1, work));
+  torch::stable::parallel_for(0, s.utterances * tiles, grain, [&](int64_t from, int64_t to) {
+    Conversation<A> conversation;
+    int64_t v = std::upper_bound(call.offsets, call.offsets + s.conversations + 1, from / tiles) - call.offsets - 1;
+    for (; v < s.conversations && call.offsets[v] * tiles < to; ++v) {
+      const int64_t begin = call.offsets[v], end = call.offsets[v + 1], length = end - begin;
+      if (length == 0) continue;
+      bool prepared = false;
+      for (int64_t tile = 0; tile < tiles; ++tile) {
+        const int64_t start = begin * tiles + tile * length;
+        if (start < from || start >= to) continue;
+        if (!prepared) conversation.prepare(call, begin, end);
+        prepared = true;
+        body(conversation, begin * s.modalities * s.width + tile * kWidth, std::min(kWidth, s.width - tile * kWidth));
+      }
+    }
   });
-  return {grad_x, grad_weight};
+}
+
+// next = (1-α) A_inter ((1-α) A_intra h + α x) + α x, with α x in c.x
+template <int kM, bool kGated, typename A>
+MSACORE_INLINE void forward_step(const Conversation<A>& c, int64_t modalities, const Gates<A>& gates, const Row<A>* h,
+                                 Row<A>* next) {
+  const int64_t M = kM > 0 ? kM : modalities;
+  const auto use = [&](int64_t i, Row<A>* u) __attribute__((always_inline)) {
+    Row<A> in_registers[kM > 0 ? kM : 1];
+    Row<A>* others = kM > 0 ? in_registers : c.work + 2 * M;
+    for (int64_t m = 0; m < M; ++m) {
+      const int64_t e = i * M + m;
+      u[m] = gates.intra[kGated ? e : i] * u[m] + c.x[e];
+      if (kGated) u[m] = u[m].where(gates.sends[e]);
+    }
+    sum_others<kM>(u, M, others);
+    for (int64_t m = 0; m < M; ++m) {
+      const int64_t e = i * M + m;
+      Row<A> row = gates.inter[kGated ? e : 0] * others[m] + c.x[e];
+      next[e] = kGated ? row.where(gates.next_sends[e]) : row;
+    }
+  };
+  for_each_window<kM>(h, c.length, M, c.past, c.future, c.ends, c.work, use);
+}
+
+// x and out point at the first column of the tile. The state buffer holds what a node sends, zeros where it does not.
+template <int kM, typename T, typename A>
+MSACORE_SIMD void forward_tile(const Call& call, const Conversation<A>& c, const T* x, int64_t width, T* out) {
+  const int64_t M = call.sizes.modalities, stride = call.sizes.width;
+  const A alpha = static_cast<A>(call.alpha);
+  Row<A>*h = c.h, *next = c.next;
+  load_rows(x, stride, c.nodes, width, h);
+  if (call.steps == 0) return store_rows(h, c.nodes, width, out, stride);
+  // α = 0 drops the term rather than multiply by it: then a missing node's x is not read at all.
+  for (int64_t e = 0; e < c.nodes; ++e) c.x[e] = alpha == 0 ? Row<A>{} : alpha * h[e];
+  if (call.gate)
+    for (int64_t e = 0; e < c.nodes; ++e) h[e] = h[e].where(c.gate[e]);
+  for (int64_t k = 0; k < call.steps; ++k) {
+    const Gates<A> gates = c.gates(call, k);
+    c.gated(call, k) ? forward_step<kM, true>(c, M, gates, h, next) : forward_step<kM, false>(c, M, gates, h, next);
+    std::swap(h, next);
+  }
+  store_rows(h, c.nodes, width, out, stride);
+}
+
+// The step of METHODS' adjoint: with λ = dL/dH of a step's result, G = (1-α) A_interᵀ λ and c.x += α (λ + G); writes
+// the input (1-α) D_intra⁻¹ G of the transposed window sum that gives λ of the step before. `first`: h holds λ itself.
+template <int kM, bool kGated, typename A>
+MSACORE_INLINE void backward_step(const Conversation<A>& c, int64_t modalities, const Gates<A>& gates, A alpha,
+                                  bool first, const Row<A>* h, Row<A>* next) {
+  const int64_t M = kM > 0 ? kM : modalities;
+  const auto use = [&](int64_t i, Row<A>* lambda) __attribute__((always_inline)) {
+    Row<A> in_registers[kM > 0 ? kM : 1];
+    Row<A>* g = kM > 0 ? in_registers : c.work + 2 * M;
+    for (int64_t m = 0; m < M; ++m) {
+      const int64_t e = i * M + m;
+      if (kGated) lambda[m] = lambda[m].where(gates.next_sends[e]);
+      if (alpha != 0) c.x[e] = c.x[e] + alpha * lambda[m];
+      lambda[m] = gates.inter[kGated ? e : 0] * lambda[m];
+    }
+    sum_others<kM>(lambda, M, g);
+    for (int64_t m = 0; m < M; ++m) {
+      const int64_t e = i * M + m;
+      if (kGated) g[m] = g[m].where(gates.sends[e]);
+      if (alpha != 0) c.x[e] = c.x[e] + alpha * g[m];
+      next[e] = gates.intra[kGated ? e : i] * g[m];
+    }
+  };
+  if (first) {
+    Row<A> in_registers[kM > 0 ? kM : 1];
+    Row<A>* lambda = kM > 0 ? in_registers : c.work;
+    for (int64_t i = 0; i < c.length; ++i) {
+      for (int64_t m = 0; m < M; ++m) lambda[m] = h[i * M + m];
+      use(i, lambda);
+    }
+  } else {
+    for_each_window<kM>(h, c.length, M, c.future, c.past, c.ends, c.work, use);
+  }
+}
+
+template <int kM, typename T, typename A>
+MSACORE_SIMD void backward_tile(const Call& call, const Conversation<A>& c, const T* grad_out, int64_t width,
+                                T* grad_x) {
+  const int64_t M = call.sizes.modalities, stride = call.sizes.width;
+  const A alpha = static_cast<A>(call.alpha);
+  Row<A>*h = c.h, *next = c.next;
+  load_rows(grad_out, stride, c.nodes, width, h);
+  if (call.steps == 0) return store_rows(h, c.nodes, width, grad_x, stride);
+  for (int64_t e = 0; e < c.nodes; ++e) c.x[e] = Row<A>{};
+  for (int64_t k = call.steps - 1; k >= 0; --k) {
+    const Gates<A> gates = c.gates(call, k);
+    const bool first = k + 1 == call.steps;
+    c.gated(call, k) ? backward_step<kM, true>(c, M, gates, alpha, first, h, next)
+                     : backward_step<kM, false>(c, M, gates, alpha, first, h, next);
+    std::swap(h, next);
+  }
+  const auto use = [&](int64_t i, Row<A>* lambda) __attribute__((always_inline)) {
+    for (int64_t m = 0; m < (kM > 0 ? kM : M); ++m) {
+      const int64_t e = i * (kM > 0 ? kM : M) + m;
+      c.x[e] = c.x[e] + (call.gate ? lambda[m].where(c.gate[e]) : lambda[m]);
+    }
+  };
+  for_each_window<kM>(h, c.length, M, c.future, c.past, c.ends, c.work, use);
+  store_rows(c.x, c.nodes, width, grad_x, stride);
+}
+
+// A_intra h, or its transpose (kTransposed): the half-step without its share of x.
+template <int kM, bool kTransposed, typename T, typename A>
+MSACORE_SIMD void window_mean_tile(const Call& call, const Conversation<A>& c, const T* h, int64_t width, T* out) {
+  const int64_t M = kM > 0 ? kM : call.sizes.modalities, stride = call.sizes.width;
+  load_rows(h, stride, c.nodes, width, c.h);
+  const auto scale = [&](int64_t e) { return call.gate ? c.gated_intra[e] : c.intra[e / M]; };
+  for (int64_t e = 0; e < c.nodes; ++e) {
+    if (kTransposed)
+      c.h[e] = scale(e) * c.h[e];
+    else if (call.gate)
+      c.h[e] = c.h[e].where(c.gate[e]);
+  }
+  const auto use = [&](int64_t i, Row<A>* sum) __attribute__((always_inline)) {
+    for (int64_t m = 0; m < M; ++m) {
+      const int64_t e = i * M + m;
+      if (kTransposed)
+        c.next[e] = call.gate ? sum[m].where(c.gate[e]) : sum[m];
+      else
+        c.next[e] = scale(e) * sum[m];
+    }
+  };
+  for_each_window<kM>(c.h, c.length, M, kTransposed ? c.future : c.past, kTransposed ? c.past : c.future, c.ends,
+                      c.work, use);
+  store_rows(c.next, c.nodes, width, out, stride);
+}
+
+// A_inter h, or its transpose, of utterances begin … end; h and out [N, M, d], gate [N, M] or null. `sum` holds d.
+template <bool kTransposed, typename T, typename A>
+MSACORE_SIMD void modality_mean_range(const T* __restrict__ h, const bool* __restrict__ gate, T* __restrict__ out,
+                                      A* __restrict__ sum, const WindowSizes& s, int64_t begin, int64_t end) {
+  const int64_t M = s.modalities, d = s.width;
+  for (int64_t i = begin; i < end; ++i) {
+    const bool* sends = gate ? gate + i * M : nullptr;
+    int64_t senders = M;
+    if (sends) senders = std::count(sends, sends + M, true);
+    const auto scale = [&](int64_t m) {
+      const int64_t others = senders - (sends ? sends[m] : 1);
+      return others ? A(1) / static_cast<A>(others) : A(0);
+    };
+    for (int64_t m = 0; m < M; ++m) {
+      for (int64_t c = 0; c < d; ++c) sum[c] = 0;
+      for (int64_t n = 0; n < M; ++n) {
+        if (n == m || (sends && !sends[kTransposed ? m : n])) continue;
+        const A factor = scale(kTransposed ? n : m);
+        const T* row = h + (i * M + n) * d;
+        for (int64_t c = 0; c < d; ++c) sum[c] += factor * static_cast<A>(row[c]);
+      }
+      for (int64_t c = 0; c < d; ++c) out[(i * M + m) * d + c] = static_cast<T>(sum[c]);
+    }
+  }
+}
+
+enum class Direction { kForward, kBackward };
+
+std::optional<Tensor> contiguous(const std::optional<Tensor>& t) {
+  return t ? std::optional<Tensor>(torch::stable::contiguous(*t)) : std::nullopt;
+}
+
+const bool* pointer(const std::optional<Tensor>& gate) { return gate ? gate->const_data_ptr<bool>() : nullptr; }
+
+// The operators and their gradients map [N, M, d] to [N, M, d]; `tile` runs one task of the kind.
+template <typename Tile>
+Tensor over_conversations(const char* op, const std::string& name, const Tensor& h_, const Tensor& offsets_,
+                          const std::string& gate_name, const std::optional<Tensor>& gate_, int64_t past,
+                          int64_t future, int64_t steps, double alpha, Send send, Tile&& tile) {
+  check_window(op, past, future);
+  WindowSizes s = check_states(op, name, h_, gate_name, gate_);
+  s.conversations = check_offsets(op, offsets_, h_);
+  const Tensor h = torch::stable::contiguous(h_), offsets = torch::stable::contiguous(offsets_);
+  const std::optional<Tensor> gate = contiguous(gate_);
+  const Call call{s, offsets.const_data_ptr<int64_t>(), pointer(gate), past, future, steps, alpha, send};
+  check_offset_values(op, call.offsets, s);
+  Tensor out = torch::stable::new_empty(h, {s.utterances, s.modalities, s.width});
+  if (out.numel() == 0) return out;
+  dispatch_floating(h.scalar_type(), op, [&](auto tag) {
+    using T = typename decltype(tag)::type;
+    const T* from = h.const_data_ptr<T>();
+    T* to = out.mutable_data_ptr<T>();
+    dispatch_modalities(s.modalities, [&](auto count) {
+      for_each_tile<acc_t<T>>(call, [&](const Conversation<acc_t<T>>& c, int64_t at, int64_t width) {
+        tile(count, call, c, from + at, width, to + at);
+      });
+    });
+  });
+  return out;
+}
+
+template <Direction kDirection>
+Tensor propagate_cpu(const Tensor& x, const Tensor& offsets, const std::optional<Tensor>& available, int64_t past,
+                     int64_t future, int64_t steps, double alpha, int64_t send) {
+  constexpr bool kForward = kDirection == Direction::kForward;
+  constexpr const char* op = kForward ? "propagate" : "propagate_backward";
+  check_steps(op, steps, alpha);
+  return over_conversations(op, kForward ? "x" : "grad_out", x, offsets, "available", available, past, future, steps,
+                            alpha, check_send(op, send), [](auto count, auto&&... task) {
+                              constexpr int kM = decltype(count)::value;
+                              kForward ? forward_tile<kM>(task...) : backward_tile<kM>(task...);
+                            });
+}
+
+template <Direction kDirection>
+Tensor window_mean_cpu(const Tensor& h, const Tensor& offsets, const std::optional<Tensor>& senders, int64_t past,
+                       int64_t future) {
+  constexpr bool kForward = kDirection == Direction::kForward;
+  return over_conversations(kForward ? "window_mean" : "window_mean_backward", kForward ? "h" : "grad_out", h, offsets,
+                            "senders", senders, past, future, 1, 0.0, Send::kNever, [](auto count, auto&&... task) {
+                              window_mean_tile<decltype(count)::value, !kForward>(task...);
+                            });
+}
+
+template <Direction kDirection>
+Tensor modality_mean_cpu(const Tensor& h_, const std::optional<Tensor>& senders_) {
+  constexpr bool kForward = kDirection == Direction::kForward;
+  constexpr const char* op = kForward ? "modality_mean" : "modality_mean_backward";
+  const WindowSizes s = check_states(op, kForward ? "h" : "grad_out", h_, "senders", senders_);
+  const Tensor h = torch::stable::contiguous(h_);
+  const std::optional<Tensor> senders = contiguous(senders_);
+  Tensor out = torch::stable::new_empty(h, {s.utterances, s.modalities, s.width});
+  if (out.numel() == 0) return out;
+  dispatch_floating(h.scalar_type(), op, [&](auto tag) {
+    using T = typename decltype(tag)::type;
+    const T* from = h.const_data_ptr<T>();
+    T* to = out.mutable_data_ptr<T>();
+    const int64_t grain = std::max<int64_t>(1, kGrain / (s.modalities * s.modalities * s.width));
+    torch::stable::parallel_for(0, s.utterances, grain, [&](int64_t begin, int64_t end) {
+      std::vector<acc_t<T>> sum(s.width);
+      modality_mean_range<!kForward>(from, pointer(senders), to, sum.data(), s, begin, end);
+    });
+  });
+  return out;
 }
 
 }  // namespace
 }  // namespace msacore::propagation
 
 STABLE_TORCH_LIBRARY_FRAGMENT(msacore, m) {
-  m.def("graph_propagate(Tensor x, Tensor rowptr, Tensor col, Tensor? weight, *, int steps, float alpha) -> Tensor");
   m.def(
-      "graph_propagate_backward(Tensor grad_out, Tensor x, Tensor rowptr, Tensor col, Tensor? weight, *, int steps, "
-      "float alpha) -> (Tensor, Tensor)");
+      "propagate(Tensor x, Tensor offsets, Tensor? available, *, int past, int future, int steps, float alpha, int "
+      "send) -> Tensor");
+  m.def(
+      "propagate_backward(Tensor grad_out, Tensor offsets, Tensor? available, *, int past, int future, int steps, "
+      "float alpha, int send) -> Tensor");
+  m.def("window_mean(Tensor h, Tensor offsets, Tensor? senders, *, int past, int future) -> Tensor");
+  m.def("window_mean_backward(Tensor grad_out, Tensor offsets, Tensor? senders, *, int past, int future) -> Tensor");
+  m.def("modality_mean(Tensor h, Tensor? senders) -> Tensor");
+  m.def("modality_mean_backward(Tensor grad_out, Tensor? senders) -> Tensor");
 }
 
 STABLE_TORCH_LIBRARY_IMPL(msacore, CPU, m) {
-  m.impl("graph_propagate", TORCH_BOX(&msacore::propagation::graph_propagate_cpu));
-  m.impl("graph_propagate_backward", TORCH_BOX(&msacore::propagation::graph_propagate_backward_cpu));
+  using namespace msacore::propagation;
+  m.impl("propagate", TORCH_BOX(&propagate_cpu<Direction::kForward>));
+  m.impl("propagate_backward", TORCH_BOX(&propagate_cpu<Direction::kBackward>));
+  m.impl("window_mean", TORCH_BOX(&window_mean_cpu<Direction::kForward>));
+  m.impl("window_mean_backward", TORCH_BOX(&window_mean_cpu<Direction::kBackward>));
+  m.impl("modality_mean", TORCH_BOX(&modality_mean_cpu<Direction::kForward>));
+  m.impl("modality_mean_backward", TORCH_BOX(&modality_mean_cpu<Direction::kBackward>));
 }

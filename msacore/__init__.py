@@ -9,10 +9,11 @@ load_extension()
 from msacore import uncertainty  # noqa: E402
 from msacore.ops import kcenter as _kcenter  # noqa: E402, F401  # registers the fake kernels
 from msacore.ops.contrastive import info_nce  # noqa: E402
+from msacore.ops.graph_propagation import graph_propagate  # noqa: E402
 from msacore.ops.hierarchical_contrastive import hierarchical_contrastive_loss  # noqa: E402
 from msacore.ops.low_rank_fusion import low_rank_fusion  # noqa: E402
 from msacore.ops.matrix_fusion import matrix_fusion  # noqa: E402
-from msacore.ops.propagation import graph_propagate  # noqa: E402
+from msacore.ops.propagation import modality_mean, propagate, window_mean  # noqa: E402
 from msacore.ops.rank_n_contrast import rank_n_contrast  # noqa: E402
 
 __version__ = "0.1.0"
@@ -23,9 +24,12 @@ __all__ = [
     "info_nce",
     "low_rank_fusion",
     "matrix_fusion",
+    "modality_mean",
+    "propagate",
     "rank_n_contrast",
     "select",
     "uncertainty",
+    "window_mean",
 ]
 
 

@@ -45,7 +45,8 @@ class OpCase:
     bad_inputs: dict[str, BadInput]
     # Positions that must stay unread, as (path to the tensor, boolean mask of its shape).
     hidden: Callable[[Arguments], list[tuple[tuple[Any, ...], Tensor]]] | None = None
-    hidden_gradient_is_zero: bool = True
+    # A hidden position still has its own result and gradient (missing nodes of `propagate`).
+    hidden_keeps_own_result: bool = False
     loss: bool = False  # losses of 16-bit inputs are float32
     dtypes: tuple[torch.dtype, ...] = field(default=DTYPES)
 

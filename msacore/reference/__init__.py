@@ -2,6 +2,7 @@
 
 from msacore.reference import (
     contrastive,
+    graph_propagation,
     hierarchical_contrastive,
     low_rank_fusion,
     matrix_fusion,
@@ -11,6 +12,7 @@ from msacore.reference import (
 
 __all__ = [
     "contrastive",
+    "graph_propagation",
     "hierarchical_contrastive",
     "low_rank_fusion",
     "matrix_fusion",

@@ -2,6 +2,7 @@
 
 from tests.cases import (
     contrastive,
+    graph_propagation,
     hierarchical_contrastive,
     low_rank_fusion,
     matrix_fusion,
@@ -11,6 +12,7 @@ from tests.cases import (
 
 ALL = [
     *contrastive.CASES,
+    *graph_propagation.CASES,
     *hierarchical_contrastive.CASES,
     *low_rank_fusion.CASES,
     *matrix_fusion.CASES,

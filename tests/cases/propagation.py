@@ -1,83 +1,156 @@
-"""Cases of the propagation family."""
+"""Cases of propagation over conversations."""
 
+from collections.abc import Callable
 from typing import Any
 
 import torch
+from torch import Tensor
 
 import msacore
 from msacore import reference
-from tests.opcase import BadInput, OpCase, Sample
+from tests.cases.graph_propagation import changed
+from tests.opcase import Arguments, BadInput, OpCase, Sample
 
 
-def random_csr(
-    nodes: int, edges: int, generator: torch.Generator, device: torch.device
-) -> tuple[torch.Tensor, torch.Tensor]:
-    """Rows of very different lengths, some empty; repeated edges allowed."""
-    target = (torch.rand(edges, generator=generator) ** 2 * nodes).long().sort().values
-    rowptr = torch.zeros(nodes + 1, dtype=torch.int64)
-    rowptr[1:] = torch.bincount(target, minlength=nodes).cumsum(0)
-    col = torch.randint(0, max(nodes, 1), (edges,), generator=generator)
-    return rowptr.to(device), col.to(device)
+def conversations(*lengths: int) -> Tensor:
+    return torch.tensor([0, *lengths]).cumsum(0)
 
 
-def _graph_sample(
-    device: torch.device, dtype: torch.dtype, name: str, nodes: int, width: int, edges: int, **options: Any
+def _sample(
+    device: torch.device, dtype: torch.dtype, first: str, gate: str | None, name: str, sizes: Any, **options: Any
 ) -> Sample:
-    generator = torch.Generator().manual_seed(nodes + 31 * width + edges)
-    weighted = options.pop("weighted", True)
-    rowptr, col = random_csr(nodes, edges, generator, device)
-    weight = torch.randn(edges, generator=generator).to(device, dtype) if weighted else None
-    x = torch.randn(nodes, width, generator=generator).to(device, dtype)
-    return Sample(name, dict(x=x, rowptr=rowptr, col=col, weight=weight, **options), small=nodes * width < 100)
+    lengths, modalities, width = sizes
+    utterances = sum(lengths)
+    generator = torch.Generator().manual_seed(utterances + 31 * modalities + width)
+    arguments: Arguments = {first: torch.randn(utterances, modalities, width, generator=generator).to(device, dtype)}
+    arguments["offsets"] = conversations(*lengths).to(device)
+    if gate is not None:
+        arguments[gate] = (torch.rand(utterances, modalities, generator=generator) < 0.6).to(device)
+    return Sample(name, {**arguments, **options}, small=name in SMALL)
 
 
-def _graph_samples(device: torch.device, dtype: torch.dtype) -> list[Sample]:
-    return [
-        _graph_sample(device, dtype, name, *sizes, **options)
-        for name, sizes, options in [
-            ("odd", (7, 5, 19), dict(steps=2, alpha=0.1)),
-            ("another size", (9, 4, 30), dict(steps=2, alpha=0.1)),
-            ("plain sum", (6, 3, 11), dict(weighted=False)),
-            ("one node", (1, 1, 1), dict(steps=3, alpha=0.5)),
-            ("no edges", (4, 3, 0), dict(steps=1, alpha=0.2)),
-            ("no nodes", (0, 3, 0), dict(steps=1)),
-            ("no width", (4, 0, 6), dict(steps=1)),
-            ("no steps", (5, 2, 8), dict(steps=0, alpha=0.3)),
-            ("large", (300, 67, 2500), dict(steps=4, alpha=0.2)),
-        ]
-    ]
+# lengths of the conversations, modalities, width
+SIZES = {
+    "odd": ((4, 0, 3), 3, 4),
+    "another size": ((3, 5, 1), 3, 3),
+    "two modalities": ((6,), 2, 3),
+    "five modalities": ((3, 1), 5, 2),
+    "one modality": ((5,), 1, 3),
+    "one node": ((1,), 1, 1),
+    "no utterance": ((0, 0), 3, 4),
+    "no conversation": ((), 3, 4),
+    "no modality": ((2,), 0, 4),
+    "no width": ((3,), 3, 0),
+    "large": ((24, 7, 0, 13, 1), 3, 37),
+    "many modalities": ((14, 5), 6, 20),
+}
+SMALL = ("odd", "another size", "five modalities", "no utterance", "ungated", "odd, never", "alpha 0, never")
+WINDOWS = {"narrow": (1, 0), "whole": (-1, -1), "past": (-1, 1), "future": (2, -1), "wider than all": (30, 25)}
 
 
-def changed(**changes: Any) -> Any:
-    return lambda arguments: {**arguments, **{k: f(arguments[k]) for k, f in changes.items()}}
+def _propagate_samples(device: torch.device, dtype: torch.dtype) -> list[Sample]:
+    def sample(name: str, size: str, **options: Any) -> None:
+        gate = None if options.pop("ungated", False) else "available"
+        samples.append(_sample(device, dtype, "x", gate, name, SIZES[size], **options))
+
+    samples: list[Sample] = []
+    for size in SIZES:
+        sample(size, size, steps=3, send="after_fill")
+    for send in ("after_fill", "never"):
+        for name, window in WINDOWS.items():
+            sample(f"{name} window, {send}", "large", steps=2, window=window, alpha=0.3, send=send)
+        sample(f"no steps, {send}", "odd", steps=0, send=send)
+        sample(f"one step, {send}", "odd", steps=1, send=send)
+    for size in ("odd", "five modalities", "one modality", "large", "many modalities"):
+        sample(f"{size}, never", size, steps=3, send="never")
+    for size in ("odd", "five modalities", "large"):
+        sample(f"{size}, all available", size, ungated=True)
+    sample("alpha 0, never", "odd", alpha=0.0, send="never")
+    sample("alpha 1", "odd", alpha=1.0)
+    return samples
 
 
-GRAPH_BAD_INPUTS = {
-    "integer features": BadInput(changed(x=lambda x: x.long()), ("`x`", "float32", "int64")),
-    "features of one dimension": BadInput(changed(x=lambda x: x[:, 0]), ("`x`", "[n, d]")),
-    "rowptr too short": BadInput(changed(rowptr=lambda r: r[:-1]), ("`rowptr`", "[n + 1]")),
-    "rowptr of int32": BadInput(changed(rowptr=lambda r: r.int()), ("`rowptr`", "int64", "int32")),
-    "col of two dimensions": BadInput(changed(col=lambda c: c[None]), ("`col`", "[E]")),
-    "weight of another length": BadInput(changed(weight=lambda w: w[1:]), ("`weight`", "[E]")),
-    "weight of another dtype": BadInput(changed(weight=lambda w: w.double()), ("`weight`", "float32", "float64")),
-    "negative steps": BadInput(changed(steps=lambda _: -1), ("`steps`", "-1")),
-    "alpha above one": BadInput(changed(alpha=lambda _: 1.5), ("`alpha`", "1.5")),
-    "decreasing rowptr": BadInput(
-        changed(rowptr=lambda r: torch.cat([r[:1], r[1:-1].flip(0), r[-1:]])), ("`rowptr`", "decreasing"), values=True
+def _window_mean_samples(device: torch.device, dtype: torch.dtype) -> list[Sample]:
+    samples = [_sample(device, dtype, "h", "senders", name, sizes) for name, sizes in SIZES.items()]
+    for name, window in WINDOWS.items():
+        samples.append(_sample(device, dtype, "h", "senders", f"{name} window", SIZES["large"], window=window))
+    samples.append(_sample(device, dtype, "h", None, "ungated", SIZES["odd"], window=(-1, 1)))
+    return samples
+
+
+def _modality_mean_samples(device: torch.device, dtype: torch.dtype) -> list[Sample]:
+    samples = [_sample(device, dtype, "h", "senders", name, sizes) for name, sizes in SIZES.items()]
+    for name in ("odd", "one modality", "many modalities"):
+        samples.append(_sample(device, dtype, "h", None, f"{name}, ungated", SIZES[name]))
+    return [Sample(s.id, {k: v for k, v in s.arguments.items() if k != "offsets"}, small=s.small) for s in samples]
+
+
+def _non_senders(
+    first: str, gate: str, send: str = "never"
+) -> Callable[[Arguments], list[tuple[tuple[Any, ...], Tensor]]]:
+    def hidden(arguments: Arguments) -> list[tuple[tuple[Any, ...], Tensor]]:
+        if gate not in arguments or arguments.get("send", send) == "after_fill":
+            return []
+        return [((first,), ~arguments[gate][..., None].expand_as(arguments[first]))]
+
+    return hidden
+
+
+def _bad_states(first: str, gate: str) -> dict[str, BadInput]:
+    return {
+        "integer states": BadInput(changed(**{first: lambda x: x.long()}), (f"`{first}`", "float32", "int64")),
+        "states of two dimensions": BadInput(changed(**{first: lambda x: x[0]}), (f"`{first}`", "[N, M, d]")),
+        "gate of integers": BadInput(changed(**{gate: lambda g: g.long()}), (f"`{gate}`", "bool", "int64")),
+        "gate of another size": BadInput(changed(**{gate: lambda g: g[:, :2]}), (f"`{gate}`", "[N, M]")),
+    }
+
+
+BAD_OFFSETS = {
+    "offsets of int32": BadInput(changed(offsets=lambda o: o.int()), ("`offsets`", "int64", "int32")),
+    "offsets of two dimensions": BadInput(changed(offsets=lambda o: o[None]), ("`offsets`", "[V + 1]")),
+    "empty offsets": BadInput(changed(offsets=lambda o: o[:0]), ("`offsets`", "[V + 1]", "[0]")),
+    "offsets that start late": BadInput(changed(offsets=lambda o: o.clamp(min=1)), ("`offsets[0]`", "1"), values=True),
+    "offsets that end early": BadInput(changed(offsets=lambda o: o.clamp(max=5)), ("`offsets[-1]`", "5"), values=True),
+    "decreasing offsets": BadInput(
+        changed(offsets=lambda o: o[[0, 3, 1, 3]]), ("`offsets`", "non-decreasing"), values=True
     ),
-    "rowptr that misses edges": BadInput(
-        changed(rowptr=lambda r: r.clamp(max=int(r[-1]) - 1)), ("`rowptr[-1]`",), values=True
-    ),
-    "col out of range": BadInput(changed(col=lambda c: c + 7), ("`col`", "[0, n = 7)"), values=True),
+    "window below -1": BadInput(lambda a: {**a, "window": (2, -2)}, ("`window`", "at least -1", "-2")),
+    "window of three": BadInput(lambda a: {**a, "window": (1, 2, 3)}, ("`window`", "(past, future)")),
 }
 
 CASES = [
     OpCase(
-        name="graph_propagate",
-        op=msacore.graph_propagate,
-        reference=reference.propagation.graph_propagate,
-        samples=_graph_samples,
-        gradients=("x", "weight"),
-        bad_inputs=GRAPH_BAD_INPUTS,
+        name="propagate",
+        op=msacore.propagate,
+        reference=reference.propagation.propagate,
+        samples=_propagate_samples,
+        gradients=("x",),
+        bad_inputs={
+            **_bad_states("x", "available"),
+            **BAD_OFFSETS,
+            "negative steps": BadInput(changed(steps=lambda _: -1), ("`steps`", "-1")),
+            "alpha above one": BadInput(lambda a: {**a, "alpha": 1.5}, ("`alpha`", "1.5")),
+            "unknown send": BadInput(changed(send=lambda _: "always"), ("`send`", "after_fill", "always")),
+        },
+        hidden=_non_senders("x", "available", "after_fill"),
+        hidden_keeps_own_result=True,
+    ),
+    OpCase(
+        name="window_mean",
+        op=msacore.window_mean,
+        reference=reference.propagation.window_mean,
+        samples=_window_mean_samples,
+        gradients=("h",),
+        bad_inputs={**_bad_states("h", "senders"), **BAD_OFFSETS},
+        hidden=_non_senders("h", "senders"),
+    ),
+    OpCase(
+        name="modality_mean",
+        op=msacore.modality_mean,
+        reference=reference.propagation.modality_mean,
+        samples=_modality_mean_samples,
+        gradients=("h",),
+        bad_inputs=_bad_states("h", "senders"),
+        hidden=_non_senders("h", "senders"),
     ),
 ]
