@@ -1,0 +1,277 @@
+"""Measures providers of one operation side by side; knows nothing about any operator.
+
+A row is one operation at one shape. Its providers take turns in one process on the same tensors (A, B, C, A, B, C, …)
+and their medians are compared. The machine is probed before, between and after the turns with two canaries, a matrix
+product and a read of memory; where one drifts by more than `DRIFT` the row is measured again, and in the end its ratios
+are withheld.
+"""
+
+import statistics
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import asdict, dataclass, field
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from bench.device import Canary, Device
+
+DRIFT = 0.20
+ATTEMPTS = 3
+DISAGREEMENT = 1e-2  # of the largest output; a peer further off computes something else
+
+Inputs = dict[str, Any]
+Call = Callable[[], Any]
+
+
+class Unavailable(Exception):
+    """A provider that cannot run here, with the reason to print."""
+
+
+@dataclass(frozen=True)
+class Shape:
+    name: str
+    sizes: dict[str, int]
+    quick: bool = False  # also measured by `--quick` and by `pytest bench`
+
+
+@dataclass(frozen=True)
+class Work:
+    """The least an operation must do: floating-point operations, and bytes read or written once."""
+
+    flops: float
+    bytes: float
+
+    def seconds(self, canary: Canary) -> float:
+        return max(self.flops / (canary.gflops * 1e9), self.bytes / (canary.gbytes * 1e9))
+
+
+@dataclass(frozen=True)
+class Provider:
+    """One implementation. `bind` prepares it outside the clock, or raises `Unavailable`."""
+
+    name: str
+    bind: Callable[[Inputs], Call]
+
+
+@dataclass(frozen=True)
+class Growth:
+    """How the time of ours should rise with one size: `slope` of log time over log size."""
+
+    axis: str
+    values: tuple[int, ...]
+    others: dict[str, int]
+    slope: float
+
+
+@dataclass(frozen=True)
+class Benchmark:
+    """An operation: `providers[0]` is ours. `work(sizes)` gives the floor of forward and of forward plus backward."""
+
+    name: str
+    shapes: tuple[Shape, ...]
+    inputs: Callable[[dict[str, int], torch.device], Inputs]
+    providers: tuple[Provider, ...]
+    work: Callable[[dict[str, int]], tuple[Work, Work]]
+    growth: tuple[Growth, ...] = ()
+    differentiable: bool = True
+
+
+@dataclass
+class Measurement:
+    provider: str
+    forward_ms: float | None = None
+    total_ms: float | None = None  # forward and backward
+    extra_mb: float | None = None  # peak above what was held before the call
+    ratio: float | None = None  # of our time, forward and backward where there is one; None where withheld
+    share: float | None = None  # of the limit: floor / time
+    note: str = ""
+
+
+@dataclass
+class Row:
+    operator: str
+    shape: str
+    measurements: list[Measurement] = field(default_factory=list)
+    canaries: list[Canary] = field(default_factory=list)
+    attempts: int = 0
+    drift: float = 0.0
+    withheld: str = ""
+
+    def as_records(self) -> Iterator[dict[str, Any]]:
+        middle = median_canary(self.canaries) if self.canaries else None
+        gflops, gbytes = (middle.gflops, middle.gbytes) if middle else (None, None)
+        for m in self.measurements:
+            common = dict(operator=self.operator, shape=self.shape, gflops=gflops, gbytes=gbytes, drift=self.drift)
+            yield {**common, **asdict(m), "withheld": self.withheld}
+
+
+def leaves(inputs: Inputs) -> list[Tensor]:
+    """The differentiable tensors among the inputs, also inside sequences."""
+    found: list[Tensor] = []
+    for value in inputs.values():
+        members = value if isinstance(value, (list, tuple)) else (value,)
+        found += [t for t in members if isinstance(t, Tensor) and t.requires_grad]
+    return found
+
+
+def outputs(result: Any) -> list[Tensor]:
+    return list(result) if isinstance(result, (list, tuple)) else [result]
+
+
+def with_backward(call: Call, inputs: Inputs) -> Call:
+    """The call followed by the gradient of a fixed weighting of its outputs."""
+    wanted = leaves(inputs)
+    with torch.no_grad():
+        shapes = outputs(call())
+    weights = [torch.linspace(0.5, 1.5, max(1, o.numel())).to(o)[: o.numel()].view(o.shape) for o in shapes]
+
+    def run() -> Any:
+        return torch.autograd.grad(outputs(call()), wanted, weights, allow_unused=True)
+
+    return run
+
+
+def without_grad(call: Call) -> Call:
+    def run() -> Any:
+        with torch.no_grad():
+            return call()
+
+    return run
+
+
+def median_canary(canaries: Sequence[Canary]) -> Canary:
+    return Canary(statistics.median(c.gflops for c in canaries), statistics.median(c.gbytes for c in canaries))
+
+
+def drift(canaries: Sequence[Canary]) -> float:
+    """Largest relative fall from the best to the worst probe of either canary."""
+    rates = [[c.gflops for c in canaries], [c.gbytes for c in canaries]]
+    return max(1 - min(rate) / max(rate) for rate in rates)
+
+
+def turns(names: Sequence[str], rounds: int) -> Iterator[str]:
+    """The order in which providers run: every provider once, then every provider again."""
+    for _ in range(rounds):
+        yield from names
+
+
+def medians(calls: dict[str, Call], rounds: int, clock: Callable[[Call], float]) -> dict[str, float]:
+    """Median seconds of each call, all taking turns."""
+    times: dict[str, list[float]] = {name: [] for name in calls}
+    for name in turns(list(calls), rounds):
+        times[name].append(clock(calls[name]))
+    return {name: statistics.median(values) for name, values in times.items()}
+
+
+def disagreement(ours: Any, theirs: Any) -> float:
+    """Largest difference between outputs, relative to the largest of ours."""
+    return max(
+        (float((a.double() - b.double()).abs().max() / a.double().abs().max().clamp(min=1e-30)))
+        if a.shape == b.shape
+        else float("inf")
+        for a, b in zip(outputs(ours), outputs(theirs), strict=True)
+        if a.numel()
+    )
+
+
+def bound(benchmark: Benchmark, inputs: Inputs, without: Sequence[str], row: Row) -> dict[str, Call]:
+    """The providers that run here, each called once and compared with ours; of the others a line with the reason."""
+    calls: dict[str, Call] = {}
+    expected: Any = None
+    for provider in benchmark.providers:
+        if provider.name in without:
+            continue
+        note = ""
+        try:
+            call = provider.bind(inputs)
+            result = without_grad(call)()
+        except (Unavailable, NotImplementedError) as reason:  # the latter: no kernel for this device
+            row.measurements.append(Measurement(provider.name, note=f"not run: {str(reason).splitlines()[0]}"))
+            continue
+        if expected is None:
+            expected = result
+        elif (off := disagreement(expected, result)) > DISAGREEMENT:
+            note = f"disagrees with ours by {off:.1e}"
+        calls[provider.name] = call
+        row.measurements.append(Measurement(provider.name, note=note))
+    return calls
+
+
+def measure(benchmark: Benchmark, shape: Shape, device: Device, rounds: int, without: Sequence[str] = ()) -> Row:
+    """One row, measured again while a canary drifts, at most `ATTEMPTS` times."""
+    inputs = benchmark.inputs(shape.sizes, device.torch)
+    row = Row(benchmark.name, shape.name)
+    calls = bound(benchmark, inputs, without, row)
+    if benchmark.providers[0].name not in calls:
+        return row
+    forward = {name: without_grad(call) for name, call in calls.items()}
+    total = {n: with_backward(call, inputs) for n, call in calls.items()} if benchmark.differentiable else {}
+    for call in total.values():
+        call()
+    best: tuple[float, dict[str, float], dict[str, float], list[Canary]] | None = None
+    for attempt in range(1, ATTEMPTS + 1):
+        canaries = [device.canary()]
+        forward_times = medians(forward, rounds, device.clock)
+        canaries.append(device.canary())
+        total_times = medians(total, rounds, device.clock)
+        canaries.append(device.canary())
+        if best is None or drift(canaries) < best[0]:
+            best = (drift(canaries), forward_times, total_times, canaries)
+        row.attempts = attempt
+        if best[0] <= DRIFT:
+            break
+    assert best is not None
+    row.drift, forward_times, total_times, row.canaries = best
+    fill(row, benchmark.work(shape.sizes), forward_times, total_times)
+    for m in row.measurements:
+        if m.provider in calls:
+            m.extra_mb = device.extra_peak_mb((total or forward)[m.provider])
+    return row
+
+
+def fill(row: Row, work: tuple[Work, Work], forward: dict[str, float], total: dict[str, float]) -> None:
+    """Times, shares of the limit at the canaries' median rate, and ratios unless a canary drifted."""
+    decisive = total or forward
+    floor = work[1 if total else 0].seconds(median_canary(row.canaries))
+    if row.drift > DRIFT:
+        row.withheld = f"ratio withheld: canary drift {row.drift:.0%} in {row.attempts} attempts"
+    ours = next(iter(decisive.values()))
+    for m in row.measurements:
+        if m.provider not in decisive:
+            continue
+        m.forward_ms = 1e3 * forward[m.provider]
+        m.total_ms = 1e3 * total[m.provider] if total else None
+        m.share = floor / decisive[m.provider]
+        m.ratio = None if row.withheld else decisive[m.provider] / ours
+
+
+def fitted_slope(values: Sequence[float], times: Sequence[float]) -> float:
+    """Least-squares slope of log time over log size."""
+    x, y = torch.tensor(values).double().log(), torch.tensor(times).double().log()
+    x, y = x - x.mean(), y - y.mean()
+    return float((x * y).sum() / (x * x).sum())
+
+
+@dataclass
+class GrowthRow:
+    operator: str
+    axis: str
+    values: list[int]
+    times_ms: list[float]
+    slope: float
+    expected: float
+
+
+def measure_growth(benchmark: Benchmark, growth: Growth, device: Device, rounds: int) -> GrowthRow:
+    """Our forward and backward over one size; all sizes take turns, so that a slow moment tilts no slope."""
+    calls: dict[str, Call] = {}
+    for value in growth.values:
+        inputs = benchmark.inputs({**growth.others, growth.axis: value}, device.torch)
+        call = benchmark.providers[0].bind(inputs)
+        calls[str(value)] = with_backward(call, inputs) if benchmark.differentiable else without_grad(call)
+        calls[str(value)]()
+    times = list(medians(calls, rounds, device.clock).values())
+    slope = fitted_slope(growth.values, times)
+    milliseconds = [1e3 * t for t in times]
+    return GrowthRow(benchmark.name, growth.axis, list(growth.values), milliseconds, slope, growth.slope)

@@ -1,0 +1,224 @@
+"""Propagation against sparse products in torch and against the gather and index_add idiom of graph libraries."""
+
+import warnings
+from collections.abc import Callable
+from typing import Any
+
+import torch
+from torch import Tensor
+
+import msacore
+from bench.harness import Benchmark, Call, Growth, Inputs, Provider, Shape, Work
+from bench.peers import compiled, plain
+from msacore import reference
+
+ALPHA = 0.1
+_MODALITIES = 3
+
+
+def _csr(target: Tensor, source: Tensor, weight: Tensor, nodes: int) -> Tensor:
+    warnings.filterwarnings("ignore", "Sparse")  # "is in beta state"
+    return torch.sparse_coo_tensor(torch.stack([target, source]), weight, (nodes, nodes)).coalesce().to_sparse_csr()
+
+
+def mean_graphs(offsets: Tensor, window: tuple[int, int]) -> tuple[Tensor, Tensor]:
+    """A_intra and A_inter of `msacore.propagate` as CSR matrices; node i · M + m is modality m of utterance i."""
+    length = offsets.diff()
+    conversation = torch.repeat_interleave(torch.arange(len(length), device=offsets.device), length)
+    n = int(offsets[-1])
+    utterance, modality = torch.arange(n, device=offsets.device), torch.arange(_MODALITIES, device=offsets.device)
+    pairs = []
+    for shift in range(-window[0], window[1] + 1):
+        there = (utterance + shift).clamp(0, n - 1)
+        near = (there == utterance + shift) & (conversation[there] == conversation)
+        pairs.append(torch.stack([utterance[near], there[near]]))
+    target, source = torch.cat(pairs, 1)
+    intra = [(e[:, None] * _MODALITIES + modality).flatten() for e in (target, source)]
+    m, other = (modality[:, None] != modality[None, :]).nonzero().T
+    inter = [(utterance[:, None] * _MODALITIES + e).flatten() for e in (m, other)]
+
+    def mean(edges: list[Tensor]) -> Tensor:
+        count = torch.bincount(edges[0], minlength=n * _MODALITIES)
+        return _csr(edges[0], edges[1], 1.0 / count[edges[0]], n * _MODALITIES)
+
+    return mean(intra), mean(inter)
+
+
+def _mix(a: Tensor, h: Tensor, x: Tensor) -> Tensor:
+    return torch.addmm(x, a, h, beta=ALPHA, alpha=1 - ALPHA)
+
+
+class _SparseLoop(torch.autograd.Function):
+    """Steps as `addmm` with CSR matrices; backward the same with their transposes, prepared beforehand."""
+
+    @staticmethod
+    def forward(ctx: Any, x: Tensor, graphs: list[Tensor], transposed: list[Tensor], steps: int) -> Tensor:
+        ctx.transposed, ctx.steps = transposed, steps
+        h = x
+        for _ in range(steps):
+            for a in graphs:
+                h = _mix(a, h, x)
+        return h
+
+    @staticmethod
+    def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor | None, ...]:
+        grad = grads[0]
+        to_x, nothing = torch.zeros_like(grad), torch.zeros_like(grad)
+        for _ in range(ctx.steps):
+            for a in reversed(ctx.transposed):
+                to_x.add_(grad, alpha=ALPHA)
+                grad = torch.addmm(nothing, a, grad, beta=0, alpha=1 - ALPHA)
+        return to_x + grad, None, None, None
+
+
+def _transposed(graphs: list[Tensor]) -> list[Tensor]:
+    return [a.to_sparse_coo().t().coalesce().to_sparse_csr() for a in graphs]
+
+
+def _sparse_loop(graphs_of: Callable[[Inputs], list[Tensor]]) -> Callable[[Inputs], Call]:
+    def bind(inputs: Inputs) -> Call:
+        graphs, x, steps = graphs_of(inputs), inputs["x"], inputs["steps"]
+        transposed = _transposed(graphs)
+        return lambda: _SparseLoop.apply(x.reshape(-1, x.shape[-1]), graphs, transposed, steps).view(x.shape)
+
+    return bind
+
+
+def _sparse_sum(graphs_of: Callable[[Inputs], list[Tensor]]) -> Callable[[Inputs], Call]:
+    """torch.sparse.mm with an explicit "sum", through autograd."""
+
+    def bind(inputs: Inputs) -> Call:
+        graphs, x, steps = graphs_of(inputs), inputs["x"], inputs["steps"]
+
+        def run() -> Tensor:
+            flat = x.reshape(-1, x.shape[-1])
+            h = flat
+            for _ in range(steps):
+                for a in graphs:
+                    h = (1 - ALPHA) * torch.sparse.mm(a, h, "sum") + ALPHA * flat
+            return h.view(x.shape)
+
+        return run
+
+    return bind
+
+
+def _index_add(graphs_of: Callable[[Inputs], list[Tensor]]) -> Callable[[Inputs], Call]:
+    """One message per edge: gather, scale, index_add."""
+
+    def bind(inputs: Inputs) -> Call:
+        x, steps = inputs["x"], inputs["steps"]
+        edges = [(*a.to_sparse_coo().coalesce().indices(), a.values()) for a in graphs_of(inputs)]
+
+        def run() -> Tensor:
+            flat = x.reshape(-1, x.shape[-1])
+            h = flat
+            for _ in range(steps):
+                for target, source, weight in edges:
+                    messages = weight[:, None] * h[source]
+                    h = (1 - ALPHA) * torch.zeros_like(h).index_add(0, target, messages) + ALPHA * flat
+            return h.view(x.shape)
+
+        return run
+
+    return bind
+
+
+def _conversations(sizes: dict[str, int], device: torch.device) -> Inputs:
+    n = sizes["V"] * sizes["T"]
+    return {
+        "x": torch.randn(n, _MODALITIES, sizes["d"], device=device, requires_grad=True),
+        "offsets": torch.arange(0, n + 1, sizes["T"], device=device),
+        "window": (sizes["w"], sizes["w"]),
+        "steps": sizes["K"],
+        "alpha": ALPHA,
+    }
+
+
+def _window_graphs(inputs: Inputs) -> list[Tensor]:
+    return list(mean_graphs(inputs["offsets"], inputs["window"]))
+
+
+def _window_work(sizes: dict[str, int]) -> tuple[Work, Work]:
+    """About ten operations an element and step; with all steps in one pass x is read and the result written once."""
+    elements = sizes["V"] * sizes["T"] * _MODALITIES * sizes["d"]
+    once = Work(10.0 * elements * sizes["K"], 2 * 4.0 * elements)
+    return once, Work(2 * once.flops, 2 * once.bytes)
+
+
+def _random_graph(sizes: dict[str, int], device: torch.device) -> Inputs:
+    n, edges = sizes["n"], sizes["E"]
+    target = torch.randint(0, n, (edges,), device=device).sort().values
+    rowptr = torch.zeros(n + 1, dtype=torch.int64, device=device)
+    rowptr[1:] = torch.bincount(target, minlength=n).cumsum(0)
+    return {
+        "x": torch.randn(n, sizes["d"], device=device, requires_grad=True),
+        "rowptr": rowptr,
+        "col": torch.randint(0, n, (edges,), device=device),
+        "weight": torch.rand(edges, device=device),
+        "steps": sizes["K"],
+        "alpha": ALPHA,
+    }
+
+
+def _given_graph(inputs: Inputs) -> list[Tensor]:
+    n = len(inputs["x"])
+    return [torch.sparse_csr_tensor(inputs["rowptr"], inputs["col"], inputs["weight"], (n, n))]
+
+
+def _graph_work(sizes: dict[str, int]) -> tuple[Work, Work]:
+    """Per step a multiply-add an edge and column; an edge's index and weight, and states, are read once."""
+    n, edges, d, k = (sizes[name] for name in ("n", "E", "d", "K"))
+    once = Work(2.0 * edges * d * k, k * (12.0 * edges + 2 * 4 * n * d))
+    return once, Work(2 * once.flops, 2 * once.bytes)
+
+
+def _peers(graphs_of: Callable[[Inputs], list[Tensor]]) -> tuple[Provider, ...]:
+    return (
+        Provider("torch.sparse addmm, transposes ready", _sparse_loop(graphs_of)),
+        Provider('torch.sparse.mm(…, "sum")', _sparse_sum(graphs_of)),
+        Provider("gather, index_add", _index_add(graphs_of)),
+    )
+
+
+BENCHMARKS = [
+    Benchmark(
+        name="propagate",
+        shapes=(
+            Shape("MOSI batch: 32×24×3 d=256 K=4", {"V": 32, "T": 24, "d": 256, "w": 2, "K": 4}, quick=True),
+            Shape("MOSI: 93×24×3 d=256 K=10", {"V": 93, "T": 24, "d": 256, "w": 2, "K": 10}),
+            Shape("MOSEI: 3300×7×3 d=128 K=10", {"V": 3300, "T": 7, "d": 128, "w": 2, "K": 10}),
+        ),
+        inputs=_conversations,
+        providers=(
+            plain("msacore", msacore.propagate),
+            plain("reference", reference.propagation.propagate),
+            *_peers(_window_graphs),
+            compiled("torch.compile of the reference", reference.propagation.propagate),
+        ),
+        work=_window_work,
+        growth=(
+            Growth("w", (2, 8, 32, 128), {"V": 8, "T": 512, "d": 64, "K": 4}, slope=0),
+            Growth("V", (32, 64, 128, 256), {"T": 24, "d": 128, "w": 2, "K": 4}, slope=1),
+            Growth("K", (4, 8, 16, 32), {"V": 93, "T": 24, "d": 128, "w": 2}, slope=1),
+            Growth("d", (64, 128, 256, 512), {"V": 93, "T": 24, "w": 2, "K": 4}, slope=1),
+        ),
+    ),
+    Benchmark(
+        name="graph_propagate",
+        shapes=(
+            Shape("n=2304 E=12k d=256 K=1", {"n": 2304, "E": 12000, "d": 256, "K": 1}, quick=True),
+            Shape("n=20k E=400k d=128 K=1", {"n": 20000, "E": 400000, "d": 128, "K": 1}),
+            Shape("n=20k E=400k d=128 K=4", {"n": 20000, "E": 400000, "d": 128, "K": 4}),
+        ),
+        inputs=_random_graph,
+        providers=(
+            plain("msacore", msacore.graph_propagate),
+            plain("reference", reference.graph_propagation.graph_propagate),
+            *_peers(_given_graph),
+            compiled("torch.compile of the reference", reference.graph_propagation.graph_propagate),
+        ),
+        work=_graph_work,
+        growth=(Growth("E", (50000, 100000, 200000, 400000), {"n": 20000, "d": 64, "K": 2}, slope=1),),
+    ),
+]

@@ -1,0 +1,212 @@
+"""The benchmark's own logic, on a device whose clock and canaries are scripted: nothing is timed here."""
+
+import csv
+import json
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+
+from bench import report
+from bench.__main__ import benchmarks
+from bench.device import Canary, Cpu
+from bench.harness import (
+    ATTEMPTS,
+    Benchmark,
+    Growth,
+    Inputs,
+    Provider,
+    Row,
+    Shape,
+    Unavailable,
+    Work,
+    drift,
+    fitted_slope,
+    measure,
+    measure_growth,
+    medians,
+    turns,
+)
+
+STEADY = Canary(100.0, 10.0)
+
+
+class ScriptedDevice:
+    """A call takes the seconds it says it takes; canaries come from a list, then stay steady."""
+
+    torch = torch.device("cpu")
+
+    def __init__(self, canaries: list[Canary] | None = None) -> None:
+        self.canaries: Iterator[Canary] = iter(canaries or [])
+        self.order: list[str] = []
+
+    def clock(self, call: Callable[[], Any]) -> float:
+        call()
+        return SECONDS[CALLED[-1]]
+
+    def canary(self) -> Canary:
+        return next(self.canaries, STEADY)
+
+    def extra_peak_mb(self, call: Callable[[], Any]) -> float | None:
+        return 3.0
+
+
+SECONDS = {"ours": 1e-3, "peer": 4e-3, "wrong": 2e-3}
+CALLED: list[str] = []
+
+
+def _provider(name: str, factor: float = 2.0) -> Provider:
+    def bind(inputs: Inputs) -> Callable[[], Any]:
+        def call() -> torch.Tensor:
+            CALLED.append(name)
+            return factor * inputs["x"]
+
+        return call
+
+    return Provider(name, bind)
+
+
+def _absent(inputs: Inputs) -> Callable[[], Any]:
+    raise Unavailable("needs the package nowhere")
+
+
+SHAPE = Shape("n=4", {"n": 4}, quick=True)
+BENCHMARK = Benchmark(
+    name="double",
+    shapes=(SHAPE,),
+    inputs=lambda sizes, device: {"x": torch.ones(sizes["n"], device=device, requires_grad=True)},
+    providers=(_provider("ours"), _provider("peer"), _provider("wrong", factor=3.0), Provider("absent", _absent)),
+    work=lambda sizes: (Work(1e6, 1.0), Work(1.0, 2e6)),
+)
+
+
+@pytest.fixture(autouse=True)
+def _nothing_called() -> None:
+    CALLED.clear()
+
+
+def test_providers_take_turns() -> None:
+    assert list(turns(["a", "b", "c"], 2)) == ["a", "b", "c", "a", "b", "c"]
+    order: list[str] = []
+    medians({name: lambda name=name: order.append(name) for name in "ab"}, 3, lambda call: call() or 1.0)
+    assert order == ["a", "b", "a", "b", "a", "b"]
+
+
+def test_medians_ignore_one_slow_turn() -> None:
+    times = iter([1.0, 90.0, 2.0])
+    assert medians({"a": lambda: None}, 3, lambda call: next(times)) == {"a": 2.0}
+
+
+def test_drift_is_the_larger_fall_of_the_two_canaries() -> None:
+    assert drift([STEADY, STEADY, STEADY]) == 0
+    assert drift([STEADY, Canary(90.0, 10.0), STEADY]) == pytest.approx(0.1)
+    assert drift([Canary(95.0, 7.0), STEADY, STEADY]) == pytest.approx(0.3)
+
+
+def test_floor_is_the_slower_of_arithmetic_and_memory() -> None:
+    assert Work(1e9, 1e6).seconds(STEADY) == pytest.approx(1e-2)
+    assert Work(1e6, 1e9).seconds(STEADY) == pytest.approx(1e-1)
+
+
+def test_a_steady_row_has_times_ratios_shares_and_memory() -> None:
+    row = measure(BENCHMARK, SHAPE, ScriptedDevice(), rounds=2)
+    ours, peer, wrong, absent = row.measurements
+    assert (row.attempts, row.withheld, row.drift) == (1, "", 0)
+    assert (ours.ratio, peer.ratio) == (1, pytest.approx(4))
+    assert ours.total_ms == pytest.approx(1)
+    assert ours.share == pytest.approx(2e6 / 10e9 / 1e-3)  # the backward work, bound by memory
+    assert ours.extra_mb == 3
+    assert ours.note == peer.note == ""
+    assert "disagrees" in wrong.note
+    assert absent.total_ms is None
+    assert "needs the package nowhere" in absent.note
+
+
+def test_a_row_is_measured_again_after_drift_and_then_given() -> None:
+    row = measure(BENCHMARK, SHAPE, ScriptedDevice([STEADY, Canary(50.0, 10.0), STEADY]), rounds=1)
+    assert row.attempts == 2
+    assert row.withheld == ""
+    assert row.measurements[1].ratio == pytest.approx(4)
+
+
+def test_ratios_are_withheld_while_a_canary_drifts() -> None:
+    restless = [STEADY, Canary(100.0, 5.0), STEADY] * ATTEMPTS
+    row = measure(BENCHMARK, SHAPE, ScriptedDevice(restless), rounds=1)
+    assert row.attempts == ATTEMPTS
+    assert all(m.ratio is None for m in row.measurements)
+    assert row.measurements[0].total_ms is not None
+    assert "ratio withheld: canary drift 50%" in row.withheld
+    assert "ratio withheld" in report.text(row)
+    assert "ratio withheld" in report.markdown([row], [], {})
+
+
+def test_a_provider_left_out_takes_no_turn() -> None:
+    row = measure(BENCHMARK, SHAPE, ScriptedDevice(), rounds=1, without=["peer"])
+    assert "peer" not in CALLED
+    assert [m.provider for m in row.measurements] == ["ours", "wrong", "absent"]
+
+
+def test_slope_of_a_power_law() -> None:
+    assert fitted_slope([1, 2, 4, 8], [3.0 * v**1.7 for v in (1, 2, 4, 8)]) == pytest.approx(1.7)
+    growth = Growth("n", (2, 4, 8), {}, slope=0)
+    measured = measure_growth(BENCHMARK, growth, ScriptedDevice(), rounds=2)
+    assert measured.slope == pytest.approx(0)
+    assert measured.times_ms == pytest.approx([1, 1, 1])
+
+
+def test_files_hold_every_row_with_machine_and_commit(tmp_path: Path) -> None:
+    rows, growth = [measure(BENCHMARK, SHAPE, ScriptedDevice(), rounds=1)], []
+    about = report.environment("cpu")
+    assert {"date", "device", "msacore", "torch", "kernels"} <= set(about)
+    report.write_csv(tmp_path / "t.csv", rows, about)
+    with (tmp_path / "t.csv").open() as file:
+        records = list(csv.DictReader(file))
+    assert [r["provider"] for r in records] == ["ours", "peer", "wrong", "absent"]
+    assert records[1]["ratio"] == "4.0"
+    assert records[1]["torch"] == torch.__version__
+    report.write_json(tmp_path / "t.json", rows, growth, about)
+    assert json.loads((tmp_path / "t.json").read_text())["rows"][0]["measurements"][1]["ratio"] == 4
+    table = report.markdown(rows, growth, about).splitlines()
+    assert len({line.count("|") for line in table if line.startswith("|")}) == 1
+
+
+def test_a_row_without_our_kernel_is_said_and_not_timed() -> None:
+    def refuse(inputs: Inputs) -> Callable[[], Any]:
+        raise NotImplementedError("no kernel for this device")
+
+    nothing = Benchmark("none", (SHAPE,), BENCHMARK.inputs, (Provider("ours", refuse),), BENCHMARK.work)
+    row = measure(nothing, SHAPE, ScriptedDevice(), rounds=1)
+    assert row.canaries == []
+    assert "no kernel for this device" in report.text(row)
+    assert [r["gflops"] for r in row.as_records()] == [None]
+    assert isinstance(row, Row)
+
+
+def test_extra_memory_counts_what_a_call_holds_at_most() -> None:
+    def hold() -> torch.Tensor:
+        return torch.ones(8 << 20).sum()  # 32 MiB, gone when the call ends
+
+    extra = Cpu().extra_peak_mb(hold)
+    assert extra is None or 30 < extra < 40
+
+
+@pytest.mark.parametrize("name", list(benchmarks()))
+def test_every_benchmark_agrees_with_its_peers_on_its_smallest_shape(name: str) -> None:
+    benchmark = benchmarks()[name]
+    shape = next(s for s in benchmark.shapes if s.quick)
+    compiled = [p.name for p in benchmark.providers if "torch.compile" in p.name]
+    row = measure(benchmark, shape, AnyDevice(), rounds=1, without=compiled)
+    ran = [m for m in row.measurements if not m.note.startswith("not run")]
+    assert ran[0].provider == "msacore"
+    assert len(ran) >= 2
+    assert not [m for m in ran if "disagrees" in m.note]
+    flops = [w.flops for w in benchmark.work(shape.sizes)]
+    assert 0 < flops[0] <= flops[1]
+
+
+class AnyDevice(ScriptedDevice):
+    def clock(self, call: Callable[[], Any]) -> float:
+        call()
+        return 1.0
