@@ -15,11 +15,20 @@ from tqdm import tqdm
 
 from msacore._selection import clusters, strategies
 from msacore._selection.engine import Native
+from msacore._selection.faiss_engine import Faiss
+from msacore._selection.gradients import FactoredPool, GradientEmbeddings, gradient_embeddings
 from msacore._selection.greedy import Cover
 from msacore._selection.job import DEFAULTS, Job, digest
 from msacore._selection.pool import Pool, as_array
 
-__all__ = ["STRATEGIES", "Selection", "SelectionInterrupted", "select"]
+__all__ = [
+    "STRATEGIES",
+    "GradientEmbeddings",
+    "Selection",
+    "SelectionInterrupted",
+    "gradient_embeddings",
+    "select",
+]
 
 STRATEGIES: dict[str, Callable[[Job], Cover | None]] = {
     "random": strategies.random,
@@ -34,6 +43,7 @@ STRATEGIES: dict[str, Callable[[Job], Cover | None]] = {
     "typiclust": clusters.typical,
     "probcover": clusters.cover_with_balls,
 }
+_FACTORED = ("kmeans++", "lcmd", "random", "topk")
 _NEED_UNCERTAINTY = ("topk", "uncertainty_kcenter", "mmr", "prefilter")
 
 
@@ -47,7 +57,7 @@ class Selection:
         radius: Largest distance of a sample that is not selected to its nearest centre, labelled or selected; inf
             without centres, 0 with nothing left. For "kcenter" no choice of as many centres has less than half of it
             (Gonzalez, 1985): see `lower_bound`.
-        backend: What ran: "native".
+        backend: What ran: "native", "faiss-cpu" or "faiss-gpu".
         pool_reads: How many times the pool was read, counted in rows and rounded up, the check for NaN included.
         state: Pass it to :func:`select` with a larger budget to go on. Plain tensors, numbers and text.
     """
@@ -151,7 +161,7 @@ def _choice(name: str, value: Any, known: Any) -> None:
 
 
 def select(
-    embeddings: Tensor | np.ndarray,
+    embeddings: Tensor | np.ndarray | GradientEmbeddings,
     budget: int,
     *,
     strategy: str = "uncertainty_kcenter",
@@ -169,7 +179,7 @@ def select(
 
     Args:
         embeddings: The pool, ``[N, d]``: torch tensor (CPU or CUDA), NumPy array, or ``np.memmap``, which is read in
-            chunks and may be larger than memory. Floating or integer.
+            chunks and may be larger than memory. Floating or integer. Or :func:`gradient_embeddings`.
         budget: Total number of picks, at most the number of samples that are not labelled.
         strategy: One of `STRATEGIES`.
         uncertainty: How uncertain the model is about each sample, ``[N]``, at least 0; needed by "topk",
@@ -179,7 +189,8 @@ def select(
         gamma: Power of the scaled uncertainty in "uncertainty_kcenter", at least 0.
         seed: Seed of "random", "kmeans++" and "typiclust".
         distance: "euclidean" or "cosine" (1 - cos; a zero row has distance 1 to everything).
-        backend: "native" (the kernels of this package) or "auto".
+        backend: "native" (the kernels of this package), "faiss" (distances to the first centres, k-means, neighbours
+            and balls by FAISS, checked by the kernels), or "auto": "native". The picks are the same.
         options: "mmr_weight" (0.5), "noise" of "maxdet" (1e-6), "neighbours" of "typiclust" (20), "factor" of
             "prefilter" (5), "delta" of "probcover" (no default).
         progress: Show a progress bar with the remaining time.
@@ -191,6 +202,7 @@ def select(
     Raises:
         ValueError: An argument has the wrong shape, type or range, a value is not finite (the first row is named), the
             budget exceeds what is left, or the state belongs to another selection.
+        ImportError: ``backend="faiss"`` and FAISS does not load.
         SelectionInterrupted: Ctrl-C; carries the state.
 
     Note:
@@ -238,14 +250,20 @@ def run(
     """:func:`select`, calling ``checkpoint`` after every round with what gives the state at that moment."""
     _choice("strategy", strategy, STRATEGIES)
     _choice("distance", distance, ("euclidean", "cosine"))
-    _choice("backend", backend, ("auto", "native"))
+    _choice("backend", backend, ("auto", "native", "faiss"))
     if isinstance(budget, bool) or not isinstance(budget, int | np.integer) or budget < 0:
         raise ValueError(f"select: expected `budget` to be an integer of at least 0, got {budget!r}")
     if not isinstance(gamma, int | float) or not 0 <= gamma < float("inf"):
         raise ValueError(f"select: expected `gamma` to be a number of at least 0, got {gamma!r}")
     chosen = _checked_options(strategy, options)
     with _full_precision(), torch.no_grad():
-        pool = Pool(embeddings, distance)
+        factored = isinstance(embeddings, GradientEmbeddings)
+        if factored and (strategy not in _FACTORED or distance != "euclidean" or backend == "faiss"):
+            raise ValueError(
+                f"select: gradient embeddings are for {', '.join(_FACTORED)}, euclidean, native; "
+                f"got {strategy!r}, {distance!r}, {backend!r}"
+            )
+        pool = FactoredPool(embeddings.scale, embeddings.features) if factored else Pool(embeddings, distance)
         u = None if uncertainty is None else _checked_uncertainty(uncertainty, pool)
         if u is None and strategy in _NEED_UNCERTAINTY:
             raise ValueError(f"select: the strategy `{strategy}` needs `uncertainty` [N], got None")
@@ -264,7 +282,8 @@ def run(
             "options": chosen,
         }
         with tqdm(total=int(budget), desc=strategy, unit="pick", disable=not progress) as bar:
-            job = Job(pool, int(budget), identity, u, centers, open_rows, chosen, int(seed), Native(pool))
+            engine = Faiss(pool) if backend == "faiss" else Native(pool)
+            job = Job(pool, int(budget), identity, u, centers, open_rows, chosen, int(seed), engine)
             if state is not None:
                 job.resume(state)
                 bar.update(job.made)
@@ -272,7 +291,7 @@ def run(
             try:
                 cover = STRATEGIES[strategy](job)
                 if cover is None:
-                    cover = Cover(pool, job.all_centers(), 0, {})
+                    cover = Cover(engine, job.all_centers(), 0, {})
                 radius = cover.radius(job.open_rows.nonzero()[:, 0])
             except KeyboardInterrupt:
                 raise SelectionInterrupted(job.state()) from None

@@ -1,5 +1,6 @@
 """Selection: every strategy equals its plain form; pools, states, errors and the command line."""
 
+import importlib.util
 import json
 import os
 import subprocess
@@ -17,7 +18,7 @@ from hypothesis import strategies as st
 import msacore
 from msacore import select
 from msacore._selection import greedy, strategies
-from msacore.selection import STRATEGIES, SelectionInterrupted
+from msacore.selection import STRATEGIES, SelectionInterrupted, gradient_embeddings
 from tests.selection_reference import Plain
 
 ROOT = Path(__file__).resolve().parent.parent
@@ -251,6 +252,77 @@ def test_typiclust_picks_typical_samples_of_its_clusters() -> None:
         assert got.indices.tolist() == plain.typiclust(cluster.tolist(), of_labeled.tolist(), 7)
 
 
+@pytest.mark.skipif(importlib.util.find_spec("faiss") is None, reason="faiss is not installed")
+@pytest.mark.parametrize("kind", ["gaussian", "duplicated", "whole numbers"])
+@every_distance
+@every_strategy
+def test_faiss_and_the_kernels_pick_the_same(strategy: str, distance: str, kind: str) -> None:
+    x, u = pool_of(kind, 300), torch.rand(300, generator=torch.Generator().manual_seed(2))
+    x[7] = x[90] = 0
+    for known in (None, [3, 7], draw(60, 6, seed=3)):
+        given_arguments = arguments(strategy, distance) | {"uncertainty": u, "labeled": known}
+        native = select(x, 30, backend="native", **given_arguments)
+        other = select(x, 30, backend="faiss", **given_arguments)
+        assert other.indices.equal(native.indices)
+        assert other.radius == native.radius
+        assert (native.backend, other.backend) == ("native", f"faiss-{'gpu' if torch.cuda.is_available() else 'cpu'}")
+        continued = select(x, 30, backend="faiss", state=native.state, **given_arguments)
+        assert continued.indices.equal(native.indices)
+
+
+def test_faiss_that_does_not_load_is_an_error_that_names_it(tmp_path: Path) -> None:
+    for error in ("ImportError('absent')", "RuntimeError('no CUDA runtime')"):
+        (tmp_path / "faiss.py").write_text(f"raise {error}")
+        code = """
+            import torch, msacore
+            x = torch.eye(4)
+            assert msacore.select(x, 2, strategy="typiclust").backend == "native"
+            try:
+                msacore.select(x, 2, strategy="kcenter", backend="faiss")
+            except ImportError as error:
+                print(error)
+        """
+        path = os.pathsep.join([str(tmp_path), str(ROOT)])
+        done = subprocess.run(
+            [sys.executable, "-c", textwrap.dedent(code)],
+            capture_output=True,
+            text=True,
+            env=os.environ | {"PYTHONPATH": path},
+        )
+        assert done.returncode == 0, done.stderr
+        assert "faiss" in done.stdout
+        assert "pip install" in done.stdout
+
+
+@pytest.mark.parametrize("strategy", ["kmeans++", "lcmd"])
+def test_gradient_embeddings_select_like_the_products_they_stand_for(strategy: str) -> None:
+    x, p = draw(250, 7).double(), draw(250, 4, seed=1).double().softmax(1)
+    u = torch.rand(250, generator=torch.Generator().manual_seed(2)).double()
+    x[100:120], p[100:120] = x[:20], p[:20]
+    likely = torch.nn.functional.one_hot(p.argmax(1), 4)
+    whole = {
+        "classes": (gradient_embeddings(x, p), (p - likely)[:, :, None] * x[:, None, :]),
+        "regression": (gradient_embeddings(x, uncertainty=u), u.sqrt()[:, None] * x),
+        "bias": (gradient_embeddings(x, bias=True), torch.cat([x, torch.ones(250, 1)], 1)),
+    }
+    for factors, products in whole.values():
+        got = select(factors, 40, strategy=strategy, seed=3)
+        expected = select(products.flatten(1), 40, strategy=strategy, seed=3)
+        assert got.indices.equal(expected.indices)
+        assert got.radius == pytest.approx(expected.radius, rel=1e-9)
+        assert select(factors, 40, strategy=strategy, seed=3, state=got.state).indices.equal(got.indices)
+    with pytest.raises(ValueError, match=r"gradient embeddings are for kmeans\+\+.*'maxdet'"):
+        select(gradient_embeddings(x, p), 3, strategy="maxdet")
+    for bad, words in (
+        ({"features": x[0]}, r"`features` \[N, d\]"),
+        ({"features": x, "probabilities": p[:5]}, "`probabilities`"),
+        ({"features": x, "probabilities": p, "uncertainty": u}, "`uncertainty`"),
+        ({"features": x, "uncertainty": -u}, "`uncertainty`"),
+    ):
+        with pytest.raises(ValueError, match=f"gradient_embeddings: .*{words}"):
+            gradient_embeddings(**bad)
+
+
 def test_random_and_sampling_follow_the_seed() -> None:
     x = pool_of("gaussian", 500)
     for strategy in ("random", "kmeans++"):
@@ -423,7 +495,7 @@ def test_radius_bounds_the_optimum() -> None:
 BAD = {
     "strategy": ({"strategy": "best"}, "`strategy`.*kcenter.*'best'"),
     "distance": ({"distance": "l1"}, "`distance`.*cosine.*'l1'"),
-    "backend": ({"backend": "gpu"}, "`backend`.*native.*'gpu'"),
+    "backend": ({"backend": "gpu"}, "`backend`.*faiss.*'gpu'"),
     "negative budget": ({"budget": -1}, "`budget`.*-1"),
     "budget no integer": ({"budget": 2.0}, "`budget`.*2.0"),
     "one dimension": ({"embeddings": torch.ones(4)}, r"`embeddings`.*\[N, d\].*\[4\]"),

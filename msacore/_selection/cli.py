@@ -49,7 +49,7 @@ def _parser() -> argparse.ArgumentParser:
     parser.add_argument("--labeled", type=Path, help="labelled samples, .npy: indices [n] or centres [n, d]")
     parser.add_argument("--strategy", default="uncertainty_kcenter", choices=list(selection.STRATEGIES))
     parser.add_argument("--distance", default="euclidean", choices=["euclidean", "cosine"])
-    parser.add_argument("--backend", default="auto", choices=["auto", "native"])
+    parser.add_argument("--backend", default="auto", choices=["auto", "native", "faiss"])
     parser.add_argument("--gamma", type=float, default=1.0, help="power of the uncertainty (default 1)")
     parser.add_argument("--seed", type=int, default=0)
     parser.add_argument(

@@ -1,4 +1,4 @@
-"""Who answers nearest-neighbour questions: the kernels of this package."""
+"""Who answers nearest-neighbour questions: the kernels of this package, or FAISS with an exact check behind it."""
 
 import torch
 from torch import Tensor
@@ -6,17 +6,20 @@ from torch import Tensor
 from msacore._selection.pool import Pool
 from msacore.ops import kcenter
 
-_BLOCK = 2048  # centres folded, or queries answered, in one go
-_SPARE = 8  # neighbours looked at beyond those asked for, against rounding
+BLOCK = 2048  # centres folded, or queries answered, in one go
+SPARE = 8  # neighbours looked at beyond those asked for, against rounding
 
 
 class Native:
     """The operators of this package."""
 
-    name = "native"
-
     def __init__(self, pool: Pool) -> None:
         self.pool = pool
+
+    @property
+    def name(self) -> str:
+        """What ran, for `Selection.backend`."""
+        return "native"
 
     def nearest(self, rows: Tensor, centers: Tensor) -> Tensor:
         """Number of the nearest centre of each of ``rows``, the smallest among equals."""
@@ -27,19 +30,27 @@ class Native:
     def within(self, rows: Tensor, radius: float) -> Tensor:
         """How many of the samples ``rows`` lie within ``radius`` of each sample, ``[N]``."""
         total = torch.zeros(self.pool.n, dtype=torch.int64, device=rows.device)
-        for block in rows.split(_BLOCK):
+        for block in rows.split(BLOCK) if len(rows) else ():
             total += self.pool.count(self.pool.centers(block), radius)
         return total
+
+    def bounds(self, centers: Tensor) -> Tensor | None:
+        """Upper bounds of the distances to the nearest of ``centers``, ``[N]``, or None where none are cheap."""
+        return None
 
     def neighbour_distances(self, members: Tensor, k: int) -> Tensor:
         """Distances ``[n, k]``, rising, from each of ``members`` to its nearest others among them."""
         x = self.pool.centers(members)
-        center = x.mean(0)
-        found = []
-        for block in torch.arange(len(x), device=x.device).split(max(1, _BLOCK * 64 // len(x) + 1)):
+        return self.distances_among(x, torch.arange(len(x), device=x.device), k)
+
+    def distances_among(self, x: Tensor, queries: Tensor, k: int) -> Tensor:
+        """Distances ``[n, k]``, rising, from the rows ``queries`` of ``x`` to their nearest others in ``x``."""
+        euclidean, found = self.pool.metric == kcenter.METRICS["euclidean"], []
+        center = x.mean(0) if euclidean else torch.zeros_like(x[0])
+        for block in queries.split(max(1, BLOCK * 64 // len(x) + 1)):
             guess = approximate(x[block] - center, x - center, self.pool.metric)
             guess[torch.arange(len(block), device=x.device), block] = torch.inf
-            others = guess.topk(min(k + _SPARE, len(x) - 1), largest=False).indices
+            others = guess.topk(min(k + SPARE, len(x) - 1), largest=False).indices
             found.append(exact(x, block, others, self.pool.metric)[:, :k])
         return torch.cat(found)
 

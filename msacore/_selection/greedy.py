@@ -11,7 +11,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from msacore._selection.pool import Pool
+from msacore._selection.engine import Native
 from msacore.ops import kcenter
 
 _CANDIDATES = 512
@@ -21,13 +21,15 @@ _PRIMING = 32  # centres
 class Cover:
     """Distance of every sample to its nearest centre, brought up to date for a sample when that is asked for."""
 
-    def __init__(self, pool: Pool, centers: Tensor, capacity: int, memory: dict[str, Any]) -> None:
-        self.pool = pool
+    def __init__(self, engine: Native, centers: Tensor, capacity: int, memory: dict[str, Any]) -> None:
+        self.pool = pool = engine.pool
         self.centers = centers.new_empty(len(centers) + capacity, centers.shape[1])
         self.centers[: len(centers)] = centers
         self.count = len(centers)
         if "delta" not in memory:
-            memory["delta"] = torch.full((pool.n,), torch.inf, dtype=torch.float64, device=pool.device)
+            bounds = engine.bounds(centers) if len(centers) else None
+            unknown = torch.full((pool.n,), torch.inf, dtype=torch.float64, device=pool.device)
+            memory["delta"] = unknown if bounds is None else bounds
             memory["owner"] = torch.full((pool.n,), -1, device=pool.device)
             memory["folded"] = torch.zeros(pool.n, dtype=torch.int64, device=pool.device)
         self.delta, self.owner, self.folded = (memory[name] for name in ("delta", "owner", "folded"))
@@ -56,7 +58,7 @@ class Cover:
 
     def prime(self, rows: Tensor) -> None:
         """Give every one of ``rows`` a finite bound from the first few centres; most need no more."""
-        self.refresh(rows, min(self.count, _PRIMING))
+        self.refresh(rows[self.delta[rows].isinf()], min(self.count, _PRIMING))
 
     def radius(self, rows: Tensor) -> float:
         """Largest distance among ``rows``, with as few of them brought up to date as that takes."""

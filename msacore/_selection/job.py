@@ -8,6 +8,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from msacore._selection.engine import Native
 from msacore._selection.pool import Pool
 from msacore.ops import kcenter
 
@@ -50,7 +51,7 @@ class Job:
     open_rows: Tensor
     options: dict[str, Any]
     seed: int
-    engine: Any
+    engine: Native
     report: Callable[[int], Any] = lambda made: None
     memory: dict[str, Any] = field(default_factory=dict)
     indices: list[Tensor] = field(default_factory=list)

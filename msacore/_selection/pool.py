@@ -89,7 +89,7 @@ class Pool:
     def widen(self, magnitude: float) -> None:
         """Let the float32 filter hold values up to ``magnitude``: a power of two brings them to about 1."""
         self._magnitude = max(magnitude, getattr(self, "_magnitude", 0.0))
-        self._scale = 2.0 ** -math.frexp(self._magnitude)[1] if self._magnitude > 0 else 1.0
+        self.scale = 2.0 ** -math.frexp(self._magnitude)[1] if self._magnitude > 0 else 1.0
 
     @property
     def reads(self) -> int:
@@ -156,7 +156,7 @@ class Pool:
                 self.mean,
                 delta[part],
                 owner[part],
-                scale=self._scale,
+                scale=self.scale,
                 metric=self.metric,
             )
             for part, values, where in self._blocks(rows)
@@ -165,12 +165,13 @@ class Pool:
             return parts[0]
         return torch.cat([d for d, _ in parts]), torch.cat([o for _, o in parts])
 
-    def count(self, centers: Tensor, radius: float) -> Tensor:
-        """How many of ``centers`` lie within ``radius`` of each sample, ``[N]``."""
+    def count(self, centers: Tensor, radius: float, rows: Tensor | None = None) -> Tensor:
+        """How many of ``centers`` lie within ``radius`` of each of ``rows``, all by default."""
+        rows = torch.arange(self.n, device=self.device) if rows is None else rows
         return torch.cat(
             [
-                kcenter.count(values, where, centers, self.mean, radius=radius, scale=self._scale, metric=self.metric)
-                for _, values, where in self._blocks(torch.arange(self.n, device=self.device))
+                kcenter.count(values, where, centers, self.mean, radius=radius, scale=self.scale, metric=self.metric)
+                for _, values, where in self._blocks(rows)
             ]
         )
 
@@ -192,9 +193,9 @@ class Pool:
         none = torch.full_like(here, -1)
         delta = torch.full(here.shape, torch.inf, dtype=torch.float64, device=self.device)
         start = torch.zeros_like(here)
-        return kcenter.fold(
-            points, here, start, centers, self.mean, delta, none, scale=self._scale, metric=self.metric
-        )[1]
+        return kcenter.fold(points, here, start, centers, self.mean, delta, none, scale=self.scale, metric=self.metric)[
+            1
+        ]
 
     def outside_centers(self, labeled: Tensor) -> Tensor:
         """Centres that are no samples of the pool, ``[n, d]``, checked."""
@@ -219,7 +220,7 @@ class Pool:
             metric = self.metric if metric is None else metric
             start = torch.zeros_like(where)
             parts.append(
-                kcenter.fold(values, where, start, center, self.mean, delta, none, scale=self._scale, metric=metric)[0]
+                kcenter.fold(values, where, start, center, self.mean, delta, none, scale=self.scale, metric=metric)[0]
             )
         return torch.cat(parts) if parts else center.new_empty(0)
 

@@ -36,7 +36,7 @@ def _start(job: Job, first_score: Tensor | None) -> Cover:
     """The distances so far; without any centre the sample of highest ``first_score`` is picked."""
     if job.left and not job.made and not len(job.centers):
         job.add_first(job.pool.norms() if first_score is None else first_score)
-    return Cover(job.pool, job.all_centers(), job.left, job.memory)
+    return Cover(job.engine, job.all_centers(), job.left, job.memory)
 
 
 def _weighted(job: Job, weight: Tensor, first_score: Tensor, allowed: Tensor) -> Cover:
