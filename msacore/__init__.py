@@ -6,7 +6,7 @@ from msacore._load import load_extension
 
 load_extension()
 
-from msacore import uncertainty  # noqa: E402
+from msacore import graph, uncertainty  # noqa: E402
 from msacore.ops import kcenter as _kcenter  # noqa: E402, F401  # registers the fake kernels
 from msacore.ops.contrastive import info_nce  # noqa: E402
 from msacore.ops.graph_propagation import graph_propagate  # noqa: E402
@@ -19,6 +19,7 @@ from msacore.ops.rank_n_contrast import rank_n_contrast  # noqa: E402
 __version__ = "0.1.0"
 
 __all__ = [
+    "graph",
     "graph_propagate",
     "hierarchical_contrastive_loss",
     "info_nce",

@@ -1,5 +1,6 @@
 """The operators as modules: parameters and their initialisation; all mathematics is in the operators."""
 
+import math
 from collections.abc import Sequence
 
 import torch
@@ -7,8 +8,9 @@ from torch import Tensor, nn
 
 from msacore.ops.low_rank_fusion import low_rank_fusion
 from msacore.ops.matrix_fusion import ACTIVATIONS, matrix_fusion
+from msacore.ops.propagation import SEND, modality_mean, propagate, window_mean
 
-__all__ = ["LowRankFusion", "MatrixFusion"]
+__all__ = ["AlternatingPropagation", "LowRankFusion", "MatrixFusion"]
 
 
 class MatrixFusion(nn.Module):
@@ -136,3 +138,122 @@ class LowRankFusion(nn.Module):
     def extra_repr(self) -> str:
         """Return the sizes, as in the constructor."""
         return f"in_features={self.in_features}, out_features={self.out_features}, rank={self.rank}"
+
+
+class _GatedUpdate(nn.Module):
+    """``h ← (1 - z) h + z tanh(W [m; r h])`` with gates z and r from ``[m; h]``, m the message."""
+
+    def __init__(self, features: int, device: torch.device | str | None, dtype: torch.dtype | None) -> None:
+        super().__init__()
+        self.gates = nn.Linear(2 * features, 2 * features, device=device, dtype=dtype)
+        self.candidate = nn.Linear(2 * features, features, device=device, dtype=dtype)
+
+    def forward(self, message: Tensor, h: Tensor) -> Tensor:
+        update, reset = torch.sigmoid(self.gates(torch.cat([message, h], -1))).chunk(2, -1)
+        return torch.lerp(h, torch.tanh(self.candidate(torch.cat([message, reset * h], -1))), update)
+
+
+class AlternatingPropagation(nn.Module):
+    """Send messages within modalities and between them, in turn: :func:`msacore.propagate` and its learned variants.
+
+    Every half-step averages what arrives, ``a = A h``, and mixes in the initial states ``x``:
+
+    - ``"linear"``: ``h ← (1 - alpha) a + alpha x``, without parameters;
+    - ``"gcnii"``: ``h ← relu((1 - alpha) ((1 - θ) a + θ W a) + alpha x)``, a matrix W per half-step and
+      ``θ = log(decay / step + 1)`` for step = 1, 2, …;
+    - ``"gated"``: ``m = (1 - alpha) a + alpha x`` enters a gated recurrent update of ``h``, one for the intra-modal
+      and one for the inter-modal half-steps.
+
+    Args:
+        features: Width d of the states.
+        steps: Number of steps, each of two half-steps.
+        variant: "linear", "gcnii" or "gated".
+        alpha: Share of the initial states in each half-step, in [0, 1].
+        window: (past, future), how many utterances each side; -1 for the whole side.
+        send: When missing nodes send: "after_fill" (from the first inter-modal half-step on) or "never".
+        decay: How much of W the "gcnii" variant uses; positive.
+        device: Device of the parameters.
+        dtype: Floating dtype of the parameters.
+
+    Example:
+        >>> propagation = AlternatingPropagation(8, steps=2, variant="gcnii")
+        >>> propagation(torch.randn(5, 3, 8), torch.tensor([0, 2, 5]), available=torch.rand(5, 3) < 0.7).shape
+        torch.Size([5, 3, 8])
+    """
+
+    def __init__(
+        self,
+        features: int,
+        steps: int,
+        variant: str = "linear",
+        *,
+        alpha: float = 0.1,
+        window: tuple[int, int] = (2, 2),
+        send: str = "after_fill",
+        decay: float = 0.5,
+        device: torch.device | str | None = None,
+        dtype: torch.dtype | None = None,
+    ) -> None:
+        super().__init__()
+        if variant not in ("linear", "gcnii", "gated"):
+            raise ValueError(
+                f'AlternatingPropagation: expected `variant` "linear", "gcnii" or "gated", got {variant!r}'
+            )
+        if send not in SEND:
+            raise ValueError(f'AlternatingPropagation: expected `send` "after_fill" or "never", got {send!r}')
+        if features < 1 or steps < 0 or not 0 <= alpha <= 1 or decay <= 0:
+            raise ValueError(
+                "AlternatingPropagation: expected `features` at least 1, `steps` at least 0, `alpha` in [0, 1] and "
+                f"`decay` positive, got {features}, {steps}, {alpha} and {decay}"
+            )
+        self.features, self.steps, self.variant, self.alpha = features, steps, variant, alpha
+        self.window, self.send, self.decay = window, send, decay
+        half_steps = {"linear": 0, "gcnii": 2 * steps, "gated": 2}[variant]
+        self.updates = nn.ModuleList(
+            nn.Linear(features, features, bias=False, device=device, dtype=dtype)
+            if variant == "gcnii"
+            else _GatedUpdate(features, device, dtype)
+            for _ in range(half_steps)
+        )
+
+    def forward(self, x: Tensor, offsets: Tensor, available: Tensor | None = None) -> Tensor:
+        """Propagate.
+
+        Args:
+            x: Initial states, ``[N, M, features]``; a missing node holds what stands for it, such as a mask token.
+            offsets: Utterances of conversation v are ``offsets[v]:offsets[v + 1]``; ``[V + 1]``, int64.
+            available: Which nodes are present, ``[N, M]``, bool; all when omitted.
+
+        Returns:
+            ``[N, M, features]``.
+        """
+        if self.variant == "linear":
+            return propagate(
+                x,
+                offsets,
+                available=available,
+                window=self.window,
+                steps=self.steps,
+                alpha=self.alpha,
+                send=self.send,
+            )
+        h = x.clone()
+        for step in range(self.steps):
+            never = self.send == "never"
+            arrived = window_mean(h, offsets, senders=available if never or step == 0 else None, window=self.window)
+            h = self._update(step, 0, arrived, h, x)
+            h = self._update(step, 1, modality_mean(h, senders=available if never else None), h, x)
+        return h
+
+    def _update(self, step: int, half: int, arrived: Tensor, h: Tensor, x: Tensor) -> Tensor:
+        if self.variant == "gated":
+            return self.updates[half]((1 - self.alpha) * arrived + self.alpha * x, h)
+        theta = math.log(self.decay / (step + 1) + 1)
+        mapped = torch.lerp(arrived, self.updates[2 * step + half](arrived), theta)
+        return torch.relu((1 - self.alpha) * mapped + self.alpha * x)
+
+    def extra_repr(self) -> str:
+        return (
+            f"features={self.features}, steps={self.steps}, variant={self.variant!r}, alpha={self.alpha}, "
+            f"window={self.window}, send={self.send!r}"
+        )

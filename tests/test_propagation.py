@@ -1,0 +1,219 @@
+"""Properties of propagation over conversations, its edge lists and its modules."""
+
+import pytest
+import torch
+from hypothesis import given
+from hypothesis import strategies as st
+from torch import Tensor
+
+import msacore
+from msacore.graph import modality_edges, window_edges
+from msacore.nn import AlternatingPropagation
+from msacore.reference import propagation as reference
+from tests.cases.propagation import conversations
+
+F64 = torch.float64
+lengths = st.lists(st.integers(0, 9), min_size=1, max_size=5)
+windows = st.tuples(st.integers(-1, 11), st.integers(-1, 11))
+modality_counts = st.integers(1, 5)
+sends = st.sampled_from(["after_fill", "never"])
+seeds = st.integers(0, 2**31 - 1)
+
+
+def draw(sizes: list[int], modalities: int, seed: int, width: int = 3) -> tuple[Tensor, Tensor, Tensor]:
+    """States, offsets and availability."""
+    generator = torch.Generator().manual_seed(seed)
+    x = torch.randn(sum(sizes), modalities, width, generator=generator, dtype=F64)
+    return x, conversations(*sizes), torch.rand(sum(sizes), modalities, generator=generator) < 0.6
+
+
+@given(lengths, modality_counts, windows, seeds)
+def test_half_steps_equal_their_edge_lists(
+    sizes: list[int], modalities: int, window: tuple[int, int], seed: int
+) -> None:
+    x, offsets, senders = draw(sizes, modalities, seed)
+    nodes = x.flatten(0, 1)
+    for gate in (None, senders):
+        intra = window_edges(offsets, modalities, window, gate, F64)
+        inter = modality_edges(len(x), modalities, gate, F64)
+        for edges, ours in (
+            (intra, msacore.window_mean(x, offsets, senders=gate, window=window)),
+            (inter, msacore.modality_mean(x, senders=gate)),
+        ):
+            torch.testing.assert_close(
+                ours.flatten(0, 1), msacore.graph_propagate(nodes, *edges), rtol=1e-12, atol=1e-12
+            )
+
+
+@given(lengths, modality_counts, windows, seeds)
+def test_rows_of_the_means_sum_to_one_or_zero(
+    sizes: list[int], modalities: int, window: tuple[int, int], seed: int
+) -> None:
+    x, offsets, senders = draw(sizes, modalities, seed)
+    for ours in (
+        msacore.window_mean(torch.ones_like(x), offsets, senders=senders, window=window),
+        msacore.modality_mean(torch.ones_like(x), senders=senders),
+    ):
+        torch.testing.assert_close(ours, ours.round(), rtol=0, atol=1e-12)
+        assert ((ours.round() == 0) | (ours.round() == 1)).all()
+
+
+@given(lengths, modality_counts, windows, sends, st.integers(0, 4), seeds)
+def test_the_gradient_is_the_adjoint(
+    sizes: list[int], modalities: int, window: tuple[int, int], send: str, steps: int, seed: int
+) -> None:
+    x, offsets, available = draw(sizes, modalities, seed)
+    y = torch.randn_like(x)
+    options = dict(available=available, window=window, steps=steps, alpha=0.2, send=send)
+    x.requires_grad_()
+    out = msacore.propagate(x, offsets, **options)
+    (grad,) = torch.autograd.grad(out, x, y)
+    torch.testing.assert_close((out * y).sum(), (x * grad).sum(), rtol=1e-10, atol=1e-10)
+
+
+@given(lengths, modality_counts, windows, sends, seeds)
+def test_conversations_do_not_touch_each_other(
+    sizes: list[int], modalities: int, window: tuple[int, int], send: str, seed: int
+) -> None:
+    x, offsets, available = draw(sizes, modalities, seed)
+    together = msacore.propagate(x, offsets, available=available, window=window, send=send)
+    for begin, end in zip(offsets[:-1].tolist(), offsets[1:].tolist(), strict=True):
+        alone = msacore.propagate(
+            x[begin:end], torch.tensor([0, end - begin]), available=available[begin:end], window=window, send=send
+        )
+        assert torch.equal(together[begin:end], alone)
+
+
+@given(lengths, modality_counts, windows, sends, seeds)
+def test_relabelling_modalities_and_conversations_relabels_the_result(
+    sizes: list[int], modalities: int, window: tuple[int, int], send: str, seed: int
+) -> None:
+    x, offsets, available = draw(sizes, modalities, seed)
+    generator = torch.Generator().manual_seed(seed)
+    order, columns = torch.randperm(len(sizes), generator=generator), torch.randperm(modalities, generator=generator)
+    rows = torch.cat([torch.arange(offsets[v], offsets[v + 1]) for v in order.tolist()])
+    options = dict(window=window, send=send)
+    ours = msacore.propagate(
+        x[rows][:, columns],
+        conversations(*[sizes[v] for v in order.tolist()]),
+        available=available[rows][:, columns],
+        **options,
+    )
+    expected = msacore.propagate(x, offsets, available=available, **options)
+    torch.testing.assert_close(ours, expected[rows][:, columns], rtol=1e-12, atol=1e-12)
+
+
+@given(lengths, modality_counts, windows, seeds)
+def test_reversing_time_swaps_past_and_future(
+    sizes: list[int], modalities: int, window: tuple[int, int], seed: int
+) -> None:
+    x, offsets, senders = draw(sizes, modalities, seed)
+    mirrored = msacore.window_mean(
+        x.flip(0), conversations(*reversed(sizes)), senders=senders.flip(0), window=(window[1], window[0])
+    ).flip(0)
+    expected = msacore.window_mean(x, offsets, senders=senders, window=window)
+    torch.testing.assert_close(mirrored, expected, rtol=1e-12, atol=1e-12)
+
+
+@given(st.integers(1, 40), windows, st.sampled_from([float("nan"), float("inf")]), seeds)
+def test_a_non_finite_state_reaches_only_the_windows_that_hold_it(
+    length: int, window: tuple[int, int], value: float, seed: int
+) -> None:
+    x, offsets, _ = draw([length, 4], 3, seed)
+    at = seed % length
+    x[at, 1] = value
+    past, future = (side if side >= 0 else length for side in window)
+    i = torch.arange(length + 4)
+    reached = (i < length) & (at - i <= future) & (i - at <= past)
+    expected = torch.zeros(length + 4, 3, dtype=torch.bool)
+    expected[reached, 1] = True
+    ours = msacore.window_mean(x, offsets, window=window)
+    assert torch.equal(~ours.isfinite().all(-1), expected)
+    step = msacore.propagate(x, offsets, window=window, steps=1, alpha=0.0)
+    assert torch.equal(~step.isfinite().all(-1), expected[:, [1, 0, 1]])
+
+
+def test_powers_of_the_step_converge_to_the_fixed_point() -> None:
+    x, offsets, _ = draw([6, 4], 3, seed=3, width=4)
+    alpha, nodes = 0.2, 30
+    eye = torch.eye(nodes, dtype=F64).view(10, 3, nodes)
+    intra = msacore.window_mean(eye, offsets).view(nodes, nodes)
+    inter = msacore.modality_mean(eye).view(nodes, nodes)
+    start = x.flatten(0, 1)
+    kept = alpha * start + alpha * (1 - alpha) * inter @ start
+    fixed = torch.linalg.solve(torch.eye(nodes, dtype=F64) - (1 - alpha) ** 2 * inter @ intra, kept)
+    ours = msacore.propagate(x, offsets, steps=120, alpha=alpha).flatten(0, 1)
+    torch.testing.assert_close(ours, fixed, rtol=1e-12, atol=1e-12)
+    error = [(msacore.propagate(x, offsets, steps=k, alpha=alpha).flatten(0, 1) - fixed).abs().max() for k in (5, 10)]
+    assert (error[1] / error[0]) ** 0.2 <= (1 - alpha) ** 2 + 1e-9
+
+
+def test_one_step_by_hand() -> None:
+    x = torch.tensor([[[1.0], [10.0]], [[3.0], [20.0]]], dtype=F64)
+    available = torch.tensor([[True, True], [True, False]])
+    offsets = torch.tensor([0, 2])
+    # intra: text (1 + 3)/2 = 2 for both; audio 10 for both, since only the first sends. u = 0.5 mean + 0.5 x
+    # = [[1.5, 10], [2.5, 15]]; inter swaps: h = 0.5 other + 0.5 x.
+    filled = msacore.propagate(x, offsets, available=available, steps=1, alpha=0.5)
+    assert filled.flatten().tolist() == [5.5, 5.75, 9.0, 11.25]
+    never = msacore.propagate(x, offsets, available=available, steps=1, alpha=0.5, send="never")
+    assert never.flatten().tolist() == [5.5, 5.75, 1.5, 11.25]
+
+
+def test_no_steps_copy() -> None:
+    x, offsets, available = draw([3], 3, seed=0)
+    out = msacore.propagate(x, offsets, available=available, steps=0)
+    assert torch.equal(out, x)
+    assert out.data_ptr() != x.data_ptr()
+
+
+def test_a_graph_needs_sound_arguments() -> None:
+    with pytest.raises(ValueError, match="window_edges: expected `window`"):
+        window_edges(torch.tensor([0, 2]), 3, window=(-2, 1))
+    with pytest.raises(ValueError, match="window_edges: expected `offsets`"):
+        window_edges(torch.tensor([0, 3, 2]), 3)
+    with pytest.raises(ValueError, match="modality_edges: expected `senders`"):
+        modality_edges(4, 3, senders=torch.ones(4, 2, dtype=torch.bool))
+
+
+@pytest.mark.parametrize("send", ["after_fill", "never"])
+def test_the_linear_module_is_the_operator(send: str) -> None:
+    x, offsets, available = draw([5, 2], 3, seed=1)
+    module = AlternatingPropagation(3, 4, alpha=0.3, window=(1, -1), send=send)
+    assert not list(module.parameters())
+    expected = reference.propagate(x, offsets, available=available, window=(1, -1), steps=4, alpha=0.3, send=send)
+    torch.testing.assert_close(module(x, offsets, available), expected)
+
+
+@pytest.mark.parametrize("send", ["after_fill", "never"])
+def test_gcnii_with_identity_matrices_is_the_linear_form_of_non_negative_states(send: str) -> None:
+    x, offsets, available = draw([5, 2], 3, seed=2)
+    module = AlternatingPropagation(3, 2, "gcnii", send=send, dtype=F64)
+    for update in module.updates:
+        torch.nn.init.eye_(update.weight)
+    linear = msacore.propagate(x.abs(), offsets, available=available, steps=2, send=send)
+    torch.testing.assert_close(module(x.abs(), offsets, available), linear)
+
+
+@pytest.mark.parametrize("variant", ["gcnii", "gated"])
+def test_learned_variants_train_and_never_let_missing_nodes_send(variant: str) -> None:
+    x, offsets, available = draw([5, 2], 3, seed=4)
+    module = AlternatingPropagation(3, 2, variant, send="never", dtype=F64)
+    x.requires_grad_()
+    out = module(x, offsets, available)
+    out.square().sum().backward()
+    assert all(p.grad is not None and p.grad.abs().sum() > 0 for p in module.parameters())
+    assert f"variant='{variant}'" in repr(module)
+    changed = torch.where(available[..., None], x.detach(), x.detach() + 1)
+    assert torch.equal(module(changed, offsets, available)[available], out[available])
+    filled = AlternatingPropagation(3, 2, variant, send="after_fill", dtype=F64)
+    assert not torch.equal(filled(changed, offsets, available)[available], filled(x, offsets, available)[available])
+
+
+def test_modules_refuse_unknown_settings() -> None:
+    with pytest.raises(ValueError, match="`variant`"):
+        AlternatingPropagation(3, 2, "sum")
+    with pytest.raises(ValueError, match="`send`"):
+        AlternatingPropagation(3, 2, send="always")
+    with pytest.raises(ValueError, match="`alpha`"):
+        AlternatingPropagation(3, 2, alpha=2.0)
