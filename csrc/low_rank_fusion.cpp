@@ -90,12 +90,12 @@ struct Operands {
   const bool* available = nullptr;
 
   Operands(const Inputs& in, const Sizes& s) {
-    if (in.available) available = own<bool>(torch::stable::contiguous(*in.available));
+    if (in.available) available = own<bool>(contiguous_as(*in.available));
     rank_weight = parameter(in.rank_weight);
     bias = parameter(in.bias);
     for (int64_t m = 0; m < s.modalities; ++m) {
       factors.push_back(parameter(in.factors[m]));
-      const T* feature = own<T>(torch::stable::contiguous(in.features[m]));
+      const T* feature = own<T>(contiguous_as(in.features[m]));
       complete.push_back(true);
       for (int64_t b = 0; b < s.batch; ++b) complete[m] = complete[m] && has(b, m, s);
       x.push_back({visible(feature, m, s), s.batch, s.features[m], s.features[m]});
@@ -114,9 +114,7 @@ struct Operands {
     keep.push_back(std::move(t));
     return keep.back().template const_data_ptr<Value>();
   }
-  const A* parameter(const Tensor& t) {
-    return own<A>(torch::stable::contiguous(torch::stable::to(t, acc_dtype(t.scalar_type()))));
-  }
+  const A* parameter(const Tensor& t) { return own<A>(contiguous_as(t, acc_dtype(t.scalar_type()))); }
   const A* visible(const T* feature, int64_t m, const Sizes& s) {
     if constexpr (std::is_same_v<T, A>)
       if (complete[m]) return feature;
@@ -253,7 +251,7 @@ std::tuple<std::vector<Tensor>, std::vector<Tensor>, Tensor, Tensor> backward_cp
   const Inputs in{features, factors, rank_weight, bias, available};
   const Sizes s = check_inputs(op, in);
   check_saved(op, grad_out_, projections_, s, features[0]);
-  const Tensor grad_out = torch::stable::contiguous(grad_out_), projections = torch::stable::contiguous(projections_);
+  const Tensor grad_out = contiguous_as(grad_out_), projections = contiguous_as(projections_);
   const auto like = [&](std::initializer_list<int64_t> sizes) { return torch::stable::new_empty(features[0], sizes); };
   std::vector<Tensor> grad_features, grad_factors;
   for (int64_t d : s.features) {

@@ -69,7 +69,7 @@ Gradients backward_cpu(const Tensor& grad_fused_, const Tensor& grad_pairs_, con
   const Inputs in{features, row_weight, row_bias, pair_weight, pair_bias, mask, available};
   const Sizes s = check_inputs(op, in, augment, activation);
   check_grads(op, grad_fused_, grad_pairs_, s, features[0]);
-  const Tensor grad_fused = torch::stable::contiguous(grad_fused_), grad_pairs = torch::stable::contiguous(grad_pairs_);
+  const Tensor grad_fused = contiguous_as(grad_fused_), grad_pairs = contiguous_as(grad_pairs_);
   const auto like = [&](std::initializer_list<int64_t> sizes) { return torch::stable::new_empty(features[0], sizes); };
   std::vector<Tensor> grad_features;
   for (int64_t m = 0; m < s.modalities; ++m) grad_features.push_back(like({s.batch, s.length, s.features}));

@@ -58,21 +58,19 @@ struct Operands {
   const bool *mask = nullptr, *available = nullptr;
 
   Operands(const Inputs& in, const Sizes& s) {
-    for (const Tensor& feature : in.features) x.push_back(own<T>(torch::stable::contiguous(feature)));
+    for (const Tensor& feature : in.features) x.push_back(own<T>(contiguous_as(feature)));
     row_weight = parameter(in.row_weight);
     row_bias = parameter(in.row_bias);
     mix = {parameter(in.pair_weight), parameter(in.pair_bias), s.pairs, s.channels};
-    if (in.mask) mask = own<bool>(torch::stable::contiguous(*in.mask));
-    if (in.available) available = own<bool>(torch::stable::contiguous(*in.available));
+    if (in.mask) mask = own<bool>(contiguous_as(*in.mask));
+    if (in.available) available = own<bool>(contiguous_as(*in.available));
   }
   template <typename Value>
   const Value* own(Tensor t) {
     keep.push_back(std::move(t));
     return keep.back().template const_data_ptr<Value>();
   }
-  const A* parameter(const Tensor& t) {
-    return own<A>(torch::stable::contiguous(torch::stable::to(t, acc_dtype(t.scalar_type()))));
-  }
+  const A* parameter(const Tensor& t) { return own<A>(contiguous_as(t, acc_dtype(t.scalar_type()))); }
 };
 
 // How samples are shared out: a lane takes every `lanes`-th chunk. Depends on sizes alone, so that sums over lanes have

@@ -35,6 +35,15 @@ Block<const A> constant(const Block<A>& b) {
   return {b.data, b.rows, b.cols, b.row_stride, b.col_stride};
 }
 
+// `t` in the given dtype with contiguous memory, itself where it is that already: a dispatcher call costs more than the
+// smallest products.
+inline Tensor contiguous_as(const Tensor& t, ScalarType dtype) {
+  const Tensor same = t.scalar_type() == dtype ? t : torch::stable::to(t, dtype);
+  return same.is_contiguous() ? same : torch::stable::contiguous(same);
+}
+
+inline Tensor contiguous_as(const Tensor& t) { return contiguous_as(t, t.scalar_type()); }
+
 // Memory for the intermediate results of one thread, aligned for vector loads, not initialised, freed together.
 class Scratch {
  public:

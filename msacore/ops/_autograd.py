@@ -1,8 +1,10 @@
 """What the autograd formulas of all operators share."""
 
+from collections.abc import Callable, Sequence
 from typing import Any, NoReturn
 
 import torch
+from torch import Tensor
 
 
 def refuse_second_derivative(name: str) -> None:
@@ -18,3 +20,41 @@ def refuse_second_derivative(name: str) -> None:
         )
 
     torch.library.register_autograd(f"msacore::{name}", refuse)
+
+
+def eager_autograd(
+    op: Callable[..., Any], setup_context: Callable[..., None], backward: Callable[..., tuple[Any, ...]]
+) -> Callable[..., Any]:
+    """Wrap an operator so that eager calls take a short way to the same autograd formula as ``register_autograd``.
+
+    For operators on lists of tensors the registered formula costs more host time than small inputs need to compute.
+    Compilers and direct calls of the operator keep using the registered one.
+    """
+
+    def nest(flat: Sequence[Any], sizes: Sequence[int | None]) -> list[Any]:
+        items = iter(flat)
+        return [next(items) if size is None else [next(items) for _ in range(size)] for size in sizes]
+
+    def flatten(nested: Sequence[Any]) -> list[Any]:
+        return [t for item in nested for t in (item if isinstance(item, (list, tuple)) else [item])]
+
+    class Eager(torch.autograd.Function):
+        # The older form of forward: torch inspects the signature of the newer one on every call.
+        @staticmethod
+        def forward(ctx: Any, sizes: Any, options: Any, *flat: Any) -> Any:
+            arguments = nest(flat, sizes)
+            output = op(*arguments, **options)
+            setup_context(ctx, arguments, options, output) if options else setup_context(ctx, arguments, output)
+            return output
+
+        @staticmethod
+        def backward(ctx: Any, *grads: Any) -> tuple[Any, ...]:
+            return None, None, *flatten(backward(ctx, *grads))
+
+    def call(*arguments: list[Tensor] | Tensor | None, **options: Any) -> Any:
+        if torch.compiler.is_compiling() or not torch.is_grad_enabled():
+            return op(*arguments, **options)
+        sizes = [len(a) if isinstance(a, list) else None for a in arguments]
+        return Eager.apply(sizes, options, *flatten(arguments))
+
+    return call

@@ -6,7 +6,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from msacore.ops._autograd import refuse_second_derivative
+from msacore.ops._autograd import eager_autograd, refuse_second_derivative
 from msacore.ops._check import cast_under_autocast, check_device, check_dtype, check_floating, check_shape, fail
 
 _low_rank_fusion = torch.ops.msacore.low_rank_fusion.default
@@ -103,6 +103,7 @@ def _backward(ctx: Any, grad_out: Tensor, _: Any) -> tuple[Any, ...]:
 
 torch.library.register_autograd("msacore::low_rank_fusion", _backward, setup_context=_setup_context)
 refuse_second_derivative("low_rank_fusion_backward")
+_eager = eager_autograd(_low_rank_fusion, _setup_context, _backward)
 
 
 def low_rank_fusion(
@@ -144,5 +145,4 @@ def low_rank_fusion(
         tensor([[9.]])
     """
     inputs, parameters = cast_under_autocast(list(features), [*factors, rank_weight, bias])
-    *factors, rank_weight, bias = parameters
-    return _low_rank_fusion(inputs, factors, rank_weight, bias, available)[0]
+    return _eager(inputs, parameters[:-2], *parameters[-2:], available)[0]

@@ -6,7 +6,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from msacore.ops._autograd import refuse_second_derivative
+from msacore.ops._autograd import eager_autograd, refuse_second_derivative
 from msacore.ops._check import cast_under_autocast, check_device, check_dtype, check_floating, check_shape, fail
 
 _matrix_fusion = torch.ops.msacore.matrix_fusion.default
@@ -123,6 +123,7 @@ def _backward(ctx: Any, grad_fused: Tensor, grad_pairs: Tensor) -> tuple[Any, ..
 
 torch.library.register_autograd("msacore::matrix_fusion", _backward, setup_context=_setup_context)
 refuse_second_derivative("matrix_fusion_backward")
+_eager = eager_autograd(_matrix_fusion, _setup_context, _backward)
 
 
 def matrix_fusion(
@@ -187,4 +188,4 @@ def matrix_fusion(
     if all(feature.dim() == 2 for feature in aligned):
         aligned = [feature.unsqueeze(1) for feature in aligned]
     aligned, parameters = cast_under_autocast(aligned, parameters)
-    return _matrix_fusion(aligned, *parameters, mask, available, augment=augment, activation=ACTIVATIONS[activation])
+    return _eager(aligned, *parameters, mask, available, augment=augment, activation=ACTIVATIONS[activation])
