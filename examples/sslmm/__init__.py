@@ -1,0 +1,1 @@
+"""SSLMM: semi-supervised learning with missing modalities, re-implemented from the abstract and nearest relatives."""

@@ -1,0 +1,112 @@
+"""Every choice of a run in one place; the command line offers each by name."""
+
+from __future__ import annotations
+
+import argparse
+from dataclasses import dataclass, fields, replace
+
+
+@dataclass(frozen=True)
+class Config:
+    """Settings of model and training. Where the paper is silent the source is named in the README of this folder.
+
+    Args:
+        width: Width of a node.
+        steps: Alternations of intra-modal and inter-modal propagation.
+        alpha: Share of a node's own features kept in each half-step.
+        window: Neighbouring utterances on either side that an utterance hears.
+        variant: Propagation: ``"linear"``, ``"gcnii"`` or ``"gated"``.
+        send: When missing nodes send: ``"after_fill"`` or ``"never"``.
+        dropout: Of encoders and head.
+        learning_rate: Of Adam, both stages.
+        weight_decay: Of Adam, both stages.
+        conversations: Conversations in a batch.
+        pretrain_epochs: Stage A; 0 leaves it out.
+        finetune_epochs: Stage B, at most.
+        patience: Stage B stops after so many epochs without a better validation error.
+        mask_share: Stage A: share of the observed nodes that are masked and reconstructed.
+        sce_power: Exponent of the scaled cosine error.
+        modality_weight: Stage A: weight of rebuilding a dropped modality.
+        contrast_weight: Stage A: weight of the two contrastive terms.
+        contrast_temperature: Of both contrastive terms.
+        task: Supervised loss: ``"l1"`` or ``"mse"``.
+        unlabelled: Consistency on all train utterances: ``"mean_teacher"``, ``"rankup"`` or ``"none"``.
+        unlabelled_weight: Its weight after the ramp.
+        ramp: Share of stage B over which that weight rises.
+        teacher_passes: Dropout passes of the teacher per step.
+        teacher_decay: Highest decay of the teacher's moving average.
+        noise: Deviation of Gaussian noise on the student's features.
+        reconstruction: Targets of stage B: ``"observed"`` (modalities dropped on purpose), ``"oracle"`` (the clean features that the simulation hid) or ``"none"``.
+        reconstruction_weight: Its weight.
+    """
+
+    width: int = 64
+    steps: int = 4
+    alpha: float = 0.2
+    window: int = 2
+    variant: str = "linear"
+    send: str = "after_fill"
+    dropout: float = 0.3
+    learning_rate: float = 1e-3
+    weight_decay: float = 1e-4
+    conversations: int = 16
+    pretrain_epochs: int = 30
+    finetune_epochs: int = 60
+    patience: int = 20
+    mask_share: float = 0.5
+    sce_power: float = 2.0
+    modality_weight: float = 1.0
+    contrast_weight: float = 0.1
+    contrast_temperature: float = 0.2
+    task: str = "l1"
+    unlabelled: str = "mean_teacher"
+    unlabelled_weight: float = 1.0
+    ramp: float = 0.3
+    teacher_passes: int = 5
+    teacher_decay: float = 0.99
+    noise: float = 0.1
+    reconstruction: str = "observed"
+    reconstruction_weight: float = 0.3
+
+
+CHOICES = {
+    "variant": ("linear", "gcnii", "gated"),
+    "send": ("after_fill", "never"),
+    "task": ("l1", "mse"),
+    "unlabelled": ("mean_teacher", "rankup", "none"),
+    "reconstruction": ("observed", "oracle", "none"),
+}
+
+# What each method leaves out of the whole system.
+ABLATIONS: dict[str, dict[str, object]] = {
+    "SSLMM": {},
+    "no pre-training": {"pretrain_epochs": 0},
+    "no consistency": {"unlabelled": "none"},
+    "no reconstruction": {"reconstruction": "none"},
+    "supervised graph": {"pretrain_epochs": 0, "unlabelled": "none", "reconstruction": "none"},
+}
+
+
+def ablated(config: Config, method: str) -> Config:
+    """The configuration of one of ``ABLATIONS``."""
+    return replace(config, **ABLATIONS[method])  # type: ignore[arg-type]
+
+
+def add_config_arguments(parser: argparse.ArgumentParser) -> None:
+    """Add an option for every field of :class:`Config`."""
+    group = parser.add_argument_group("model and training")
+    for field in fields(Config):
+        kind = type(field.default)
+        group.add_argument(
+            f"--{field.name.replace('_', '-')}",
+            type=kind,
+            default=field.default,
+            choices=CHOICES.get(field.name),
+            metavar=None if field.name in CHOICES else kind.__name__.upper(),
+            help="(%(default)s)",
+        )
+
+
+def config_from(args: argparse.Namespace) -> Config:
+    """The configuration that parsed options ask for."""
+    return Config(**{field.name: getattr(args, field.name) for field in fields(Config)})

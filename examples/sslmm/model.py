@@ -1,0 +1,118 @@
+"""One node per utterance and modality; messages alternate within and between modalities; heads read the nodes."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor, nn
+
+import msacore
+from msacore.nn import AlternatingPropagation
+
+from .config import Config
+
+
+@dataclass(frozen=True)
+class Batch:
+    """Whole conversations.
+
+    Args:
+        features: Per modality, float32 ``[N, d_m]``; rows that ``observed`` hides may hold anything.
+        observed: bool ``[N, M]``.
+        offsets: int64 ``[V + 1]``.
+    """
+
+    features: Sequence[Tensor]
+    observed: Tensor
+    offsets: Tensor
+
+    def seeing(self, observed: Tensor) -> Batch:
+        """The same conversations with other modalities in view."""
+        return Batch(self.features, observed, self.offsets)
+
+
+@dataclass(frozen=True)
+class Output:
+    """``nodes`` ``[N, M, width]`` after propagation, ``fused`` ``[N, M · width]``, ``prediction`` ``[N]``, ``rank`` ``[N]``."""
+
+    nodes: Tensor
+    fused: Tensor
+    prediction: Tensor
+    rank: Tensor
+
+
+class SSLMM(nn.Module):
+    """Encoders, mask tokens, alternating propagation, read-out, sentiment head, reconstruction heads.
+
+    A missing modality starts as its mask token and receives what its neighbours and the other modalities of the
+    utterance send (METHODS: nodes per utterance and modality as in MMGCN, teleport as in APPNP, reconstruction as in
+    GCNet). The read-out concatenates the nodes of an utterance.
+    """
+
+    def __init__(self, dims: Sequence[int], config: Config) -> None:
+        super().__init__()
+        width = config.width
+        self.config = config
+        self.encoders = nn.ModuleList(
+            nn.Sequential(nn.Dropout(config.dropout), nn.Linear(d, width), nn.LayerNorm(width)) for d in dims
+        )
+        self.mask_token = nn.Parameter(torch.randn(len(dims), width) * 0.02)
+        self.remask_token = nn.Parameter(torch.zeros(width))
+        self.propagation = AlternatingPropagation(
+            width,
+            config.steps,
+            variant=config.variant,
+            alpha=config.alpha,
+            window=(config.window, config.window),
+            send=config.send,
+        )
+        fused = len(dims) * width
+        self.head = nn.Sequential(nn.GELU(), nn.Dropout(config.dropout), nn.Linear(fused, width), nn.GELU())
+        self.sentiment = nn.Linear(width, 1)
+        self.ranking = nn.Linear(width, 1)
+        self.contrast = nn.Linear(fused, width)
+        self.decoders = nn.ModuleList(nn.Linear(width, d) for d in dims)
+
+    def forward(self, batch: Batch, noise: float = 0.0) -> Output:
+        """Propagate and predict.
+
+        Args:
+            batch: The conversations.
+            noise: Deviation of Gaussian noise added to observed features.
+        """
+        nodes = self._encode(batch, noise)
+        nodes = self.propagation(nodes, batch.offsets, available=batch.observed)
+        fused = nodes.flatten(1)
+        hidden = self.head(fused)
+        return Output(nodes, fused, self.sentiment(hidden)[:, 0], self.ranking(hidden)[:, 0])
+
+    def reconstruct(self, nodes: Tensor) -> list[Tensor]:
+        """Features of every modality from its nodes: per modality ``[N, d_m]``."""
+        return [decoder(nodes[:, m]) for m, decoder in enumerate(self.decoders)]
+
+    def reconstruct_masked(self, nodes: Tensor, masked: Tensor, offsets: Tensor) -> list[Tensor]:
+        """As :meth:`reconstruct`, from masked nodes that are masked again first: only neighbours can fill them."""
+        hidden = torch.where(masked[..., None], self.remask_token, nodes)
+        filled = msacore.propagate(
+            hidden,
+            offsets,
+            available=~masked,
+            window=(self.config.window, self.config.window),
+            steps=1,
+            alpha=self.config.alpha,
+            send=self.config.send,
+        )
+        return self.reconstruct(filled)
+
+    def _encode(self, batch: Batch, noise: float) -> Tensor:
+        nodes = []
+        for m, (encoder, x) in enumerate(zip(self.encoders, batch.features, strict=True)):
+            seen = batch.observed[:, m, None]
+            # A select before the first product: a hidden NaN would otherwise reach the weights' gradient as 0 · NaN.
+            x = torch.where(seen, x, 0)
+            if noise:
+                x = x + noise * torch.randn_like(x)
+            nodes.append(torch.where(seen, encoder(x), self.mask_token[m]))
+        return torch.stack(nodes, 1)

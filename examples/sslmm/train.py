@@ -1,0 +1,219 @@
+"""One run: a corpus, what is hidden of it, and a configuration give predictions for every utterance."""
+
+from __future__ import annotations
+
+import copy
+from collections.abc import Iterator
+from dataclasses import asdict, dataclass, field
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from examples.msa.checkpoint import load_checkpoint, save_checkpoint, seed_everything
+from examples.msa.corpus import SPLITS, Corpus
+
+from .config import Config
+from .losses import consistency_loss, drop_one_modality, pretraining_loss, reconstruction_error, supervised_loss
+from .model import SSLMM, Batch
+
+
+@dataclass
+class Fit:
+    """Predictions ``[N]`` float64 (nan outside the splits), mean losses per epoch, and the best epoch of stage B."""
+
+    prediction: np.ndarray
+    history: dict[str, list[dict[str, float]]] = field(default_factory=dict)
+    best_epoch: int = 0
+    model: SSLMM | None = None
+
+
+class Trainer:
+    """Both stages for one corpus; all of its state can be saved after any epoch and resumed bit by bit.
+
+    Args:
+        corpus: Pooled, standardised on observed train rows.
+        observed: bool ``[N, M]``; everything else stays unread, in training and evaluation.
+        labelled: bool ``[N]``; only these train labels are read.
+        config: Model and training.
+        seed: Seed of the run.
+        device: Where to train.
+
+    Raises:
+        ValueError: No train utterance is labelled, or there is no validation part to stop on.
+    """
+
+    def __init__(
+        self,
+        corpus: Corpus,
+        observed: np.ndarray,
+        labelled: np.ndarray,
+        config: Config,
+        seed: int = 0,
+        device: torch.device | str = "cpu",
+    ) -> None:
+        if not labelled[corpus.rows("train")].any():
+            raise ValueError(f"corpus {corpus.name!r}: no labelled train utterance; stage B needs at least one")
+        if len(corpus.rows("valid")) == 0:
+            raise ValueError(f"corpus {corpus.name!r}: no validation part to stop on")
+        seed_everything(seed)
+        self.config, self.seed, self.device = config, seed, torch.device(device)
+        tensors = corpus.tensors(self.device)
+        self.features: list[Tensor] = tensors["features"]  # type: ignore[assignment]
+        self.labels: Tensor = tensors["labels"]  # type: ignore[assignment]
+        self.observed = torch.tensor(observed & corpus.available, device=self.device)
+        self.labelled = torch.tensor(labelled & (corpus.split == SPLITS["train"]), device=self.device)
+        self.conversations = {name: _conversations(corpus, name) for name in SPLITS}
+        self.model = SSLMM(corpus.dims, config).to(self.device)
+        self.teacher = copy.deepcopy(self.model).requires_grad_(False)
+        self.optimiser = self._new_optimiser()
+        self.stage, self.epoch = "pretrain", 0
+        self.best = {"error": float("inf"), "epoch": 0, "weights": {}}
+        self.history: dict[str, list[dict[str, float]]] = {"pretrain": [], "finetune": []}
+
+    def _new_optimiser(self) -> torch.optim.Optimizer:
+        config = self.config
+        return torch.optim.Adam(self.model.parameters(), lr=config.learning_rate, weight_decay=config.weight_decay)
+
+    def fit(self, checkpoint: Path | None = None, every: int = 10, resume: bool = False) -> Fit:
+        """Train from where the trainer stands and predict every utterance.
+
+        Args:
+            checkpoint: File to keep the state in; none when omitted.
+            every: Epochs between two states.
+            resume: Go on from the file if it is there.
+        """
+        arguments = {"config": asdict(self.config), "seed": self.seed}
+        if resume and checkpoint is not None and checkpoint.is_file():
+            self.load_state_dict(load_checkpoint(checkpoint, arguments))
+        for done in self._epochs():
+            if checkpoint is not None and done % every == 0:
+                save_checkpoint(checkpoint, self.state_dict(), arguments)
+        self.model.load_state_dict(self.best["weights"])
+        return Fit(self.predict(), self.history, self.best["epoch"], self.model)
+
+    def state_dict(self) -> dict[str, Any]:
+        """Everything the next epoch depends on (the random states are the checkpoint's)."""
+        return {
+            "model": self.model.state_dict(),
+            "teacher": self.teacher.state_dict(),
+            "optimiser": self.optimiser.state_dict(),
+            "stage": self.stage,
+            "epoch": self.epoch,
+            "best": self.best,
+            "history": self.history,
+        }
+
+    def load_state_dict(self, state: dict[str, Any]) -> None:
+        """Take over what :meth:`state_dict` gave."""
+        self.model.load_state_dict(state["model"])
+        self.teacher.load_state_dict(state["teacher"])
+        self.optimiser.load_state_dict(state["optimiser"])
+        self.stage, self.epoch = state["stage"], state["epoch"]
+        self.best, self.history = state["best"], state["history"]
+
+    def _epochs(self) -> Iterator[int]:
+        """Run the epochs that are left; yields their number, counted over both stages."""
+        config = self.config
+        while self.stage == "pretrain":
+            if self.epoch >= config.pretrain_epochs:
+                self.stage, self.epoch = "finetune", 0
+                self.optimiser = self._new_optimiser()
+                self.teacher.load_state_dict(self.model.state_dict())
+                break
+            self.history["pretrain"].append(self._epoch(self._pretrain_step))
+            self.epoch += 1
+            yield self.epoch
+        while self.epoch < config.finetune_epochs and self.epoch - self.best["epoch"] < config.patience:
+            self.history["finetune"].append(self._epoch(self._finetune_step))
+            self.epoch += 1
+            self._keep_best()
+            yield config.pretrain_epochs + self.epoch
+        if not self.best["weights"]:
+            self._keep_best()
+
+    def _epoch(self, step: Any) -> dict[str, float]:
+        self.model.train()
+        order = torch.randperm(len(self.conversations["train"])).tolist()
+        totals: dict[str, float] = {}
+        size = self.config.conversations
+        chunks = [order[i : i + size] for i in range(0, len(order), size)]
+        for chunk in chunks:
+            batch, rows = self._batch([self.conversations["train"][i] for i in chunk])
+            losses = step(batch, rows)
+            self.optimiser.zero_grad()
+            torch.stack(list(losses.values())).sum().backward()
+            self.optimiser.step()
+            for name, loss in losses.items():
+                totals[name] = totals.get(name, 0.0) + float(loss.detach()) / len(chunks)
+        return totals
+
+    def _pretrain_step(self, batch: Batch, rows: Tensor) -> dict[str, Tensor]:
+        return pretraining_loss(self.model, batch)
+
+    def _finetune_step(self, batch: Batch, rows: Tensor) -> dict[str, Tensor]:
+        config = self.config
+        labels, labelled = self.labels[rows], self.labelled[rows]
+        natural = self.model(batch)
+        losses = {"supervised": supervised_loss(natural.prediction, labels, labelled, config.task)}
+        if config.unlabelled == "none" and config.reconstruction != "observed":
+            strong, harder = natural, batch.observed
+        else:
+            harder = drop_one_modality(batch.observed)
+            strong = self.model(batch.seeing(harder), noise=config.noise)
+        if config.unlabelled != "none":
+            self._update_teacher()
+            progress = self.epoch / config.finetune_epochs
+            losses["unlabelled"] = consistency_loss(
+                self.model, self.teacher, batch, strong, labels, labelled, progress
+            )
+        if config.reconstruction != "none":
+            oracle = config.reconstruction == "oracle"
+            where = ~batch.observed if oracle else batch.observed & ~harder
+            nodes = natural.nodes if oracle else strong.nodes
+            error = reconstruction_error(self.model.reconstruct(nodes), list(batch.features), where)
+            losses["reconstruction"] = config.reconstruction_weight * error
+        return losses
+
+    @torch.no_grad()
+    def _update_teacher(self) -> None:
+        decay = min(self.config.teacher_decay, 1 - 1 / (len(self.history["finetune"]) + 2))
+        for ours, theirs in zip(self.teacher.parameters(), self.model.parameters(), strict=True):
+            ours.lerp_(theirs, 1 - decay)
+
+    def _keep_best(self) -> None:
+        rows = torch.cat(self.conversations["valid"])
+        error = float((self._predict_split("valid") - self.labels[rows]).abs().mean())
+        if error < self.best["error"]:
+            weights = {name: value.clone() for name, value in self.model.state_dict().items()}
+            self.best = {"error": error, "epoch": self.epoch, "weights": weights}
+
+    @torch.no_grad()
+    def _predict_split(self, name: str) -> Tensor:
+        self.model.eval()
+        batch, _ = self._batch(self.conversations[name])
+        return self.model(batch).prediction
+
+    def predict(self) -> np.ndarray:
+        """Predicted score of each utterance of a split, float64 ``[N]``; nan for unused rows."""
+        prediction = np.full(len(self.labels), np.nan)
+        for name, conversations in self.conversations.items():
+            if conversations:
+                prediction[torch.cat(conversations).numpy()] = self._predict_split(name).cpu().double().numpy()
+        return prediction
+
+    def _batch(self, conversations: list[Tensor]) -> tuple[Batch, Tensor]:
+        sizes = torch.tensor([0] + [len(rows) for rows in conversations])
+        rows = torch.cat(conversations).to(self.device)
+        features = [x[rows] for x in self.features]
+        return Batch(features, self.observed[rows], sizes.cumsum(0).to(self.device)), rows
+
+
+def _conversations(corpus: Corpus, split: str) -> list[Tensor]:
+    """Row numbers of every conversation, restricted to one split."""
+    inside = corpus.split == SPLITS[split]
+    pieces = zip(corpus.video_ptr[:-1], corpus.video_ptr[1:], strict=True)
+    rows = [np.arange(start, stop)[inside[start:stop]] for start, stop in pieces]
+    return [torch.from_numpy(r) for r in rows if len(r)]

@@ -1,0 +1,199 @@
+"""The SSLMM system: what is hidden stays unread, runs resume bit by bit, every stage and option does something."""
+
+import json
+from dataclasses import asdict, replace
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+
+from examples.msa.checkpoint import save_checkpoint
+from examples.msa.corpus import Corpus
+from examples.msa.missing import label_mask, missing_mask
+from examples.msa.synthetic import synthetic
+from examples.sslmm.__main__ import main
+from examples.sslmm.config import ABLATIONS, Config, ablated
+from examples.sslmm.evaluate import Cell, Grid, run_cell
+from examples.sslmm.losses import drop_one_modality, ramp_up, supervised_loss
+from examples.sslmm.train import Trainer
+
+QUICK = Config(width=8, steps=2, pretrain_epochs=2, finetune_epochs=3, teacher_passes=2, conversations=4)
+
+
+@pytest.fixture(scope="module")
+def corpus() -> Corpus:
+    return synthetic(size=60, dims=(12, 5, 6))
+
+
+def _trainer(corpus: Corpus, config: Config = QUICK, seed: int = 0, features: dict | None = None) -> Trainer:
+    observed, _ = missing_mask(corpus, rate=0.5, seed=1)
+    labelled, _ = label_mask(corpus, 0.5, seed=1)
+    standard = corpus.standardise(observed)
+    if features is not None:
+        standard = replace(standard, features=features)
+    return Trainer(standard, observed, labelled, config, seed)
+
+
+def _weights(trainer: Trainer) -> torch.Tensor:
+    return torch.cat([p.detach().flatten() for p in trainer.model.parameters()])
+
+
+@pytest.mark.parametrize("unlabelled", ["mean_teacher", "rankup"])
+@pytest.mark.parametrize("variant", ["linear", "gcnii", "gated"])
+def test_hidden_features_change_nothing_in_training_or_evaluation(
+    corpus: Corpus, variant: str, unlabelled: str
+) -> None:
+    config = replace(QUICK, variant=variant, unlabelled=unlabelled)
+    plain = _trainer(corpus, config)
+    observed, _ = missing_mask(corpus, rate=0.5, seed=1)
+    raw = {k: np.where(observed[:, [m]], x, np.nan) for m, (k, x) in enumerate(corpus.features.items())}
+    standard = replace(corpus, features=raw).standardise(observed)
+    poisoned = _trainer(corpus, config, features=standard.features)
+    assert any(np.isnan(x).any() for x in standard.features.values())
+    first, second = plain.fit(), poisoned.fit()
+    assert np.isfinite(first.prediction).all()
+    assert torch.equal(_weights(plain), _weights(poisoned))
+    assert np.array_equal(first.prediction, second.prediction)
+
+
+def test_oracle_reconstruction_reads_what_was_hidden(corpus: Corpus) -> None:
+    config = replace(QUICK, reconstruction="oracle")
+    observed, _ = missing_mask(corpus, rate=0.5, seed=1)
+    standard = corpus.standardise(observed).features
+    shifted = {k: x + (~observed[:, [m]]).astype(np.float32) for m, (k, x) in enumerate(standard.items())}
+    plain, other = _trainer(corpus, config, features=standard), _trainer(corpus, config, features=shifted)
+    plain.fit(), other.fit()
+    assert not torch.equal(_weights(plain), _weights(other))
+
+
+def test_unlabelled_targets_are_not_read(corpus: Corpus) -> None:
+    labelled, _ = label_mask(corpus, 0.5, seed=1)
+    hidden = (corpus.split == 0) & ~labelled
+    other = replace(corpus, labels=np.where(hidden, np.float32(2.5), corpus.labels))
+    first, second = _trainer(corpus), _trainer(other)
+    # Strata follow the labels, so the second corpus is given the first one's label mask.
+    second.labelled = first.labelled.clone()
+    first.fit(), second.fit()
+    assert torch.equal(_weights(first), _weights(second))
+
+
+@pytest.mark.parametrize("stop", [1, 2, 3, 4])
+def test_a_resumed_run_equals_an_uninterrupted_one(corpus: Corpus, tmp_path: Path, stop: int) -> None:
+    whole = _trainer(corpus)
+    expected = whole.fit()
+    interrupted = _trainer(corpus)
+    epochs = interrupted._epochs()
+    for _ in range(stop):
+        next(epochs)
+    file = save_checkpoint(tmp_path / "run.pt", interrupted.state_dict(), {"config": asdict(QUICK), "seed": 0})
+    resumed = _trainer(corpus)
+    torch.rand(17)
+    result = resumed.fit(file, resume=True)
+    assert torch.equal(_weights(whole), _weights(resumed))
+    assert np.array_equal(expected.prediction, result.prediction)
+    assert result.history == expected.history
+
+
+def test_each_ablation_changes_the_run(corpus: Corpus) -> None:
+    weights = {}
+    for method in ABLATIONS:
+        trainer = _trainer(corpus, ablated(QUICK, method))
+        trainer.fit()
+        weights[method] = _weights(trainer)
+        stages = {name: bool(epochs) for name, epochs in trainer.history.items()}
+        assert stages == {"pretrain": method not in ("no pre-training", "supervised graph"), "finetune": True}
+    methods = list(weights)
+    for i, a in enumerate(methods):
+        for b in methods[i + 1 :]:
+            assert not torch.equal(weights[a], weights[b]), f"{a} and {b} train alike"
+
+
+@pytest.mark.parametrize(
+    "option",
+    [{"task": "mse"}, {"send": "never"}, {"window": 0}, {"noise": 0.5}, {"mask_share": 0.2}, {"contrast_weight": 0.0}],
+    ids=str,
+)
+def test_an_option_changes_the_run(corpus: Corpus, option: dict) -> None:
+    default, other = _trainer(corpus), _trainer(corpus, replace(QUICK, **option))
+    default.fit(), other.fit()
+    assert not torch.equal(_weights(default), _weights(other))
+
+
+def test_dropping_a_modality_always_leaves_one() -> None:
+    observed = torch.tensor([[1, 1, 1], [1, 0, 1], [0, 1, 0]], dtype=torch.bool)
+    for _ in range(20):
+        left = drop_one_modality(observed)
+        assert left.sum(1).tolist() == [2, 1, 1]
+        assert not (left & ~observed).any()
+
+
+def test_supervised_loss_is_the_mean_over_labelled() -> None:
+    prediction, labels = torch.tensor([1.0, 5.0, -1.0]), torch.tensor([0.0, float("nan"), 1.0])
+    labelled = torch.tensor([True, False, True])
+    assert supervised_loss(prediction, labels, labelled, "l1").item() == 1.5
+    assert supervised_loss(prediction, labels, labelled, "mse").item() == 2.5
+    assert supervised_loss(prediction, labels, ~labelled & labelled, "l1").item() == 0
+
+
+def test_the_ramp_rises_to_one() -> None:
+    values = [ramp_up(t / 10, 0.3) for t in range(11)]
+    assert values == sorted(values)
+    assert values[0] == pytest.approx(np.exp(-5))
+    assert values[3:] == [1.0] * 8
+
+
+def test_no_labelled_sample_is_an_error(corpus: Corpus) -> None:
+    observed, _ = missing_mask(corpus, rate=0.5)
+    with pytest.raises(ValueError, match="no labelled train utterance"):
+        Trainer(corpus, observed, np.zeros(len(corpus), dtype=bool), QUICK)
+
+
+def test_methods_of_a_seed_share_masks_and_labels(corpus: Corpus) -> None:
+    ours, mlp = (run_cell(corpus, Cell(m, 0.4, 0.5, 3), QUICK) for m in ("SSLMM", "mean-filled MLP"))
+    assert ours["missing"] == mlp["missing"]
+    assert ours["labels"]["sha256"] == mlp["labels"]["sha256"]
+    assert ours["missing"]["realised"] == pytest.approx(0.4, abs=0.01)
+
+
+def test_a_grid_goes_on_where_it_stopped_and_refuses_another_run(corpus: Corpus, tmp_path: Path) -> None:
+    cells = [Cell("SSLMM", 0.5, 0.5, s) for s in (0, 1)]
+    whole = list(Grid(corpus, QUICK, tmp_path / "a").run(cells))
+    list(Grid(corpus, QUICK, tmp_path / "b").run(cells[:1]))
+    assert list(Grid(corpus, QUICK, tmp_path / "b", resume=True).run(cells)) == whole
+    with pytest.raises(ValueError, match="--resume"):
+        Grid(corpus, QUICK, tmp_path / "b")
+    with pytest.raises(ValueError, match=r"width: 8 then, 9 now"):
+        Grid(corpus, replace(QUICK, width=9), tmp_path / "b", resume=True)
+
+
+ARGUMENTS = ["--size", "60", "--width", "8", "--steps", "2", "--pretrain-epochs", "1", "--finetune-epochs", "2"]
+
+
+def test_the_command_writes_a_report_with_every_number(tmp_path: Path, capsys: pytest.CaptureFixture) -> None:
+    grid = ["--grid", "--rates", "0", "0.5", "--shares", "0.5", "1", "--seeds", "0", "1", "--no-progress"]
+    assert main([*ARGUMENTS, *grid, "--out", str(tmp_path)]) == 0
+    assert "report.html" in capsys.readouterr().out
+    page = (tmp_path / "report.html").read_text()
+    for words in ("re-implemented from the paper", "0.802", "other features", "no pre-training", "zero-filled MLP",
+                  "Over the missing rate", "Missing rates and labelled shares", "data:image/svg+xml"):
+        assert words in page
+    stored = json.loads((tmp_path / "report.json").read_text())
+    assert len(stored["data"]["cells"]) == (7 + 2 * 4 - 2) * 2
+    assert stored["run"]["missing"]["sha256"]
+    assert all(cell["missing"]["kind"] == "exact" for cell in stored["data"]["cells"])
+
+
+@pytest.mark.parametrize(
+    ("extra", "words"),
+    [(["--rate", "0.9"], "rate"), (["--share", "0"], "share"), (["--data", "nowhere.pkl"], "no such file")],
+    ids=["rate", "share", "file"],
+)
+def test_bad_arguments_end_with_one_sentence(
+    tmp_path: Path, capsys: pytest.CaptureFixture, extra: list[str], words: str
+) -> None:
+    with pytest.raises(SystemExit) as stopped:
+        main([*ARGUMENTS, "--no-progress", "--out", str(tmp_path), *extra])
+    assert stopped.value.code == 2
+    assert words in capsys.readouterr().err
+    assert not (tmp_path / "report.html").exists()
