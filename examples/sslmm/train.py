@@ -12,7 +12,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from examples.msa.checkpoint import load_checkpoint, save_checkpoint, seed_everything
+from examples.msa.checkpoint import load_checkpoint, rng_state, save_checkpoint, seed_everything, set_rng_state
 from examples.msa.corpus import SPLITS, Corpus
 
 from .config import Config
@@ -72,6 +72,7 @@ class Trainer:
         self.stage, self.epoch = "pretrain", 0
         self.best = {"error": float("inf"), "epoch": 0, "weights": {}}
         self.history: dict[str, list[dict[str, float]]] = {"pretrain": [], "finetune": []}
+        self.start = rng_state()
 
     def _new_optimiser(self) -> torch.optim.Optimizer:
         config = self.config
@@ -117,6 +118,9 @@ class Trainer:
     def _epochs(self) -> Iterator[int]:
         """Run the epochs that are left; yields their number, counted over both stages."""
         config = self.config
+        if not any(self.history.values()):
+            # Another trainer may have drawn from the global generators since this one was made.
+            set_rng_state(self.start)
         while self.stage == "pretrain":
             if self.epoch >= config.pretrain_epochs:
                 self.stage, self.epoch = "finetune", 0
