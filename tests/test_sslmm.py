@@ -175,8 +175,16 @@ def test_the_command_writes_a_report_with_every_number(tmp_path: Path, capsys: p
     assert main([*ARGUMENTS, *grid, "--out", str(tmp_path)]) == 0
     assert "report.html" in capsys.readouterr().out
     page = (tmp_path / "report.html").read_text()
-    for words in ("re-implemented from the paper", "0.802", "other features", "no pre-training", "zero-filled MLP",
-                  "Over the missing rate", "Missing rates and labelled shares", "data:image/svg+xml"):
+    for words in (
+        "re-implemented from the paper",
+        "0.802",
+        "other features",
+        "no pre-training",
+        "zero-filled MLP",
+        "Over the missing rate",
+        "Missing rates and labelled shares",
+        "data:image/svg+xml",
+    ):
         assert words in page
     stored = json.loads((tmp_path / "report.json").read_text())
     assert len(stored["data"]["cells"]) == (7 + 2 * 4 - 2) * 2

@@ -32,10 +32,18 @@ def parser() -> argparse.ArgumentParser:
     run.add_argument("--seeds", type=int, nargs="+", default=[0, 1, 2], help="seeds of masks and training (0 1 2)")
     run.add_argument("--rate", type=float, default=0.5, help="missing rate of the main comparison (%(default)s)")
     run.add_argument("--share", type=float, default=0.5, help="labelled share of the main comparison (%(default)s)")
-    run.add_argument("--pattern", choices=[k for k in KINDS if k != "fixed"], default="exact", help="what goes missing (%(default)s)")
+    run.add_argument(
+        "--pattern", choices=[k for k in KINDS if k != "fixed"], default="exact", help="what goes missing (%(default)s)"
+    )
     run.add_argument("--label-unit", choices=["utterance", "video"], default="utterance", help="(%(default)s)")
-    run.add_argument("--methods", nargs="+", choices=METHODS, default=list(METHODS), metavar="METHOD",
-                     help=f"of the main comparison: {', '.join(METHODS)}")
+    run.add_argument(
+        "--methods",
+        nargs="+",
+        choices=METHODS,
+        default=list(METHODS),
+        metavar="METHOD",
+        help=f"of the main comparison: {', '.join(METHODS)}",
+    )
     run.add_argument("--grid", action="store_true", help="also all missing rates and labelled shares")
     run.add_argument("--rates", type=float, nargs="+", default=list(GRID_RATES), help="missing rates of the grid")
     run.add_argument("--shares", type=float, nargs="+", default=list(GRID_SHARES), help="labelled shares of the grid")

@@ -8,7 +8,7 @@ from dataclasses import dataclass, fields, replace
 
 @dataclass(frozen=True)
 class Config:
-    """Settings of model and training. Where the paper is silent the source is named in the README of this folder.
+    """Settings of model and training. Where the paper is silent they follow its nearest relatives, or are ours.
 
     Args:
         width: Width of a node.
@@ -36,7 +36,8 @@ class Config:
         teacher_passes: Dropout passes of the teacher per step.
         teacher_decay: Highest decay of the teacher's moving average.
         noise: Deviation of Gaussian noise on the student's features.
-        reconstruction: Targets of stage B: ``"observed"`` (modalities dropped on purpose), ``"oracle"`` (the clean features that the simulation hid) or ``"none"``.
+        reconstruction: Targets of stage B: ``"observed"`` (modalities dropped on purpose), ``"oracle"`` (the clean
+            features that the simulation hid) or ``"none"``.
         reconstruction_weight: Its weight.
     """
 
@@ -60,7 +61,7 @@ class Config:
     contrast_temperature: float = 0.2
     task: str = "l1"
     unlabelled: str = "mean_teacher"
-    unlabelled_weight: float = 1.0
+    unlabelled_weight: float = 0.3
     ramp: float = 0.3
     teacher_passes: int = 5
     teacher_decay: float = 0.99

@@ -128,9 +128,7 @@ class Grid:
             yield json.loads(file.read_text())
 
 
-def column(
-    results: Sequence[dict[str, Any]], metric: str, method: str, rate: float, share: float
-) -> list[float]:
+def column(results: Sequence[dict[str, Any]], metric: str, method: str, rate: float, share: float) -> list[float]:
     """A test metric of one method at one point, in order of seeds; nan where it is undefined."""
     found = [
         r

@@ -131,5 +131,3 @@ def consistency_loss(
         gap = strong.prediction - target
         loss = (weight * (gap.abs() if config.task == "l1" else gap.square())).mean()
     return config.unlabelled_weight * ramp_up(progress, config.ramp) * loss
-
-

@@ -35,7 +35,7 @@ class Batch:
 
 @dataclass(frozen=True)
 class Output:
-    """``nodes`` ``[N, M, width]`` after propagation, ``fused`` ``[N, M · width]``, ``prediction`` ``[N]``, ``rank`` ``[N]``."""
+    """``nodes`` after propagation ``[N, M, width]``, ``fused`` ``[N, M · width]``, ``prediction`` and ``rank`` ``[N]``."""
 
     nodes: Tensor
     fused: Tensor

@@ -56,8 +56,10 @@ def build(
         main.table(
             ["pair", "acc2_non0", "mae"], rows, "Paired over seeds: same hidden entries, same labels (95 % interval)"
         )
-        gaps = {m: np.subtract(column(results, "mae", m, rate, share), column(results, "mae", "SSLMM", rate, share))
-                for m in differences["mae"]}
+        gaps = {
+            m: np.subtract(column(results, "mae", m, rate, share), column(results, "mae", "SSLMM", rate, share))
+            for m in differences["mae"]
+        }
         main.figure(plots.bars(gaps, "mean absolute error above SSLMM's", 0.0), "What each method loses, per seed")
 
     if len(rates) > 1 and len(shares) > 1:

@@ -170,9 +170,7 @@ class Trainer:
         if config.unlabelled != "none":
             self._update_teacher()
             progress = self.epoch / config.finetune_epochs
-            losses["unlabelled"] = consistency_loss(
-                self.model, self.teacher, batch, strong, labels, labelled, progress
-            )
+            losses["unlabelled"] = consistency_loss(self.model, self.teacher, batch, strong, labels, labelled, progress)
         if config.reconstruction != "none":
             oracle = config.reconstruction == "oracle"
             where = ~batch.observed if oracle else batch.observed & ~harder
