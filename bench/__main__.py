@@ -28,7 +28,9 @@ def arguments(names: list[str]) -> argparse.Namespace:
     parser.add_argument("operators", nargs="*", metavar="operator", help=f"any of: {', '.join(names)}; default all")
     parser.add_argument("--device", choices=["cpu", "cuda"], default="cpu")
     parser.add_argument("--quick", action="store_true", help="small shapes only")
-    parser.add_argument("--shape", action="append", default=[], help="only shapes whose name contains this, or another given")
+    parser.add_argument(
+        "--shape", action="append", default=[], help="only shapes whose name contains this, or another given"
+    )
     parser.add_argument("--without", action="append", default=[], metavar="PROVIDER", help="leave out; repeatable")
     parser.add_argument("--rounds", type=int, default=9, help="turns of each provider (default 9)")
     parser.add_argument("--threads", type=int, default=torch.get_num_threads())
@@ -59,7 +61,8 @@ def main() -> None:
             times = ", ".join(f"{v}: {t:.2f} ms" for v, t in zip(g.values, g.times_ms, strict=True))
             print(f"\n{name} over {g.axis}: {times}; slope {g.slope:.2f}, expected {g.expected:.1f}", flush=True)
         for shape in () if options.growth else benchmark.shapes:
-            if (shape.quick or not options.quick) and any(part in shape.name for part in options.shape or [""]):
+            wanted = any(part in shape.name for part in options.shape or [""])
+            if wanted and (shape.quick or not options.quick):
                 torch.manual_seed(0)
                 rows.append(measure(benchmark, shape, device, options.rounds, options.without))
                 print("\n" + report.text(rows[-1]), flush=True)
