@@ -1,78 +1,92 @@
 // Propagation over CSR graphs on the CPU. A thread owns target nodes, so sums have one fixed order.
-#include "propagation.h"
-
 #include <torch/csrc/stable/library.h>
 #include <torch/csrc/stable/ops.h>
 
 #include <algorithm>
+#include <map>
+#include <memory>
 #include <tuple>
 #include <vector>
 
 #include "common/dispatch.h"
 #include "common/simd.h"
+#include "propagation.h"
 
 namespace msacore::propagation {
 namespace {
 
-constexpr int64_t kGrain = 16384;  // elements a thread should have at least
+constexpr int64_t kGrain = 32768;  // element updates a thread should have at least
+constexpr int64_t kColumns = 64;   // columns of a row that are summed in registers
+constexpr int64_t kAhead = 4;      // edges between a row's prefetch and its use
 
-int64_t rows_per_task(int64_t work_per_row) {
-  return std::max<int64_t>(1, kGrain / std::max<int64_t>(1, work_per_row));
-}
-
-void check_values(const char* op, const int64_t* rowptr, const int64_t* col, const GraphSizes& s) {
-  check(rowptr[0] == 0, op, "expected `rowptr[0]` to be 0, got ", rowptr[0]);
-  check(rowptr[s.nodes] == s.edges, op, "expected `rowptr[-1]` to be E = ", s.edges, ", got ", rowptr[s.nodes]);
+void check_values(const char* op, const std::string& prefix, const int64_t* rowptr, const int64_t* col,
+                  const GraphSizes& s) {
+  check(rowptr[0] == 0, op, "expected `", prefix, "rowptr[0]` to be 0, got ", rowptr[0]);
+  check(rowptr[s.nodes] == s.edges, op, "expected `", prefix, "rowptr[-1]` to be E = ", s.edges, ", got ",
+        rowptr[s.nodes]);
   for (int64_t i = 0; i < s.nodes; ++i)
-    check(rowptr[i] <= rowptr[i + 1], op, "expected `rowptr` to be non-decreasing, got ", rowptr[i], " before ",
-          rowptr[i + 1], " at position ", i);
+    if (rowptr[i] > rowptr[i + 1])
+      fail(op, "expected `", prefix, "rowptr` to be non-decreasing, got ", rowptr[i], " before ", rowptr[i + 1],
+           " at position ", i);
   for (int64_t e = 0; e < s.edges; ++e)
-    check(col[e] >= 0 && col[e] < s.nodes, op, "expected `col` in [0, n = ", s.nodes, "), got ", col[e],
-          " at position ", e);
-}
-
-// out[i] = keep · Σ_e weight[e] · h[col[e]] + alpha · x[i] for rows begin … end
-template <typename T, typename A>
-MSACORE_SIMD void spmm_rows(const int64_t* __restrict__ rowptr, const int64_t* __restrict__ col,
-                            const T* __restrict__ weight, const A* __restrict__ h, const T* __restrict__ x,
-                            A* __restrict__ out, int64_t begin, int64_t end, int64_t width, A keep, A alpha) {
-  for (int64_t i = begin; i < end; ++i) {
-    A* row = out + i * width;
-    for (int64_t c = 0; c < width; ++c) row[c] = 0;
-    for (int64_t e = rowptr[i]; e < rowptr[i + 1]; ++e) {
-      const A w = weight ? static_cast<A>(weight[e]) : A(1);
-      const A* source = h + col[e] * width;
-      for (int64_t c = 0; c < width; ++c) row[c] += w * source[c];
-    }
-    for (int64_t c = 0; c < width; ++c) row[c] = keep * row[c] + alpha * static_cast<A>(x[i * width + c]);
-  }
-}
-
-template <typename From, typename To>
-MSACORE_SIMD void convert_range(const From* __restrict__ from, To* __restrict__ to, int64_t begin, int64_t end) {
-  for (int64_t i = begin; i < end; ++i) to[i] = static_cast<To>(from[i]);
-}
-
-template <typename From, typename To>
-void convert(const From* from, To* to, int64_t count) {
-  torch::stable::parallel_for(0, count, kGrain, [&](int64_t b, int64_t e) { convert_range(from, to, b, e); });
+    if (col[e] < 0 || col[e] >= s.nodes)
+      fail(op, "expected `", prefix, "col` in [0, n = ", s.nodes, "), got ", col[e], " at position ", e);
 }
 
 template <typename A>
-MSACORE_SIMD void add_scaled_range(A* __restrict__ to, const A* __restrict__ from, A scale, int64_t begin,
-                                   int64_t end) {
-  for (int64_t i = begin; i < end; ++i) to[i] += scale * from[i];
+struct Csr {
+  const int64_t *rowptr, *col;
+  const A* weight;  // null: ones
+};
+
+// out[i] = keep · Σ_e weight[e] · h[col[e]] + alpha · x[i] for rows begin … end; x is not read where alpha is 0.
+template <typename A>
+MSACORE_SIMD void spmm_rows(const Csr<A>& graph, const A* __restrict__ h, const A* __restrict__ x, A* __restrict__ out,
+                            int64_t begin, int64_t end, int64_t width, A keep, A alpha) {
+  typedef A Vector __attribute__((vector_size(32), aligned(alignof(A)), may_alias));
+  constexpr int64_t kLanes = 32 / sizeof(A), kVectors = kColumns / kLanes;
+  for (int64_t i = begin; i < end; ++i) {
+    const int64_t first = graph.rowptr[i], last = graph.rowptr[i + 1];
+    A* row = out + i * width;
+    const A* kept = x + i * width;
+    int64_t c = 0;
+    for (; c + kColumns <= width; c += kColumns) {
+      Vector sum[kVectors] = {};
+      for (int64_t e = first; e < last; ++e) {
+        const A* source = h + graph.col[e] * width + c;
+        if (e + kAhead < last) {
+          const A* later = h + graph.col[e + kAhead] * width + c;
+          for (int64_t line = 0; line < kColumns; line += 64 / sizeof(A)) __builtin_prefetch(later + line);
+        }
+        const A w = graph.weight ? graph.weight[e] : A(1);
+#pragma GCC unroll 16
+        for (int64_t v = 0; v < kVectors; ++v) sum[v] += w * *reinterpret_cast<const Vector*>(source + v * kLanes);
+      }
+#pragma GCC unroll 16
+      for (int64_t v = 0; v < kVectors; ++v) {
+        Vector result = keep * sum[v];
+        if (alpha != 0) result += alpha * *reinterpret_cast<const Vector*>(kept + c + v * kLanes);
+        *reinterpret_cast<Vector*>(row + c + v * kLanes) = result;
+      }
+    }
+    for (int64_t k = c; k < width; ++k) row[k] = 0;
+    for (int64_t e = first; c < width && e < last; ++e) {
+      const A w = graph.weight ? graph.weight[e] : A(1);
+      const A* source = h + graph.col[e] * width;
+      for (int64_t k = c; k < width; ++k) row[k] += w * source[k];
+    }
+    for (int64_t k = c; k < width; ++k) row[k] = alpha != 0 ? keep * row[k] + alpha * kept[k] : keep * row[k];
+  }
 }
 
 // grad_weight[e] += keep · <grad[i], h[col[e]]> for the edges of rows begin … end
 template <typename A>
-MSACORE_SIMD void edge_dots(const int64_t* __restrict__ rowptr, const int64_t* __restrict__ col,
-                            const A* __restrict__ grad, const A* __restrict__ h, A* __restrict__ grad_weight,
-                            int64_t begin, int64_t end, int64_t width, A keep) {
+MSACORE_SIMD void edge_dots(const Csr<A>& graph, const A* __restrict__ grad, const A* __restrict__ h,
+                            A* __restrict__ grad_weight, int64_t begin, int64_t end, int64_t width, A keep) {
   for (int64_t i = begin; i < end; ++i) {
     const A* g = grad + i * width;
-    for (int64_t e = rowptr[i]; e < rowptr[i + 1]; ++e) {
-      const A* source = h + col[e] * width;
+    for (int64_t e = graph.rowptr[i]; e < graph.rowptr[i + 1]; ++e) {
+      const A* source = h + graph.col[e] * width;
       A dot = 0;
 #pragma omp simd reduction(+ : dot)
       for (int64_t c = 0; c < width; ++c) dot += g[c] * source[c];
@@ -81,27 +95,35 @@ MSACORE_SIMD void edge_dots(const int64_t* __restrict__ rowptr, const int64_t* _
   }
 }
 
-template <typename T>
-struct Csr {
-  const int64_t *rowptr, *col;
-  const T* weight;
+template <typename A>
+MSACORE_SIMD void add_scaled(A* __restrict__ to, const A* __restrict__ from, A scale, int64_t begin, int64_t end) {
+  for (int64_t i = begin; i < end; ++i) to[i] += scale * from[i];
+}
 
-  template <typename A>
-  void propagate(const A* h, const T* x, A* out, const GraphSizes& s, A keep, A alpha) const {
-    const int64_t grain = rows_per_task(s.width * (1 + s.edges / std::max<int64_t>(1, s.nodes)));
-    torch::stable::parallel_for(0, s.nodes, grain, [&](int64_t b, int64_t e) {
-      spmm_rows(rowptr, col, weight, h, x, out, b, e, s.width, keep, alpha);
-    });
-  }
-};
+// Runs body(begin, end) over the rows. Threads share rows and edges evenly: a row belongs where its first edge does.
+template <typename A, typename Body>
+void for_rows(const Csr<A>& graph, const GraphSizes& s, Body&& body) {
+  const auto row_at = [&](int64_t unit) {  // the first row with rowptr[i] + i ≥ unit
+    int64_t low = 0, high = s.nodes;
+    while (low < high) {
+      const int64_t middle = (low + high) / 2;
+      graph.rowptr[middle] + middle < unit ? low = middle + 1 : high = middle;
+    }
+    return low;
+  };
+  const int64_t units = s.nodes + s.edges;
+  torch::stable::parallel_for(0, units, std::max<int64_t>(1, kGrain / std::max<int64_t>(1, s.width)),
+                              [&](int64_t b, int64_t e) { body(row_at(b), e == units ? s.nodes : row_at(e)); });
+}
 
 // The transposed graph: gradients gather along it too, so that they need no atomics.
-template <typename T>
+template <typename A>
 struct Transposed {
   std::vector<int64_t> rowptr, col;
-  std::vector<T> weight;
+  std::vector<A> weight;
 
-  Transposed(const Csr<T>& graph, const GraphSizes& s) : rowptr(s.nodes + 1, 0), col(s.edges), weight(s.edges, T(1)) {
+  Transposed(const Csr<A>& graph, const GraphSizes& s)
+      : rowptr(s.nodes + 1, 0), col(s.edges), weight(graph.weight ? s.edges : 0) {
     for (int64_t e = 0; e < s.edges; ++e) ++rowptr[graph.col[e] + 1];
     for (int64_t i = 0; i < s.nodes; ++i) rowptr[i + 1] += rowptr[i];
     std::vector<int64_t> next(rowptr.begin(), rowptr.end() - 1);
@@ -112,110 +134,201 @@ struct Transposed {
         if (graph.weight) weight[slot] = graph.weight[e];
       }
   }
-  Csr<T> view() const { return {rowptr.data(), col.data(), weight.data()}; }
+  Csr<A> view() const { return {rowptr.data(), col.data(), weight.empty() ? nullptr : weight.data()}; }
 };
 
-template <typename T>
-Csr<T> csr_of(const Graph& graph) {
-  return {graph.rowptr.const_data_ptr<int64_t>(), graph.col.const_data_ptr<int64_t>(),
-          graph.weight ? graph.weight->const_data_ptr<T>() : nullptr};
-}
+// A graph argument, checked, contiguous, its weights in the accumulation type.
+struct Input {
+  Graph graph;
+  GraphSizes sizes;
 
-Graph contiguous(const Graph& graph) {
-  Graph out{torch::stable::contiguous(graph.rowptr), torch::stable::contiguous(graph.col), std::nullopt};
-  if (graph.weight) out.weight = torch::stable::contiguous(*graph.weight);
-  return out;
-}
-
-template <typename T>
-void forward(const Graph& graph, const T* x, T* out, const GraphSizes& s, int64_t steps, acc_t<T> alpha) {
-  using A = acc_t<T>;
-  const int64_t count = s.nodes * s.width;
-  const Csr<T> csr = csr_of<T>(graph);
-  std::vector<A> h(count), next(count);
-  convert(x, h.data(), count);
-  for (int64_t k = 0; k < steps; ++k) {
-    csr.propagate(h.data(), x, next.data(), s, 1 - alpha, alpha);
-    h.swap(next);
+  Input(const char* op, const std::string& prefix, const Tensor& x, const Graph& given)
+      : graph{torch::stable::contiguous(given.rowptr), torch::stable::contiguous(given.col), std::nullopt},
+        sizes(check_graph(op, x, given, prefix)) {
+    if (given.weight)
+      graph.weight = torch::stable::contiguous(torch::stable::to(*given.weight, acc_dtype(x.scalar_type())));
+    check_values(op, prefix, graph.rowptr.const_data_ptr<int64_t>(), graph.col.const_data_ptr<int64_t>(), sizes);
   }
-  convert(h.data(), out, count);
+
+  template <typename A>
+  Csr<A> csr() const {
+    return {graph.rowptr.const_data_ptr<int64_t>(), graph.col.const_data_ptr<int64_t>(),
+            graph.weight ? graph.weight->const_data_ptr<A>() : nullptr};
+  }
+};
+
+// The graphs of the half-steps h ← (1-α) A h + α x, in order; an operator's graphs come more than once.
+using HalfSteps = std::vector<const Input*>;
+
+Tensor accumulation_copy(const Tensor& t) {
+  return torch::stable::contiguous(torch::stable::to(t, acc_dtype(t.scalar_type())));
 }
 
-Tensor graph_propagate_cpu(const Tensor& x_, const Tensor& rowptr, const Tensor& col,
+template <typename A>
+void half_step(const Input& input, const A* h, const A* x, A* out, A keep, A alpha) {
+  const Csr<A> graph = input.csr<A>();
+  for_rows(graph, input.sizes,
+           [&](int64_t b, int64_t e) { spmm_rows(graph, h, x, out, b, e, input.sizes.width, keep, alpha); });
+}
+
+Tensor forward(const char* op, const Tensor& x_, const HalfSteps& half_steps, double alpha) {
+  const Tensor x = accumulation_copy(x_);
+  if (x.numel() == 0 || half_steps.empty()) return torch::stable::clone(torch::stable::contiguous(x_));
+  Tensor state = torch::stable::empty_like(x);
+  Tensor other = half_steps.size() > 1 ? torch::stable::empty_like(x) : state;
+  dispatch_floating(x.scalar_type(), op, [&](auto tag) {
+    using A = acc_t<typename decltype(tag)::type>;
+    const A a = static_cast<A>(alpha), *start = x.const_data_ptr<A>(), *h = start;
+    for (const Input* input : half_steps) {
+      half_step(*input, h, start, state.mutable_data_ptr<A>(), 1 - a, a);
+      h = state.const_data_ptr<A>();
+      std::swap(state, other);
+    }
+  });
+  return torch::stable::to(half_steps.size() > 1 ? other : state, x_.scalar_type());
+}
+
+// With Λ = dL/dh of a half-step's result: dx += α Λ, dA_e += (1-α) <Λ_i, h_col>, then Λ ← (1-α) Aᵀ Λ; at the end dx +=
+// Λ. Writes to `grad_weights` by graph where it has an entry; the states that needs are recomputed, not kept by
+// forward.
+template <typename A>
+void backward(const A* grad_out, const HalfSteps& half_steps, const A* x, A* grad_x, A alpha,
+              const std::map<const Input*, A*>& grad_weights) {
+  const GraphSizes& s = half_steps[0]->sizes;
+  const int64_t count = s.nodes * s.width, steps = static_cast<int64_t>(half_steps.size());
+  const A keep = 1 - alpha;
+  std::vector<std::unique_ptr<A[]>> states;
+  std::map<const Input*, Transposed<A>> transposed;
+  for (const Input* input : half_steps) transposed.try_emplace(input, input->csr<A>(), input->sizes);
+  const auto state = [&](int64_t k) { return k == 0 ? x : states[k - 1].get(); };
+  for (int64_t k = 0; !grad_weights.empty() && k + 1 < steps; ++k) {
+    states.emplace_back(new A[count]);
+    half_step(*half_steps[k], state(k), x, states[k].get(), keep, alpha);
+  }
+  const int64_t spare = steps > 1 ? count : 0;
+  const std::unique_ptr<A[]> buffers[2] = {std::unique_ptr<A[]>(new A[spare]), std::unique_ptr<A[]>(new A[spare])};
+  std::vector<A> sum(alpha != 0 ? spare : 0, A(0));  // α (Λ_1 + … + Λ_K)
+  const A* grad = grad_out;
+  for (int64_t k = steps - 1; k >= 0; --k) {
+    const Input& input = *half_steps[k];
+    if (const auto found = grad_weights.find(&input); found != grad_weights.end()) {
+      const Csr<A> graph = input.csr<A>();
+      for_rows(graph, input.sizes,
+               [&](int64_t b, int64_t e) { edge_dots(graph, grad, state(k), found->second, b, e, s.width, keep); });
+    }
+    if (!sum.empty())
+      torch::stable::parallel_for(0, count, kGrain,
+                                  [&](int64_t b, int64_t e) { add_scaled(sum.data(), grad, alpha, b, e); });
+    A* next = k == 0 ? grad_x : buffers[k % 2].get();
+    const A* kept = sum.empty() ? grad : sum.data();
+    const A share = k > 0 ? A(0) : (sum.empty() ? alpha : A(1));
+    const Csr<A> graph = transposed.at(&input).view();
+    for_rows(graph, input.sizes,
+             [&](int64_t b, int64_t e) { spmm_rows(graph, grad, kept, next, b, e, s.width, keep, share); });
+    grad = next;
+  }
+}
+
+// The gradients of x and of every graph's weights; those of weights are empty where not wanted.
+std::vector<Tensor> backward(const char* op, const Tensor& grad_out_, const Tensor& x_,
+                             const std::vector<const Input*>& graphs, const HalfSteps& half_steps, double alpha,
+                             bool weight_grad) {
+  check_shape(grad_out_, op, "grad_out", {x_.size(0), x_.size(1)}, "[n, d]");
+  check_dtype(grad_out_, op, "grad_out", x_.scalar_type());
+  const Tensor x = accumulation_copy(x_), grad_out = accumulation_copy(grad_out_);
+  std::vector<Tensor> grads{torch::stable::empty_like(x)};
+  for (const Input* input : graphs)
+    grads.push_back(torch::stable::new_zeros(x, {weight_grad && input->graph.weight ? input->sizes.edges : 0}));
+  if (half_steps.empty()) {
+    grads[0] = torch::stable::clone(grad_out);
+  } else if (x.numel() > 0) {
+    dispatch_floating(x.scalar_type(), op, [&](auto tag) {
+      using A = acc_t<typename decltype(tag)::type>;
+      std::map<const Input*, A*> grad_weights;
+      for (size_t g = 0; g < graphs.size(); ++g)
+        if (grads[g + 1].numel() > 0) grad_weights[graphs[g]] = grads[g + 1].mutable_data_ptr<A>();
+      backward(grad_out.const_data_ptr<A>(), half_steps, x.const_data_ptr<A>(), grads[0].mutable_data_ptr<A>(),
+               static_cast<A>(alpha), grad_weights);
+    });
+  }
+  for (Tensor& grad : grads) grad = torch::stable::to(grad, x_.scalar_type());
+  return grads;
+}
+
+Tensor graph_propagate_cpu(const Tensor& x, const Tensor& rowptr, const Tensor& col,
                            const std::optional<Tensor>& weight, int64_t steps, double alpha) {
   constexpr const char* op = "graph_propagate";
   check_steps(op, steps, alpha);
-  const GraphSizes s = check_graph(op, x_, {rowptr, col, weight});
-  const Tensor x = torch::stable::contiguous(x_);
-  const Graph graph = contiguous({rowptr, col, weight});
-  check_values(op, graph.rowptr.const_data_ptr<int64_t>(), graph.col.const_data_ptr<int64_t>(), s);
-  Tensor out = torch::stable::new_empty(x, {s.nodes, s.width});
-  if (out.numel() == 0) return out;
-  dispatch_floating(x.scalar_type(), op, [&](auto tag) {
-    using T = typename decltype(tag)::type;
-    forward<T>(graph, x.const_data_ptr<T>(), out.mutable_data_ptr<T>(), s, steps, static_cast<acc_t<T>>(alpha));
-  });
-  return out;
+  const Input graph(op, "", x, {rowptr, col, weight});
+  return forward(op, x, HalfSteps(steps, &graph), alpha);
 }
 
-// With Λ = dL/dH_K and K steps of H ← (1-α) A H + α x: dx += α Λ, dA_e += (1-α) <Λ_i, H_k,col>, Λ ← (1-α) Aᵀ Λ; end dx
-// += Λ.
-template <typename T>
-void backward(const T* grad_out, const Graph& graph, const T* x, T* grad_x, T* grad_weight, const GraphSizes& s,
-              int64_t steps, acc_t<T> alpha) {
-  using A = acc_t<T>;
-  const int64_t count = s.nodes * s.width;
-  const A keep = 1 - alpha;
-  const Csr<T> csr = csr_of<T>(graph);
-  // The states H_0 … H_{K-1} are needed for the edge weights only, and recomputed rather than kept by the forward pass.
-  std::vector<std::vector<A>> states;
-  std::vector<A> weight_sum;
-  if (grad_weight) {
-    weight_sum.assign(s.edges, 0);
-    for (int64_t k = 0; k < steps; ++k) {
-      states.emplace_back(count);
-      k == 0 ? convert(x, states[0].data(), count)
-             : csr.propagate(states[k - 1].data(), x, states[k].data(), s, keep, alpha);
-    }
-  }
-  const Transposed<T> transposed(csr, s);
-  const std::vector<T> no_teleport(count, T(0));
-  std::vector<A> grad(count), next(count), sum(count, 0);
-  convert(grad_out, grad.data(), count);
-  for (int64_t k = steps - 1; k >= 0; --k) {
-    if (grad_weight)
-      torch::stable::parallel_for(0, s.nodes, rows_per_task(s.width), [&](int64_t b, int64_t e) {
-        edge_dots(csr.rowptr, csr.col, grad.data(), states[k].data(), weight_sum.data(), b, e, s.width, keep);
-      });
-    torch::stable::parallel_for(0, count, kGrain,
-                                [&](int64_t b, int64_t e) { add_scaled_range(sum.data(), grad.data(), alpha, b, e); });
-    transposed.view().propagate(grad.data(), no_teleport.data(), next.data(), s, keep, A(0));
-    grad.swap(next);
-  }
-  add_scaled_range(sum.data(), grad.data(), A(1), 0, count);
-  convert(sum.data(), grad_x, count);
-  if (grad_weight) convert(weight_sum.data(), grad_weight, s.edges);
-}
-
-std::tuple<Tensor, Tensor> graph_propagate_backward_cpu(const Tensor& grad_out_, const Tensor& x_, const Tensor& rowptr,
+std::tuple<Tensor, Tensor> graph_propagate_backward_cpu(const Tensor& grad_out, const Tensor& x, const Tensor& rowptr,
                                                         const Tensor& col, const std::optional<Tensor>& weight,
-                                                        int64_t steps, double alpha) {
+                                                        int64_t steps, double alpha, bool weight_grad) {
   constexpr const char* op = "graph_propagate_backward";
   check_steps(op, steps, alpha);
-  const GraphSizes s = check_graph(op, x_, {rowptr, col, weight});
-  check_shape(grad_out_, op, "grad_out", {s.nodes, s.width}, "[n, d]");
-  check_dtype(grad_out_, op, "grad_out", x_.scalar_type());
-  const Tensor x = torch::stable::contiguous(x_), grad_out = torch::stable::contiguous(grad_out_);
-  const Graph graph = contiguous({rowptr, col, weight});
-  check_values(op, graph.rowptr.const_data_ptr<int64_t>(), graph.col.const_data_ptr<int64_t>(), s);
-  Tensor grad_x = torch::stable::new_empty(x, {s.nodes, s.width});
-  Tensor grad_weight = torch::stable::new_empty(x, {weight ? s.edges : 0});
-  dispatch_floating(x.scalar_type(), op, [&](auto tag) {
-    using T = typename decltype(tag)::type;
-    backward<T>(grad_out.const_data_ptr<T>(), graph, x.const_data_ptr<T>(), grad_x.mutable_data_ptr<T>(),
-                weight ? grad_weight.mutable_data_ptr<T>() : nullptr, s, steps, static_cast<acc_t<T>>(alpha));
-  });
-  return {grad_x, grad_weight};
+  const Input graph(op, "", x, {rowptr, col, weight});
+  const std::vector<Tensor> grads = backward(op, grad_out, x, {&graph}, HalfSteps(steps, &graph), alpha, weight_grad);
+  return {grads[0], grads[1]};
+}
+
+// The three graphs of the alternation and their order; without `first_intra` the first step uses `intra` too.
+struct Alternation {
+  Input intra, inter;
+  std::optional<Input> first;
+
+  Alternation(const char* op, const Tensor& x, const Graph& intra_, const Graph& inter_,
+              const std::optional<Graph>& first_)
+      : intra(op, "intra_", x, intra_), inter(op, "inter_", x, inter_) {
+    if (first_) first.emplace(op, "first_intra_", x, *first_);
+  }
+
+  HalfSteps half_steps(int64_t steps) const {
+    HalfSteps out;
+    for (int64_t k = 0; k < steps; ++k) {
+      out.push_back(k == 0 && first ? &*first : &intra);
+      out.push_back(&inter);
+    }
+    return out;
+  }
+};
+
+std::optional<Graph> first_graph(const char* op, const std::optional<Tensor>& rowptr, const std::optional<Tensor>& col,
+                                 const std::optional<Tensor>& weight) {
+  check(rowptr.has_value() == col.has_value() && (rowptr || !weight), op,
+        "expected `first_intra_rowptr` and `first_intra_col` together or not at all, got one of them");
+  return rowptr ? std::optional<Graph>(Graph{*rowptr, *col, weight}) : std::nullopt;
+}
+
+using OptionalTensor = std::optional<Tensor>;
+
+Tensor alternating_graph_propagate_cpu(const Tensor& x, const Tensor& intra_rowptr, const Tensor& intra_col,
+                                       const OptionalTensor& intra_weight, const Tensor& inter_rowptr,
+                                       const Tensor& inter_col, const OptionalTensor& inter_weight,
+                                       const OptionalTensor& first_rowptr, const OptionalTensor& first_col,
+                                       const OptionalTensor& first_weight, int64_t steps, double alpha) {
+  constexpr const char* op = "alternating_graph_propagate";
+  check_steps(op, steps, alpha);
+  const Alternation graphs(op, x, {intra_rowptr, intra_col, intra_weight}, {inter_rowptr, inter_col, inter_weight},
+                           first_graph(op, first_rowptr, first_col, first_weight));
+  return forward(op, x, graphs.half_steps(steps), alpha);
+}
+
+std::tuple<Tensor, Tensor, Tensor, Tensor> alternating_graph_propagate_backward_cpu(
+    const Tensor& grad_out, const Tensor& x, const Tensor& intra_rowptr, const Tensor& intra_col,
+    const OptionalTensor& intra_weight, const Tensor& inter_rowptr, const Tensor& inter_col,
+    const OptionalTensor& inter_weight, const OptionalTensor& first_rowptr, const OptionalTensor& first_col,
+    const OptionalTensor& first_weight, int64_t steps, double alpha, bool weight_grad) {
+  constexpr const char* op = "alternating_graph_propagate_backward";
+  check_steps(op, steps, alpha);
+  const Alternation graphs(op, x, {intra_rowptr, intra_col, intra_weight}, {inter_rowptr, inter_col, inter_weight},
+                           first_graph(op, first_rowptr, first_col, first_weight));
+  std::vector<const Input*> given{&graphs.intra, &graphs.inter};
+  if (graphs.first) given.push_back(&*graphs.first);
+  std::vector<Tensor> grads = backward(op, grad_out, x, given, graphs.half_steps(steps), alpha, weight_grad);
+  if (!graphs.first) grads.push_back(torch::stable::new_empty(x, {0}));
+  return {grads[0], grads[1], grads[2], grads[3]};
 }
 
 }  // namespace
@@ -225,10 +338,22 @@ STABLE_TORCH_LIBRARY_FRAGMENT(msacore, m) {
   m.def("graph_propagate(Tensor x, Tensor rowptr, Tensor col, Tensor? weight, *, int steps, float alpha) -> Tensor");
   m.def(
       "graph_propagate_backward(Tensor grad_out, Tensor x, Tensor rowptr, Tensor col, Tensor? weight, *, int steps, "
-      "float alpha) -> (Tensor, Tensor)");
+      "float alpha, bool weight_grad) -> (Tensor, Tensor)");
+  m.def(
+      "alternating_graph_propagate(Tensor x, Tensor intra_rowptr, Tensor intra_col, Tensor? intra_weight, Tensor "
+      "inter_rowptr, Tensor inter_col, Tensor? inter_weight, Tensor? first_intra_rowptr, Tensor? first_intra_col, "
+      "Tensor? first_intra_weight, *, int steps, float alpha) -> Tensor");
+  m.def(
+      "alternating_graph_propagate_backward(Tensor grad_out, Tensor x, Tensor intra_rowptr, Tensor intra_col, Tensor? "
+      "intra_weight, Tensor inter_rowptr, Tensor inter_col, Tensor? inter_weight, Tensor? first_intra_rowptr, Tensor? "
+      "first_intra_col, Tensor? first_intra_weight, *, int steps, float alpha, bool weight_grad) -> (Tensor, Tensor, "
+      "Tensor, Tensor)");
 }
 
 STABLE_TORCH_LIBRARY_IMPL(msacore, CPU, m) {
-  m.impl("graph_propagate", TORCH_BOX(&msacore::propagation::graph_propagate_cpu));
-  m.impl("graph_propagate_backward", TORCH_BOX(&msacore::propagation::graph_propagate_backward_cpu));
+  using namespace msacore::propagation;
+  m.impl("graph_propagate", TORCH_BOX(&graph_propagate_cpu));
+  m.impl("graph_propagate_backward", TORCH_BOX(&graph_propagate_backward_cpu));
+  m.impl("alternating_graph_propagate", TORCH_BOX(&alternating_graph_propagate_cpu));
+  m.impl("alternating_graph_propagate_backward", TORCH_BOX(&alternating_graph_propagate_backward_cpu));
 }

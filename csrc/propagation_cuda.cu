@@ -120,7 +120,7 @@ Tensor graph_propagate_cuda(const Tensor& x_, const Tensor& rowptr, const Tensor
   return out;
 }
 
-// The formulas are those of the CPU operator (propagation.cpp). The states that the edge weights need are computed
+// The formulas are those of the CPU operator (graph_propagation.cpp). The states that the edge weights need are computed
 // again.
 template <typename T>
 void backward(const T* grad_out, const Graph& graph, const T* x, Tensor& grad_x, Tensor& grad_weight,
@@ -168,7 +168,7 @@ void backward(const T* grad_out, const Graph& graph, const T* x, Tensor& grad_x,
 std::tuple<Tensor, Tensor> graph_propagate_backward_cuda(const Tensor& grad_out_, const Tensor& x_,
                                                          const Tensor& rowptr, const Tensor& col,
                                                          const std::optional<Tensor>& weight, int64_t steps,
-                                                         double alpha) {
+                                                         double alpha, bool weight_grad) {
   constexpr const char* op = "graph_propagate_backward";
   check_steps(op, steps, alpha);
   const GraphSizes s = check_graph(op, x_, {rowptr, col, weight});
@@ -179,9 +179,9 @@ std::tuple<Tensor, Tensor> graph_propagate_backward_cuda(const Tensor& grad_out_
   const Tensor x = torch::stable::contiguous(x_), grad_out = torch::stable::contiguous(grad_out_);
   const Graph graph = contiguous({rowptr, col, weight});
   Tensor grad_x = torch::stable::new_empty(x, {s.nodes, s.width});
-  Tensor grad_weight = torch::stable::new_empty(x, {weight ? s.edges : 0});
+  Tensor grad_weight = torch::stable::new_empty(x, {weight && weight_grad ? s.edges : 0});
   if (grad_x.numel() == 0) {
-    if (weight) torch::stable::zero_(grad_weight);
+    if (weight_grad) torch::stable::zero_(grad_weight);
     return {grad_x, grad_weight};
   }
   dispatch_floating(x.scalar_type(), op, [&](auto tag) {

@@ -9,7 +9,7 @@ load_extension()
 from msacore import graph, uncertainty  # noqa: E402
 from msacore.ops import kcenter as _kcenter  # noqa: E402, F401  # registers the fake kernels
 from msacore.ops.contrastive import info_nce  # noqa: E402
-from msacore.ops.graph_propagation import graph_propagate  # noqa: E402
+from msacore.ops.graph_propagation import alternating_graph_propagate, graph_propagate  # noqa: E402
 from msacore.ops.hierarchical_contrastive import hierarchical_contrastive_loss  # noqa: E402
 from msacore.ops.low_rank_fusion import low_rank_fusion  # noqa: E402
 from msacore.ops.matrix_fusion import matrix_fusion  # noqa: E402
@@ -19,6 +19,7 @@ from msacore.ops.rank_n_contrast import rank_n_contrast  # noqa: E402
 __version__ = "0.1.0"
 
 __all__ = [
+    "alternating_graph_propagate",
     "graph",
     "graph_propagate",
     "hierarchical_contrastive_loss",

@@ -45,6 +45,26 @@ def test_half_steps_equal_their_edge_lists(
             )
 
 
+@given(lengths, modality_counts, windows, sends, st.integers(0, 3), seeds)
+def test_the_window_form_equals_the_graph_form(
+    sizes: list[int], modalities: int, window: tuple[int, int], send: str, steps: int, seed: int
+) -> None:
+    x, offsets, available = draw(sizes, modalities, seed)
+    later = available if send == "never" else None
+    y = torch.randn_like(x)
+    ours = msacore.propagate(x.requires_grad_(), offsets, available=available, window=window, steps=steps, send=send)
+    by_graph = msacore.alternating_graph_propagate(
+        x.flatten(0, 1),
+        window_edges(offsets, modalities, window, later, F64),
+        modality_edges(len(x), modalities, later, F64),
+        first_intra=window_edges(offsets, modalities, window, available, F64),
+        steps=steps,
+    ).view_as(x)
+    torch.testing.assert_close(ours, by_graph, rtol=1e-12, atol=1e-12)
+    grads = [torch.autograd.grad(out, x, y)[0] for out in (ours, by_graph)]
+    torch.testing.assert_close(*grads, rtol=1e-12, atol=1e-12)
+
+
 @given(lengths, modality_counts, windows, seeds)
 def test_rows_of_the_means_sum_to_one_or_zero(
     sizes: list[int], modalities: int, window: tuple[int, int], seed: int

@@ -6,11 +6,13 @@ import torch
 from torch import Tensor
 
 from msacore.ops._autograd import refuse_second_derivative
-from msacore.ops._check import check_device, check_dtype, check_floating, check_shape
+from msacore.ops._check import check_device, check_dtype, check_floating, check_shape, fail
 from msacore.ops.propagation import check_steps
 
 _graph_propagate = torch.ops.msacore.graph_propagate.default
 _graph_propagate_backward = torch.ops.msacore.graph_propagate_backward.default
+_alternating_graph_propagate = torch.ops.msacore.alternating_graph_propagate.default
+_alternating_graph_propagate_backward = torch.ops.msacore.alternating_graph_propagate_backward.default
 
 
 def _check_graph(op: str, x: Tensor, rowptr: Tensor, col: Tensor, weight: Tensor | None, prefix: str = "") -> None:
@@ -37,11 +39,23 @@ def _(x: Tensor, rowptr: Tensor, col: Tensor, weight: Tensor | None, *, steps: i
 
 @torch.library.register_fake("msacore::graph_propagate_backward")
 def _(
-    grad_out: Tensor, x: Tensor, rowptr: Tensor, col: Tensor, weight: Tensor | None, *, steps: int, alpha: float
+    grad_out: Tensor,
+    x: Tensor,
+    rowptr: Tensor,
+    col: Tensor,
+    weight: Tensor | None,
+    *,
+    steps: int,
+    alpha: float,
+    weight_grad: bool,
 ) -> tuple[Tensor, Tensor]:
     check_steps("graph_propagate_backward", steps, alpha)
     _check_graph("graph_propagate_backward", x, rowptr, col, weight)
-    return x.new_empty(x.shape), x.new_empty((0,) if weight is None else weight.shape)
+    return x.new_empty(x.shape), _fake_weight_gradient(x, weight, weight_grad)
+
+
+def _fake_weight_gradient(x: Tensor, weight: Tensor | None, wanted: bool) -> Tensor:
+    return x.new_empty(weight.shape if wanted and weight is not None else (0,))
 
 
 def _setup_context(ctx: Any, inputs: tuple[Any, ...], keyword_only_inputs: dict[str, Any], output: Tensor) -> None:
@@ -50,12 +64,61 @@ def _setup_context(ctx: Any, inputs: tuple[Any, ...], keyword_only_inputs: dict[
 
 
 def _backward(ctx: Any, grad_out: Tensor) -> tuple[Tensor | None, ...]:
-    grad_x, grad_weight = _graph_propagate_backward(grad_out, *ctx.saved_tensors, **ctx.options)
-    return grad_x, None, None, grad_weight if ctx.saved_tensors[3] is not None else None
+    wanted = ctx.needs_input_grad[3]
+    grad_x, grad_weight = _graph_propagate_backward(grad_out, *ctx.saved_tensors, **ctx.options, weight_grad=wanted)
+    return grad_x, None, None, grad_weight if wanted else None
 
 
 torch.library.register_autograd("msacore::graph_propagate", _backward, setup_context=_setup_context)
 refuse_second_derivative("graph_propagate_backward")
+
+# Positions of the weights among the arguments of the alternation.
+_WEIGHTS = (3, 6, 9)
+
+
+def _check_alternation(op: str, x: Tensor, graphs: tuple[Tensor | None, ...], steps: int, alpha: float) -> None:
+    check_steps(op, steps, alpha)
+    for prefix, (rowptr, col, weight) in zip(
+        ("intra_", "inter_", "first_intra_"), (graphs[0:3], graphs[3:6], graphs[6:9]), strict=True
+    ):
+        if rowptr is not None and col is not None:
+            _check_graph(op, x, rowptr, col, weight, prefix)
+        elif prefix != "first_intra_" or not (rowptr is None and col is None and weight is None):
+            fail(op, f"expected `{prefix}rowptr` and `{prefix}col` together or not at all, got one of them")
+
+
+@torch.library.register_fake("msacore::alternating_graph_propagate")
+def _(x: Tensor, *graphs: Tensor | None, steps: int, alpha: float) -> Tensor:
+    _check_alternation("alternating_graph_propagate", x, graphs, steps, alpha)
+    return x.new_empty(x.shape)
+
+
+@torch.library.register_fake("msacore::alternating_graph_propagate_backward")
+def _(
+    grad_out: Tensor, x: Tensor, *graphs: Tensor | None, steps: int, alpha: float, weight_grad: bool
+) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    _check_alternation("alternating_graph_propagate_backward", x, graphs, steps, alpha)
+    intra, inter, first = (_fake_weight_gradient(x, graphs[i - 1], weight_grad) for i in _WEIGHTS)
+    return x.new_empty(x.shape), intra, inter, first
+
+
+def _alternating_backward(ctx: Any, grad_out: Tensor) -> tuple[Tensor | None, ...]:
+    wanted = [ctx.needs_input_grad[i] for i in _WEIGHTS]
+    grad_x, *grad_weights = _alternating_graph_propagate_backward(
+        grad_out, *ctx.saved_tensors, **ctx.options, weight_grad=any(wanted)
+    )
+    grads: list[Tensor | None] = [grad_x] + [None] * 9
+    for i, grad, need in zip(_WEIGHTS, grad_weights, wanted, strict=True):
+        grads[i] = grad if need else None
+    return tuple(grads)
+
+
+torch.library.register_autograd(
+    "msacore::alternating_graph_propagate", _alternating_backward, setup_context=_setup_context
+)
+refuse_second_derivative("alternating_graph_propagate_backward")
+
+Csr = tuple[Tensor, Tensor, Tensor | None]
 
 
 def graph_propagate(
@@ -91,3 +154,47 @@ def graph_propagate(
                 [1., 0., 0.]])
     """
     return _graph_propagate(x, rowptr, col, weight, steps=steps, alpha=alpha)
+
+
+def alternating_graph_propagate(
+    x: Tensor, intra: Csr, inter: Csr, *, first_intra: Csr | None = None, steps: int = 4, alpha: float = 0.1
+) -> Tensor:
+    """Propagate over two CSR graphs in turn: :func:`msacore.propagate` for arbitrary edges.
+
+    ``steps`` times: ``u = (1 - alpha) · A_intra h + alpha · x``, then ``h = (1 - alpha) · A_inter u + alpha · x``.
+
+    Args:
+        x: Node features, ``[n, d]``; float16, bfloat16, float32 or float64.
+        intra: Graph of the first half-steps, ``(rowptr [n + 1], col [E], weight [E])``: int64, int64 and the dtype of
+            ``x``; None for weights of one.
+        inter: Graph of the second half-steps, of the same form with its own number of edges.
+        first_intra: Replaces ``intra`` in the first step.
+        steps: Number of steps, at least 0.
+        alpha: Share of the initial features kept in each half-step, in ``[0, 1]``.
+
+    Returns:
+        ``[n, d]``, dtype and device of ``x``, contiguous.
+
+    Raises:
+        RuntimeError: A shape, dtype, device or range above does not hold (values inside tensors: on CPU only).
+
+    Note:
+        Equals ``propagate`` on the graphs of :mod:`msacore.graph`: ``send="never"`` gates all three by ``available``,
+        ``"after_fill"`` only ``first_intra``. Accumulates in float32 for 16-bit types. Deterministic. Differentiable
+        once in ``x`` and all weights.
+
+    Example:
+        >>> from msacore.graph import modality_edges, window_edges
+        >>> x = torch.tensor([[1.0], [3.0], [5.0], [7.0]])
+        >>> intra, inter = window_edges(torch.tensor([0, 2]), 2, window=(0, 0)), modality_edges(2, 2)
+        >>> alternating_graph_propagate(x, intra, inter, steps=1, alpha=0.0).flatten()
+        tensor([3., 1., 7., 5.])
+    """
+    graphs: list[Tensor | None] = []
+    for name, graph in (("intra", intra), ("inter", inter), ("first_intra", first_intra or (None, None, None))):
+        if len(graph) != 3:
+            fail(
+                "alternating_graph_propagate", f"expected `{name}` to be (rowptr, col, weight), got {len(graph)} items"
+            )
+        graphs += graph
+    return _alternating_graph_propagate(x, *graphs, steps=steps, alpha=alpha)

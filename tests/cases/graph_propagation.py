@@ -48,6 +48,37 @@ def _graph_samples(device: torch.device, dtype: torch.dtype) -> list[Sample]:
     ]
 
 
+def _alternating_sample(
+    device: torch.device, dtype: torch.dtype, name: str, nodes: int, width: int, edges: int, **options: Any
+) -> Sample:
+    generator = torch.Generator().manual_seed(nodes + 31 * width + edges)
+
+    def graph(count: int, weighted: bool = True) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor | None]:
+        weight = torch.randn(count, generator=generator).to(device, dtype) if weighted else None
+        return (*random_csr(nodes, count, generator, device), weight)
+
+    x = torch.randn(nodes, width, generator=generator).to(device, dtype)
+    arguments = dict(x=x, intra=graph(edges), inter=graph(edges, options.pop("weighted", True)))
+    if options.pop("first", False):
+        arguments["first_intra"] = graph(edges)
+    return Sample(name, {**arguments, **options}, small=nodes * width < 50)
+
+
+def _alternating_samples(device: torch.device, dtype: torch.dtype) -> list[Sample]:
+    return [
+        _alternating_sample(device, dtype, name, *sizes, **options)
+        for name, sizes, options in [
+            ("odd", (7, 5, 40), dict(steps=2, alpha=0.1, first=True)),
+            ("another size", (9, 4, 50), dict(steps=2, alpha=0.1, first=True)),
+            ("two graphs", (6, 3, 21), dict(alpha=0.0)),
+            ("no weights", (5, 3, 8), dict(steps=1, weighted=False)),
+            ("no nodes", (0, 3, 0), dict(steps=1)),
+            ("no steps", (5, 2, 8), dict(steps=0, first=True)),
+            ("large", (200, 67, 900), dict(steps=3, alpha=0.2, first=True)),
+        ]
+    ]
+
+
 def changed(**changes: Any) -> Any:
     return lambda arguments: {**arguments, **{k: f(arguments[k]) for k, f in changes.items()}}
 
@@ -71,6 +102,32 @@ GRAPH_BAD_INPUTS = {
     "col out of range": BadInput(changed(col=lambda c: c + 7), ("`col`", "[0, n = 7)"), values=True),
 }
 
+
+def _changed_graph(name: str, position: int, change: Any) -> Any:
+    def mutate(arguments: dict[str, Any]) -> dict[str, Any]:
+        graph = list(arguments[name])
+        graph[position] = change(graph[position])
+        return {**arguments, name: tuple(graph)}
+
+    return mutate
+
+
+ALTERNATING_BAD_INPUTS = {
+    "features of one dimension": BadInput(changed(x=lambda x: x[:, 0]), ("`x`", "[n, d]")),
+    "intra rowptr too short": BadInput(_changed_graph("intra", 0, lambda r: r[1:]), ("`intra_rowptr`", "[n + 1]")),
+    "inter col of int32": BadInput(_changed_graph("inter", 1, lambda c: c.int()), ("`inter_col`", "int64", "int32")),
+    "first weight of another length": BadInput(
+        _changed_graph("first_intra", 2, lambda w: w[1:]), ("`first_intra_weight`", "[E]")
+    ),
+    "half a first graph": BadInput(_changed_graph("first_intra", 1, lambda c: None), ("`first_intra_col`", "together")),
+    "a graph of two": BadInput(changed(inter=lambda g: g[:2]), ("`inter`", "(rowptr, col, weight)")),
+    "negative steps": BadInput(changed(steps=lambda _: -1), ("`steps`", "-1")),
+    "alpha above one": BadInput(changed(alpha=lambda _: 1.5), ("`alpha`", "1.5")),
+    "inter col out of range": BadInput(
+        _changed_graph("inter", 1, lambda c: c + 7), ("`inter_col`", "[0, n = 7)"), values=True
+    ),
+}
+
 CASES = [
     OpCase(
         name="graph_propagate",
@@ -79,5 +136,13 @@ CASES = [
         samples=_graph_samples,
         gradients=("x", "weight"),
         bad_inputs=GRAPH_BAD_INPUTS,
+    ),
+    OpCase(
+        name="alternating_graph_propagate",
+        op=msacore.alternating_graph_propagate,
+        reference=reference.graph_propagation.alternating_graph_propagate,
+        samples=_alternating_samples,
+        gradients=("x", "intra", "inter", "first_intra"),
+        bad_inputs=ALTERNATING_BAD_INPUTS,
     ),
 ]
