@@ -35,7 +35,7 @@ class Batch:
 
 @dataclass(frozen=True)
 class Output:
-    """``nodes`` after propagation ``[N, M, width]``, ``fused`` ``[N, M · width]``, ``prediction`` and ``rank`` ``[N]``."""
+    """``nodes`` after propagation ``[N, M, width]``, ``fused`` ``[N, M · width]``; ``prediction``, ``rank`` ``[N]``."""
 
     nodes: Tensor
     fused: Tensor
