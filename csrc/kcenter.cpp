@@ -20,10 +20,11 @@ void check_rows(const char* op, const char* name, const int64_t* rows, int64_t c
           " at position ", i);
 }
 
+// The shift of the filter, a float32 number.
 std::vector<double> scaled(const Tensor& shift, double scale) {
   const double* from = shift.const_data_ptr<double>();
   std::vector<double> to(from, from + shift.size(0));
-  for (double& value : to) value *= scale;
+  for (double& value : to) value = static_cast<float>(value * scale);
   return to;
 }
 
@@ -47,7 +48,7 @@ std::tuple<Tensor, Tensor> fold_cpu(const Tensor& pool_, const Tensor& rows_, co
     using T = typename decltype(tag)::type;
     fold(pool.const_data_ptr<T>(), rows.const_data_ptr<int64_t>(), start.const_data_ptr<int64_t>(),
          centers.const_data_ptr<double>(), shift.data(), delta.const_data_ptr<double>(),
-         owner.const_data_ptr<int64_t>(), s, f, pool, delta_out.mutable_data_ptr<double>(),
+         owner.const_data_ptr<int64_t>(), s, f, delta_out.mutable_data_ptr<double>(),
          owner_out.mutable_data_ptr<int64_t>());
   });
   return {delta_out, owner_out};
@@ -65,7 +66,7 @@ Tensor count_cpu(const Tensor& pool_, const Tensor& rows_, const Tensor& centers
   dispatch_floating(pool.scalar_type(), op, [&](auto tag) {
     using T = typename decltype(tag)::type;
     count(pool.const_data_ptr<T>(), rows.const_data_ptr<int64_t>(), centers.const_data_ptr<double>(), shift.data(),
-          radius, s, Filter{metric, s.width, scale}, pool, out.mutable_data_ptr<int64_t>());
+          radius, s, Filter{metric, s.width, scale}, out.mutable_data_ptr<int64_t>());
   });
   return out;
 }

@@ -102,14 +102,20 @@ MSACORE_INLINE double pack_row(const T* __restrict__ x, const double* __restrict
     for (int64_t j = 0; j < f.d; ++j) norm2 += static_cast<double>(x[j]) * static_cast<double>(x[j]);
     scale = norm2 > 0 ? 1 / std::sqrt(norm2) : 0;
   }
-  double norm2 = 0;
+  if (f.metric == kCosine) {
+#pragma omp simd
+    for (int64_t j = 0; j < f.d; ++j) out[j] = static_cast<float>(static_cast<double>(x[j]) * scale);
+    return 0.5;
+  }
+  // 16-bit and float32 values are moved in float32, which rounds once: the shift is a float32 number.
+  using A = acc_t<T>;
+  float norm2 = 0;
 #pragma omp simd reduction(+ : norm2)
   for (int64_t j = 0; j < f.d; ++j) {
-    const double moved = f.metric == kCosine ? 0.0 : scaled_shift[j];
-    out[j] = static_cast<float>(static_cast<double>(x[j]) * scale - moved);
-    norm2 += static_cast<double>(out[j]) * static_cast<double>(out[j]);
+    out[j] = static_cast<float>(static_cast<A>(x[j]) * static_cast<A>(scale) - static_cast<A>(scaled_shift[j]));
+    norm2 += out[j] * out[j];
   }
-  return f.metric == kCosine ? 0.5 : norm2;
+  return norm2;
 }
 
 // Packs `count` rows, given by number or (rows == nullptr) in order.

@@ -7,49 +7,56 @@
 #include <algorithm>
 #include <vector>
 
-#include "common/gemm.h"
+#include "common/small_gemm.h"
 #include "kcenter_distance.h"
 
 namespace msacore::kcenter {
 
-constexpr int64_t kTileRows = 256, kTileCenters = 128;
+constexpr int64_t kTileRows = 96, kTileCenters = 128;
 constexpr int64_t kDirect = 2;  // up to this many centres the exact distances cost less than the filter
 
-// Centres ready for the filter: packed rows [n, d], and half their squared norms.
+inline int64_t padded(int64_t n) { return (n + kPanel - 1) / kPanel * kPanel; }
+
+// Centres ready for the filter: panels of 16 [d, 16], zeros where there is no centre, and half their squared norms.
 struct PackedCenters {
-  Tensor packed;
+  std::vector<float> panels;
   std::vector<double> half_norm;
 
-  PackedCenters(const double* centers, int64_t count, const double* shift, const Filter& f, const Tensor& like)
-      : packed(torch::stable::new_empty(like, {count, f.d}, ScalarType::Float)), half_norm(count) {
-    float* out = packed.mutable_data_ptr<float>();
-    torch::stable::parallel_for(0, count, 256, [&](int64_t b, int64_t e) {
-      pack_rows(centers + b * f.d, nullptr, e - b, shift, f, out + b * f.d, half_norm.data() + b);
+  PackedCenters(const double* centers, int64_t count, const double* shift, const Filter& f)
+      : panels(padded(count) * f.d), half_norm(count) {
+    torch::stable::parallel_for(0, padded(count) / kPanel, 16, [&](int64_t first, int64_t last) {
+      std::vector<float> rows(kPanel * f.d);
+      for (int64_t p = first; p < last; ++p) {
+        const int64_t begin = p * kPanel, here = std::min(kPanel, count - begin);
+        pack_rows(centers + begin * f.d, nullptr, here, shift, f, rows.data(), half_norm.data() + begin);
+        float* panel = panels.data() + begin * f.d;
+        for (int64_t i = 0; i < here; ++i)
+          for (int64_t j = 0; j < f.d; ++j) panel[j * kPanel + i] = rows[i * f.d + j];
+      }
     });
   }
 };
 
-// Calls visit(first row, rows, first centre, centres, products [rows, centres], half norms of the rows) for every tile.
+// Calls visit(first row, rows, first centre, centres, products, their row stride, half norms of the rows) for every
+// tile.
 template <typename T, typename First, typename Visit>
 void for_each_tile(const T* pool, const int64_t* rows, const Sizes& s, const double* shift, const Filter& f,
-                   PackedCenters& centers, const First& first_center, const Visit& visit) {
+                   const PackedCenters& centers, const First& first_center, const Visit& visit) {
   const int64_t tiles = (s.rows + kTileRows - 1) / kTileRows;
   torch::stable::parallel_for(0, tiles, 1, [&](int64_t b, int64_t e) {
-    Tensor tile = torch::stable::new_empty(centers.packed, {kTileRows, s.width});
+    std::vector<float> tile(kTileRows * s.width), products(kTileRows * kTileCenters);
     std::vector<double> half_norm(kTileRows);
-    Tensor products = torch::stable::new_empty(centers.packed, {kTileRows * kTileCenters});
     for (int64_t t = b; t < e; ++t) {
       const int64_t begin = t * kTileRows, count = std::min(kTileRows, s.rows - begin);
       const int64_t first = first_center(begin, count);
       if (first < 0) continue;
-      pack_rows(pool, rows + begin, count, shift, f, tile.mutable_data_ptr<float>(), half_norm.data());
-      Tensor left = torch::stable::narrow(tile, 0, 0, count);
-      for (int64_t c = first; c < s.centers; c += kTileCenters) {
+      pack_rows(pool, rows + begin, count, shift, f, tile.data(), half_norm.data());
+      for (int64_t c = first / kPanel * kPanel; c < s.centers; c += kTileCenters) {
         const int64_t n = std::min(kTileCenters, s.centers - c);
-        Tensor flat = torch::stable::narrow(products, 0, 0, count * n);
-        Tensor out = torch::stable::view(flat, {count, n});
-        mm_out(out, left, torch::stable::transpose(torch::stable::narrow(centers.packed, 0, c, n), 0, 1));
-        visit(begin, count, c, n, out.const_data_ptr<float>(), half_norm.data());
+        small_product(Product<float>{padded(count), padded(n), s.width, tile.data(), s.width, 1,
+                                     centers.panels.data() + c * s.width, s.width * kPanel, kPanel, products.data(),
+                                     kTileCenters, false});
+        visit(begin, count, c, n, products.data(), half_norm.data());
       }
     }
   });
@@ -67,8 +74,8 @@ struct Nearest {
 
 template <typename T>
 void fold(const T* pool, const int64_t* rows, const int64_t* start, const double* centers, const double* shift,
-          const double* delta, const int64_t* owner, const Sizes& s, const Filter& f, const Tensor& like,
-          double* delta_out, int64_t* owner_out) {
+          const double* delta, const int64_t* owner, const Sizes& s, const Filter& f, double* delta_out,
+          int64_t* owner_out) {
   std::copy(delta, delta + s.rows, delta_out);
   std::copy(owner, owner + s.rows, owner_out);
   // Few centres: no filter, so nothing to pack.
@@ -90,7 +97,7 @@ void fold(const T* pool, const int64_t* rows, const int64_t* start, const double
   };
   const int64_t first = s.rows ? *std::min_element(start, start + s.rows) : s.centers;
   const int64_t packed_from = s.centers - first > kDirect ? first : s.centers;
-  PackedCenters packed(centers + packed_from * s.width, s.centers - packed_from, shift, f, like);
+  PackedCenters packed(centers + packed_from * s.width, s.centers - packed_from, shift, f);
   const double keep = 1 - f.slack();
   std::vector<float> base(s.centers - packed_from);
   for (size_t j = 0; j < base.size(); ++j) base[j] = static_cast<float>(packed.half_norm[j] * keep);
@@ -101,7 +108,7 @@ void fold(const T* pool, const int64_t* rows, const int64_t* start, const double
     for (int64_t r = 0; r < count; ++r) {
       const int64_t i = begin + r, skip = std::max<int64_t>(0, start[i] - packed_from - c);
       if (skip >= n) continue;
-      const float *dot = products + r * n, *low = base.data() + c;
+      const float *dot = products + r * kTileCenters, *low = base.data() + c;
       Nearest best{delta_out[i], owner_out[i]};
       const auto limit = [&] { return static_cast<float>(f.units(best.distance) + kTiny - half_norm[r] * keep); };
       const float lowest_here = lowest(dot + skip, low + skip, n - skip, factor);
@@ -138,9 +145,9 @@ void fold(const T* pool, const int64_t* rows, const int64_t* start, const double
 
 template <typename T>
 void count(const T* pool, const int64_t* rows, const double* centers, const double* shift, double radius,
-           const Sizes& s, const Filter& f, const Tensor& like, int64_t* out) {
+           const Sizes& s, const Filter& f, int64_t* out) {
   std::fill(out, out + s.rows, 0);
-  PackedCenters packed(centers, s.centers, shift, f, like);
+  PackedCenters packed(centers, s.centers, shift, f);
   const double below = 1 - f.slack(), above = 1 + f.slack(), reach = f.units(radius);
   std::vector<float> low(s.centers), high(s.centers);
   for (int64_t j = 0; j < s.centers; ++j) {
@@ -153,7 +160,7 @@ void count(const T* pool, const int64_t* rows, const double* centers, const doub
                        const double* half_norm) {
     for (int64_t r = 0; r < rows_here; ++r) {
       const int64_t i = begin + r;
-      const float* dot = products + r * n;
+      const float* dot = products + r * kTileCenters;
       const float maybe = static_cast<float>(reach + kTiny - half_norm[r] * below);
       const float surely = static_cast<float>(reach - kTiny - half_norm[r] * above);
       int64_t inside = count_within(dot, high.data() + c, n, factor, surely);

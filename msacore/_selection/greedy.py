@@ -14,7 +14,8 @@ from torch import Tensor
 from msacore._selection.engine import Native
 from msacore.ops import kcenter
 
-_CANDIDATES = 512
+_CANDIDATES = 4096
+_STAGE = 16  # centres that many samples take in at once: most then stay low and need no more
 _PRIMING = 32  # centres
 
 
@@ -46,7 +47,7 @@ class Cover:
         if not bool(stale.any()):
             return
         rows, folded = rows[stale], folded[stale]
-        if bool((folded != folded[0]).any()):
+        if int(folded.max() - folded.min()) > _STAGE:
             # Rows that lack the same centres come together, in the order of the pool.
             order = (folded * self.pool.n + rows).argsort()
             rows, folded = rows[order], folded[order]
@@ -99,6 +100,12 @@ def pick(cover: Cover, weight: Tensor, open_rows: Tensor, limit: int, made: Call
             order = kcenter.rank(score, count=size + 1)
             rows, outside_index = order[:size].sort().values, order[size:]
             outside = score[outside_index]
+        reached = int(cover.folded[rows].min()) + _STAGE
+        if len(rows) > 2 * _CANDIDATES and reached + _STAGE // 4 < cover.count:
+            cover.refresh(rows, reached)
+            score[rows] = weight[rows] * cover.delta[rows]
+            size = max(_CANDIDATES, len(rows) // 4)
+            continue
         cover.refresh(rows)
         fresh = weight[rows] * cover.delta[rows]
         score[rows] = fresh
