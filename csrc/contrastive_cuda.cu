@@ -4,7 +4,7 @@
 
 #include "common/cuda.cuh"
 #include "contrastive.h"
-#include "contrastive_kernels.cuh"
+#include "contrastive_gradient_kernels.cuh"
 
 namespace msacore::contrastive {
 namespace {
@@ -106,13 +106,13 @@ struct Workspace {
   }
 };
 
-// Calls body(first, rows) for strips of the anchors, `bytes_per_tile` of memory for each 64 rows.
+// Calls body(first, rows) for every strip of the anchors.
 template <typename Body>
 void for_strips(int64_t rows, int64_t strip, Body&& body) {
   for (int64_t first = 0; first < rows; first += strip) body(first, std::min(strip, rows - first));
 }
 
-// Rows of a strip, whole tiles, when each tile of rows takes `bytes`.
+// Rows of a strip, whole tiles, when each tile of rows takes `bytes` of memory.
 int64_t strip_rows(int64_t rows, int64_t bytes) {
   constexpr int64_t kMostTiles = 65535;  // the limit of gridDim.y
   const int64_t most = std::clamp<int64_t>(kStripBytes / std::max<int64_t>(1, bytes), 1, kMostTiles);
