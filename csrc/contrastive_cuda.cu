@@ -10,9 +10,10 @@ namespace msacore::contrastive {
 namespace {
 
 #ifdef __CUDACC__
-constexpr int64_t kStripBytes = int64_t{512} << 20;
+constexpr int64_t kStatsBytes = int64_t{128} << 20, kGradientStripBytes = int64_t{512} << 20;
 #else
-constexpr int64_t kStripBytes = 96 << 10;  // little, so that small inputs already take several strips
+constexpr int64_t kStatsBytes = 24 << 10,
+                  kGradientStripBytes = 96 << 10;  // little, so that small inputs already take several strips
 #endif
 
 int64_t padded(int64_t count, int64_t to) { return (count + to - 1) / to * to; }
@@ -112,10 +113,10 @@ void for_strips(int64_t rows, int64_t strip, Body&& body) {
   for (int64_t first = 0; first < rows; first += strip) body(first, std::min(strip, rows - first));
 }
 
-// Rows of a strip, whole tiles, when each tile of rows takes `bytes` of memory.
-int64_t strip_rows(int64_t rows, int64_t bytes) {
+// Rows of a strip, whole tiles of which each takes `bytes` of the `memory`.
+int64_t strip_rows(int64_t rows, int64_t bytes, int64_t memory) {
   constexpr int64_t kMostTiles = 65535;  // the limit of gridDim.y
-  const int64_t most = std::clamp<int64_t>(kStripBytes / std::max<int64_t>(1, bytes), 1, kMostTiles);
+  const int64_t most = std::clamp<int64_t>(memory / std::max<int64_t>(1, bytes), 1, kMostTiles);
   return std::min(rows, most * kTile);
 }
 
@@ -125,7 +126,7 @@ void forward(const Problem<T>& problem, Tensor& loss, Tensor& row_stats, Tensor&
   const Side<T>&a = problem.a, &b = problem.b;
   const int64_t across = tiles(b.rows), columns = problem.both ? b.rows : 0, column_anchors = problem.both ? b.n : 0;
   constexpr int64_t kNumbers = sizeof(Stats<A>) / sizeof(A);
-  const int64_t strip = strip_rows(a.rows, (across * kTile + columns) * sizeof(Stats<A>));
+  const int64_t strip = strip_rows(a.rows, (across * kTile + columns) * sizeof(Stats<A>), kStatsBytes);
   Tensor row_parts = torch::stable::new_empty(row_stats, {across * strip * kNumbers});
   Tensor column_parts = torch::stable::new_empty(row_stats, {tiles(strip) * columns * kNumbers});
   Tensor running = torch::stable::new_empty(row_stats, {column_anchors * 4}, ScalarType::Double);
@@ -200,7 +201,7 @@ void backward(const Problem<T>& problem, const acc_t<T>* grad_out, Tensor& grad_
   using G = gradient_t<T>;
   const Side<T>&a = problem.a, &b = problem.b;
   const int64_t across = tiles(b.rows);
-  const int64_t strip = strip_rows(a.rows, b.rows * kTile * sizeof(G));
+  const int64_t strip = strip_rows(a.rows, b.rows * kTile * sizeof(G), kGradientStripBytes);
   Tensor gradients = torch::stable::new_empty(grad_anchors, {strip * b.rows},
                                               std::is_same_v<G, T> ? grad_anchors.scalar_type() : ScalarType::Float);
   Tensor sums =
