@@ -14,6 +14,7 @@ from torch import Tensor
 from msacore.ops import kcenter
 
 _CHUNK_BYTES = 4 << 20  # of an array that may be larger than memory
+_SCATTERED_ROWS = 64  # each may map a huge page around it
 _LARGEST = 1e150  # beyond it squares overflow in float64
 _FLOATING = (torch.float16, torch.bfloat16, torch.float32, torch.float64)
 
@@ -128,11 +129,22 @@ class Pool:
 
     def _read(self, rows: Any) -> Tensor:
         assert self._array is not None
-        chunk = _tensor(np.array(self._array[rows]))
-        if self._file is not None and hasattr(mmap, "MADV_DONTNEED"):
-            self._file.madvise(mmap.MADV_DONTNEED)  # the pages count as ours until they are given back
+        if isinstance(rows, slice):
+            chunk = np.array(self._array[rows])
+            self._release()
+        else:
+            chunk = np.empty((len(rows), self.width), self._array.dtype)
+            for begin in range(0, len(rows), _SCATTERED_ROWS):
+                part = slice(begin, begin + _SCATTERED_ROWS)
+                chunk[part] = self._array[rows[part]]
+                self._release()
         self.rows_read += len(chunk)
-        return chunk
+        return _tensor(chunk)
+
+    def _release(self) -> None:
+        """Give back the mapped pages, which count as ours until then."""
+        if self._file is not None and hasattr(mmap, "MADV_DONTNEED"):
+            self._file.madvise(mmap.MADV_DONTNEED)
 
     def _blocks(self, rows: Tensor) -> Iterator[tuple[slice, Tensor, Tensor]]:
         """Parts of ``rows`` as (which ones, values, their rows in the values)."""
