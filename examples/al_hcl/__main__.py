@@ -23,7 +23,7 @@ from .report import build_report
 from .train import Data, TrainConfig
 
 # Small enough for two minutes on two cores; whatever is given on the command line wins.
-DEMO = {"size": 900, "seeds": [0, 1, 2], "ablate": True, "rounds": 3, "budget": 30, "steps": 100}
+DEMO = {"size": 600, "seeds": [0, 1], "ablate": True, "rounds": 2, "budget": 30, "steps": 40}
 
 
 def parser() -> argparse.ArgumentParser:

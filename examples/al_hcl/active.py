@@ -123,8 +123,10 @@ class Run:
         with timer("train"):
             members = [self._train(number, k, labelled) for k in range(config.members)]
         with timer("predict"):
-            passes, seed = self.arm.training.passes, _derive(self.seed, "predict", number)
-            test = predict(members, self.data, self.data.test, passes, seed)
+            # Passes serve the choice of the next labels alone: scores are point predictions.
+            passes = self.arm.training.passes if number < config.rounds else 0
+            seed = _derive(self.seed, "predict", number)
+            test = predict(members, self.data, self.data.test, 0, seed)
             train_part = predict(members, self.data, self.data.train, passes, seed)
         with timer("evaluate"):
             truth = self.corpus.labels[self.data.test.cpu().numpy()]

@@ -79,9 +79,9 @@ def fit_linear(inputs: Inputs, labels: Tensor, labelled: Tensor, valid: Tensor, 
 
 
 def _slope(prediction: Tensor, y: Tensor) -> float:
-    """Least-squares stretch of ``prediction`` about its mean, within [0.5, 3]."""
+    """Least-squares stretch of ``prediction`` about its mean, within [1, 3]: it only undoes shrinkage."""
     p = prediction - prediction.mean()
-    return float(((p * (y - y.mean())).sum() / p.square().sum().clamp_min(1e-12)).clamp(0.5, 3.0))
+    return float(((p * (y - y.mean())).sum() / p.square().sum().clamp_min(1e-12)).clamp(1.0, 3.0))
 
 
 def _without(u: Tensor, shrink: Tensor, residual: Tensor, n: int) -> Tensor:

@@ -35,8 +35,8 @@ class ModelConfig:
     width: int = 64
     rows: int = 32
     heads: int = 4
-    dropout: float = 0.3
-    input_dropout: float = 0.3
+    dropout: float = 0.4
+    input_dropout: float = 0.4
     projection: int = 64
     guidance: bool = True
     matrix_fusion: bool = True
@@ -107,6 +107,8 @@ class SentimentModel(nn.Module):
         self.matrix_fusion = (
             MatrixFusion(k, config.rows, channels=pairs, modalities=m) if config.matrix_fusion else None
         )
+        # Column means over k + 1 columns are small; normalised, they weigh as much as the other inputs of the join.
+        self.high_norm = nn.LayerNorm(config.rows)
         self.join = nn.Linear(m * k + (pairs * config.rows if config.matrix_fusion else 0), k)
         self.dropout = nn.Dropout(config.dropout)
         self.head = nn.Linear(k, 1)
@@ -130,8 +132,8 @@ class SentimentModel(nn.Module):
         parts, high_level = [base, *unimodal[1:]], []
         if self.matrix_fusion is not None:
             high, pairs = self._fuse(tokens, unimodal, x)
-            parts.append(high.flatten(1))
-            high_level = list(pairs.unbind(1))
+            parts.append(self.high_norm(high).flatten(1))
+            high_level = list(self.high_norm(pairs).unbind(1))
         fused = self.join(torch.cat(parts, -1))
         hidden = self.dropout(nn.functional.gelu(fused) + fused)
         return Outputs(
