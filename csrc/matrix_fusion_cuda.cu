@@ -1,0 +1,211 @@
+// Matrix fusion on CUDA: checks, workspace and launches.
+#include <tuple>
+#include <vector>
+
+#include "common/cuda.cuh"
+#include "common/sum_shares.cuh"
+#include "matrix_fusion.h"
+#include "matrix_fusion_backward_kernels.cuh"
+
+namespace msacore::matrix_fusion {
+namespace {
+
+constexpr int64_t kRowGradBytes = int64_t(64) << 20;  // of the gradients of pair rows at a time
+constexpr int64_t kShortLength = 16;                  // up to here tiles of 16 tokens waste less than tiles of 64
+
+// Contiguous arguments, and the problem that points at them.
+template <typename T>
+struct Operands {
+  using A = acc_t<T>;
+  std::vector<Tensor> keep;
+  Problem<T> problem{};
+
+  Operands(const char* op, const Inputs& in, const Sizes& s, cudaStream_t stream) {
+    check(s.modalities <= kMaxModalities, op, "expected `features` to hold at most ", kMaxModalities,
+          " modalities on a GPU, got ", s.modalities);
+    check(s.batch * s.length < int64_t(1) << 31, op, "expected B · L below 2^31 on a GPU, got ", s.batch * s.length);
+    for (int64_t m = 0; m < s.modalities; ++m) problem.x[m] = own<T>(in.features[m]);
+    problem.row_weight = own<T>(in.row_weight);
+    problem.row_bias = own<T>(in.row_bias);
+    problem.pair_weight = own<T>(in.pair_weight);
+    problem.pair_bias = own<T>(in.pair_bias);
+    problem.mask = in.mask ? own<bool>(*in.mask) : nullptr;
+    problem.available = in.available ? own<bool>(*in.available) : nullptr;
+    problem.batch = s.batch, problem.length = s.length, problem.tokens = s.batch * s.length;
+    problem.features = s.features, problem.width = s.width, problem.rows = s.rows;
+    problem.modalities = static_cast<int>(s.modalities), problem.pairs = static_cast<int>(s.pairs);
+    problem.channels = static_cast<int>(s.channels);
+    problem.augment = s.augment, problem.activation = s.activation;
+    Tensor scale = workspace({problem.tokens});
+    launch(scale_kernel<A>, grid_for(s.batch * kWarp, kThreads), dim3(kThreads), 0, stream, problem.mask,
+           scale.mutable_data_ptr<A>(), s.batch, s.length);
+    problem.scale = own<A>(scale);
+  }
+  template <typename Value>
+  const Value* own(const Tensor& t) {
+    keep.push_back(torch::stable::contiguous(t));
+    return keep.back().template const_data_ptr<Value>();
+  }
+  Tensor workspace(std::initializer_list<int64_t> sizes) const {
+    return torch::stable::new_empty(keep[0], sizes, acc_dtype(keep[0].scalar_type()));
+  }
+};
+
+template <typename T>
+Tensor project(const Operands<T>& in, cudaStream_t stream) {
+  const Problem<T>& p = in.problem;
+  Tensor h = in.workspace({p.modalities - 1, p.tokens, p.rows});
+  launch(project_kernel<T>, dim3(tiles_of(p.tokens, 64), tiles_of(p.rows, 64), p.modalities - 1), dim3(kThreads), 0,
+         stream, p, h.mutable_data_ptr<acc_t<T>>());
+  return h;
+}
+
+template <int R, int S>
+int64_t pair_blocks(int64_t samples, int64_t rows, int64_t width) {
+  return samples * tiles_of(rows, 16 * R) * tiles_of(width, kTilesPerBlock * 16 * S);
+}
+
+// Calls body(R, S) with the largest tile whose elements for all pairs fit into a block's shared memory and registers.
+template <typename A, typename Bytes, typename Body>
+void with_tile(Bytes&& bytes, Body&& body) {
+  const std::integral_constant<int, 1> one;
+  if constexpr (!std::is_same_v<A, double>) {
+    const std::integral_constant<int, 4> four;
+    const std::integral_constant<int, 2> two;
+    if (bytes(four, two) + sizeof(typename GatheredProduct<A, 4, 2>::Stage) <= shared_limit()) return body(four, two);
+  }
+  body(one, one);
+}
+
+template <typename T>
+void forward(const Operands<T>& in, Tensor& fused, Tensor& pairs, cudaStream_t stream) {
+  using A = acc_t<T>;
+  const Problem<T>& p = in.problem;
+  const Tensor h = project(in, stream);
+  const auto bytes = [&](auto r, auto s) { return means_bytes<r(), s(), A>(p.pairs, p.channels); };
+  with_tile<A>(bytes, [&](auto r, auto s) {
+    const int64_t groups = tiles_of(p.width, kTilesPerBlock * 16 * s());
+    Tensor sums = in.workspace({groups, p.batch, p.pairs + p.channels, p.rows});
+    launch(means_kernel<r(), s(), T>, dim3(pair_blocks<r(), s()>(p.batch, p.rows, p.width)), dim3(kThreads),
+           bytes(r, s), stream, p, h.const_data_ptr<A>(), sums.mutable_data_ptr<A>());
+    launch(finish_kernel<T>, grid_for(p.batch * (p.pairs + p.channels) * p.rows, kThreads), dim3(kThreads), 0, stream,
+           sums.const_data_ptr<A>(), pairs.mutable_data_ptr<T>(), fused.mutable_data_ptr<T>(), p.batch,
+           int64_t{p.pairs}, int64_t{p.channels}, p.rows, groups, p.width);
+  });
+}
+
+std::tuple<Tensor, Tensor> forward_cuda(const std::vector<Tensor>& features, const Tensor& row_weight,
+                                        const Tensor& row_bias, const Tensor& pair_weight, const Tensor& pair_bias,
+                                        const std::optional<Tensor>& mask, const std::optional<Tensor>& available,
+                                        bool augment, int64_t activation) {
+  constexpr const char* op = "matrix_fusion";
+  const Inputs in{features, row_weight, row_bias, pair_weight, pair_bias, mask, available};
+  const Sizes s = check_inputs(op, in, augment, activation);
+  const OnDeviceOf device(features[0]);
+  Tensor fused = torch::stable::new_empty(features[0], {s.batch, s.channels, s.rows});
+  Tensor pairs = torch::stable::new_empty(features[0], {s.batch, s.pairs, s.rows});
+  if (s.batch == 0) return {fused, pairs};
+  dispatch_floating(features[0].scalar_type(), op, [&](auto tag) {
+    using T = typename decltype(tag)::type;
+    forward(Operands<T>(op, in, s, device.stream), fused, pairs, device.stream);
+  });
+  return {fused, pairs};
+}
+
+// Sums of `share_count` shares that lie `stride` apart, into all of `out`.
+template <typename A, typename T>
+void sum_shares(const A* shares, int64_t share_count, int64_t stride, T* out, int64_t count, cudaStream_t stream) {
+  const bool many = share_count > 64;
+  launch(many ? sum_many_shares_kernel<A, T> : sum_shares_kernel<A, T>,
+         many ? grid_for(count * kSumThreads, kSumThreads) : grid_for(count, kSumThreads), dim3(kSumThreads), 0, stream,
+         shares, out, share_count, stride, count);
+}
+
+struct ParameterGrads {
+  Tensor row_weight, row_bias, pair_weight, pair_bias;
+};
+
+template <typename T>
+void backward(const Operands<T>& in, const Tensor& grad_fused, const Tensor& grad_pairs,
+              std::vector<Tensor>& grad_features, ParameterGrads& grads, cudaStream_t stream) {
+  using A = acc_t<T>;
+  const Problem<T>& p = in.problem;
+  const Tensor h = project(in, stream);
+  Tensor grad_h = in.workspace({p.modalities - 1, p.tokens, p.rows});
+  FeatureGrads<T> grad_x{};
+  for (int m = 0; m < p.modalities; ++m) grad_x.at[m] = grad_features[m].mutable_data_ptr<T>();
+  const int64_t sample_bytes = std::max<int64_t>(1, p.pairs * p.rows * p.width * sizeof(A));
+  const int64_t chunk = std::max<int64_t>(1, std::min(p.batch, kRowGradBytes / sample_bytes));
+  Tensor rows = in.workspace({chunk, p.pairs, p.rows, p.width});
+  A *const grad_h_data = grad_h.mutable_data_ptr<A>(), *const rows_data = rows.mutable_data_ptr<A>();
+  const A* const h_data = h.const_data_ptr<A>();
+  const int64_t mixes = p.channels * p.pairs;
+
+  const auto bytes = [&](auto r, auto s) { return row_grads_bytes<r(), s(), A>(p.pairs, p.channels); };
+  with_tile<A>(bytes, [&](auto r, auto s) {
+    const int64_t groups = tiles_of(p.width, kTilesPerBlock * 16 * s());
+    const int64_t blocks = pair_blocks<r(), s()>(p.batch, p.rows, p.width);
+    Tensor mix_share = in.workspace({blocks, mixes + p.channels});
+    Tensor bias_share = in.workspace({p.batch, groups, p.rows});
+    const A* const mix_shares = mix_share.const_data_ptr<A>();
+    const RowGrads<T> row_grads{grad_fused.const_data_ptr<T>(), grad_pairs.const_data_ptr<T>(), rows_data,
+                                mix_share.mutable_data_ptr<A>(), bias_share.mutable_data_ptr<A>()};
+    const bool is_short = p.length <= kShortLength;
+    const int tile_rows = is_short ? 16 : 64;
+    for (int64_t first = 0; first < p.batch; first += chunk) {
+      const int64_t samples = std::min(chunk, p.batch - first), token_tiles = samples * tiles_of(p.length, tile_rows);
+      launch(row_grads_kernel<r(), s(), T>, dim3(pair_blocks<r(), s()>(samples, p.rows, p.width)), dim3(kThreads),
+             bytes(r, s), stream, p, h_data, row_grads, first);
+      launch(is_short ? h_grads_kernel<1, T> : h_grads_kernel<4, T>,
+             dim3(token_tiles * (p.modalities - 1) * tiles_of(p.rows, 64)), dim3(kThreads), 0, stream, p, rows_data,
+             grad_h_data, first);
+      launch(is_short ? feature_grads_kernel<1, T> : feature_grads_kernel<4, T>,
+             dim3(token_tiles * p.modalities * tiles_of(p.features, 64)), dim3(kThreads), 0, stream, p, h_data,
+             rows_data, grad_h_data, grad_x, first);
+    }
+    sum_shares(mix_shares, blocks, mixes + p.channels, grads.pair_weight.mutable_data_ptr<T>(), mixes, stream);
+    sum_shares(mix_shares + mixes, blocks, mixes + p.channels, grads.pair_bias.mutable_data_ptr<T>(),
+               int64_t{p.channels}, stream);
+    sum_shares(bias_share.const_data_ptr<A>(), p.batch * groups, p.rows, grads.row_bias.mutable_data_ptr<T>(), p.rows,
+               stream);
+  });
+
+  constexpr int64_t kTokensPerPart = 512, kMaxParts = 32;
+  const int64_t parts = std::clamp<int64_t>(p.tokens / kTokensPerPart, 1, kMaxParts);
+  Tensor shares = in.workspace({parts, p.modalities - 1, p.rows, p.width});
+  launch(weight_grads_kernel<T>, dim3(tiles_of(p.rows, 64) * tiles_of(p.width, 64), p.modalities - 1, parts),
+         dim3(kThreads), 0, stream, p, grad_h_data, shares.mutable_data_ptr<A>(), (p.tokens + parts - 1) / parts);
+  sum_shares(shares.const_data_ptr<A>(), parts * (p.modalities - 1), p.rows * p.width,
+             grads.row_weight.mutable_data_ptr<T>(), p.rows * p.width, stream);
+}
+
+using Gradients = std::tuple<std::vector<Tensor>, Tensor, Tensor, Tensor, Tensor>;
+
+Gradients backward_cuda(const Tensor& grad_fused_, const Tensor& grad_pairs_, const std::vector<Tensor>& features,
+                        const Tensor& row_weight, const Tensor& row_bias, const Tensor& pair_weight,
+                        const Tensor& pair_bias, const std::optional<Tensor>& mask,
+                        const std::optional<Tensor>& available, bool augment, int64_t activation) {
+  constexpr const char* op = "matrix_fusion_backward";
+  const Inputs in{features, row_weight, row_bias, pair_weight, pair_bias, mask, available};
+  const Sizes s = check_inputs(op, in, augment, activation);
+  check_grads(op, grad_fused_, grad_pairs_, s, features[0]);
+  const OnDeviceOf device(features[0]);
+  const Tensor grad_fused = torch::stable::contiguous(grad_fused_), grad_pairs = torch::stable::contiguous(grad_pairs_);
+  const auto like = [&](std::initializer_list<int64_t> sizes) { return torch::stable::new_empty(features[0], sizes); };
+  std::vector<Tensor> grad_features;
+  for (int64_t m = 0; m < s.modalities; ++m) grad_features.push_back(like({s.batch, s.length, s.features}));
+  ParameterGrads grads{like({s.rows, s.width}), like({s.rows}), like({s.channels, s.pairs}), like({s.channels})};
+  dispatch_floating(features[0].scalar_type(), op, [&](auto tag) {
+    using T = typename decltype(tag)::type;
+    backward(Operands<T>(op, in, s, device.stream), grad_fused, grad_pairs, grad_features, grads, device.stream);
+  });
+  return {grad_features, grads.row_weight, grads.row_bias, grads.pair_weight, grads.pair_bias};
+}
+
+}  // namespace
+}  // namespace msacore::matrix_fusion
+
+MSACORE_CUDA_LIBRARY(m) {
+  m.impl("matrix_fusion", TORCH_BOX(&msacore::matrix_fusion::forward_cuda));
+  m.impl("matrix_fusion_backward", TORCH_BOX(&msacore::matrix_fusion::backward_cuda));
+}
