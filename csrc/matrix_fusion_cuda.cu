@@ -112,15 +112,6 @@ std::tuple<Tensor, Tensor> forward_cuda(const std::vector<Tensor>& features, con
   return {fused, pairs};
 }
 
-// Sums of `share_count` shares that lie `stride` apart, into all of `out`.
-template <typename A, typename T>
-void sum_shares(const A* shares, int64_t share_count, int64_t stride, T* out, int64_t count, cudaStream_t stream) {
-  const bool many = share_count > 64;
-  launch(many ? sum_many_shares_kernel<A, T> : sum_shares_kernel<A, T>,
-         many ? grid_for(count * kSumThreads, kSumThreads) : grid_for(count, kSumThreads), dim3(kSumThreads), 0, stream,
-         shares, out, share_count, stride, count);
-}
-
 struct ParameterGrads {
   Tensor row_weight, row_bias, pair_weight, pair_bias;
 };

@@ -1,201 +1,158 @@
-// Propagation on CUDA: checks, workspace and launches.
-#include <tuple>
-
+// Propagation over conversations on CUDA: checks, workspace and launches.
 #include "common/cuda.cuh"
-#include "common/sort.cuh"
 #include "propagation.h"
 #include "propagation_kernels.cuh"
 
 namespace msacore::propagation {
 namespace {
 
-template <typename T>
-Csr<T> csr_of(const Graph& graph, const GraphSizes& s) {
-  return {graph.rowptr.const_data_ptr<int64_t>(), graph.col.const_data_ptr<int64_t>(),
-          graph.weight ? graph.weight->const_data_ptr<T>() : nullptr, s.nodes, s.edges};
+std::optional<Tensor> optional_contiguous(const std::optional<Tensor>& t) {
+  return t ? std::optional<Tensor>(torch::stable::contiguous(*t)) : std::nullopt;
 }
+const bool* pointer(const std::optional<Tensor>& gate) { return gate ? gate->const_data_ptr<bool>() : nullptr; }
 
-// A row's lanes take 16 bytes of the accumulation type each where width and addresses allow it, else single elements.
-template <typename T>
-bool can_vectorise(int64_t width, std::initializer_list<const void*> pointers) {
-  bool aligned = width % kPer16<acc_t<T>> == 0;
-  for (const void* p : pointers) aligned = aligned && reinterpret_cast<uintptr_t>(p) % 16 == 0;
-  return aligned;
-}
+// `side` of a window: -1 is the whole conversation, and nothing reaches further than N.
+int64_t reach_of(int64_t side, const WindowSizes& s) { return side < 0 ? s.utterances : std::min(side, s.utterances); }
 
-template <typename From, typename To>
-void convert(const From* from, To* to, int64_t count, cudaStream_t stream) {
-  launch(convert_kernel<From, To>, grid_for(count, kThreads), dim3(kThreads), 0, stream, from, to, count);
-}
-
-// One step on `stream`, for any graph and any types of the states.
-template <typename T, typename In, typename Out>
-void step(const Csr<T>& graph, const In* h, const T* x, Out* out, int64_t width, acc_t<T> alpha, cudaStream_t stream) {
-  constexpr int kVector = kPer16<acc_t<T>>;
-  const bool wide = can_vectorise<T>(width, {h, x, out});
-  const Lanes lanes(width, wide ? kVector : 1);
-  launch(wide ? step_kernel<kVector, T, In, Out> : step_kernel<1, T, In, Out>,
-         grid_for(graph.nodes * lanes.count(), kThreads), dim3(kThreads), 0, stream, graph, h, x, out, width, lanes,
-         1 - alpha, alpha);
-}
-
-template <typename T, typename In, typename Out>
-void backward_step(const Csr<T>& transposed, const In* grad, const acc_t<T>* sum_before, Out* sum, acc_t<T>* next,
-                   int64_t width, acc_t<T> alpha, bool last, cudaStream_t stream) {
-  constexpr int kVector = kPer16<acc_t<T>>;
-  const bool wide = can_vectorise<T>(width, {grad, sum_before, sum, next});
-  const Lanes lanes(width, wide ? kVector : 1);
-  launch(wide ? backward_step_kernel<kVector, T, In, Out> : backward_step_kernel<1, T, In, Out>,
-         grid_for(transposed.nodes * lanes.count(), kThreads), dim3(kThreads), 0, stream, transposed, grad, sum_before,
-         sum, next, width, lanes, 1 - alpha, alpha, last ? acc_t<T>(1) : alpha);
-}
-
-template <typename T, typename In, typename State>
-void edge_dots(const Csr<T>& graph, const In* grad, const State* h, acc_t<T>* weight_sum, int64_t width, acc_t<T> alpha,
-               cudaStream_t stream) {
-  constexpr int kVector = kPer16<acc_t<T>>;
-  const bool wide = can_vectorise<T>(width, {grad, h});
-  const Lanes lanes(width, wide ? kVector : 1);
-  launch(wide ? edge_dots_kernel<kVector, T, In, State> : edge_dots_kernel<1, T, In, State>,
-         grid_for(graph.nodes * lanes.count(), kThreads), dim3(kThreads), 0, stream, graph, grad, h, weight_sum, width,
-         lanes, 1 - alpha);
-}
-
-Graph contiguous(const Graph& graph) {
-  Graph out{torch::stable::contiguous(graph.rowptr), torch::stable::contiguous(graph.col), std::nullopt};
-  if (graph.weight) out.weight = torch::stable::contiguous(*graph.weight);
-  return out;
-}
-
-// Aᵀ, so that gradients gather too. The stable sort keeps the edges of a source in their order: always the same sums.
-template <typename T>
-Graph transpose(const Graph& graph, const GraphSizes& s, cudaStream_t stream) {
-  const Tensor edge = sorted_positions(graph.col, s.nodes, stream);
-  Graph out{torch::stable::new_empty(graph.rowptr, {s.nodes + 1}), torch::stable::new_empty(graph.col, {s.edges}),
-            std::nullopt};
-  if (graph.weight) out.weight = torch::stable::new_empty(*graph.weight, {s.edges});
-  launch(transpose_kernel<T>, grid_for(std::max(s.nodes + 1, s.edges), kThreads), dim3(kThreads), 0, stream,
-         csr_of<T>(graph, s), edge.const_data_ptr<int64_t>(), out.rowptr.mutable_data_ptr<int64_t>(),
-         out.col.mutable_data_ptr<int64_t>(), out.weight ? out.weight->mutable_data_ptr<T>() : nullptr);
-  return out;
-}
-
-// States between the steps are kept in the accumulation type: `count` of them, [count, nodes, width].
-template <typename T>
-Tensor states_like(const Tensor& x, int64_t count, const GraphSizes& s) {
-  return torch::stable::new_empty(x, {count, s.nodes, s.width}, acc_dtype(x.scalar_type()));
-}
-
-template <typename T>
-void forward(const Graph& graph, const T* x, Tensor& out, const GraphSizes& s, int64_t steps, acc_t<T> alpha,
-             cudaStream_t stream) {
-  using A = acc_t<T>;
-  T* result = out.mutable_data_ptr<T>();
-  const Csr<T> csr = csr_of<T>(graph, s);
-  if (steps == 0) return convert(x, result, s.nodes * s.width, stream);
-  if (steps == 1) return step(csr, x, x, result, s.width, alpha, stream);
-  Tensor states = states_like<T>(out, std::min<int64_t>(steps - 1, 2), s);
-  const auto state = [&](int64_t k) { return states.mutable_data_ptr<A>() + k % 2 * s.nodes * s.width; };
-  step(csr, x, x, state(0), s.width, alpha, stream);
-  for (int64_t k = 1; k < steps - 1; ++k) {
-    step(csr, static_cast<const A*>(state(k - 1)), x, state(k), s.width, alpha, stream);
+template <typename A>
+Tensor scales(const Neighbours& graph, const Tensor& like, int64_t kinds, A keep, cudaStream_t stream) {
+  const int64_t nodes = graph.gate ? graph.utterances * graph.modalities : 0;
+  Tensor out = torch::stable::new_empty(like, {kinds, nodes}, acc_dtype(like.scalar_type()));
+  A* const intra = out.mutable_data_ptr<A>();
+  if (graph.gate) {
+    launch(scales_kernel<A>, grid_for(graph.utterances, kThreads), dim3(kThreads), 0, stream, graph, intra,
+           kinds > 1 ? intra + nodes : nullptr, keep);
   }
-  step(csr, static_cast<const A*>(state(steps - 2)), x, result, s.width, alpha, stream);
+  return out;
 }
 
-Tensor graph_propagate_cuda(const Tensor& x_, const Tensor& rowptr, const Tensor& col,
-                            const std::optional<Tensor>& weight, int64_t steps, double alpha) {
-  constexpr const char* op = "graph_propagate";
+// Columns and capacity of a block. Lengths are on the device, so the capacity is four times the mean; where that is too
+// much for two blocks on a multiprocessor, a block takes fewer columns, but full sectors of memory.
+template <typename T>
+void plan(Call<T>& call) {
+  constexpr int64_t kWidest = 5, kNarrowest = 3;
+  const int64_t M = call.graph.modalities, limit = static_cast<int64_t>(shared_limit());
+  const int64_t mean = (call.graph.utterances + call.graph.conversations - 1) / call.graph.conversations;
+  const int64_t wanted = std::min(call.graph.utterances, 4 * mean) * M;
+  const auto bytes = [&](int shift) { return int64_t(3 * sizeof(acc_t<T>)) << shift; };  // of a node
+  int shift = kWidest;
+  while (shift > 0 && int64_t{1} << (shift - 1) >= call.width) --shift;
+  while (shift > kNarrowest && wanted * bytes(shift) > limit / 2) --shift;
+  call.shift = shift;
+  call.capacity = std::min(wanted, limit / bytes(shift));
+}
+
+template <bool kForward, typename T>
+void run_propagate(Call<T>& call, const T* from, Tensor& out, cudaStream_t stream) {
+  using A = acc_t<T>;
+  const int64_t nodes = call.graph.utterances * call.graph.modalities;
+  const Tensor scale = scales<A>(call.graph, out, 2, 1 - call.alpha, stream);
+  call.intra = scale.const_data_ptr<A>();
+  call.inter = call.intra + scale.size(1);
+  plan(call);
+  const bool all_fit = nodes <= call.capacity;
+  Tensor scratch = torch::stable::new_empty(out, {3, all_fit ? 0 : nodes * call.width}, acc_dtype(out.scalar_type()));
+  const int64_t tasks = call.graph.conversations * call.slices();
+  launch(propagate_kernel<kForward, T>, dim3(std::min(tasks, kMaxBlocks)), dim3(kThreads),
+         3 * sizeof(A) * (call.capacity << call.shift), stream, call, from, out.mutable_data_ptr<T>(),
+         all_fit ? nullptr : scratch.mutable_data_ptr<A>());
+}
+
+template <bool kForward>
+Tensor propagate_cuda(const Tensor& x_, const Tensor& offsets_, const std::optional<Tensor>& available_, int64_t past,
+                      int64_t future, int64_t steps, double alpha, int64_t send) {
+  constexpr const char* op = kForward ? "propagate" : "propagate_backward";
   check_steps(op, steps, alpha);
-  const GraphSizes s = check_graph(op, x_, {rowptr, col, weight});
+  check_window(op, past, future);
+  const bool never = check_send(op, send) == Send::kNever;
+  WindowSizes s = check_states(op, kForward ? "x" : "grad_out", x_, "available", available_);
+  s.conversations = check_offsets(op, offsets_, x_);
   const OnDeviceOf device(x_);
-  const Tensor x = torch::stable::contiguous(x_);
-  const Graph graph = contiguous({rowptr, col, weight});
-  Tensor out = torch::stable::new_empty(x, {s.nodes, s.width});
+  const Tensor x = torch::stable::contiguous(x_), offsets = torch::stable::contiguous(offsets_);
+  const std::optional<Tensor> available = optional_contiguous(available_);
+  Tensor out = torch::stable::new_empty(x, {s.utterances, s.modalities, s.width});
+  if (out.numel() == 0 || s.conversations == 0) return out;
+  const Neighbours graph{offsets.const_data_ptr<int64_t>(),
+                         pointer(available),
+                         s.utterances,
+                         s.conversations,
+                         reach_of(past, s),
+                         reach_of(future, s),
+                         static_cast<int>(s.modalities)};
+  dispatch_floating(x.scalar_type(), op, [&](auto tag) {
+    using T = typename decltype(tag)::type;
+    Call<T> call{graph, nullptr, nullptr, s.width, steps, static_cast<acc_t<T>>(alpha), never, 0, 0};
+    run_propagate<kForward>(call, x.const_data_ptr<T>(), out, device.stream);
+  });
+  return out;
+}
+
+template <bool kForward>
+Tensor window_mean_cuda(const Tensor& h_, const Tensor& offsets_, const std::optional<Tensor>& senders_, int64_t past,
+                        int64_t future) {
+  constexpr const char* op = kForward ? "window_mean" : "window_mean_backward";
+  check_window(op, past, future);
+  WindowSizes s = check_states(op, kForward ? "h" : "grad_out", h_, "senders", senders_);
+  s.conversations = check_offsets(op, offsets_, h_);
+  const OnDeviceOf device(h_);
+  const Tensor h = torch::stable::contiguous(h_), offsets = torch::stable::contiguous(offsets_);
+  const std::optional<Tensor> senders = optional_contiguous(senders_);
+  Tensor out = torch::stable::new_empty(h, {s.utterances, s.modalities, s.width});
+  if (out.numel() == 0 || s.conversations == 0) return out;
+  const Neighbours graph{offsets.const_data_ptr<int64_t>(),
+                         pointer(senders),
+                         s.utterances,
+                         s.conversations,
+                         reach_of(past, s),
+                         reach_of(future, s),
+                         static_cast<int>(s.modalities)};
+  dispatch_floating(h.scalar_type(), op, [&](auto tag) {
+    using T = typename decltype(tag)::type;
+    using A = acc_t<T>;
+    const Tensor scale = scales<A>(graph, h, 1, A(1), device.stream);
+    const T* from = h.const_data_ptr<T>();
+    T* to = out.mutable_data_ptr<T>();
+    const bool wide = can_vectorise<A>(s.width, {from, to});
+    const Lanes lanes(s.width, wide ? kPer16<A> : 1);
+    launch(wide ? window_mean_kernel<kForward, kPer16<A>, T> : window_mean_kernel<kForward, 1, T>,
+           grid_for(s.utterances * lanes.count(), kThreads), dim3(kThreads), 0, device.stream, graph,
+           senders ? scale.const_data_ptr<A>() : nullptr, from, to, s.width, lanes);
+  });
+  return out;
+}
+
+template <bool kForward>
+Tensor modality_mean_cuda(const Tensor& h_, const std::optional<Tensor>& senders_) {
+  constexpr const char* op = kForward ? "modality_mean" : "modality_mean_backward";
+  const WindowSizes s = check_states(op, kForward ? "h" : "grad_out", h_, "senders", senders_);
+  const OnDeviceOf device(h_);
+  const Tensor h = torch::stable::contiguous(h_);
+  const std::optional<Tensor> senders = optional_contiguous(senders_);
+  Tensor out = torch::stable::new_empty(h, {s.utterances, s.modalities, s.width});
   if (out.numel() == 0) return out;
-  dispatch_floating(x.scalar_type(), op, [&](auto tag) {
+  dispatch_floating(h.scalar_type(), op, [&](auto tag) {
     using T = typename decltype(tag)::type;
-    forward<T>(graph, x.const_data_ptr<T>(), out, s, steps, static_cast<acc_t<T>>(alpha), device.stream);
+    using A = acc_t<T>;
+    const T* from = h.const_data_ptr<T>();
+    T* to = out.mutable_data_ptr<T>();
+    const bool wide = can_vectorise<A>(s.width, {from, to});
+    const Lanes lanes(s.width, wide ? kPer16<A> : 1);
+    launch(wide ? modality_mean_kernel<kForward, kPer16<A>, T> : modality_mean_kernel<kForward, 1, T>,
+           grid_for(s.utterances * lanes.count(), kThreads), dim3(kThreads), 0, device.stream, pointer(senders), from,
+           to, s.utterances, static_cast<int>(s.modalities), s.width, lanes);
   });
   return out;
-}
-
-// The formulas are those of the CPU operator (graph_propagation.cpp). The states that the edge weights need are computed
-// again.
-template <typename T>
-void backward(const T* grad_out, const Graph& graph, const T* x, Tensor& grad_x, Tensor& grad_weight,
-              const GraphSizes& s, int64_t steps, acc_t<T> alpha, cudaStream_t stream) {
-  using A = acc_t<T>;
-  const int64_t count = s.nodes * s.width;
-  const Csr<T> csr = csr_of<T>(graph, s);
-  const bool weighted = grad_weight.numel() > 0;
-  T* result = grad_x.mutable_data_ptr<T>();
-  if (steps == 0) {
-    convert(grad_out, result, count, stream);
-    if (weighted) torch::stable::zero_(grad_weight);
-    return;
-  }
-  Tensor states = states_like<T>(grad_x, weighted ? steps - 1 : 0, s);
-  Tensor weight_sum = torch::stable::new_zeros(grad_x, {grad_weight.numel()}, acc_dtype(grad_x.scalar_type()));
-  const auto state = [&](int64_t k) { return states.mutable_data_ptr<A>() + (k - 1) * count; };  // k ≥ 1; x is state 0
-  for (int64_t k = 1; weighted && k < steps; ++k) {
-    k == 1 ? step(csr, x, x, state(1), s.width, alpha, stream)
-           : step(csr, static_cast<const A*>(state(k - 1)), x, state(k), s.width, alpha, stream);
-  }
-  const Graph transposed_graph = transpose<T>(graph, s, stream);
-  const Csr<T> transposed = csr_of<T>(transposed_graph, s);
-  Tensor workspace = states_like<T>(grad_x, steps > 1 ? 3 : 0, s);
-  A* const sum = workspace.mutable_data_ptr<A>();
-  A* const sums[2] = {sum + count, sum + 2 * count};
-
-  // `grad` is Λ_k+1: of type T in the first step only, as is the state of k = 0.
-  const auto one_step = [&](const auto* grad, int64_t k) {
-    A* const dots = weight_sum.mutable_data_ptr<A>();
-    if (weighted && k == 0) edge_dots(csr, grad, x, dots, s.width, alpha, stream);
-    if (weighted && k > 0) edge_dots(csr, grad, static_cast<const A*>(state(k)), dots, s.width, alpha, stream);
-    const A* before = k == steps - 1 ? nullptr : sum;
-    if (k == 0) {
-      backward_step(transposed, grad, before, result, static_cast<A*>(nullptr), s.width, alpha, true, stream);
-    } else {
-      backward_step(transposed, grad, before, sum, sums[k % 2], s.width, alpha, false, stream);
-    }
-  };
-  one_step(grad_out, steps - 1);
-  for (int64_t k = steps - 2; k >= 0; --k) one_step(static_cast<const A*>(sums[(k + 1) % 2]), k);
-  if (weighted) convert(weight_sum.const_data_ptr<A>(), grad_weight.mutable_data_ptr<T>(), s.edges, stream);
-}
-
-std::tuple<Tensor, Tensor> graph_propagate_backward_cuda(const Tensor& grad_out_, const Tensor& x_,
-                                                         const Tensor& rowptr, const Tensor& col,
-                                                         const std::optional<Tensor>& weight, int64_t steps,
-                                                         double alpha, bool weight_grad) {
-  constexpr const char* op = "graph_propagate_backward";
-  check_steps(op, steps, alpha);
-  const GraphSizes s = check_graph(op, x_, {rowptr, col, weight});
-  check_shape(grad_out_, op, "grad_out", {s.nodes, s.width}, "[n, d]");
-  check_dtype(grad_out_, op, "grad_out", x_.scalar_type());
-  check_device(grad_out_, op, "grad_out", x_);
-  const OnDeviceOf device(x_);
-  const Tensor x = torch::stable::contiguous(x_), grad_out = torch::stable::contiguous(grad_out_);
-  const Graph graph = contiguous({rowptr, col, weight});
-  Tensor grad_x = torch::stable::new_empty(x, {s.nodes, s.width});
-  Tensor grad_weight = torch::stable::new_empty(x, {weight && weight_grad ? s.edges : 0});
-  if (grad_x.numel() == 0) {
-    if (weight_grad) torch::stable::zero_(grad_weight);
-    return {grad_x, grad_weight};
-  }
-  dispatch_floating(x.scalar_type(), op, [&](auto tag) {
-    using T = typename decltype(tag)::type;
-    backward<T>(grad_out.const_data_ptr<T>(), graph, x.const_data_ptr<T>(), grad_x, grad_weight, s, steps,
-                static_cast<acc_t<T>>(alpha), device.stream);
-  });
-  return {grad_x, grad_weight};
 }
 
 }  // namespace
 }  // namespace msacore::propagation
 
 MSACORE_CUDA_LIBRARY(m) {
-  m.impl("graph_propagate", TORCH_BOX(&msacore::propagation::graph_propagate_cuda));
-  m.impl("graph_propagate_backward", TORCH_BOX(&msacore::propagation::graph_propagate_backward_cuda));
+  using namespace msacore::propagation;
+  m.impl("propagate", TORCH_BOX(&propagate_cuda<true>));
+  m.impl("propagate_backward", TORCH_BOX(&propagate_cuda<false>));
+  m.impl("window_mean", TORCH_BOX(&window_mean_cuda<true>));
+  m.impl("window_mean_backward", TORCH_BOX(&window_mean_cuda<false>));
+  m.impl("modality_mean", TORCH_BOX(&modality_mean_cuda<true>));
+  m.impl("modality_mean_backward", TORCH_BOX(&modality_mean_cuda<false>));
 }

@@ -1,6 +1,6 @@
 // Second pass of sums that blocks share: in a fixed order, so that no atomics are needed.
 #pragma once
-#include "common/device.cuh"
+#include "common/launch.cuh"
 
 namespace msacore {
 
@@ -30,6 +30,15 @@ __global__ void __launch_bounds__(kSumThreads, 4)
     sum = block_sum(sum);
     if (thread_in_block() == 0) out[i] = static_cast<T>(sum);
   }
+}
+
+// Sums of `share_count` shares that lie `stride` apart, into all of `out` [count].
+template <typename A, typename T>
+void sum_shares(const A* shares, int64_t share_count, int64_t stride, T* out, int64_t count, cudaStream_t stream) {
+  const bool many = share_count > 64;
+  launch(many ? sum_many_shares_kernel<A, T> : sum_shares_kernel<A, T>,
+         many ? grid_for(count * kSumThreads, kSumThreads) : grid_for(count, kSumThreads), dim3(kSumThreads), 0, stream,
+         shares, out, share_count, stride, count);
 }
 
 }  // namespace msacore

@@ -1,0 +1,125 @@
+// Low-rank fusion on CUDA: checks, workspace and launches.
+#include <algorithm>
+#include <tuple>
+#include <vector>
+
+#include "common/cuda.cuh"
+#include "common/sum_shares.cuh"
+#include "low_rank_fusion.h"
+#include "low_rank_fusion_kernels.cuh"
+
+namespace msacore::low_rank_fusion {
+namespace {
+
+// Contiguous arguments, and the problem that points at them.
+template <typename T>
+struct Operands {
+  std::vector<Tensor> keep;
+  Problem<T> problem{};
+
+  Operands(const char* op, const Inputs& in, const Sizes& s) {
+    check(s.modalities <= kMaxModalities, op, "expected `features` to hold at most ", kMaxModalities,
+          " modalities on a GPU, got ", s.modalities);
+    check(s.rank < 1 << 16, op, "expected `rank_weight` to hold at most 65535 ranks on a GPU, got ", s.rank);
+    for (int64_t m = 0; m < s.modalities; ++m) {
+      problem.x[m] = own<T>(in.features[m]);
+      problem.factors[m] = own<T>(in.factors[m]);
+      problem.features[m] = s.features[m];
+    }
+    problem.rank_weight = own<T>(in.rank_weight);
+    problem.bias = own<T>(in.bias);
+    problem.available = in.available ? own<bool>(*in.available) : nullptr;
+    problem.batch = s.batch, problem.rank = s.rank, problem.width = s.width;
+    problem.modalities = static_cast<int>(s.modalities);
+  }
+  template <typename Value>
+  const Value* own(const Tensor& t) {
+    keep.push_back(torch::stable::contiguous(t));
+    return keep.back().template const_data_ptr<Value>();
+  }
+};
+
+std::tuple<Tensor, Tensor> forward_cuda(const std::vector<Tensor>& features, const std::vector<Tensor>& factors,
+                                        const Tensor& rank_weight, const Tensor& bias,
+                                        const std::optional<Tensor>& available) {
+  constexpr const char* op = "low_rank_fusion";
+  const Inputs in{features, factors, rank_weight, bias, available};
+  const Sizes s = check_inputs(op, in);
+  const OnDeviceOf device(features[0]);
+  const ScalarType dtype = features[0].scalar_type();
+  Tensor out = torch::stable::new_empty(features[0], {s.batch, s.width});
+  Tensor projections =
+      torch::stable::new_empty(features[0], {s.modalities, s.rank, s.batch, s.width}, acc_dtype(dtype));
+  dispatch_floating(dtype, op, [&](auto tag) {
+    using T = typename decltype(tag)::type;
+    const Operands<T> operands(op, in, s);
+    acc_t<T>* const a = projections.mutable_data_ptr<acc_t<T>>();
+    launch(project_kernel<T>, dim3(tiles_of(s.batch, 64) * tiles_of(s.width, 64), s.rank, s.modalities), dim3(kThreads),
+           0, device.stream, operands.problem, a);
+    launch(combine_kernel<T>, grid_for(s.batch * s.width, kThreads), dim3(kThreads), 0, device.stream, operands.problem,
+           a, out.mutable_data_ptr<T>());
+  });
+  return {out, projections};
+}
+
+template <typename T>
+void backward(const Problem<T>& p, const Tensor& grad_out, const Tensor& projections, const Gradients<T>& grads,
+              Tensor& grad_rank_weight, Tensor& grad_bias, cudaStream_t stream) {
+  using A = acc_t<T>;
+  const int64_t count = p.batch * p.width;
+  const int64_t widest = *std::max_element(p.features, p.features + p.modalities);
+  const auto workspace = [&](std::initializer_list<int64_t> sizes) {
+    return torch::stable::new_empty(projections, sizes);
+  };
+  const unsigned blocks = grid_for((count + 3) / 4, kThreads).x;
+  Tensor shares = workspace({blocks, p.rank}), grad_a = workspace({p.modalities, p.rank, p.batch, p.width});
+  const T* const grad = grad_out.const_data_ptr<T>();
+  A* const grad_projections = grad_a.mutable_data_ptr<A>();
+  launch(combine_backward_kernel<T>, dim3(blocks, p.rank), dim3(kThreads), 0, stream, p, grad,
+         projections.const_data_ptr<A>(), grad_projections, shares.mutable_data_ptr<A>());
+  sum_shares(shares.const_data_ptr<A>(), int64_t{blocks}, p.rank, grad_rank_weight.mutable_data_ptr<T>(), p.rank,
+             stream);
+  sum_shares(grad, p.batch, p.width, grad_bias.mutable_data_ptr<T>(), p.width, stream);
+  launch(factor_grads_kernel<T>, dim3(tiles_of(widest + 1, 64) * tiles_of(p.width, 64), p.rank, p.modalities),
+         dim3(kThreads), 0, stream, p, grad_projections, grads);
+  launch(feature_grads_kernel<T>, dim3(tiles_of(p.batch, 64) * tiles_of(widest, 64), 1, p.modalities), dim3(kThreads),
+         0, stream, p, grad_projections, grads, widest);
+}
+
+std::tuple<std::vector<Tensor>, std::vector<Tensor>, Tensor, Tensor> backward_cuda(
+    const Tensor& grad_out_, const Tensor& projections_, const std::vector<Tensor>& features,
+    const std::vector<Tensor>& factors, const Tensor& rank_weight, const Tensor& bias,
+    const std::optional<Tensor>& available) {
+  constexpr const char* op = "low_rank_fusion_backward";
+  const Inputs in{features, factors, rank_weight, bias, available};
+  const Sizes s = check_inputs(op, in);
+  check_saved(op, grad_out_, projections_, s, features[0]);
+  const OnDeviceOf device(features[0]);
+  const Tensor grad_out = torch::stable::contiguous(grad_out_), projections = torch::stable::contiguous(projections_);
+  const auto like = [&](std::initializer_list<int64_t> sizes) { return torch::stable::new_empty(features[0], sizes); };
+  std::vector<Tensor> grad_features, grad_factors;
+  for (int64_t d : s.features) {
+    grad_features.push_back(like({s.batch, d}));
+    grad_factors.push_back(like({s.rank, d + 1, s.width}));
+  }
+  Tensor grad_rank_weight = like({s.rank}), grad_bias = like({s.width});
+  dispatch_floating(features[0].scalar_type(), op, [&](auto tag) {
+    using T = typename decltype(tag)::type;
+    const Operands<T> operands(op, in, s);
+    Gradients<T> grads{};
+    for (int64_t m = 0; m < s.modalities; ++m) {
+      grads.features[m] = grad_features[m].mutable_data_ptr<T>();
+      grads.factors[m] = grad_factors[m].mutable_data_ptr<T>();
+    }
+    backward(operands.problem, grad_out, projections, grads, grad_rank_weight, grad_bias, device.stream);
+  });
+  return {grad_features, grad_factors, grad_rank_weight, grad_bias};
+}
+
+}  // namespace
+}  // namespace msacore::low_rank_fusion
+
+MSACORE_CUDA_LIBRARY(m) {
+  m.impl("low_rank_fusion", TORCH_BOX(&msacore::low_rank_fusion::forward_cuda));
+  m.impl("low_rank_fusion_backward", TORCH_BOX(&msacore::low_rank_fusion::backward_cuda));
+}
