@@ -179,7 +179,7 @@ struct Task {
 // from, to [N, M, d]; `scratch` [3, N, M, d] is for conversations of more than `capacity` nodes, null where none can
 // be.
 template <bool kForward, typename T>
-__global__ void __launch_bounds__(kThreads, 4)
+__global__ void __launch_bounds__(kThreads, 2)
     propagate_kernel(Call<T> call, const T* __restrict__ from, T* __restrict__ to, acc_t<T>* scratch) {
   using A = acc_t<T>;
   const int M = call.graph.modalities, columns = 1 << call.shift;
