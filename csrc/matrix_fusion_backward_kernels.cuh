@@ -187,7 +187,7 @@ struct FeatureGrads {
 
 // grad_x_n[token, j] = Σ_{m < n} Σ_i h[m, token, i] row_grads[b, (m, n), i, j] + Σ_i grad_h[n, token, i] W[i, j]
 template <int R, typename T>
-__global__ void __launch_bounds__(kThreads, 2)
+__global__ void __launch_bounds__(kThreads, sizeof(T) == 8 ? 1 : 2)
     feature_grads_kernel(Problem<T> p, const acc_t<T>* __restrict__ h, const acc_t<T>* __restrict__ row_grads,
                          const acc_t<T>* __restrict__ grad_h, FeatureGrads<T> grad_x, int64_t first_sample) {
   using A = acc_t<T>;

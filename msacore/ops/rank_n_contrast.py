@@ -81,6 +81,6 @@ def rank_n_contrast(
     Example:
         >>> embeddings = torch.tensor([[0.0, 0.0], [1.0, 0.0], [3.0, 0.0]])
         >>> rank_n_contrast(embeddings, torch.tensor([-1.0, 0.0, 2.0]))
-        tensor(0.3105)
+        tensor(0.2102)
     """
     return _rank_n_contrast(embeddings, targets, mask, temperature=temperature)
