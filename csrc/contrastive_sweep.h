@@ -310,7 +310,7 @@ void load_shares(const Term<A>& term, Direction<A>& direction, const Side<A>& si
     const double gradient = gradient_of(i, count), log = stats[i] * M_LOG2E;
     direction.log[i] = static_cast<A>(log);
     direction.share[i] =
-        static_cast<A>(term.bounded() ? gradient * std::exp2(static_cast<A>(term.scale) - log) : gradient);
+        static_cast<A>(term.bounded() ? gradient * exp2_of(static_cast<A>(term.scale) - log) : gradient);
     direction.attract[i] = static_cast<A>(gradient / stats[2 * n + i]);
     direction.positive[i] = stats[n + i];
   }

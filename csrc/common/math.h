@@ -59,10 +59,11 @@ MSACORE_INLINE double exp_of(double x) {
 }
 
 // 2^x to about 1 ulp: 2^round(x) by the exponent bits, times a polynomial of the rest in [-1/2, 1/2] (Chebyshev
-// interpolation, relative error 2.5e-9). 0 below the smallest normal number; NaN stays NaN. Not for x >= 127.5.
+// interpolation, relative error 2.5e-9). 0 below the smallest normal number: at -127 the exponent bits are those of
+// 0.0, so one comparison, which compiles to a maximum, is enough. NaN stays NaN. Not for x >= 127.5.
 MSACORE_INLINE float exp2_of(float x) {
   constexpr float kRound = 12582912.0f;  // 1.5 · 2^23: adding it rounds to an integer, held in the low bits
-  const float kept = x < -126.0f ? -126.0f : x;
+  const float kept = x < -127.0f ? -127.0f : x;
   const float shifted = kept + kRound;
   const float rest = kept - (shifted - kRound);
   float p = 1.54614446985691e-4f;
@@ -73,13 +74,13 @@ MSACORE_INLINE float exp2_of(float x) {
   p = p * rest + 6.93147206702833e-1f;
   p = p * rest + 1.0f;
   const uint32_t power = (bits_as<uint32_t>(shifted) + 127u) << 23;
-  return x < -126.0f ? 0.0f : p * bits_as<float>(power);
+  return p * bits_as<float>(power);
 }
 
 // The same in double precision; polynomial error 4e-18. Not for x >= 1023.5.
 MSACORE_INLINE double exp2_of(double x) {
   constexpr double kRound = 6755399441055744.0;  // 1.5 · 2^52
-  const double kept = x < -1022.0 ? -1022.0 : x;
+  const double kept = x < -1023.0 ? -1023.0 : x;
   const double shifted = kept + kRound;
   const double rest = kept - (shifted - kRound);
   double p = 4.45581790833606449e-10;
@@ -95,7 +96,7 @@ MSACORE_INLINE double exp2_of(double x) {
   p = p * rest + 6.93147180559945309e-1;
   p = p * rest + 1.0;
   const uint64_t power = (bits_as<uint64_t>(shifted) + 1023u) << 52;
-  return x < -1022.0 ? 0.0 : p * bits_as<double>(power);
+  return p * bits_as<double>(power);
 }
 
 }  // namespace msacore

@@ -67,15 +67,13 @@ MSACORE_INLINE void product_body(const Product<A>& t) {
   constexpr int kColumns = Block::kWidth * Block::kVectors;
   for (int64_t j = 0; j < t.n; j += kColumns) {
     const A* right = t.b + j / kPanel * t.panel_b + j % kPanel;
-    int64_t i = 0;
-    for (; i + Block::kRows <= t.m; i += Block::kRows)
+    // Six rows at a time leave two of some sizes; two blocks of four then keep more sums in flight than one of two.
+    const int64_t left = t.m % Block::kRows, full = t.m - (left == 2 ? left + Block::kRows : left);
+    for (int64_t i = 0; i < full; i += Block::kRows)
       register_product<A, kBytes, Block::kRows, Block::kVectors>(t.depth, t.a + i * t.row_a, t.row_a, t.step_a, right,
                                                                  t.step_b, t.c + i * t.row_c + j, t.row_c, t.add);
-    for (; i + 4 <= t.m; i += 4)
+    for (int64_t i = full; i < t.m; i += 4)
       register_product<A, kBytes, 4, Block::kVectors>(t.depth, t.a + i * t.row_a, t.row_a, t.step_a, right, t.step_b,
-                                                      t.c + i * t.row_c + j, t.row_c, t.add);
-    for (; i < t.m; i += 2)
-      register_product<A, kBytes, 2, Block::kVectors>(t.depth, t.a + i * t.row_a, t.row_a, t.step_a, right, t.step_b,
                                                       t.c + i * t.row_c + j, t.row_c, t.add);
   }
 }

@@ -129,6 +129,24 @@ refuse_second_derivative("hierarchical_contrastive_loss_backward")
 compute_in_float32("hierarchical_contrastive_loss")
 
 
+class _EagerLoss(torch.autograd.Function):
+    """The same formula outside of the dispatcher, whose autograd support for lists of tensors costs more."""
+
+    @staticmethod
+    def forward(ctx: Any, modalities: int, available: Any, labels: Any, options: Any, *embeddings: Tensor) -> Any:
+        unimodal, fused, high_level = embeddings[:modalities], embeddings[modalities], embeddings[modalities + 1 :]
+        inputs = list(unimodal), fused, list(high_level), available, labels
+        with torch._C._AutoDispatchBelowAutograd():
+            output = _loss(*inputs, **options)
+        _setup_context(ctx, inputs, options, output)
+        return output
+
+    @staticmethod
+    def backward(ctx: Any, *grads: Any) -> tuple[Any, ...]:
+        unimodal, fused, high_level, _, _ = _backward(ctx, *grads)
+        return None, None, None, None, *unimodal, fused, *high_level
+
+
 def hierarchical_contrastive_loss(
     unimodal: Sequence[Tensor],
     fused: Tensor,
@@ -187,14 +205,10 @@ def hierarchical_contrastive_loss(
             f'"cross_modal" or "intra_modal", got {tier1!r}'
         )
     intra_modal = tier1 == "intra_modal"
-    loss, tiers, _ = _loss(
-        list(unimodal),
-        fused,
-        list(high_level),
-        available,
-        labels if intra_modal else None,
-        tier_weights=list(tier_weights),
-        temperatures=list(temperatures),
-        intra_modal=intra_modal,
-    )
+    options = dict(tier_weights=list(tier_weights), temperatures=list(temperatures), intra_modal=intra_modal)
+    labels = labels if intra_modal else None
+    if torch.compiler.is_compiling() or torch.is_autocast_enabled(fused.device.type):
+        loss, tiers, _ = _loss(list(unimodal), fused, list(high_level), available, labels, **options)
+    else:
+        loss, tiers, _ = _EagerLoss.apply(len(unimodal), available, labels, options, *unimodal, fused, *high_level)
     return (loss, tiers) if return_tiers else loss
