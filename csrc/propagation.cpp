@@ -6,12 +6,12 @@
 #include <torch/csrc/stable/ops.h>
 
 #include <algorithm>
-#include <memory>
 #include <type_traits>
 #include <vector>
 
 #include "common/dispatch.h"
 #include "common/simd.h"
+#include "conversation.h"
 #include "window_tile.h"
 
 namespace msacore::propagation {
@@ -27,102 +27,6 @@ void check_offset_values(const char* op, const int64_t* offsets, const WindowSiz
     check(offsets[v] <= offsets[v + 1], op, "expected `offsets` to be non-decreasing, got ", offsets[v], " before ",
           offsets[v + 1], " at position ", v);
 }
-
-// What the operator was called with; `gate` [N, M] says who sends, null when everybody does.
-struct Call {
-  WindowSizes sizes;
-  const int64_t* offsets;
-  const bool* gate;
-  int64_t past, future, steps;
-  double alpha;
-  Send send;
-};
-
-// The half-steps of one step. Ungated: intra [length], inter [1]; gated: everything per node, [length, M], with all
-// bits set in `sends` where a node sends into the inter half-step, in `next_sends` where into the next intra half-step.
-template <typename A>
-struct Gates {
-  using Bits = typename Row<A>::Bits;
-  const A *intra, *inter;
-  const Bits *sends, *next_sends;
-};
-
-// The scales (1-α)/count of one conversation and its tile buffers, kept by a thread from task to task.
-template <typename A>
-struct Conversation {
-  using Bits = typename Row<A>::Bits;
-  int64_t length = 0, past = 0, future = 0;
-  std::vector<A> intra, gated_intra, inter, gated_inter;
-  std::vector<Bits> gate, everybody;
-  int64_t nodes = 0;
-  std::unique_ptr<Row<A>[]> buffer;
-  Row<A>*x, *h, *next, *ends, *work;
-  int64_t capacity = -1;
-
-  void prepare(const Call& call, int64_t begin, int64_t end) {
-    const int64_t M = call.sizes.modalities;
-    const A keep = static_cast<A>(1 - call.alpha);
-    length = end - begin;
-    nodes = length * M;
-    past = call.past < 0 ? length - 1 : std::min(call.past, length - 1);
-    future = call.future < 0 ? length - 1 : std::min(call.future, length - 1);
-    intra.resize(length);
-    for (int64_t i = 0; i < length; ++i)
-      intra[i] = keep / static_cast<A>(std::min(i, past) + std::min(length - 1 - i, future) + 1);
-    inter.assign(nodes, M > 1 ? keep / static_cast<A>(M - 1) : A(0));
-    if (call.gate) prepare_gates(call.gate + begin * M, M, keep);
-    reserve(M);
-  }
-
-  // Whether any half-step of step k leaves missing nodes out.
-  static bool gated(const Call& call, int64_t k) { return call.gate && (call.send == Send::kNever || k == 0); }
-
-  Gates<A> gates(const Call& call, int64_t k) const {
-    const bool never = call.send == Send::kNever;
-    if (!gated(call, k)) return {intra.data(), inter.data(), nullptr, nullptr};
-    return {gated_intra.data(), never ? gated_inter.data() : inter.data(), never ? gate.data() : everybody.data(),
-            never && k + 1 < call.steps ? gate.data() : everybody.data()};
-  }
-
- private:
-  void prepare_gates(const bool* sends, int64_t M, A keep) {
-    everybody.assign(nodes, Bits(-1));
-    gate.resize(nodes);
-    gated_intra.resize(nodes);
-    gated_inter.resize(nodes);
-    for (int64_t e = 0; e < nodes; ++e) gate[e] = sends[e] ? Bits(-1) : Bits(0);
-    for (int64_t m = 0; m < M; ++m) {
-      int64_t senders = 0;
-      for (int64_t j = 0; j < future; ++j) senders += sends[j * M + m];
-      for (int64_t i = 0; i < length; ++i) {
-        if (i + future < length) senders += sends[(i + future) * M + m];
-        if (i > past) senders -= sends[(i - past - 1) * M + m];
-        gated_intra[i * M + m] = senders ? keep / static_cast<A>(senders) : A(0);
-      }
-    }
-    for (int64_t i = 0; i < length; ++i) {
-      int64_t here = 0;
-      for (int64_t m = 0; m < M; ++m) here += sends[i * M + m];
-      for (int64_t m = 0; m < M; ++m) {
-        const int64_t others = here - sends[i * M + m];
-        gated_inter[i * M + m] = others ? keep / static_cast<A>(others) : A(0);
-      }
-    }
-  }
-
-  void reserve(int64_t M) {
-    const int64_t rows = 4 * nodes + 3 * M;
-    if (rows > capacity) {
-      buffer.reset(new Row<A>[rows]);
-      capacity = rows;
-    }
-    x = buffer.get();
-    h = x + nodes;
-    next = h + nodes;
-    ends = next + nodes;
-    work = ends + nodes;
-  }
-};
 
 // A modality count known at compile time keeps all sums of an utterance in registers; 0 is the general form.
 template <typename Body>
@@ -180,14 +84,13 @@ MSACORE_INLINE void forward_step(const Conversation<A>& c, int64_t modalities, c
   for_each_window<kM>(h, c.length, M, c.past, c.future, c.ends, c.work, use);
 }
 
-// x and out point at the first column of the tile. The state buffer holds what a node sends, zeros where it does not.
-template <int kM, typename T, typename A>
-MSACORE_SIMD void forward_tile(const Call& call, const Conversation<A>& c, const T* x, int64_t width, T* out) {
-  const int64_t M = call.sizes.modalities, stride = call.sizes.width;
+// All steps from x in c.h; returns the result's place. A state buffer holds what a node sends, zeros where it does not.
+template <int kM, typename A>
+MSACORE_SIMD const Row<A>* forward_tile(const Call& call, const Conversation<A>& c) {
+  const int64_t M = call.sizes.modalities;
   const A alpha = static_cast<A>(call.alpha);
   Row<A>*h = c.h, *next = c.next;
-  load_rows(x, stride, c.nodes, width, h);
-  if (call.steps == 0) return store_rows(h, c.nodes, width, out, stride);
+  if (call.steps == 0) return h;
   // α = 0 drops the term rather than multiply by it: then a missing node's x is not read at all.
   for (int64_t e = 0; e < c.nodes; ++e) c.x[e] = alpha == 0 ? Row<A>{} : alpha * h[e];
   if (call.gate)
@@ -197,7 +100,7 @@ MSACORE_SIMD void forward_tile(const Call& call, const Conversation<A>& c, const
     c.gated(call, k) ? forward_step<kM, true>(c, M, gates, h, next) : forward_step<kM, false>(c, M, gates, h, next);
     std::swap(h, next);
   }
-  store_rows(h, c.nodes, width, out, stride);
+  return h;
 }
 
 // The step of METHODS' adjoint: with λ = dL/dH of a step's result, G = (1-α) A_interᵀ λ and c.x += α (λ + G); writes
@@ -235,14 +138,13 @@ MSACORE_INLINE void backward_step(const Conversation<A>& c, int64_t modalities, 
   }
 }
 
-template <int kM, typename T, typename A>
-MSACORE_SIMD void backward_tile(const Call& call, const Conversation<A>& c, const T* grad_out, int64_t width,
-                                T* grad_x) {
-  const int64_t M = call.sizes.modalities, stride = call.sizes.width;
+// The gradient of x from that of the result in c.h; returns its place.
+template <int kM, typename A>
+MSACORE_SIMD const Row<A>* backward_tile(const Call& call, const Conversation<A>& c) {
+  const int64_t M = call.sizes.modalities;
   const A alpha = static_cast<A>(call.alpha);
   Row<A>*h = c.h, *next = c.next;
-  load_rows(grad_out, stride, c.nodes, width, h);
-  if (call.steps == 0) return store_rows(h, c.nodes, width, grad_x, stride);
+  if (call.steps == 0) return h;
   for (int64_t e = 0; e < c.nodes; ++e) c.x[e] = Row<A>{};
   for (int64_t k = call.steps - 1; k >= 0; --k) {
     const Gates<A> gates = c.gates(call, k);
@@ -258,14 +160,13 @@ MSACORE_SIMD void backward_tile(const Call& call, const Conversation<A>& c, cons
     }
   };
   for_each_window<kM>(h, c.length, M, c.future, c.past, c.ends, c.work, use);
-  store_rows(c.x, c.nodes, width, grad_x, stride);
+  return c.x;
 }
 
 // A_intra h, or its transpose (kTransposed): the half-step without its share of x.
-template <int kM, bool kTransposed, typename T, typename A>
-MSACORE_SIMD void window_mean_tile(const Call& call, const Conversation<A>& c, const T* h, int64_t width, T* out) {
-  const int64_t M = kM > 0 ? kM : call.sizes.modalities, stride = call.sizes.width;
-  load_rows(h, stride, c.nodes, width, c.h);
+template <int kM, bool kTransposed, typename A>
+MSACORE_SIMD const Row<A>* window_mean_tile(const Call& call, const Conversation<A>& c) {
+  const int64_t M = kM > 0 ? kM : call.sizes.modalities;
   const auto scale = [&](int64_t e) { return call.gate ? c.gated_intra[e] : c.intra[e / M]; };
   for (int64_t e = 0; e < c.nodes; ++e) {
     if (kTransposed)
@@ -284,7 +185,7 @@ MSACORE_SIMD void window_mean_tile(const Call& call, const Conversation<A>& c, c
   };
   for_each_window<kM>(c.h, c.length, M, kTransposed ? c.future : c.past, kTransposed ? c.past : c.future, c.ends,
                       c.work, use);
-  store_rows(c.next, c.nodes, width, out, stride);
+  return c.next;
 }
 
 // A_inter h, or its transpose, of utterances begin … end; h and out [N, M, d], gate [N, M] or null. `sum` holds d.
@@ -341,7 +242,8 @@ Tensor over_conversations(const char* op, const std::string& name, const Tensor&
     T* to = out.mutable_data_ptr<T>();
     dispatch_modalities(s.modalities, [&](auto count) {
       for_each_tile<acc_t<T>>(call, [&](const Conversation<acc_t<T>>& c, int64_t at, int64_t width) {
-        tile(count, call, c, from + at, width, to + at);
+        load_rows(from + at, s.width, c.nodes, width, c.h);
+        store_rows(tile(count, call, c), c.nodes, width, to + at, s.width);
       });
     });
   });
@@ -355,9 +257,9 @@ Tensor propagate_cpu(const Tensor& x, const Tensor& offsets, const std::optional
   constexpr const char* op = kForward ? "propagate" : "propagate_backward";
   check_steps(op, steps, alpha);
   return over_conversations(op, kForward ? "x" : "grad_out", x, offsets, "available", available, past, future, steps,
-                            alpha, check_send(op, send), [](auto count, auto&&... task) {
+                            alpha, check_send(op, send), [](auto count, const Call& call, const auto& c) {
                               constexpr int kM = decltype(count)::value;
-                              kForward ? forward_tile<kM>(task...) : backward_tile<kM>(task...);
+                              return kForward ? forward_tile<kM>(call, c) : backward_tile<kM>(call, c);
                             });
 }
 
@@ -366,8 +268,9 @@ Tensor window_mean_cpu(const Tensor& h, const Tensor& offsets, const std::option
                        int64_t future) {
   constexpr bool kForward = kDirection == Direction::kForward;
   return over_conversations(kForward ? "window_mean" : "window_mean_backward", kForward ? "h" : "grad_out", h, offsets,
-                            "senders", senders, past, future, 1, 0.0, Send::kNever, [](auto count, auto&&... task) {
-                              window_mean_tile<decltype(count)::value, !kForward>(task...);
+                            "senders", senders, past, future, 1, 0.0, Send::kNever,
+                            [](auto count, const Call& call, const auto& c) {
+                              return window_mean_tile<decltype(count)::value, !kForward>(call, c);
                             });
 }
 

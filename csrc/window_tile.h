@@ -37,8 +37,8 @@ MSACORE_INLINE Row<A> operator*(A scale, const Row<A>& a) {
 
 // Reads `rows` rows of `width` ≤ Row::kWidth columns, `stride` apart.
 template <typename T, typename A>
-MSACORE_INLINE void load_rows(const T* __restrict__ from, int64_t stride, int64_t rows, int64_t width,
-                              Row<A>* __restrict__ to) {
+MSACORE_SIMD void load_rows(const T* __restrict__ from, int64_t stride, int64_t rows, int64_t width,
+                            Row<A>* __restrict__ to) {
   constexpr int64_t kWidth = Row<A>::kWidth;
   if (width == kWidth) {
     for (int64_t r = 0; r < rows; ++r) {
@@ -54,8 +54,8 @@ MSACORE_INLINE void load_rows(const T* __restrict__ from, int64_t stride, int64_
 }
 
 template <typename T, typename A>
-MSACORE_INLINE void store_rows(const Row<A>* __restrict__ from, int64_t rows, int64_t width, T* __restrict__ to,
-                               int64_t stride) {
+MSACORE_SIMD void store_rows(const Row<A>* __restrict__ from, int64_t rows, int64_t width, T* __restrict__ to,
+                             int64_t stride) {
   constexpr int64_t kWidth = Row<A>::kWidth;
   for (int64_t r = 0; r < rows; ++r) {
     const A* row = reinterpret_cast<const A*>(from + r);
