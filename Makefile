@@ -6,7 +6,7 @@ TORCH ?= torch==2.13.0
 OUT ?= runs/demo
 NATIVE := $(shell find csrc -type f)
 
-.PHONY: demo test lint bench clean
+.PHONY: demo test test-thorough lint bench clean
 
 demo: $(VENV)/.built
 	$(PYTHON) -m examples.al_hcl --demo --out $(OUT)/al_hcl
@@ -16,6 +16,9 @@ demo: $(VENV)/.built
 
 test: lint
 	$(PYTHON) -m pytest --doctest-modules msacore examples/msa tests
+
+test-thorough: test
+	$(PYTHON) -m pytest -m thorough tests
 
 lint: $(VENV)/.built
 	$(VENV)/bin/ruff check .

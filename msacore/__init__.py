@@ -6,7 +6,7 @@ from msacore._load import load_extension
 
 load_extension()
 
-from msacore import graph, uncertainty  # noqa: E402
+from msacore import graph, nn, uncertainty  # noqa: E402
 from msacore.ops import kcenter as _kcenter  # noqa: E402, F401  # registers the fake kernels
 from msacore.ops.contrastive import info_nce  # noqa: E402
 from msacore.ops.graph_propagation import alternating_graph_propagate, graph_propagate  # noqa: E402
@@ -27,6 +27,7 @@ __all__ = [
     "low_rank_fusion",
     "matrix_fusion",
     "modality_mean",
+    "nn",
     "propagate",
     "rank_n_contrast",
     "select",

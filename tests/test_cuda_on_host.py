@@ -68,9 +68,10 @@ def test_wrong_values_in_tensors_raise_nothing(case: OpCase, label: str, device:
 
 
 def test_sanitizers_find_nothing() -> None:
-    chosen = "test_every_order_of_threads or test_wrong_values or test_every_output_is_written"
+    # Bounds and alignment do not depend on the order of threads, so one run of every sample shows them.
+    chosen = "test_wrong_values or test_every_output_is_written"
     done = subprocess.run(
-        [sys.executable, "-m", "pytest", "-q", "-x", "-p", "no:cacheprovider", __file__, "-k", chosen],
+        [sys.executable, "-m", "pytest", "-q", "-x", "-p", "no:cacheprovider", __file__, "-k", chosen, "-m", ""],
         cwd=ROOT,
         env=sanitizer_environment(),
         capture_output=True,

@@ -207,7 +207,9 @@ def hierarchical_contrastive_loss(
     intra_modal = tier1 == "intra_modal"
     options = dict(tier_weights=list(tier_weights), temperatures=list(temperatures), intra_modal=intra_modal)
     labels = labels if intra_modal else None
-    if torch.compiler.is_compiling() or torch.is_autocast_enabled(fused.device.type):
+    place = fused.device.type
+    autocast = torch.amp.is_autocast_available(place) and torch.is_autocast_enabled(place)
+    if torch.compiler.is_compiling() or autocast:
         loss, tiers, _ = _loss(list(unimodal), fused, list(high_level), available, labels, **options)
     else:
         loss, tiers, _ = _EagerLoss.apply(len(unimodal), available, labels, options, *unimodal, fused, *high_level)
