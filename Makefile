@@ -31,14 +31,13 @@ bench: $(VENV)/.built
 	$(PYTHON) -m bench
 
 # torch goes in first and pinned: the extension builds against it, and a bare `torch` can be a build of several GB.
-$(VENV)/.ready: pyproject.toml
+$(VENV)/.ready:
 	python3 -m venv $(VENV)
 	$(PIP) setuptools wheel ninja pybind11 "$(TORCH)"
-	$(PIP) --no-build-isolation --editable '.[faiss,examples,test,bench,dev]'
 	touch $@
 
-$(VENV)/.built: $(VENV)/.ready setup.py $(NATIVE)
-	$(PIP) --no-build-isolation --no-deps --editable .
+$(VENV)/.built: pyproject.toml setup.py $(NATIVE) | $(VENV)/.ready
+	$(PIP) --no-build-isolation --editable '.[faiss,examples,test,bench,dev]'
 	touch $@
 
 clean:
