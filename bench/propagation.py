@@ -16,34 +16,6 @@ ALPHA = 0.1
 _MODALITIES = 3
 
 
-def _csr(target: Tensor, source: Tensor, weight: Tensor, nodes: int) -> Tensor:
-    warnings.filterwarnings("ignore", "Sparse")  # "is in beta state"
-    return torch.sparse_coo_tensor(torch.stack([target, source]), weight, (nodes, nodes)).coalesce().to_sparse_csr()
-
-
-def mean_graphs(offsets: Tensor, window: tuple[int, int]) -> tuple[Tensor, Tensor]:
-    """A_intra and A_inter of `msacore.propagate` as CSR matrices; node i · M + m is modality m of utterance i."""
-    length = offsets.diff()
-    conversation = torch.repeat_interleave(torch.arange(len(length), device=offsets.device), length)
-    n = int(offsets[-1])
-    utterance, modality = torch.arange(n, device=offsets.device), torch.arange(_MODALITIES, device=offsets.device)
-    pairs = []
-    for shift in range(-window[0], window[1] + 1):
-        there = (utterance + shift).clamp(0, n - 1)
-        near = (there == utterance + shift) & (conversation[there] == conversation)
-        pairs.append(torch.stack([utterance[near], there[near]]))
-    target, source = torch.cat(pairs, 1)
-    intra = [(e[:, None] * _MODALITIES + modality).flatten() for e in (target, source)]
-    m, other = (modality[:, None] != modality[None, :]).nonzero().T
-    inter = [(utterance[:, None] * _MODALITIES + e).flatten() for e in (m, other)]
-
-    def mean(edges: list[Tensor]) -> Tensor:
-        count = torch.bincount(edges[0], minlength=n * _MODALITIES)
-        return _csr(edges[0], edges[1], 1.0 / count[edges[0]], n * _MODALITIES)
-
-    return mean(intra), mean(inter)
-
-
 def _mix(a: Tensor, h: Tensor, x: Tensor) -> Tensor:
     return torch.addmm(x, a, h, beta=ALPHA, alpha=1 - ALPHA)
 
@@ -136,7 +108,11 @@ def _conversations(sizes: dict[str, int], device: torch.device) -> Inputs:
 
 
 def _window_graphs(inputs: Inputs) -> list[Tensor]:
-    return list(mean_graphs(inputs["offsets"], inputs["window"]))
+    n = len(inputs["x"])
+    window = msacore.graph.window_edges(inputs["offsets"], _MODALITIES, inputs["window"])
+    warnings.filterwarnings("ignore", "Sparse")  # "is in beta state"
+    graphs = window, msacore.graph.modality_edges(n, _MODALITIES)
+    return [torch.sparse_csr_tensor(*graph, (n * _MODALITIES, n * _MODALITIES)) for graph in graphs]
 
 
 def _window_work(sizes: dict[str, int]) -> tuple[Work, Work]:
@@ -146,34 +122,7 @@ def _window_work(sizes: dict[str, int]) -> tuple[Work, Work]:
     return once, Work(2 * once.flops, 2 * once.bytes)
 
 
-def _random_graph(sizes: dict[str, int], device: torch.device) -> Inputs:
-    n, edges = sizes["n"], sizes["E"]
-    target = torch.randint(0, n, (edges,), device=device).sort().values
-    rowptr = torch.zeros(n + 1, dtype=torch.int64, device=device)
-    rowptr[1:] = torch.bincount(target, minlength=n).cumsum(0)
-    return {
-        "x": torch.randn(n, sizes["d"], device=device, requires_grad=True),
-        "rowptr": rowptr,
-        "col": torch.randint(0, n, (edges,), device=device),
-        "weight": torch.rand(edges, device=device),
-        "steps": sizes["K"],
-        "alpha": ALPHA,
-    }
-
-
-def _given_graph(inputs: Inputs) -> list[Tensor]:
-    n = len(inputs["x"])
-    return [torch.sparse_csr_tensor(inputs["rowptr"], inputs["col"], inputs["weight"], (n, n))]
-
-
-def _graph_work(sizes: dict[str, int]) -> tuple[Work, Work]:
-    """Per step a multiply-add an edge and column; an edge's index and weight, and states, are read once."""
-    n, edges, d, k = (sizes[name] for name in ("n", "E", "d", "K"))
-    once = Work(2.0 * edges * d * k, k * (12.0 * edges + 2 * 4 * n * d))
-    return once, Work(2 * once.flops, 2 * once.bytes)
-
-
-def _peers(graphs_of: Callable[[Inputs], list[Tensor]]) -> tuple[Provider, ...]:
+def sparse_peers(graphs_of: Callable[[Inputs], list[Tensor]]) -> tuple[Provider, ...]:
     return (
         Provider("torch.sparse addmm, transposes ready", _sparse_loop(graphs_of)),
         Provider('torch.sparse.mm(…, "sum")', _sparse_sum(graphs_of)),
@@ -193,7 +142,7 @@ BENCHMARKS = [
         providers=(
             plain("msacore", msacore.propagate),
             plain("reference", reference.propagation.propagate),
-            *_peers(_window_graphs),
+            *sparse_peers(_window_graphs),
             compiled("torch.compile of the reference", reference.propagation.propagate),
         ),
         work=_window_work,
@@ -203,22 +152,5 @@ BENCHMARKS = [
             Growth("K", (4, 8, 16, 32), {"V": 93, "T": 24, "d": 128, "w": 2}, slope=1),
             Growth("d", (64, 128, 256, 512), {"V": 93, "T": 24, "w": 2, "K": 4}, slope=1),
         ),
-    ),
-    Benchmark(
-        name="graph_propagate",
-        shapes=(
-            Shape("n=2304 E=12k d=256 K=1", {"n": 2304, "E": 12000, "d": 256, "K": 1}, quick=True),
-            Shape("n=20k E=400k d=128 K=1", {"n": 20000, "E": 400000, "d": 128, "K": 1}),
-            Shape("n=20k E=400k d=128 K=4", {"n": 20000, "E": 400000, "d": 128, "K": 4}),
-        ),
-        inputs=_random_graph,
-        providers=(
-            plain("msacore", msacore.graph_propagate),
-            plain("reference", reference.graph_propagation.graph_propagate),
-            *_peers(_given_graph),
-            compiled("torch.compile of the reference", reference.graph_propagation.graph_propagate),
-        ),
-        work=_graph_work,
-        growth=(Growth("E", (50000, 100000, 200000, 400000), {"n": 20000, "d": 64, "K": 2}, slope=1),),
     ),
 ]

@@ -49,7 +49,7 @@ def test_an_operator_is_found_by_its_name_in_every_layer() -> None:
     for source in (ROOT / "csrc").glob("*.cpp"):
         if source.stem == "module":
             continue
-        for twin in ("msacore/ops", "msacore/reference", "tests/cases"):
+        for twin in ("msacore/ops", "msacore/reference", "tests/cases", "bench"):
             assert (ROOT / twin / f"{source.stem}.py").exists(), f"{source.name} has no {twin}/{source.stem}.py"
 
 
