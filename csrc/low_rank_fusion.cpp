@@ -252,23 +252,17 @@ std::tuple<std::vector<Tensor>, std::vector<Tensor>, Tensor, Tensor> backward_cp
   const Sizes s = check_inputs(op, in);
   check_saved(op, grad_out_, projections_, s, features[0]);
   const Tensor grad_out = contiguous_as(grad_out_), projections = contiguous_as(projections_);
-  const auto like = [&](std::initializer_list<int64_t> sizes) { return torch::stable::new_empty(features[0], sizes); };
-  std::vector<Tensor> grad_features, grad_factors;
-  for (int64_t d : s.features) {
-    grad_features.push_back(like({s.batch, d}));
-    grad_factors.push_back(like({s.rank, d + 1, s.width}));
-  }
-  Tensor grad_rank_weight = like({s.rank}), grad_bias = like({s.width});
+  GradTensors results(s, features[0]);
   dispatch_floating(features[0].scalar_type(), op, [&](auto tag) {
     using T = typename decltype(tag)::type;
-    Gradients<T> grads{{}, {}, grad_rank_weight.mutable_data_ptr<T>(), grad_bias.mutable_data_ptr<T>()};
+    Gradients<T> grads{{}, {}, results.rank_weight.mutable_data_ptr<T>(), results.bias.mutable_data_ptr<T>()};
     for (int64_t m = 0; m < s.modalities; ++m) {
-      grads.features.push_back(grad_features[m].mutable_data_ptr<T>());
-      grads.factors.push_back(grad_factors[m].mutable_data_ptr<T>());
+      grads.features.push_back(results.features[m].mutable_data_ptr<T>());
+      grads.factors.push_back(results.factors[m].mutable_data_ptr<T>());
     }
     backward(Operands<T>(in, s), s, grad_out.const_data_ptr<T>(), projections.const_data_ptr<acc_t<T>>(), grads);
   });
-  return {grad_features, grad_factors, grad_rank_weight, grad_bias};
+  return results.in_order();
 }
 
 }  // namespace

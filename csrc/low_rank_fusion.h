@@ -1,7 +1,10 @@
 // Low-rank fusion: what the operators accept, on every device.
 #pragma once
+#include <torch/csrc/stable/ops.h>
+
 #include <optional>
 #include <string>
+#include <tuple>
 #include <vector>
 
 #include "common/check.h"
@@ -57,5 +60,23 @@ inline void check_saved(const char* op, const Tensor& grad_out, const Tensor& pr
   check_shape(projections, op, "projections", {s.modalities, s.rank, s.batch, s.width}, "[M, r, B, h]");
   check_device(projections, op, "projections", like);
 }
+
+// What the gradient operator returns, before it is computed.
+struct GradTensors {
+  std::vector<Tensor> features, factors;
+  Tensor rank_weight, bias;
+
+  GradTensors(const Sizes& s, const Tensor& like)
+      : rank_weight(torch::stable::new_empty(like, {s.rank})), bias(torch::stable::new_empty(like, {s.width})) {
+    for (int64_t d : s.features) {
+      features.push_back(torch::stable::new_empty(like, {s.batch, d}));
+      factors.push_back(torch::stable::new_empty(like, {s.rank, d + 1, s.width}));
+    }
+  }
+
+  std::tuple<std::vector<Tensor>, std::vector<Tensor>, Tensor, Tensor> in_order() const {
+    return {features, factors, rank_weight, bias};
+  }
+};
 
 }  // namespace msacore::low_rank_fusion

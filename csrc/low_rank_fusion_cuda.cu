@@ -64,7 +64,7 @@ std::tuple<Tensor, Tensor> forward_cuda(const std::vector<Tensor>& features, con
 
 template <typename T>
 void backward(const Problem<T>& p, const Tensor& grad_out, const Tensor& projections, const Gradients<T>& grads,
-              Tensor& grad_rank_weight, Tensor& grad_bias, cudaStream_t stream) {
+              GradTensors& results, cudaStream_t stream) {
   using A = acc_t<T>;
   const int64_t count = p.batch * p.width;
   const int64_t widest = *std::max_element(p.features, p.features + p.modalities);
@@ -77,9 +77,9 @@ void backward(const Problem<T>& p, const Tensor& grad_out, const Tensor& project
   A* const grad_projections = grad_a.mutable_data_ptr<A>();
   launch(combine_backward_kernel<T>, dim3(blocks, p.rank), dim3(kThreads), 0, stream, p, grad,
          projections.const_data_ptr<A>(), grad_projections, shares.mutable_data_ptr<A>());
-  sum_shares(shares.const_data_ptr<A>(), int64_t{blocks}, p.rank, grad_rank_weight.mutable_data_ptr<T>(), p.rank,
+  sum_shares(shares.const_data_ptr<A>(), int64_t{blocks}, p.rank, results.rank_weight.mutable_data_ptr<T>(), p.rank,
              stream);
-  sum_shares(grad, p.batch, p.width, grad_bias.mutable_data_ptr<T>(), p.width, stream);
+  sum_shares(grad, p.batch, p.width, results.bias.mutable_data_ptr<T>(), p.width, stream);
   launch(factor_grads_kernel<T>, dim3(tiles_of(widest + 1, 64) * tiles_of(p.width, 64), p.rank, p.modalities),
          dim3(kThreads), 0, stream, p, grad_projections, grads);
   launch(feature_grads_kernel<T>, dim3(tiles_of(p.batch, 64) * tiles_of(widest, 64), 1, p.modalities), dim3(kThreads),
@@ -96,24 +96,18 @@ std::tuple<std::vector<Tensor>, std::vector<Tensor>, Tensor, Tensor> backward_cu
   check_saved(op, grad_out_, projections_, s, features[0]);
   const OnDeviceOf device(features[0]);
   const Tensor grad_out = torch::stable::contiguous(grad_out_), projections = torch::stable::contiguous(projections_);
-  const auto like = [&](std::initializer_list<int64_t> sizes) { return torch::stable::new_empty(features[0], sizes); };
-  std::vector<Tensor> grad_features, grad_factors;
-  for (int64_t d : s.features) {
-    grad_features.push_back(like({s.batch, d}));
-    grad_factors.push_back(like({s.rank, d + 1, s.width}));
-  }
-  Tensor grad_rank_weight = like({s.rank}), grad_bias = like({s.width});
+  GradTensors results(s, features[0]);
   dispatch_floating(features[0].scalar_type(), op, [&](auto tag) {
     using T = typename decltype(tag)::type;
     const Operands<T> operands(op, in, s);
     Gradients<T> grads{};
     for (int64_t m = 0; m < s.modalities; ++m) {
-      grads.features[m] = grad_features[m].mutable_data_ptr<T>();
-      grads.factors[m] = grad_factors[m].mutable_data_ptr<T>();
+      grads.features[m] = results.features[m].mutable_data_ptr<T>();
+      grads.factors[m] = results.factors[m].mutable_data_ptr<T>();
     }
-    backward(operands.problem, grad_out, projections, grads, grad_rank_weight, grad_bias, device.stream);
+    backward(operands.problem, grad_out, projections, grads, results, device.stream);
   });
-  return {grad_features, grad_factors, grad_rank_weight, grad_bias};
+  return results.in_order();
 }
 
 }  // namespace

@@ -59,22 +59,16 @@ void sum_lanes(const From* lanes, int64_t lane_count, int64_t stride, int64_t co
   }
 }
 
-using Gradients = std::tuple<std::vector<Tensor>, Tensor, Tensor, Tensor, Tensor>;
-
-Gradients backward_cpu(const Tensor& grad_fused_, const Tensor& grad_pairs_, const std::vector<Tensor>& features,
-                       const Tensor& row_weight, const Tensor& row_bias, const Tensor& pair_weight,
-                       const Tensor& pair_bias, const std::optional<Tensor>& mask,
-                       const std::optional<Tensor>& available, bool augment, int64_t activation) {
+std::tuple<std::vector<Tensor>, Tensor, Tensor, Tensor, Tensor> backward_cpu(
+    const Tensor& grad_fused_, const Tensor& grad_pairs_, const std::vector<Tensor>& features, const Tensor& row_weight,
+    const Tensor& row_bias, const Tensor& pair_weight, const Tensor& pair_bias, const std::optional<Tensor>& mask,
+    const std::optional<Tensor>& available, bool augment, int64_t activation) {
   constexpr const char* op = "matrix_fusion_backward";
   const Inputs in{features, row_weight, row_bias, pair_weight, pair_bias, mask, available};
   const Sizes s = check_inputs(op, in, augment, activation);
   check_grads(op, grad_fused_, grad_pairs_, s, features[0]);
   const Tensor grad_fused = contiguous_as(grad_fused_), grad_pairs = contiguous_as(grad_pairs_);
-  const auto like = [&](std::initializer_list<int64_t> sizes) { return torch::stable::new_empty(features[0], sizes); };
-  std::vector<Tensor> grad_features;
-  for (int64_t m = 0; m < s.modalities; ++m) grad_features.push_back(like({s.batch, s.length, s.features}));
-  Tensor grad_row_weight = like({s.rows, s.width}), grad_row_bias = like({s.rows});
-  Tensor grad_pair_weight = like({s.channels, s.pairs}), grad_pair_bias = like({s.channels});
+  GradTensors grads(s, features[0]);
   dispatch_floating(features[0].scalar_type(), op, [&](auto tag) {
     using T = typename decltype(tag)::type;
     using A = acc_t<T>;
@@ -82,7 +76,7 @@ Gradients backward_cpu(const Tensor& grad_fused_, const Tensor& grad_pairs_, con
     const Plan plan(s);
     const T *fused_data = grad_fused.const_data_ptr<T>(), *pairs_data = grad_pairs.const_data_ptr<T>();
     std::vector<T*> grad_x;
-    for (Tensor& t : grad_features) grad_x.push_back(t.mutable_data_ptr<T>());
+    for (Tensor& t : grads.features) grad_x.push_back(t.mutable_data_ptr<T>());
     const int64_t weights = s.rows * s.width, mixes = s.channels * s.pairs, small = s.rows + mixes + s.channels;
     std::vector<A> weight_lanes(plan.lanes * weights, 0);
     std::vector<double> small_lanes(plan.lanes * small, 0);
@@ -92,12 +86,12 @@ Gradients backward_cpu(const Tensor& grad_fused_, const Tensor& grad_pairs_, con
                      {sums, sums + s.rows, sums + s.rows + mixes});
     });
     const double* sums = small_lanes.data();
-    sum_lanes(weight_lanes.data(), plan.lanes, weights, weights, grad_row_weight.mutable_data_ptr<T>());
-    sum_lanes(sums, plan.lanes, small, s.rows, grad_row_bias.mutable_data_ptr<T>());
-    sum_lanes(sums + s.rows, plan.lanes, small, mixes, grad_pair_weight.mutable_data_ptr<T>());
-    sum_lanes(sums + s.rows + mixes, plan.lanes, small, s.channels, grad_pair_bias.mutable_data_ptr<T>());
+    sum_lanes(weight_lanes.data(), plan.lanes, weights, weights, grads.row_weight.mutable_data_ptr<T>());
+    sum_lanes(sums, plan.lanes, small, s.rows, grads.row_bias.mutable_data_ptr<T>());
+    sum_lanes(sums + s.rows, plan.lanes, small, mixes, grads.pair_weight.mutable_data_ptr<T>());
+    sum_lanes(sums + s.rows + mixes, plan.lanes, small, s.channels, grads.pair_bias.mutable_data_ptr<T>());
   });
-  return {grad_features, grad_row_weight, grad_row_bias, grad_pair_weight, grad_pair_bias};
+  return grads.in_order();
 }
 
 }  // namespace

@@ -1,7 +1,10 @@
 // Matrix fusion: what the operators accept, on every device.
 #pragma once
+#include <torch/csrc/stable/ops.h>
+
 #include <optional>
 #include <string>
+#include <tuple>
 #include <vector>
 
 #include "common/check.h"
@@ -67,5 +70,24 @@ inline void check_grads(const char* op, const Tensor& grad_fused, const Tensor& 
   check_shape(grad_pairs, op, "grad_pairs", {s.batch, s.pairs, s.rows}, "[B, P, q]");
   check_device(grad_pairs, op, "grad_pairs", like);
 }
+
+// What the gradient operator returns, before it is computed.
+struct GradTensors {
+  std::vector<Tensor> features;
+  Tensor row_weight, row_bias, pair_weight, pair_bias;
+
+  GradTensors(const Sizes& s, const Tensor& like)
+      : row_weight(torch::stable::new_empty(like, {s.rows, s.width})),
+        row_bias(torch::stable::new_empty(like, {s.rows})),
+        pair_weight(torch::stable::new_empty(like, {s.channels, s.pairs})),
+        pair_bias(torch::stable::new_empty(like, {s.channels})) {
+    for (int64_t m = 0; m < s.modalities; ++m)
+      features.push_back(torch::stable::new_empty(like, {s.batch, s.length, s.features}));
+  }
+
+  std::tuple<std::vector<Tensor>, Tensor, Tensor, Tensor, Tensor> in_order() const {
+    return {features, row_weight, row_bias, pair_weight, pair_bias};
+  }
+};
 
 }  // namespace msacore::matrix_fusion

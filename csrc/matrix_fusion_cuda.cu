@@ -112,19 +112,15 @@ std::tuple<Tensor, Tensor> forward_cuda(const std::vector<Tensor>& features, con
   return {fused, pairs};
 }
 
-struct ParameterGrads {
-  Tensor row_weight, row_bias, pair_weight, pair_bias;
-};
-
 template <typename T>
-void backward(const Operands<T>& in, const Tensor& grad_fused, const Tensor& grad_pairs,
-              std::vector<Tensor>& grad_features, ParameterGrads& grads, cudaStream_t stream) {
+void backward(const Operands<T>& in, const Tensor& grad_fused, const Tensor& grad_pairs, GradTensors& grads,
+              cudaStream_t stream) {
   using A = acc_t<T>;
   const Problem<T>& p = in.problem;
   const Tensor h = project(in, stream);
   Tensor grad_h = in.workspace({p.modalities - 1, p.tokens, p.rows});
   FeatureGrads<T> grad_x{};
-  for (int m = 0; m < p.modalities; ++m) grad_x.at[m] = grad_features[m].mutable_data_ptr<T>();
+  for (int m = 0; m < p.modalities; ++m) grad_x.at[m] = grads.features[m].mutable_data_ptr<T>();
   const int64_t sample_bytes = std::max<int64_t>(1, p.pairs * p.rows * p.width * sizeof(A));
   const int64_t chunk = std::max<int64_t>(1, std::min(p.batch, kRowGradBytes / sample_bytes));
   Tensor rows = in.workspace({chunk, p.pairs, p.rows, p.width});
@@ -170,27 +166,22 @@ void backward(const Operands<T>& in, const Tensor& grad_fused, const Tensor& gra
              grads.row_weight.mutable_data_ptr<T>(), p.rows * p.width, stream);
 }
 
-using Gradients = std::tuple<std::vector<Tensor>, Tensor, Tensor, Tensor, Tensor>;
-
-Gradients backward_cuda(const Tensor& grad_fused_, const Tensor& grad_pairs_, const std::vector<Tensor>& features,
-                        const Tensor& row_weight, const Tensor& row_bias, const Tensor& pair_weight,
-                        const Tensor& pair_bias, const std::optional<Tensor>& mask,
-                        const std::optional<Tensor>& available, bool augment, int64_t activation) {
+std::tuple<std::vector<Tensor>, Tensor, Tensor, Tensor, Tensor> backward_cuda(
+    const Tensor& grad_fused_, const Tensor& grad_pairs_, const std::vector<Tensor>& features, const Tensor& row_weight,
+    const Tensor& row_bias, const Tensor& pair_weight, const Tensor& pair_bias, const std::optional<Tensor>& mask,
+    const std::optional<Tensor>& available, bool augment, int64_t activation) {
   constexpr const char* op = "matrix_fusion_backward";
   const Inputs in{features, row_weight, row_bias, pair_weight, pair_bias, mask, available};
   const Sizes s = check_inputs(op, in, augment, activation);
   check_grads(op, grad_fused_, grad_pairs_, s, features[0]);
   const OnDeviceOf device(features[0]);
   const Tensor grad_fused = torch::stable::contiguous(grad_fused_), grad_pairs = torch::stable::contiguous(grad_pairs_);
-  const auto like = [&](std::initializer_list<int64_t> sizes) { return torch::stable::new_empty(features[0], sizes); };
-  std::vector<Tensor> grad_features;
-  for (int64_t m = 0; m < s.modalities; ++m) grad_features.push_back(like({s.batch, s.length, s.features}));
-  ParameterGrads grads{like({s.rows, s.width}), like({s.rows}), like({s.channels, s.pairs}), like({s.channels})};
+  GradTensors grads(s, features[0]);
   dispatch_floating(features[0].scalar_type(), op, [&](auto tag) {
     using T = typename decltype(tag)::type;
-    backward(Operands<T>(op, in, s, device.stream), grad_fused, grad_pairs, grad_features, grads, device.stream);
+    backward(Operands<T>(op, in, s, device.stream), grad_fused, grad_pairs, grads, device.stream);
   });
-  return {grad_features, grads.row_weight, grads.row_bias, grads.pair_weight, grads.pair_bias};
+  return grads.in_order();
 }
 
 }  // namespace

@@ -106,6 +106,21 @@ MSACORE_INLINE double sum_of(const A* __restrict__ values, int64_t count) {
   return total;
 }
 
+// s[0 … count) = Σ_p weight[c, p] · local[p] + bias[c] over the present pairs, before the activation.
+template <typename A>
+MSACORE_INLINE void mix_pairs(const Mix<A>& mix, int64_t c, const bool* present, const A* __restrict__ local,
+                              int64_t count, A* __restrict__ s) {
+#pragma omp simd
+  for (int64_t j = 0; j < count; ++j) s[j] = mix.bias[c];
+  for (int64_t p = 0; p < mix.pairs; ++p) {
+    if (!present[p]) continue;
+    const A* __restrict__ r = local + p * kMaxStep;
+    const A v = mix.weight[c * mix.pairs + p];
+#pragma omp simd
+    for (int64_t j = 0; j < count; ++j) s[j] += v * r[j];
+  }
+}
+
 // From pre-activations (without c) to the column means of χ_p R_p, pair_mean[p · mean_stride + i], and of S,
 // fused_mean[c · mean_stride + i], for rows begin … end. `local` holds P · kMaxStep numbers.
 template <Activation kAct, typename A>
@@ -130,15 +145,7 @@ MSACORE_SIMD void forward_rows(const Rows<const A> rows, const Mix<A> mix, const
       }
       for (int64_t c = 0; c < mix.channels; ++c) {
         A s[kMaxStep];
-#pragma omp simd
-        for (int64_t j = 0; j < w; ++j) s[j] = mix.bias[c];
-        for (int64_t p = 0; p < mix.pairs; ++p) {
-          if (!rows.present[p]) continue;
-          const A* __restrict__ r = local + p * kMaxStep;
-          const A v = mix.weight[c * mix.pairs + p];
-#pragma omp simd
-          for (int64_t j = 0; j < w; ++j) s[j] += v * r[j];
-        }
+        mix_pairs(mix, c, rows.present, local, w, s);
 #pragma omp simd
         for (int64_t j = 0; j < w; ++j) s[j] = activate<kAct>(s[j]);
         fused_mean[c * mean_stride + i] += static_cast<A>(sum_of(s, w));
@@ -182,15 +189,7 @@ MSACORE_SIMD void backward_rows(const Rows<A> rows, const Mix<A> mix, const A* _
       }
       for (int64_t c = 0; c < mix.channels; ++c) {
         A s[kMaxStep];
-#pragma omp simd
-        for (int64_t j = 0; j < w; ++j) s[j] = mix.bias[c];
-        for (int64_t p = 0; p < mix.pairs; ++p) {
-          if (!rows.present[p]) continue;
-          const A* __restrict__ r = local + p * kMaxStep;
-          const A v = mix.weight[c * mix.pairs + p];
-#pragma omp simd
-          for (int64_t j = 0; j < w; ++j) s[j] += v * r[j];
-        }
+        mix_pairs(mix, c, rows.present, local, w, s);
         const A grad = share * grad_fused[c * mean_stride + i];
 #pragma omp simd
         for (int64_t j = 0; j < w; ++j) s[j] = through<kAct>(grad, s[j]);
