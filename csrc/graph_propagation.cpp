@@ -10,7 +10,7 @@
 
 #include "common/dispatch.h"
 #include "common/simd.h"
-#include "propagation.h"
+#include "graph_propagation.h"
 
 namespace msacore::propagation {
 namespace {
@@ -157,8 +157,7 @@ struct Input {
   }
 };
 
-// The graphs of the half-steps h ← (1-α) A h + α x, in order; an operator's graphs come more than once.
-using HalfSteps = std::vector<const Input*>;
+using HalfSteps = HalfStepsOf<Input>;
 
 Tensor accumulation_copy(const Tensor& t) {
   return torch::stable::contiguous(torch::stable::to(t, acc_dtype(t.scalar_type())));
@@ -273,36 +272,6 @@ std::tuple<Tensor, Tensor> graph_propagate_backward_cpu(const Tensor& grad_out, 
   return {grads[0], grads[1]};
 }
 
-// The three graphs of the alternation and their order; without `first_intra` the first step uses `intra` too.
-struct Alternation {
-  Input intra, inter;
-  std::optional<Input> first;
-
-  Alternation(const char* op, const Tensor& x, const Graph& intra_, const Graph& inter_,
-              const std::optional<Graph>& first_)
-      : intra(op, "intra_", x, intra_), inter(op, "inter_", x, inter_) {
-    if (first_) first.emplace(op, "first_intra_", x, *first_);
-  }
-
-  HalfSteps half_steps(int64_t steps) const {
-    HalfSteps out;
-    for (int64_t k = 0; k < steps; ++k) {
-      out.push_back(k == 0 && first ? &*first : &intra);
-      out.push_back(&inter);
-    }
-    return out;
-  }
-};
-
-std::optional<Graph> first_graph(const char* op, const std::optional<Tensor>& rowptr, const std::optional<Tensor>& col,
-                                 const std::optional<Tensor>& weight) {
-  check(rowptr.has_value() == col.has_value() && (rowptr || !weight), op,
-        "expected `first_intra_rowptr` and `first_intra_col` together or not at all, got one of them");
-  return rowptr ? std::optional<Graph>(Graph{*rowptr, *col, weight}) : std::nullopt;
-}
-
-using OptionalTensor = std::optional<Tensor>;
-
 Tensor alternating_graph_propagate_cpu(const Tensor& x, const Tensor& intra_rowptr, const Tensor& intra_col,
                                        const OptionalTensor& intra_weight, const Tensor& inter_rowptr,
                                        const Tensor& inter_col, const OptionalTensor& inter_weight,
@@ -310,9 +279,10 @@ Tensor alternating_graph_propagate_cpu(const Tensor& x, const Tensor& intra_rowp
                                        const OptionalTensor& first_weight, int64_t steps, double alpha) {
   constexpr const char* op = "alternating_graph_propagate";
   check_steps(op, steps, alpha);
-  const Alternation graphs(op, x, {intra_rowptr, intra_col, intra_weight}, {inter_rowptr, inter_col, inter_weight},
-                           first_graph(op, first_rowptr, first_col, first_weight));
-  return forward(op, x, graphs.half_steps(steps), alpha);
+  const AlternationOf<Input> alternation(op, x, {intra_rowptr, intra_col, intra_weight},
+                                         {inter_rowptr, inter_col, inter_weight}, first_rowptr, first_col,
+                                         first_weight);
+  return forward(op, x, alternation.half_steps(steps), alpha);
 }
 
 std::tuple<Tensor, Tensor, Tensor, Tensor> alternating_graph_propagate_backward_cpu(
@@ -322,12 +292,12 @@ std::tuple<Tensor, Tensor, Tensor, Tensor> alternating_graph_propagate_backward_
     const OptionalTensor& first_weight, int64_t steps, double alpha, bool weight_grad) {
   constexpr const char* op = "alternating_graph_propagate_backward";
   check_steps(op, steps, alpha);
-  const Alternation graphs(op, x, {intra_rowptr, intra_col, intra_weight}, {inter_rowptr, inter_col, inter_weight},
-                           first_graph(op, first_rowptr, first_col, first_weight));
-  std::vector<const Input*> given{&graphs.intra, &graphs.inter};
-  if (graphs.first) given.push_back(&*graphs.first);
-  std::vector<Tensor> grads = backward(op, grad_out, x, given, graphs.half_steps(steps), alpha, weight_grad);
-  if (!graphs.first) grads.push_back(torch::stable::new_empty(x, {0}));
+  const AlternationOf<Input> alternation(op, x, {intra_rowptr, intra_col, intra_weight},
+                                         {inter_rowptr, inter_col, inter_weight}, first_rowptr, first_col,
+                                         first_weight);
+  std::vector<Tensor> grads =
+      backward(op, grad_out, x, alternation.graphs(), alternation.half_steps(steps), alpha, weight_grad);
+  if (!alternation.first) grads.push_back(torch::stable::new_empty(x, {0}));
   return {grads[0], grads[1], grads[2], grads[3]};
 }
 

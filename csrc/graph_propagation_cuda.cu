@@ -1,9 +1,11 @@
 // Propagation over CSR graphs on CUDA: checks, workspace and launches.
+#include <map>
 #include <tuple>
+#include <vector>
 
 #include "common/cuda.cuh"
 #include "common/sort.cuh"
-#include "propagation.h"
+#include "graph_propagation.h"
 #include "graph_propagation_kernels.cuh"
 
 namespace msacore::propagation {
@@ -53,11 +55,24 @@ void edge_dots(const Csr<T>& graph, const In* grad, const State* h, acc_t<T>* we
          weight_sum, width, lanes, 1 - alpha);
 }
 
-Graph contiguous(const Graph& graph) {
-  Graph out{torch::stable::contiguous(graph.rowptr), torch::stable::contiguous(graph.col), std::nullopt};
-  if (graph.weight) out.weight = torch::stable::contiguous(*graph.weight);
-  return out;
-}
+// A graph argument, checked and contiguous.
+struct Input {
+  GraphSizes sizes;
+  Graph graph;
+
+  Input(const char* op, const std::string& prefix, const Tensor& x, const Graph& given)
+      : sizes(check_graph(op, x, given, prefix)),
+        graph{torch::stable::contiguous(given.rowptr), torch::stable::contiguous(given.col), std::nullopt} {
+    if (given.weight) graph.weight = torch::stable::contiguous(*given.weight);
+  }
+
+  template <typename T>
+  Csr<T> csr() const {
+    return csr_of<T>(graph, sizes);
+  }
+};
+
+using HalfSteps = HalfStepsOf<Input>;
 
 // Aᵀ, so that gradients gather too. The stable sort keeps the edges of a source in their order: always the same sums.
 template <typename T>
@@ -79,115 +94,174 @@ Tensor states_like(const Tensor& x, int64_t count, const GraphSizes& s) {
 }
 
 template <typename T>
-void forward(const Graph& graph, const T* x, Tensor& out, const GraphSizes& s, int64_t steps, acc_t<T> alpha,
-             cudaStream_t stream) {
+void forward(const HalfSteps& half_steps, const T* x, Tensor& out, acc_t<T> alpha, cudaStream_t stream) {
   using A = acc_t<T>;
+  const GraphSizes& s = half_steps[0]->sizes;
+  const int64_t steps = static_cast<int64_t>(half_steps.size());
   T* result = out.mutable_data_ptr<T>();
-  const Csr<T> csr = csr_of<T>(graph, s);
-  if (steps == 0) return convert(x, result, s.nodes * s.width, stream);
-  if (steps == 1) return step(csr, x, x, result, s.width, alpha, stream);
+  const auto graph = [&](int64_t k) { return half_steps[k]->template csr<T>(); };
+  if (steps == 1) return step(graph(0), x, x, result, s.width, alpha, stream);
   Tensor states = states_like<T>(out, std::min<int64_t>(steps - 1, 2), s);
   const auto state = [&](int64_t k) { return states.mutable_data_ptr<A>() + k % 2 * s.nodes * s.width; };
-  step(csr, x, x, state(0), s.width, alpha, stream);
+  step(graph(0), x, x, state(0), s.width, alpha, stream);
   for (int64_t k = 1; k < steps - 1; ++k) {
-    step(csr, static_cast<const A*>(state(k - 1)), x, state(k), s.width, alpha, stream);
+    step(graph(k), static_cast<const A*>(state(k - 1)), x, state(k), s.width, alpha, stream);
   }
-  step(csr, static_cast<const A*>(state(steps - 2)), x, result, s.width, alpha, stream);
+  step(graph(steps - 1), static_cast<const A*>(state(steps - 2)), x, result, s.width, alpha, stream);
 }
 
-Tensor graph_propagate_cuda(const Tensor& x_, const Tensor& rowptr, const Tensor& col,
-                            const std::optional<Tensor>& weight, int64_t steps, double alpha) {
-  constexpr const char* op = "graph_propagate";
-  check_steps(op, steps, alpha);
-  const GraphSizes s = check_graph(op, x_, {rowptr, col, weight});
+Tensor forward(const char* op, const Tensor& x_, const HalfSteps& half_steps, double alpha) {
+  if (half_steps.empty()) return torch::stable::clone(torch::stable::contiguous(x_));
   const OnDeviceOf device(x_);
   const Tensor x = torch::stable::contiguous(x_);
-  const Graph graph = contiguous({rowptr, col, weight});
-  Tensor out = torch::stable::new_empty(x, {s.nodes, s.width});
+  Tensor out = torch::stable::new_empty(x, {x.size(0), x.size(1)});
   if (out.numel() == 0) return out;
   dispatch_floating(x.scalar_type(), op, [&](auto tag) {
     using T = typename decltype(tag)::type;
-    forward<T>(graph, x.const_data_ptr<T>(), out, s, steps, static_cast<acc_t<T>>(alpha), device.stream);
+    forward<T>(half_steps, x.const_data_ptr<T>(), out, static_cast<acc_t<T>>(alpha), device.stream);
   });
   return out;
 }
 
-// The formulas are those of the CPU operator (graph_propagation.cpp). The states that the edge weights need are
-// computed again.
+// What the backward half-steps share of a graph: Aᵀ, and where its weights' gradients add up (null: not wanted).
 template <typename T>
-void backward(const T* grad_out, const Graph& graph, const T* x, Tensor& grad_x, Tensor& grad_weight,
-              const GraphSizes& s, int64_t steps, acc_t<T> alpha, cudaStream_t stream) {
-  using A = acc_t<T>;
-  const int64_t count = s.nodes * s.width;
-  const Csr<T> csr = csr_of<T>(graph, s);
-  const bool weighted = grad_weight.numel() > 0;
-  T* result = grad_x.mutable_data_ptr<T>();
-  if (steps == 0) {
-    convert(grad_out, result, count, stream);
-    if (weighted) torch::stable::zero_(grad_weight);
-    return;
+struct Adjoint {
+  Graph transposed;
+  Tensor weight_sum;
+
+  Adjoint(const Input& input, const Tensor& grad_weight, cudaStream_t stream)
+      : transposed(transpose<T>(input.graph, input.sizes, stream)),
+        weight_sum(torch::stable::new_zeros(grad_weight, {grad_weight.numel()}, acc_dtype(grad_weight.scalar_type()))) {
   }
-  Tensor states = states_like<T>(grad_x, weighted ? steps - 1 : 0, s);
-  Tensor weight_sum = torch::stable::new_zeros(grad_x, {grad_weight.numel()}, acc_dtype(grad_x.scalar_type()));
+  acc_t<T>* dots() { return weight_sum.numel() > 0 ? weight_sum.mutable_data_ptr<acc_t<T>>() : nullptr; }
+};
+
+// The formulas are those of the CPU operator (graph_propagation.cpp). The states that the edge weights need are
+// computed again. grads: those of x, then of the weights of every graph, empty where not wanted.
+template <typename T>
+void backward(const T* grad_out, const std::vector<const Input*>& graphs, const HalfSteps& half_steps, const T* x,
+              std::vector<Tensor>& grads, acc_t<T> alpha, cudaStream_t stream) {
+  using A = acc_t<T>;
+  const GraphSizes& s = half_steps[0]->sizes;
+  const int64_t count = s.nodes * s.width, steps = static_cast<int64_t>(half_steps.size());
+  const auto graph = [&](int64_t k) { return half_steps[k]->template csr<T>(); };
+  std::map<const Input*, Adjoint<T>> adjoints;
+  bool weighted = false;
+  for (size_t g = 0; g < graphs.size(); ++g) {
+    adjoints.try_emplace(graphs[g], *graphs[g], grads[g + 1], stream);
+    weighted = weighted || grads[g + 1].numel() > 0;
+  }
+  Tensor states = states_like<T>(grads[0], weighted ? steps - 1 : 0, s);
   const auto state = [&](int64_t k) { return states.mutable_data_ptr<A>() + (k - 1) * count; };  // k ≥ 1; x is state 0
   for (int64_t k = 1; weighted && k < steps; ++k) {
-    k == 1 ? step(csr, x, x, state(1), s.width, alpha, stream)
-           : step(csr, static_cast<const A*>(state(k - 1)), x, state(k), s.width, alpha, stream);
+    k == 1 ? step(graph(0), x, x, state(1), s.width, alpha, stream)
+           : step(graph(k - 1), static_cast<const A*>(state(k - 1)), x, state(k), s.width, alpha, stream);
   }
-  const Graph transposed_graph = transpose<T>(graph, s, stream);
-  const Csr<T> transposed = csr_of<T>(transposed_graph, s);
-  Tensor workspace = states_like<T>(grad_x, steps > 1 ? 3 : 0, s);
+  Tensor workspace = states_like<T>(grads[0], steps > 1 ? 3 : 0, s);
   A* const sum = workspace.mutable_data_ptr<A>();
   A* const sums[2] = {sum + count, sum + 2 * count};
 
   // `grad` is Λ_k+1: of type T in the first step only, as is the state of k = 0.
   const auto one_step = [&](const auto* grad, int64_t k) {
-    A* const dots = weight_sum.mutable_data_ptr<A>();
-    if (weighted && k == 0) edge_dots(csr, grad, x, dots, s.width, alpha, stream);
-    if (weighted && k > 0) edge_dots(csr, grad, static_cast<const A*>(state(k)), dots, s.width, alpha, stream);
+    Adjoint<T>& adjoint = adjoints.at(half_steps[k]);
+    A* const dots = adjoint.dots();
+    if (dots && k == 0) edge_dots(graph(0), grad, x, dots, s.width, alpha, stream);
+    if (dots && k > 0) edge_dots(graph(k), grad, static_cast<const A*>(state(k)), dots, s.width, alpha, stream);
     const A* before = k == steps - 1 ? nullptr : sum;
+    const Csr<T> transposed = csr_of<T>(adjoint.transposed, half_steps[k]->sizes);
     if (k == 0) {
-      backward_step(transposed, grad, before, result, static_cast<A*>(nullptr), s.width, alpha, true, stream);
+      backward_step(transposed, grad, before, grads[0].mutable_data_ptr<T>(), static_cast<A*>(nullptr), s.width, alpha,
+                    true, stream);
     } else {
       backward_step(transposed, grad, before, sum, sums[k % 2], s.width, alpha, false, stream);
     }
   };
   one_step(grad_out, steps - 1);
   for (int64_t k = steps - 2; k >= 0; --k) one_step(static_cast<const A*>(sums[(k + 1) % 2]), k);
-  if (weighted) convert(weight_sum.const_data_ptr<A>(), grad_weight.mutable_data_ptr<T>(), s.edges, stream);
+  for (size_t g = 0; g < graphs.size(); ++g) {
+    convert(static_cast<const A*>(adjoints.at(graphs[g]).dots()), grads[g + 1].mutable_data_ptr<T>(),
+            grads[g + 1].numel(), stream);
+  }
 }
 
-std::tuple<Tensor, Tensor> graph_propagate_backward_cuda(const Tensor& grad_out_, const Tensor& x_,
-                                                         const Tensor& rowptr, const Tensor& col,
-                                                         const std::optional<Tensor>& weight, int64_t steps,
-                                                         double alpha, bool weight_grad) {
-  constexpr const char* op = "graph_propagate_backward";
-  check_steps(op, steps, alpha);
-  const GraphSizes s = check_graph(op, x_, {rowptr, col, weight});
-  check_shape(grad_out_, op, "grad_out", {s.nodes, s.width}, "[n, d]");
+std::vector<Tensor> backward(const char* op, const Tensor& grad_out_, const Tensor& x_,
+                             const std::vector<const Input*>& graphs, const HalfSteps& half_steps, double alpha,
+                             bool weight_grad) {
+  check_shape(grad_out_, op, "grad_out", {x_.size(0), x_.size(1)}, "[n, d]");
   check_dtype(grad_out_, op, "grad_out", x_.scalar_type());
   check_device(grad_out_, op, "grad_out", x_);
   const OnDeviceOf device(x_);
   const Tensor x = torch::stable::contiguous(x_), grad_out = torch::stable::contiguous(grad_out_);
-  const Graph graph = contiguous({rowptr, col, weight});
-  Tensor grad_x = torch::stable::new_empty(x, {s.nodes, s.width});
-  Tensor grad_weight = torch::stable::new_empty(x, {weight && weight_grad ? s.edges : 0});
-  if (grad_x.numel() == 0) {
-    if (weight_grad) torch::stable::zero_(grad_weight);
-    return {grad_x, grad_weight};
+  const bool moves = !half_steps.empty() && x.numel() > 0;
+  std::vector<Tensor> grads{moves ? torch::stable::new_empty(x, {x.size(0), x.size(1)})
+                                  : torch::stable::clone(grad_out)};
+  for (const Input* input : graphs) {
+    const int64_t size = weight_grad && input->graph.weight ? input->sizes.edges : 0;
+    grads.push_back(moves ? torch::stable::new_empty(x, {size}) : torch::stable::new_zeros(x, {size}));
   }
+  if (!moves) return grads;
   dispatch_floating(x.scalar_type(), op, [&](auto tag) {
     using T = typename decltype(tag)::type;
-    backward<T>(grad_out.const_data_ptr<T>(), graph, x.const_data_ptr<T>(), grad_x, grad_weight, s, steps,
+    backward<T>(grad_out.const_data_ptr<T>(), graphs, half_steps, x.const_data_ptr<T>(), grads,
                 static_cast<acc_t<T>>(alpha), device.stream);
   });
-  return {grad_x, grad_weight};
+  return grads;
+}
+
+Tensor graph_propagate_cuda(const Tensor& x, const Tensor& rowptr, const Tensor& col,
+                            const std::optional<Tensor>& weight, int64_t steps, double alpha) {
+  constexpr const char* op = "graph_propagate";
+  check_steps(op, steps, alpha);
+  const Input graph(op, "", x, {rowptr, col, weight});
+  return forward(op, x, HalfSteps(steps, &graph), alpha);
+}
+
+std::tuple<Tensor, Tensor> graph_propagate_backward_cuda(const Tensor& grad_out, const Tensor& x, const Tensor& rowptr,
+                                                         const Tensor& col, const std::optional<Tensor>& weight,
+                                                         int64_t steps, double alpha, bool weight_grad) {
+  constexpr const char* op = "graph_propagate_backward";
+  check_steps(op, steps, alpha);
+  const Input graph(op, "", x, {rowptr, col, weight});
+  const std::vector<Tensor> grads = backward(op, grad_out, x, {&graph}, HalfSteps(steps, &graph), alpha, weight_grad);
+  return {grads[0], grads[1]};
+}
+
+Tensor alternating_graph_propagate_cuda(const Tensor& x, const Tensor& intra_rowptr, const Tensor& intra_col,
+                                        const OptionalTensor& intra_weight, const Tensor& inter_rowptr,
+                                        const Tensor& inter_col, const OptionalTensor& inter_weight,
+                                        const OptionalTensor& first_rowptr, const OptionalTensor& first_col,
+                                        const OptionalTensor& first_weight, int64_t steps, double alpha) {
+  constexpr const char* op = "alternating_graph_propagate";
+  check_steps(op, steps, alpha);
+  const AlternationOf<Input> alternation(op, x, {intra_rowptr, intra_col, intra_weight},
+                                         {inter_rowptr, inter_col, inter_weight}, first_rowptr, first_col,
+                                         first_weight);
+  return forward(op, x, alternation.half_steps(steps), alpha);
+}
+
+std::tuple<Tensor, Tensor, Tensor, Tensor> alternating_graph_propagate_backward_cuda(
+    const Tensor& grad_out, const Tensor& x, const Tensor& intra_rowptr, const Tensor& intra_col,
+    const OptionalTensor& intra_weight, const Tensor& inter_rowptr, const Tensor& inter_col,
+    const OptionalTensor& inter_weight, const OptionalTensor& first_rowptr, const OptionalTensor& first_col,
+    const OptionalTensor& first_weight, int64_t steps, double alpha, bool weight_grad) {
+  constexpr const char* op = "alternating_graph_propagate_backward";
+  check_steps(op, steps, alpha);
+  const AlternationOf<Input> alternation(op, x, {intra_rowptr, intra_col, intra_weight},
+                                         {inter_rowptr, inter_col, inter_weight}, first_rowptr, first_col,
+                                         first_weight);
+  std::vector<Tensor> grads =
+      backward(op, grad_out, x, alternation.graphs(), alternation.half_steps(steps), alpha, weight_grad);
+  if (!alternation.first) grads.push_back(torch::stable::new_empty(x, {0}));
+  return {grads[0], grads[1], grads[2], grads[3]};
 }
 
 }  // namespace
 }  // namespace msacore::propagation
 
 MSACORE_CUDA_LIBRARY(m) {
-  m.impl("graph_propagate", TORCH_BOX(&msacore::propagation::graph_propagate_cuda));
-  m.impl("graph_propagate_backward", TORCH_BOX(&msacore::propagation::graph_propagate_backward_cuda));
+  using namespace msacore::propagation;
+  m.impl("graph_propagate", TORCH_BOX(&graph_propagate_cuda));
+  m.impl("graph_propagate_backward", TORCH_BOX(&graph_propagate_backward_cuda));
+  m.impl("alternating_graph_propagate", TORCH_BOX(&alternating_graph_propagate_cuda));
+  m.impl("alternating_graph_propagate_backward", TORCH_BOX(&alternating_graph_propagate_backward_cuda));
 }

@@ -39,7 +39,8 @@ __device__ __forceinline__ Vector<acc_t<T>, V> gather(const Csr<T>& graph, int64
   return sum;
 }
 
-// out = keep · A h + alpha · x, all [nodes, width]
+// out = keep · A h + alpha · x, all [nodes, width]; α = 0 drops the term rather than multiply by it: then a node that
+// sends to nobody is not read at all.
 template <int V, typename T, typename In, typename Out>
 __global__ void __launch_bounds__(kGraphThreads, 4)
     step_kernel(Csr<T> graph, const In* __restrict__ h, const T* __restrict__ x, Out* __restrict__ out, int64_t width,
@@ -47,7 +48,8 @@ __global__ void __launch_bounds__(kGraphThreads, 4)
   for (int64_t row = lanes.first_row(); row < graph.nodes; row += lanes.next_row()) {
     for (int64_t c = lanes.lane() * V; c < width; c += lanes.count() * V) {
       const auto sum = gather<V>(graph, row, h, width, c);
-      const auto own = load<V>(x + row * width + c);
+      Vector<T, V> own{};
+      if (alpha != 0) own = load<V>(x + row * width + c);
       Vector<Out, V> result;
 #pragma unroll
       for (int i = 0; i < V; ++i) {
@@ -59,7 +61,8 @@ __global__ void __launch_bounds__(kGraphThreads, 4)
 }
 
 // next = keep · Aᵀ grad and sum += share · next, where sum starts as alpha · grad (null `sum_before`). The last step
-// (Out = T) writes only the sum: it is grad_x. All [nodes, width]; `graph` is Aᵀ.
+// (Out = T, share 1) writes only the sum: it is grad_x. All [nodes, width]; `graph` is Aᵀ. Terms of factor 0 are
+// dropped, not added.
 template <int V, typename T, typename In, typename Out>
 __global__ void __launch_bounds__(kGraphThreads, 4)
     backward_step_kernel(Csr<T> graph, const In* __restrict__ grad, const acc_t<T>* sum_before, Out* sum,
@@ -72,13 +75,14 @@ __global__ void __launch_bounds__(kGraphThreads, 4)
       const auto gathered = gather<V>(graph, row, grad, width, c);
       Vector<A, V> before{}, moved;
       if (sum_before) before = load<V>(sum_before + at);
-      const auto own = load<V>(grad + at);
+      Vector<In, V> own{};
+      if (!sum_before && alpha != 0) own = load<V>(grad + at);
       Vector<Out, V> total;
 #pragma unroll
       for (int i = 0; i < V; ++i) {
         moved.at[i] = keep * gathered.at[i];
         const A start = sum_before ? before.at[i] : alpha * static_cast<A>(own.at[i]);
-        total.at[i] = static_cast<Out>(start + share * moved.at[i]);
+        total.at[i] = static_cast<Out>(share != 0 ? start + share * moved.at[i] : start);
       }
       store(sum + at, total);
       if (next) store(next + at, moved);

@@ -6,7 +6,7 @@ import torch
 
 import msacore
 from msacore import reference
-from tests.opcase import BadInput, OpCase, Sample
+from tests.opcase import Arguments, BadInput, OpCase, Sample
 
 
 def random_csr(
@@ -43,6 +43,7 @@ def _graph_samples(device: torch.device, dtype: torch.dtype) -> list[Sample]:
             ("no nodes", (0, 3, 0), dict(steps=1)),
             ("no width", (4, 0, 6), dict(steps=1)),
             ("no steps", (5, 2, 8), dict(steps=0, alpha=0.3)),
+            ("unheard nodes", (9, 4, 6), dict(steps=3)),
             ("large", (300, 67, 2500), dict(steps=4, alpha=0.2)),
         ]
     ]
@@ -74,9 +75,20 @@ def _alternating_samples(device: torch.device, dtype: torch.dtype) -> list[Sampl
             ("no weights", (5, 3, 8), dict(steps=1, weighted=False)),
             ("no nodes", (0, 3, 0), dict(steps=1)),
             ("no steps", (5, 2, 8), dict(steps=0, first=True)),
+            ("unheard nodes", (8, 4, 5), dict(steps=2, alpha=0.0, first=True)),
             ("large", (200, 67, 900), dict(steps=3, alpha=0.2, first=True)),
         ]
     ]
+
+
+def _unheard(arguments: Arguments) -> list[tuple[tuple[Any, ...], torch.Tensor]]:
+    """Without an own share (alpha 0) nobody reads a node that sends to nobody in the first half-step."""
+    x, alternates = arguments["x"], "intra" in arguments
+    if arguments.get("alpha", 0.1 if alternates else 0.0) != 0 or arguments.get("steps", 1) == 0:
+        return []
+    col = (arguments.get("first_intra") or arguments["intra"])[1] if alternates else arguments["col"]
+    mask = torch.ones(len(x), dtype=torch.bool, device=x.device).index_fill(0, col, False)
+    return [(("x",), mask[:, None].expand_as(x))]
 
 
 def changed(**changes: Any) -> Any:
@@ -136,6 +148,7 @@ CASES = [
         samples=_graph_samples,
         gradients=("x", "weight"),
         bad_inputs=GRAPH_BAD_INPUTS,
+        hidden=_unheard,
     ),
     OpCase(
         name="alternating_graph_propagate",
@@ -144,5 +157,6 @@ CASES = [
         samples=_alternating_samples,
         gradients=("x", "intra", "inter", "first_intra"),
         bad_inputs=ALTERNATING_BAD_INPUTS,
+        hidden=_unheard,
     ),
 ]
