@@ -27,8 +27,8 @@ def eager_autograd(
 ) -> Callable[..., Any]:
     """Wrap an operator so that eager calls take a short way to the same autograd formula as ``register_autograd``.
 
-    For operators on lists of tensors the registered formula costs more host time than small inputs need to compute.
-    Compilers and direct calls of the operator keep using the registered one.
+    The registered formula costs more host time than small inputs need to compute. Compilers, function transforms,
+    autocast and direct calls of the operator keep using the registered one.
     """
 
     def nest(flat: Sequence[Any], sizes: Sequence[int | None]) -> list[Any]:
@@ -39,22 +39,37 @@ def eager_autograd(
         return [t for item in nested for t in (item if isinstance(item, (list, tuple)) else [item])]
 
     class Eager(torch.autograd.Function):
-        # The older form of forward: torch inspects the signature of the newer one on every call.
+        # The older form of forward: torch inspects the signature of the newer one on every call. What is no tensor
+        # comes last, so that `ctx.needs_input_grad` counts as it does in the registered formula.
         @staticmethod
-        def forward(ctx: Any, sizes: Any, options: Any, *flat: Any) -> Any:
-            arguments = nest(flat, sizes)
-            output = op(*arguments, **options)
+        def forward(ctx: Any, *inputs: Any) -> Any:
+            *flat, sizes, options = inputs
+            arguments = nest(flat, sizes) if sizes else flat
+            with torch._C._AutoDispatchBelowAutograd():
+                output = op(*arguments, **options)
             setup_context(ctx, arguments, options, output) if options else setup_context(ctx, arguments, output)
             return output
 
         @staticmethod
         def backward(ctx: Any, *grads: Any) -> tuple[Any, ...]:
-            return None, None, *flatten(backward(ctx, *grads))
+            if torch.is_grad_enabled():  # create_graph=True: the registered formula refuses the second derivative
+                return *flatten(backward(ctx, *grads)), None, None
+            with torch._C._AutoDispatchBelowAutograd():
+                return *flatten(backward(ctx, *grads)), None, None
 
-    def call(*arguments: list[Tensor] | Tensor | None, **options: Any) -> Any:
-        if torch.compiler.is_compiling() or not torch.is_grad_enabled():
+    def call(*arguments: Any, **options: Any) -> Any:
+        if (
+            torch.compiler.is_compiling()
+            or torch._C._is_any_autocast_enabled()
+            or torch._C._are_functorch_transforms_active()
+        ):
             return op(*arguments, **options)
+        if not torch.is_grad_enabled():
+            with torch._C._AutoDispatchBelowAutograd():
+                return op(*arguments, **options)
+        if not any(isinstance(a, list) for a in arguments):
+            return Eager.apply(*arguments, None, options)
         sizes = [len(a) if isinstance(a, list) else None for a in arguments]
-        return Eager.apply(sizes, options, *flatten(arguments))
+        return Eager.apply(*flatten(arguments), sizes, options)
 
     return call

@@ -5,7 +5,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from msacore.ops._autograd import refuse_second_derivative
+from msacore.ops._autograd import eager_autograd, refuse_second_derivative
 from msacore.ops._check import check_device, check_dtype, check_floating, check_shape, fail
 from msacore.ops.propagation import check_steps
 
@@ -71,6 +71,7 @@ def _backward(ctx: Any, grad_out: Tensor) -> tuple[Tensor | None, ...]:
 
 torch.library.register_autograd("msacore::graph_propagate", _backward, setup_context=_setup_context)
 refuse_second_derivative("graph_propagate_backward")
+_eager = eager_autograd(_graph_propagate, _setup_context, _backward)
 
 # Positions of the weights among the arguments of the alternation.
 _WEIGHTS = (3, 6, 9)
@@ -117,6 +118,7 @@ torch.library.register_autograd(
     "msacore::alternating_graph_propagate", _alternating_backward, setup_context=_setup_context
 )
 refuse_second_derivative("alternating_graph_propagate_backward")
+_eager_alternating = eager_autograd(_alternating_graph_propagate, _setup_context, _alternating_backward)
 
 Csr = tuple[Tensor, Tensor, Tensor | None]
 
@@ -153,7 +155,7 @@ def graph_propagate(
                 [0., 0., 0.],
                 [1., 0., 0.]])
     """
-    return _graph_propagate(x, rowptr, col, weight, steps=steps, alpha=alpha)
+    return _eager(x, rowptr, col, weight, steps=steps, alpha=alpha)
 
 
 def alternating_graph_propagate(
@@ -197,4 +199,4 @@ def alternating_graph_propagate(
                 "alternating_graph_propagate", f"expected `{name}` to be (rowptr, col, weight), got {len(graph)} items"
             )
         graphs += graph
-    return _alternating_graph_propagate(x, *graphs, steps=steps, alpha=alpha)
+    return _eager_alternating(x, *graphs, steps=steps, alpha=alpha)

@@ -7,7 +7,7 @@ import torch
 from torch import Tensor
 
 from msacore.ops._autocast import compute_in_float32
-from msacore.ops._autograd import refuse_second_derivative
+from msacore.ops._autograd import eager_autograd, refuse_second_derivative
 from msacore.ops._check import check_device, check_dtype, check_floating, check_shape, fail
 from msacore.ops.contrastive import check_temperature, loss_dtype
 
@@ -127,24 +127,7 @@ def _backward(ctx: Any, grad_loss: Tensor | None, grad_tiers: Tensor | None, _: 
 torch.library.register_autograd("msacore::hierarchical_contrastive_loss", _backward, setup_context=_setup_context)
 refuse_second_derivative("hierarchical_contrastive_loss_backward")
 compute_in_float32("hierarchical_contrastive_loss")
-
-
-class _EagerLoss(torch.autograd.Function):
-    """The same formula outside of the dispatcher, whose autograd support for lists of tensors costs more."""
-
-    @staticmethod
-    def forward(ctx: Any, modalities: int, available: Any, labels: Any, options: Any, *embeddings: Tensor) -> Any:
-        unimodal, fused, high_level = embeddings[:modalities], embeddings[modalities], embeddings[modalities + 1 :]
-        inputs = list(unimodal), fused, list(high_level), available, labels
-        with torch._C._AutoDispatchBelowAutograd():
-            output = _loss(*inputs, **options)
-        _setup_context(ctx, inputs, options, output)
-        return output
-
-    @staticmethod
-    def backward(ctx: Any, *grads: Any) -> tuple[Any, ...]:
-        unimodal, fused, high_level, _, _ = _backward(ctx, *grads)
-        return None, None, None, None, *unimodal, fused, *high_level
+_eager = eager_autograd(_loss, _setup_context, _backward)
 
 
 def hierarchical_contrastive_loss(
@@ -207,10 +190,5 @@ def hierarchical_contrastive_loss(
     intra_modal = tier1 == "intra_modal"
     options = dict(tier_weights=list(tier_weights), temperatures=list(temperatures), intra_modal=intra_modal)
     labels = labels if intra_modal else None
-    place = fused.device.type
-    autocast = torch.amp.is_autocast_available(place) and torch.is_autocast_enabled(place)
-    if torch.compiler.is_compiling() or autocast:
-        loss, tiers, _ = _loss(list(unimodal), fused, list(high_level), available, labels, **options)
-    else:
-        loss, tiers, _ = _EagerLoss.apply(len(unimodal), available, labels, options, *unimodal, fused, *high_level)
+    loss, tiers, _ = _eager(list(unimodal), fused, list(high_level), available, labels, **options)
     return (loss, tiers) if return_tiers else loss

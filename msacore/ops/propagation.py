@@ -5,7 +5,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from msacore.ops._autograd import refuse_second_derivative
+from msacore.ops._autograd import eager_autograd, refuse_second_derivative
 from msacore.ops._check import check_device, check_dtype, check_floating, check_shape, fail
 
 _propagate = torch.ops.msacore.propagate.default
@@ -113,6 +113,9 @@ for _fake, _op, _name in (
 torch.library.register_autograd("msacore::propagate", _propagate_gradient, setup_context=_save)
 torch.library.register_autograd("msacore::window_mean", _window_mean_gradient, setup_context=_save)
 torch.library.register_autograd("msacore::modality_mean", _modality_mean_gradient, setup_context=_save_positional)
+_eager_propagate = eager_autograd(_propagate, _save, _propagate_gradient)
+_eager_window_mean = eager_autograd(_window_mean, _save, _window_mean_gradient)
+_eager_modality_mean = eager_autograd(_modality_mean, _save_positional, _modality_mean_gradient)
 
 
 def _sides(op: str, window: tuple[int, int]) -> tuple[int, int]:
@@ -169,7 +172,7 @@ def propagate(
     past, future = _sides("propagate", window)
     if send not in SEND:
         fail("propagate", f'expected `send` to be "after_fill" or "never", got {send!r}')
-    return _propagate(x, offsets, available, past=past, future=future, steps=steps, alpha=alpha, send=SEND[send])
+    return _eager_propagate(x, offsets, available, past=past, future=future, steps=steps, alpha=alpha, send=SEND[send])
 
 
 def window_mean(
@@ -200,7 +203,7 @@ def window_mean(
         tensor([1.0000, 2.0000, 5.5000])
     """
     past, future = _sides("window_mean", window)
-    return _window_mean(h, offsets, senders, past=past, future=future)
+    return _eager_window_mean(h, offsets, senders, past=past, future=future)
 
 
 def modality_mean(h: Tensor, *, senders: Tensor | None = None) -> Tensor:
@@ -224,4 +227,4 @@ def modality_mean(h: Tensor, *, senders: Tensor | None = None) -> Tensor:
         >>> modality_mean(torch.tensor([[[2.0], [4.0], [8.0]]])).flatten()
         tensor([6., 5., 3.])
     """
-    return _modality_mean(h, senders)
+    return _eager_modality_mean(h, senders)

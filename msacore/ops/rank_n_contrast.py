@@ -5,7 +5,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from msacore.ops._autograd import refuse_second_derivative
+from msacore.ops._autograd import eager_autograd, refuse_second_derivative
 from msacore.ops._check import check_device, check_dtype, check_floating, check_shape, fail
 
 _rank_n_contrast = torch.ops.msacore.rank_n_contrast.default
@@ -49,6 +49,7 @@ def _backward(ctx: Any, grad_out: Tensor) -> tuple[Tensor | None, ...]:
 
 torch.library.register_autograd("msacore::rank_n_contrast", _backward, setup_context=_setup_context)
 refuse_second_derivative("rank_n_contrast_backward")
+_eager = eager_autograd(_rank_n_contrast, _setup_context, _backward)
 
 
 def rank_n_contrast(
@@ -83,4 +84,4 @@ def rank_n_contrast(
         >>> rank_n_contrast(embeddings, torch.tensor([-1.0, 0.0, 2.0]))
         tensor(0.2102)
     """
-    return _rank_n_contrast(embeddings, targets, mask, temperature=temperature)
+    return _eager(embeddings, targets, mask, temperature=temperature)
