@@ -4,7 +4,6 @@ from collections.abc import Callable, Sequence
 from typing import Any, NoReturn
 
 import torch
-from torch import Tensor
 
 
 def refuse_second_derivative(name: str) -> None:
