@@ -5,6 +5,7 @@
 
 #include <algorithm>
 #include <limits>
+#include <type_traits>
 #include <utility>
 #include <vector>
 
@@ -12,8 +13,7 @@
 
 namespace msacore::kcenter {
 
-constexpr int64_t kScanBlock = 4096;   // rows whose column sums are added in one go, whatever the thread count
-constexpr int64_t kPairGrain = 65536;  // multiply-adds a thread should have at least
+constexpr int64_t kScanBlock = 4096;  // rows whose column sums are added in one go, whatever the thread count
 constexpr double kLowest = -std::numeric_limits<double>::infinity();
 
 // 32-bit words of a row, for the checksum
@@ -44,23 +44,47 @@ inline uint64_t mix(uint64_t z) {
   return z ^ (z >> 31);
 }
 
+// Without their sign, the bits of floating-point numbers are ordered by magnitude: infinity and NaN above all others.
+template <typename T>
+MSACORE_INLINE double largest_magnitude(const T* x, int64_t d) {
+  using Bits = std::conditional_t<sizeof(T) == 2, int16_t, std::conditional_t<sizeof(T) == 4, int32_t, int64_t>>;
+  Bits largest = 0;
+#pragma omp simd reduction(max : largest)
+  for (int64_t j = 0; j < d; ++j) {
+    Bits bits;
+    std::memcpy(&bits, x + j, sizeof(T));
+    bits = static_cast<Bits>(bits & std::numeric_limits<Bits>::max());
+    largest = bits > largest ? bits : largest;
+  }
+  T value;
+  std::memcpy(&value, &largest, sizeof(T));
+  return static_cast<double>(value);
+}
+
+constexpr int64_t kTogether = 4;  // rows added before the column sums are read and written again
+
 // Column sums [d], checksum per row, largest magnitude and the first row that is not finite (or `end`).
 template <typename T>
 MSACORE_SIMD void scan_rows(const T* pool, int64_t begin, int64_t end, int64_t d, const uint32_t* key, double* sums,
                             int64_t* checksum, double* largest, int64_t* bad) {
-  for (int64_t i = begin; i < end; ++i) {
+  for (int64_t i = begin; i < end; i += kTogether) {
     const T* x = pool + i * d;
-    checksum[i] = static_cast<int64_t>(word_sum(x, key, d));
-    double row_largest = 0, zero = 0;
-#pragma omp simd reduction(max : row_largest) reduction(+ : zero)
-    for (int64_t j = 0; j < d; ++j) {
-      const double value = static_cast<double>(x[j]), size = value < 0 ? -value : value;
-      sums[j] += value;
-      row_largest = size > row_largest ? size : row_largest;
-      zero += value * 0;  // NaN as soon as one value is not finite
+    const int64_t rows = std::min(kTogether, end - i);
+    for (int64_t r = 0; r < rows; ++r) {
+      checksum[i + r] = static_cast<int64_t>(word_sum(x + r * d, key, d));
+      const double row_largest = largest_magnitude(x + r * d, d);
+      if (!(row_largest <= std::numeric_limits<double>::max()) && *bad == end) *bad = i + r;
+      *largest = std::max(*largest, row_largest);
     }
-    if (zero != 0 && *bad == end) *bad = i;
-    *largest = std::max(*largest, row_largest);
+    if (rows == kTogether) {
+#pragma omp simd
+      for (int64_t j = 0; j < d; ++j)
+        sums[j] += (static_cast<double>(x[j]) + static_cast<double>(x[d + j])) +
+                   (static_cast<double>(x[2 * d + j]) + static_cast<double>(x[3 * d + j]));
+    } else {
+      for (int64_t r = 0; r < rows; ++r)
+        for (int64_t j = 0; j < d; ++j) sums[j] += static_cast<double>(x[r * d + j]);
+    }
   }
 }
 
@@ -131,41 +155,49 @@ inline void rank(const double* score, int64_t n, int64_t count, int64_t* out) {
 
 // Plain greedy among candidates, for as long as the best of them precedes `bound`, which precedes or equals everything
 // outside. picks, scores [limit]: positions of the picks, then -1, and their scores.
+// Scores only fall, so one from earlier is an upper bound: a candidate takes in the picks it lacks only while it still
+// leads the others.
 template <typename T>
 void greedy(const T* candidates, const double* weight, const double* delta, const int64_t* index, int64_t m, int64_t d,
             Ranked bound, int64_t limit, int64_t metric, int64_t* picks, double* scores) {
   std::fill(picks, picks + limit, -1);
   std::fill(scores, scores + limit, kLowest);
   struct Candidate {
-    int64_t position;
-    double delta, score;
+    Ranked ranked;
+    double delta;
+    int64_t position, taken;  // how many of the picks `delta` knows
   };
-  std::vector<Candidate> alive;
-  for (int64_t i = 0; i < m; ++i) alive.push_back({i, delta[i], weight[i] * delta[i]});
-  const auto outside_first = [&](const Candidate& c) { return !precedes({c.score, index[c.position]}, bound); };
-  std::vector<double> center(d), distance(m);
-  const int64_t zero = 0;
-  for (int64_t made = 0; made < limit; ++made) {
-    // Scores only fall, so a candidate behind the bound is out of the round for good.
-    alive.erase(std::remove_if(alive.begin(), alive.end(), outside_first), alive.end());
-    if (alive.empty()) return;
-    const auto best = std::min_element(alive.begin(), alive.end(), [&](const Candidate& a, const Candidate& b) {
-      return precedes({a.score, index[a.position]}, {b.score, index[b.position]});
-    });
-    picks[made] = best->position;
-    scores[made] = best->score;
-    const T* picked = candidates + best->position * d;
-    for (int64_t j = 0; j < d; ++j) center[j] = static_cast<double>(picked[j]);
-    alive.erase(best);
-    const int64_t grain = std::max<int64_t>(1, kPairGrain / std::max<int64_t>(1, d));
-    torch::stable::parallel_for(0, static_cast<int64_t>(alive.size()), grain, [&](int64_t b, int64_t e) {
-      for (int64_t i = b; i < e; ++i) {
-        Candidate& c = alive[i];
-        exact_distances(candidates + c.position * d, center.data(), &zero, 1, d, metric, &distance[i]);
-        c.delta = std::min(c.delta, distance[i]);
-        c.score = weight[c.position] * c.delta;
-      }
-    });
+  const auto behind = [](const Candidate& a, const Candidate& b) { return precedes(b.ranked, a.ranked); };
+  std::vector<Candidate> heap;
+  for (int64_t i = 0; i < m; ++i)
+    if (const Ranked ranked{weight[i] * delta[i], index[i]}; precedes(ranked, bound))
+      heap.push_back({ranked, delta[i], i, 0});
+  std::make_heap(heap.begin(), heap.end(), behind);
+  std::vector<double> centers;
+  for (int64_t made = 0; made < limit && !heap.empty();) {
+    std::pop_heap(heap.begin(), heap.end(), behind);
+    Candidate& best = heap.back();
+    const T* row = candidates + best.position * d;
+    const auto leads = [&] {
+      return precedes(best.ranked, bound) && (heap.size() == 1 || precedes(best.ranked, heap.front().ranked));
+    };
+    for (; best.taken < made && leads(); ++best.taken) {
+      double distance;
+      exact_distances(row, centers.data(), &best.taken, 1, d, metric, &distance);
+      best.delta = std::min(best.delta, distance);
+      best.ranked.first = weight[best.position] * best.delta;
+    }
+    if (!precedes(best.ranked, bound)) {
+      heap.pop_back();
+    } else if (best.taken < made || !leads()) {
+      std::push_heap(heap.begin(), heap.end(), behind);
+    } else {
+      picks[made] = best.position;
+      scores[made] = best.ranked.first;
+      for (int64_t j = 0; j < d; ++j) centers.push_back(static_cast<double>(row[j]));
+      heap.pop_back();
+      ++made;
+    }
   }
 }
 

@@ -1,8 +1,9 @@
 """Exact greedy k-centre that reads the pool a few times, not once a pick.
 
-A pick can only lower distances, so a stale score is an upper bound. A round brings the ``B`` samples with the highest
-stale scores up to date, takes the best ``m`` of them as candidates, and picks greedily among those for as long as the
-best one precedes everything outside, by (score, then smaller index). Samples that stay low are hardly ever read again.
+A pick can only lower distances, so a stale score is an upper bound. A round sets a floor that a few thousand samples
+should reach, brings the samples whose bound reaches it up to date, and drops each as soon as it falls below. The rest
+are the candidates: picks are made greedily among them for as long as the best one precedes everything outside, by
+(score, then smaller index). Samples that stay low are hardly ever read again.
 """
 
 from collections.abc import Callable
@@ -14,8 +15,10 @@ from torch import Tensor
 from msacore._selection.engine import Native
 from msacore.ops import kcenter
 
-_CANDIDATES = 4096
-_STAGE = 16  # centres that many samples take in at once: most then stay low and need no more
+_CANDIDATES = 4096  # at least; up to four times as many for a large budget
+_PER_PICK = 32  # candidates
+_SAMPLE = 2048  # samples whose scores tell where the floor should be
+_STAGE = 16  # centres taken in before the first samples are dropped; each further stage takes twice as many
 _PRIMING = 32  # centres
 
 
@@ -40,8 +43,14 @@ class Cover:
         self.count += len(centers)
 
     def refresh(self, rows: Tensor, upto: int | None = None) -> None:
-        """Bring ``rows`` up to date, with the first ``upto`` centres or with all."""
+        """Bring ``rows``, each named once, up to date with the first ``upto`` centres or with all."""
         upto = self.count if upto is None else upto
+        if len(rows) == self.pool.n:
+            if bool((self.folded < upto).any()):
+                self._take(
+                    torch.arange(self.pool.n, device=rows.device), slice(None), self.folded.clamp_max(upto), upto
+                )
+            return
         folded = self.folded[rows]
         stale = folded < upto
         if not bool(stale.any()):
@@ -51,15 +60,33 @@ class Cover:
             # Rows that lack the same centres come together, in the order of the pool.
             order = (folded * self.pool.n + rows).argsort()
             rows, folded = rows[order], folded[order]
-        delta, owner = self.pool.fold(rows, folded, self.centers[:upto], self.delta[rows], self.owner[rows])
+        self._take(rows, rows, folded, upto)
+
+    def _take(self, rows: Tensor, where: Tensor | slice, folded: Tensor, upto: int) -> None:
+        delta, owner = self.pool.fold(rows, folded, self.centers[:upto], self.delta[where], self.owner[where])
         # In this order an interrupt between two lines costs no more than folding the same centres again.
-        self.owner[rows] = owner
-        self.delta[rows] = delta
-        self.folded[rows] = upto
+        self.owner[where] = owner
+        self.delta[where] = delta
+        self.folded[where] = self.folded[where].clamp_min(upto)
 
     def prime(self, rows: Tensor) -> None:
         """Give every one of ``rows`` a finite bound from the first few centres; most need no more."""
-        self.refresh(rows[self.delta[rows].isinf()], min(self.count, _PRIMING))
+        unknown = rows[self.delta[rows].isinf()]
+        if 2 * len(unknown) > self.pool.n:  # all of them in order cost less
+            unknown = torch.arange(self.pool.n, device=rows.device)
+        self.refresh(unknown, min(self.count, _PRIMING))
+
+    def sift(self, rows: Tensor, weight: Tensor, floor: Tensor) -> Tensor:
+        """Those of ``rows`` with ``weight · distance >= floor``, up to date; the others only until they fall below."""
+        step = _STAGE if self.pool.in_memory else self.count  # what is not in memory is read once
+        upto = int(self.folded[rows].min()) + step if len(rows) else self.count
+        while upto < self.count:
+            self.refresh(rows, upto)
+            rows = rows[weight[rows] * self.delta[rows] >= floor]
+            step *= 2
+            upto += step
+        self.refresh(rows)
+        return rows[weight[rows] * self.delta[rows] >= floor]
 
     def radius(self, rows: Tensor) -> float:
         """Largest distance among ``rows``, with as few of them brought up to date as that takes."""
@@ -68,17 +95,12 @@ class Cover:
         if self.count == 0:
             return float("inf")
         self.prime(rows)
-        size = _CANDIDATES
-        while size < len(rows):
-            bound = self.delta[rows]
-            order = kcenter.rank(bound, count=size + 1)
-            self.refresh(rows[order[:size]])
-            best = self.delta[rows[order[:size]]].max()
-            if bool(best >= bound[order[size]]):
-                return float(best)
-            size *= 4
-        self.refresh(rows)
-        return float(self.delta[rows].max())
+        ones, best = torch.ones_like(self.delta), self.delta.new_zeros(())
+        for size in (_STAGE, _CANDIDATES // 4, len(rows)):
+            likely = rows[kcenter.rank(self.delta[rows], count=size)] if size < len(rows) else rows
+            reached = self.sift(likely[self.delta[likely] >= best], ones, best)
+            best = self.delta[reached].amax() if len(reached) else best
+        return float(best)
 
 
 def pick(cover: Cover, weight: Tensor, open_rows: Tensor, limit: int, made: Callable[[Tensor, Tensor], None]) -> None:
@@ -87,48 +109,39 @@ def pick(cover: Cover, weight: Tensor, open_rows: Tensor, limit: int, made: Call
     ``made`` is told the picks and scores of every round, and takes them out of ``open_rows`` ``[N]`` bool. There must
     be a centre, and ``limit`` samples left.
     """
-    pool, size = cover.pool, 8 * _CANDIDATES
-    nothing = torch.tensor([-torch.inf], dtype=torch.float64, device=pool.device)
+    pool, size = cover.pool, min(max(_CANDIDATES, _PER_PICK * limit), 4 * _CANDIDATES)
+    everything = torch.tensor([0.0], dtype=torch.float64, device=pool.device)
     nobody = torch.tensor([pool.n], device=pool.device)
     cover.prime(open_rows.nonzero()[:, 0])
     score = (weight * cover.delta).where(open_rows, -torch.inf)
+    sample = nobody[:0]
     left = int(open_rows.sum())
     while limit > 0:
-        if 2 * size >= left:
-            rows, outside, outside_index = open_rows.nonzero()[:, 0], nothing, nobody
-        else:
-            order = kcenter.rank(score, count=size + 1)
-            rows, outside_index = order[:size].sort().values, order[size:]
-            outside = score[outside_index]
-        reached = int(cover.folded[rows].min()) + _STAGE
-        if len(rows) > 2 * _CANDIDATES and reached + _STAGE // 4 < cover.count:
-            cover.refresh(rows, reached)
-            score[rows] = weight[rows] * cover.delta[rows]
-            size = max(_CANDIDATES, len(rows) // 4)
-            continue
-        cover.refresh(rows)
-        fresh = weight[rows] * cover.delta[rows]
-        score[rows] = fresh
-        order = kcenter.rank(fresh, count=_CANDIDATES + 1)
-        candidates, bound, bound_index = rows[order[:_CANDIDATES]], outside, outside_index
-        inside_limited = False
-        if len(order) > _CANDIDATES:
-            next_row = rows[order[_CANDIDATES:]]
-            inside = score[next_row]
-            inside_limited = bool((inside > outside) | ((inside == outside) & (next_row < outside_index)))
-            if inside_limited:
-                bound, bound_index = inside, next_row
+        floor = everything
+        if 2 * size < left:
+            sample = sample[open_rows[sample]]
+            if 2 * len(sample) < _SAMPLE:
+                sample = open_rows.nonzero()[:: -(-left // _SAMPLE), 0]
+            cover.refresh(sample)
+            score[sample] = weight[sample] * cover.delta[sample]
+            floor = score[sample].topk(1 + size * len(sample) // left).values[-1:]
+        front = (score >= floor).nonzero()[:, 0]
+        rows = cover.sift(front, weight, floor)
+        score[front] = weight[front] * cover.delta[front]
+        # Nothing outside reaches the floor; where more do than are wanted, the best one left out limits the round.
+        candidates, bound, bound_index = rows, floor, nobody
+        if len(rows) > 2 * size:
+            order = kcenter.rank(score[rows], count=size + 1)
+            candidates, bound_index = rows[order[:size]], rows[order[size:]]
+            bound = score[bound_index]
         positions, scores = pool.greedy(
             candidates, weight[candidates], cover.delta[candidates], bound, bound_index, min(limit, len(candidates))
         )
         count = int((positions >= 0).sum())
-        if count:
-            picks = candidates[positions[:count]]
-            centers = pool.centers(picks)
-            made(picks, scores[:count])
-            cover.add(centers)
-            score[picks] = -torch.inf
-            limit -= count
-            left -= count
-        # What stopped the round says whether more samples should be brought up to date in one go.
-        size = size if inside_limited else 2 * size
+        picks = candidates[positions[:count]]
+        centers = pool.centers(picks)
+        made(picks, scores[:count])
+        cover.add(centers)
+        score[picks] = -torch.inf
+        limit -= count
+        left -= count

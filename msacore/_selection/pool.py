@@ -93,6 +93,10 @@ class Pool:
         self.scale = 2.0 ** -math.frexp(self._magnitude)[1] if self._magnitude > 0 else 1.0
 
     @property
+    def in_memory(self) -> bool:
+        return self._values is not None
+
+    @property
     def reads(self) -> int:
         """How many times the pool was read, counted in rows and rounded up."""
         return -(-self.rows_read // max(self.n, 1))
@@ -122,7 +126,7 @@ class Pool:
         if self._values is None:
             return self._read(rows.numpy())
         self.rows_read += len(rows)
-        return self._values[rows]
+        return self._values.index_select(0, rows)
 
     def _chunk_rows(self) -> int:
         return max(1, _CHUNK_BYTES // max(1, self.width * self.dtype.itemsize))
