@@ -75,6 +75,7 @@ class Benchmark:
     work: Callable[[dict[str, int]], tuple[Work, Work]]
     growth: tuple[Growth, ...] = ()
     differentiable: bool = True
+    remark: Callable[[Inputs, Canary], str] | None = None  # a note on ours, given the rates of the machine
 
 
 @dataclass
@@ -224,6 +225,8 @@ def measure(benchmark: Benchmark, shape: Shape, device: Device, rounds: int, wit
     assert best is not None
     row.drift, forward_times, total_times, row.canaries = best
     fill(row, benchmark.work(shape.sizes), forward_times, total_times)
+    if benchmark.remark is not None:
+        row.measurements[0].note = benchmark.remark(inputs, median_canary(row.canaries))
     for m in row.measurements:
         if m.provider in calls:
             m.extra_mb = device.extra_peak_mb((total or forward)[m.provider])

@@ -1,19 +1,56 @@
-"""Greedy farthest-point selection, exact in every provider: the picks must be equal."""
+"""Greedy farthest-point selection, exact in every provider: the picks must be equal.
 
+``MSACORE_BENCH_POOL=FILE.npy`` or ``=FILE.npz:ARRAY`` adds a shape with the embeddings ``[N, d]`` of that file.
+"""
+
+import os
+from pathlib import Path
+
+import numpy as np
 import torch
 from torch import Tensor
 
 import msacore
+from bench.device import Canary
 from bench.harness import Benchmark, Growth, Inputs, Shape, Work
 from bench.peers import plain
 
+_KINDS = ("Gaussian", "clustered", "duplicated", "from a file")
+_CLUSTERS, _COPIES = 100, 4
+
+
+def _from_file(name: str) -> Tensor:
+    path, _, array = name.partition(":")
+    found = np.load(path, allow_pickle=False)
+    return torch.from_numpy(found[array] if array else found).float()
+
 
 def _inputs(sizes: dict[str, int], device: torch.device) -> Inputs:
-    return {"pool": torch.randn(sizes["N"], sizes["d"], device=device), "budget": sizes["budget"]}
+    n, d, kind = sizes["N"], sizes["d"], _KINDS[sizes.get("kind", 0)]
+    if kind == "from a file":
+        pool = _from_file(os.environ["MSACORE_BENCH_POOL"]).to(device)
+    elif kind == "duplicated":
+        pool = torch.randn(n // _COPIES, d, device=device).repeat(_COPIES, 1)
+    else:
+        pool = torch.randn(n, d, device=device)
+        if kind == "clustered":
+            pool += 3 * torch.randn(_CLUSTERS, d, device=device)[torch.randint(_CLUSTERS, (n,), device=device)]
+    return {"pool": pool, "budget": sizes["budget"]}
+
+
+def _select(pool: Tensor, budget: int) -> msacore.selection.Selection:
+    return msacore.select(pool, budget, strategy="kcenter", labeled=torch.tensor([0]))
 
 
 def lazy_batched(pool: Tensor, budget: int) -> Tensor:
-    return msacore.select(pool, budget, strategy="kcenter", labeled=torch.tensor([0])).indices
+    return _select(pool, budget).indices
+
+
+def _reads(inputs: Inputs, canary: Canary) -> str:
+    """How often the pool is read, beside the limit of loops that read it once per pick."""
+    reads = _select(**inputs).pool_reads
+    limit = inputs["budget"] * inputs["pool"].nbytes / (canary.gbytes * 1e9)
+    return f"{reads} pool reads; a loop's {inputs['budget']} take {1e3 * limit:.1f} ms at {canary.gbytes:.1f} GB/s"
 
 
 def matrix_vector(pool: Tensor, budget: int) -> Tensor:
@@ -61,14 +98,25 @@ def _work(sizes: dict[str, int]) -> tuple[Work, Work]:
     return forward, forward
 
 
+def shapes() -> tuple[Shape, ...]:
+    shapes = [
+        Shape("N=1284 d=128 budget=20 (MOSI)", {"N": 1284, "d": 128, "budget": 20}, quick=True),
+        Shape("N=16326 d=256 budget=200 (MOSEI)", {"N": 16326, "d": 256, "budget": 200}),
+    ]
+    for kind, name in enumerate(_KINDS[:3]):
+        shapes.append(Shape(f"N=100000 d=256 budget=200 {name}", {"N": 100000, "d": 256, "budget": 200, "kind": kind}))
+    if file := os.environ.get("MSACORE_BENCH_POOL"):
+        n, d = _from_file(file).shape
+        budget = min(200, n - 1)
+        sizes = {"N": n, "d": d, "budget": budget, "kind": _KINDS.index("from a file")}
+        shapes.append(Shape(f"N={n} d={d} budget={budget} {Path(file).name}", sizes))
+    return tuple(shapes)
+
+
 BENCHMARKS = [
     Benchmark(
         name="kcenter",
-        shapes=(
-            Shape("N=1284 d=128 budget=20 (MOSI)", {"N": 1284, "d": 128, "budget": 20}, quick=True),
-            Shape("N=16326 d=256 budget=200 (MOSEI)", {"N": 16326, "d": 256, "budget": 200}),
-            Shape("N=100000 d=256 budget=200", {"N": 100000, "d": 256, "budget": 200}),
-        ),
+        shapes=shapes(),
         inputs=_inputs,
         providers=(
             plain("msacore", lazy_batched),
@@ -79,5 +127,6 @@ BENCHMARKS = [
         work=_work,
         growth=(Growth("N", (5000, 10000, 20000, 40000), {"d": 128, "budget": 50}, slope=1),),
         differentiable=False,
+        remark=_reads,
     )
 ]

@@ -46,7 +46,7 @@ COLUMNS = ("provider", "forward ms", "fwd+bwd ms", "extra MB", "ratio", "of limi
 
 
 def cells(m: Measurement, withheld: str) -> tuple[str, ...]:
-    note = m.note or (withheld if m.share is not None else "")
+    note = "; ".join(part for part in (m.note, withheld if m.share is not None else "") if part)
     share = "–" if m.share is None else f"{m.share:.0%}"
     ratio = _number(m.ratio, "×")
     return m.provider, _number(m.forward_ms), _number(m.total_ms), _number(m.extra_mb), ratio, share, note

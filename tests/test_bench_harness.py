@@ -6,10 +6,11 @@ from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import pytest
 import torch
 
-from bench import report
+from bench import kcenter, report
 from bench.__main__ import benchmarks
 from bench.device import Canary, Cpu
 from bench.harness import (
@@ -29,6 +30,7 @@ from bench.harness import (
     medians,
     turns,
 )
+from msacore.reference import kcenter as reference
 
 STEADY = Canary(100.0, 10.0)
 
@@ -204,6 +206,38 @@ def test_every_benchmark_agrees_with_its_peers_on_its_smallest_shape(name: str) 
     assert not [m for m in ran if "disagrees" in m.note]
     flops = [w.flops for w in benchmark.work(shape.sizes)]
     assert 0 < flops[0] <= flops[1]
+
+
+@pytest.mark.parametrize("kind", range(3))
+def test_every_loop_of_selection_picks_the_same_samples(kind: int) -> None:
+    benchmark = benchmarks()["kcenter"]
+    torch.manual_seed(kind)
+    shape = Shape("small", {"N": 6000, "d": 64, "budget": 60, "kind": kind})
+    inputs = benchmark.inputs(shape.sizes, torch.device("cpu"))
+    pool = inputs["pool"]
+    expected, _ = reference.kcenter(pool, 60, centers=pool[:1], excluded=torch.arange(6000) == 0)
+    for provider in benchmark.providers:
+        picks = provider.bind(inputs)()
+        assert torch.equal(picks, expected), provider.name
+
+
+def test_selection_names_its_pool_reads_beside_one_read_per_pick() -> None:
+    benchmark = benchmarks()["kcenter"]
+    shape = next(s for s in benchmark.shapes if s.quick)
+    row = measure(benchmark, shape, AnyDevice(), rounds=1)
+    milliseconds = 20 * 1284 * 128 * 4 / STEADY.gbytes / 1e6
+    assert f"pool reads; a loop's 20 take {milliseconds:.1f} ms at" in row.measurements[0].note
+    assert "pool reads" in report.text(row)
+
+
+def test_selection_takes_a_pool_from_a_file(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    np.savez(tmp_path / "pool.npz", text=np.eye(9, 5, dtype=np.float16))
+    monkeypatch.setenv("MSACORE_BENCH_POOL", f"{tmp_path / 'pool.npz'}:text")
+    shape = kcenter.shapes()[-1]
+    assert shape.sizes["N"] == 9
+    inputs = benchmarks()["kcenter"].inputs(shape.sizes, torch.device("cpu"))
+    assert torch.equal(inputs["pool"], torch.eye(9, 5))
+    assert inputs["budget"] == 8
 
 
 class AnyDevice(ScriptedDevice):
