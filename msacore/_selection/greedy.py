@@ -45,15 +45,14 @@ class Cover:
     def refresh(self, rows: Tensor, upto: int | None = None) -> None:
         """Bring ``rows``, each named once, up to date with the first ``upto`` centres or with all."""
         upto = self.count if upto is None else upto
-        if len(rows) == self.pool.n:
-            if bool((self.folded < upto).any()):
-                self._take(
-                    torch.arange(self.pool.n, device=rows.device), slice(None), self.folded.clamp_max(upto), upto
-                )
-            return
-        folded = self.folded[rows]
+        everything = len(rows) == self.pool.n
+        folded = self.folded if everything else self.folded[rows]
         stale = folded < upto
         if not bool(stale.any()):
+            return
+        if everything:
+            in_order = torch.arange(len(rows), device=rows.device)
+            self._take(in_order, slice(None), folded.clamp_max(upto), upto)
             return
         rows, folded = rows[stale], folded[stale]
         if int(folded.max() - folded.min()) > _STAGE:

@@ -40,7 +40,7 @@ class Job:
         engine: Which engine answers nearest-neighbour questions.
         report: Called with the number of new picks.
         memory: What the strategy must keep between calls.
-        indices, scores: Picks so far, in parts.
+        rounds: Picks so far and their scores, in parts.
     """
 
     pool: Pool
@@ -54,8 +54,7 @@ class Job:
     engine: Native
     report: Callable[[int], Any] = lambda made: None
     memory: dict[str, Any] = field(default_factory=dict)
-    indices: list[Tensor] = field(default_factory=list)
-    scores: list[Tensor] = field(default_factory=list)
+    rounds: list[tuple[Tensor, Tensor]] = field(default_factory=list)
 
     def needed_uncertainty(self) -> Tensor:
         if self.uncertainty is None:
@@ -64,7 +63,7 @@ class Job:
 
     @property
     def made(self) -> int:
-        return sum(len(part) for part in self.indices)
+        return sum(len(indices) for indices, _ in self.rounds)
 
     @property
     def left(self) -> int:
@@ -73,17 +72,17 @@ class Job:
     def add(self, indices: Tensor, scores: Tensor) -> None:
         """Record picks."""
         self.open_rows[indices] = False
-        self.indices.append(indices)
-        self.scores.append(scores.to(torch.float64))
+        self.rounds.append((indices, scores.to(torch.float64)))  # in one step, for an interrupt may come between two
         self.report(len(indices))
 
     def picked(self) -> Tensor:
         """Picks so far, in order."""
-        return torch.cat(self.indices) if self.indices else torch.empty(0, dtype=torch.int64, device=self.pool.device)
+        none = torch.empty(0, dtype=torch.int64, device=self.pool.device)
+        return torch.cat([none, *(indices for indices, _ in self.rounds)])
 
     def picked_scores(self) -> Tensor:
-        device = self.pool.device
-        return torch.cat(self.scores) if self.scores else torch.empty(0, dtype=torch.float64, device=device)
+        none = torch.empty(0, dtype=torch.float64, device=self.pool.device)
+        return torch.cat([none, *(scores for _, scores in self.rounds)])
 
     def all_centers(self) -> Tensor:
         """Labelled centres and picks."""
