@@ -3,7 +3,6 @@
 #include "contrastive.h"
 
 #include <torch/csrc/stable/library.h>
-#include <torch/csrc/stable/ops.h>
 
 #include <atomic>
 #include <cstring>
@@ -14,26 +13,6 @@
 
 namespace msacore::contrastive {
 namespace {
-
-OptionalTensor contiguous(const OptionalTensor& t) {
-  return t ? OptionalTensor(torch::stable::contiguous(*t)) : std::nullopt;
-}
-
-InfoNceInputs contiguous(const InfoNceInputs& in) {
-  return {torch::stable::contiguous(in.anchors),
-          contiguous(in.candidates),
-          contiguous(in.learned_temperature),
-          contiguous(in.anchor_labels),
-          contiguous(in.candidate_labels),
-          contiguous(in.weights),
-          contiguous(in.anchor_mask),
-          contiguous(in.candidate_mask)};
-}
-
-template <typename V>
-const V* data_or_null(const OptionalTensor& t) {
-  return t ? t->const_data_ptr<V>() : nullptr;
-}
 
 double read_temperature(const char* op, const InfoNceInputs& in, const InfoNceOptions& options) {
   if (!in.learned_temperature) return options.temperature;
@@ -251,16 +230,7 @@ std::tuple<Tensor, Tensor, Tensor, Tensor> info_nce_backward_cpu(
                             candidate_labels, weights,    anchor_mask,         candidate_mask};
   const InfoNceOptions options{temperature, symmetric, exclude_self, reduction};
   const InfoNceSizes s = check_inputs(op, given, options);
-  const ScalarType dtype = acc_dtype(anchors.scalar_type());
-  check_dtype(grad_out, op, "grad_out", dtype);
-  if (reduction == kNone)
-    check_shape(grad_out, op, "grad_out", {s.anchors}, "[N]");
-  else
-    check_shape(grad_out, op, "grad_out", {}, "[]");
-  check_dtype(row_stats, op, "anchor_stats", dtype);
-  check_shape(row_stats, op, "anchor_stats", {3, s.anchors}, "[3, N]");
-  check_dtype(column_stats, op, "candidate_stats", dtype);
-  check_shape(column_stats, op, "candidate_stats", {3, symmetric ? s.candidates : 0}, "[3, N'] or [3, 0]");
+  check_saved(op, s, options, acc_dtype(anchors.scalar_type()), grad_out, row_stats, column_stats);
   const InfoNceInputs in = contiguous(given);
   const Tensor grad = torch::stable::contiguous(grad_out), rows = torch::stable::contiguous(row_stats),
                columns = torch::stable::contiguous(column_stats);

@@ -1,5 +1,7 @@
 // InfoNCE: what the operator accepts, on every device.
 #pragma once
+#include <torch/csrc/stable/ops.h>
+
 #include <cmath>
 #include <optional>
 
@@ -79,6 +81,40 @@ inline InfoNceSizes check_inputs(const char* op, const InfoNceInputs& in, const 
     check(n == m, op, "expected `candidates` to have as many rows as `anchors` (", n,
           ") with `symmetric` and `reduction` \"none\", got ", m);
   return {n, m, d};
+}
+
+// The gradient of the loss, and what the forward pass saved.
+inline void check_saved(const char* op, const InfoNceSizes& s, const InfoNceOptions& options, ScalarType dtype,
+                        const Tensor& grad_out, const Tensor& anchor_stats, const Tensor& candidate_stats) {
+  check_dtype(grad_out, op, "grad_out", dtype);
+  if (options.reduction == kNone)
+    check_shape(grad_out, op, "grad_out", {s.anchors}, "[N]");
+  else
+    check_shape(grad_out, op, "grad_out", {}, "[]");
+  check_dtype(anchor_stats, op, "anchor_stats", dtype);
+  check_shape(anchor_stats, op, "anchor_stats", {3, s.anchors}, "[3, N]");
+  check_dtype(candidate_stats, op, "candidate_stats", dtype);
+  check_shape(candidate_stats, op, "candidate_stats", {3, options.symmetric ? s.candidates : 0}, "[3, N'] or [3, 0]");
+}
+
+inline OptionalTensor contiguous(const OptionalTensor& t) {
+  return t ? OptionalTensor(torch::stable::contiguous(*t)) : std::nullopt;
+}
+
+inline InfoNceInputs contiguous(const InfoNceInputs& in) {
+  return {torch::stable::contiguous(in.anchors),
+          contiguous(in.candidates),
+          contiguous(in.learned_temperature),
+          contiguous(in.anchor_labels),
+          contiguous(in.candidate_labels),
+          contiguous(in.weights),
+          contiguous(in.anchor_mask),
+          contiguous(in.candidate_mask)};
+}
+
+template <typename V>
+const V* data_or_null(const OptionalTensor& t) {
+  return t ? t->const_data_ptr<V>() : nullptr;
 }
 
 }  // namespace msacore::contrastive

@@ -1,7 +1,7 @@
-// InfoNCE on CUDA. Rows are scaled once, then the similarities are computed in tiles, forward and again backward.
-// Forward, a tile leaves partial statistics of its rows and of its columns, which are merged in order. Backward, the
-// gradients of a strip of similarities are kept, for two products with the rows. The formulas are those of the CPU
-// operator (contrastive.cpp); exponents are to base 2 here too.
+// Contrastive losses on CUDA: terms between sides, as on the CPU (contrastive_sweep.h), of which a launch takes several
+// at once. Rows are scaled once, then the similarities are computed in tiles, forward and again backward. Forward, a
+// tile leaves partial statistics of its rows and of its columns, which are merged in order. Backward, the gradients of
+// a strip of similarities are kept, for the products with the rows. Exponents are to base 2 here too.
 #pragma once
 #include <limits>
 
@@ -9,8 +9,7 @@
 
 namespace msacore::contrastive {
 
-constexpr int kRowThreads = 256;      // one warp per row
-constexpr int kFinishThreads = 1024;  // the one block that adds everything up
+constexpr int kRowThreads = 256;  // one warp per row
 
 __device__ __forceinline__ float power2(float x) { return exp2f(x); }
 __device__ __forceinline__ double power2(double x) { return exp2(x); }
@@ -42,99 +41,122 @@ struct Temperature {
   }
 };
 
-// One role of the loss, anchors or candidates.
+// One role of a term, anchors or candidates; of an embedding that plays several, only the last four fields differ.
 template <typename T>
 struct Side {
   using A = acc_t<T>;
-  const T* x;             // [n, d]
-  const bool* mask;       // [n] or null
-  const int64_t* labels;  // [n] or null
+  const T* x;  // [n, d]
   int64_t n, d;
   int64_t rows, width;  // n and d padded with zeros to whole tiles
-  // Set by prepare_kernel: `unit` · `factor` are the unit rows. 16-bit rows are scaled by a power of two only, so that
+  // Set by prepare_row: `unit` · `factor` are the unit rows. 16-bit rows are scaled by a power of two only, so that
   // they stay exact. A negative factor marks a row that takes no part, 0 one of zeros.
-  T* unit;          // [rows, width]
-  A* factor;        // [rows]
-  A* inverse_norm;  // [n], 0 where there is no gradient
-  int64_t* counts;  // rows that take part, anchors that count
-  const A* stats;   // [3, n], backward; null for a role whose rows are no anchors
+  T* unit;                // [rows, width]
+  A* factor;              // [rows]
+  A* inverse_norm;        // [n], 0 where there is no gradient
+  A* gradient;            // [rows, width], backward: of the rows of `unit`
+  const int64_t* labels;  // [n] or null; negative: takes no part
+  const A* partner;       // [rows] or null: factors of another side, whose missing rows take no part here either
+  int64_t* counts;        // rows that take part, anchors that count
+  const A* stats;         // [3, n], backward; null for a role whose rows are no anchors
 
-  __device__ bool takes_part(int64_t i) const { return (!mask || mask[i]) && (!labels || labels[i] >= 0); }
+  // The factor of a row in its term.
+  __device__ A factor_of(int64_t i) const {
+    const bool closed = (partner && partner[i] < 0) || (labels && i < n && labels[i] < 0);
+    return closed ? A(-1) : factor[i];
+  }
 };
 
 __device__ __forceinline__ bool used(float factor) { return !(factor < 0); }
 __device__ __forceinline__ bool used(double factor) { return !(factor < 0); }
 
+// Prepares row i of a side; called by a warp.
 template <typename T>
-struct Sides {
-  Side<T> anchors, candidates;
-
-  __device__ const Side<T>& at(int i) const { return i == 0 ? anchors : candidates; }
-};
-
-// The last block of a role counts; the others prepare a row per warp. Grid [blocks, 2].
-template <typename T>
-__global__ void __launch_bounds__(kRowThreads, 4) prepare_kernel(const __grid_constant__ Sides<T> sides) {
+__device__ __forceinline__ void prepare_row(const Side<T>& side, bool takes_part, int64_t i) {
   using A = acc_t<T>;
-  const Side<T>& side = sides.at(blockIdx.y);
-  if (blockIdx.x == gridDim.x - 1) {
-    int part = 0, kept = 0;
-    for (int64_t i = threadIdx.x; i < side.n; i += kRowThreads) {
-      part += side.takes_part(i);
-      kept += side.stats && side.stats[2 * side.n + i] != A(0);
-    }
-    part = block_sum(part);
-    kept = block_sum(kept);
-    if (threadIdx.x == 0) {
-      side.counts[0] = part;
-      side.counts[1] = kept;
-    }
-  } else {
-    const int64_t warps = (int64_t{gridDim.x} - 1) * (kRowThreads / kWarp);
-    for (int64_t i = int64_t{blockIdx.x} * (kRowThreads / kWarp) + warp_id(); i < side.rows; i += warps) {
-      const bool takes_part = i < side.n && side.takes_part(i);
-      const T* x = side.x + i * side.d;
-      double square = 0;
-      for (int64_t k = lane_id(); takes_part && k < side.d; k += kWarp) {
-        const double value = static_cast<double>(static_cast<A>(x[k]));
-        square += value * value;
-      }
-      square = warp_sum(square);
-      const double inverse = square == 0 ? 0 : 1 / sqrt(square);
-      double scale = inverse;
-      if constexpr (is_16_bit<T>) {
-        int exponent = 0;
-        if (inverse > 0) frexp(inverse, &exponent);
-        scale = ldexp(1.0, exponent);
-      }
-      for (int64_t k = lane_id(); k < side.width; k += kWarp) {
-        const bool inside = takes_part && k < side.d;
-        side.unit[i * side.width + k] =
-            inside ? static_cast<T>(static_cast<A>(static_cast<double>(static_cast<A>(x[k])) * scale)) : T(0.0f);
-      }
-      if (lane_id() == 0) {
-        const double factor = inverse == 0 ? 0 : inverse / scale;
-        side.factor[i] = takes_part ? static_cast<A>(factor) : A(-1);
-        if (i < side.n) side.inverse_norm[i] = takes_part ? static_cast<A>(inverse) : A(0);
-      }
-    }
+  const T* x = side.x + i * side.d;
+  double square = 0;
+  for (int64_t k = lane_id(); takes_part && k < side.d; k += kWarp) {
+    const double value = static_cast<double>(static_cast<A>(x[k]));
+    square += value * value;
+  }
+  square = warp_sum(square);
+  const double inverse = square == 0 ? 0 : 1 / sqrt(square);
+  double scale = inverse;
+  if constexpr (is_16_bit<T>) {
+    int exponent = 0;
+    if (inverse > 0) frexp(inverse, &exponent);
+    scale = ldexp(1.0, exponent);
+  }
+  for (int64_t k = lane_id(); k < side.width; k += kWarp) {
+    const bool inside = takes_part && k < side.d;
+    side.unit[i * side.width + k] =
+        inside ? static_cast<T>(static_cast<A>(static_cast<double>(static_cast<A>(x[k])) * scale)) : T(0.0f);
+  }
+  if (lane_id() == 0) {
+    const double factor = inverse == 0 ? 0 : inverse / scale;
+    side.factor[i] = takes_part ? static_cast<A>(factor) : A(-1);
+    if (i < side.n) side.inverse_norm[i] = takes_part ? static_cast<A>(inverse) : A(0);
   }
 }
 
-// The loss as both passes see it.
+// The rows of a side, a warp each, shared out to all blocks of grid.x but `others`; takes_part(i) is asked of i < n.
+template <typename T, typename TakesPart>
+__device__ __forceinline__ void prepare_rows(const Side<T>& side, int others, TakesPart takes_part) {
+  const int64_t warps = (int64_t{gridDim.x} - others) * (kRowThreads / kWarp);
+  for (int64_t i = int64_t{blockIdx.x} * (kRowThreads / kWarp) + warp_id(); i < side.rows; i += warps)
+    prepare_row(side, i < side.n && takes_part(i), i);
+}
+
+// counts[0] ← rows for which takes_part(i), counts[1] ← anchors that count; called by a block.
+template <typename A, typename TakesPart>
+__device__ __forceinline__ void count_rows(int64_t n, const A* stats, int64_t* counts, TakesPart takes_part) {
+  int part = 0, kept = 0;
+  for (int64_t i = threadIdx.x; i < n; i += kRowThreads) {
+    part += takes_part(i);
+    kept += stats && stats[2 * n + i] != A(0);
+  }
+  part = block_sum(part);
+  kept = block_sum(kept);
+  if (threadIdx.x == 0) {
+    counts[0] = part;
+    counts[1] = kept;
+  }
+}
+
+// A term as both passes see it.
 template <typename T>
 struct Problem {
+  using A = acc_t<T>;
   Side<T> a, b;
   Temperature temperature;
   const T* weights;  // [a.n, b.n] or null
   bool both, exclude_self;
   bool mean, per_anchor;  // reduction; neither: a sum
+  // Backward: the loss counts `grad_scale` · (`grad_weight` · grad_out + grad_term); null pointers count as 0.
+  const A *grad_out, *grad_term;  // [a.n] where `per_anchor`, else one number
+  double grad_weight, grad_scale;
 
   // An only candidate has probability 1: loss and gradient are zero, exactly.
   __device__ bool choice(const Side<T>& other, int64_t i) const {
-    const bool without_self = exclude_self && i < other.n && used(other.factor[i]);
+    const bool without_self = exclude_self && i < other.n && used(other.factor_of(i));
     return other.counts[0] - without_self != 1;
   }
+
+  // The gradient of the loss of anchor i of one direction.
+  __device__ double gradient(const Side<T>& own, int64_t i) const {
+    double gradient = 0;
+    if (grad_out) gradient += grad_weight * static_cast<double>(grad_out[per_anchor ? i : 0]);
+    if (grad_term) gradient += static_cast<double>(*grad_term);
+    if (both) gradient /= 2;
+    if (mean) gradient /= static_cast<double>(own.counts[1]);
+    return gradient * grad_scale;
+  }
+};
+
+// The terms of a launch, in its parameters; blockIdx.z is the term.
+template <typename T, int Most>
+struct Terms {
+  Problem<T> at[Most];
 };
 
 // What a tile needs of its 64 rows and of its 64 columns, in shared memory.
@@ -147,7 +169,7 @@ struct TileSide {
 template <typename T>
 __device__ __forceinline__ void load_tile_side(TileSide<acc_t<T>>& tile, const Side<T>& side, int64_t first, int r) {
   const int64_t i = first + r;
-  tile.factor[r] = side.factor[i];
+  tile.factor[r] = side.factor_of(i);
   tile.label[r] = side.labels && i < side.n ? side.labels[i] : -1;
 }
 
@@ -184,8 +206,9 @@ __device__ __forceinline__ void similarity_tile(const Problem<T>& problem, int64
     load_tile_side(b, problem.b, column, r);
   }
   const int64_t width = problem.a.width;
-  tile_product<true, true>(c, problem.a.unit + row * width, width, problem.b.unit + column * width, width, width,
-                           kTile);
+  clear(c);
+  add_tile_product<true, true>(c, problem.a.unit + row * width, width, problem.b.unit + column * width, width, width,
+                               kTile);
   __syncthreads();
 #pragma unroll
   for (int down = 0; down < 2; ++down)
@@ -240,13 +263,14 @@ __device__ __forceinline__ Stats<A> stats_of(const A (&exponent)[Count], const A
   return stats;
 }
 
-// Grid [column tiles, row tiles of the strip that begins at `first`]: partial statistics of the strip's rows
-// [column tiles, strip] and, with `both`, of all columns [row tiles, b.rows].
-template <typename T>
+// Grid [column tiles, row tiles of the strip that begins at `first`, terms]: partial statistics of the strip's rows
+// [terms, column tiles, strip] and, with `both`, of all columns [terms, row tiles, b.rows].
+template <typename T, int Most>
 __global__ void __launch_bounds__(kTileThreads, sizeof(T) == 8 ? 2 : 3)
-    statistics_kernel(const __grid_constant__ Problem<T> problem, int64_t first, Stats<acc_t<T>>* __restrict__ of_rows,
-                      Stats<acc_t<T>>* __restrict__ of_columns) {
+    statistics_kernel(const __grid_constant__ Terms<T, Most> terms, int64_t first,
+                      Stats<acc_t<T>>* __restrict__ of_rows, Stats<acc_t<T>>* __restrict__ of_columns) {
   using A = acc_t<T>;
+  const Problem<T>& problem = terms.at[blockIdx.z];
   MSACORE_SHARED(a, TileSide<A>);
   MSACORE_SHARED(b, TileSide<A>);
   MSACORE_SHARED(row_stats, Stats<A>[2][kTile]);
@@ -297,42 +321,51 @@ __global__ void __launch_bounds__(kTileThreads, sizeof(T) == 8 ? 2 : 3)
   if (thread_in_block() < kTile) {
     Stats<A> stats = row_stats[0][r];
     merge(stats, row_stats[1][r]);
-    of_rows[int64_t{blockIdx.x} * gridDim.y * kTile + int64_t{blockIdx.y} * kTile + r] = stats;
+    of_rows[((int64_t{blockIdx.z} * gridDim.x + blockIdx.x) * gridDim.y + blockIdx.y) * kTile + r] = stats;
   } else if (problem.both) {
     Stats<A> stats = column_stats[0][r];
     merge(stats, column_stats[1][r]);
-    of_columns[int64_t{blockIdx.y} * problem.b.rows + column + r] = stats;
+    of_columns[(int64_t{blockIdx.z} * gridDim.y + blockIdx.y) * problem.b.rows + column + r] = stats;
   }
 }
 
-// Merges partial statistics [count, stride] in their order, for the rows first … first + n of a role; the last merge
-// writes what the backward pass needs [3, own.n], and the losses.
+// Merges partial statistics [terms, count, stride] in their order, for the rows first … first + n of a role; the last
+// merge writes what the backward pass needs, and the losses. Both lie `step` · own.n numbers per term apart.
 template <typename A>
 struct Merge {
   const Stats<A>* partial;
   int64_t count, stride, first, n;
   bool begin, end;
-  Stats<double>* running;  // [own.n]
-  A* stats;                // [3, own.n]
-  double* losses;          // [own.n]
+  Stats<double>* running;  // [terms, own.n]
+  A* stats;                // [3, own.n] of each term
+  int64_t stats_step;
+  double* losses;  // [own.n] of each term
+  int64_t losses_step;
 };
 
-template <typename T>
+// Grid [blocks, directions, terms]. Where columns are no anchors their direction repeats that of the rows.
+template <typename T, int Most>
 __global__ void __launch_bounds__(kRowThreads, 4)
-    merge_kernel(const __grid_constant__ Problem<T> problem, const __grid_constant__ Merge<acc_t<T>> rows,
+    merge_kernel(const __grid_constant__ Terms<T, Most> terms, const __grid_constant__ Merge<acc_t<T>> rows,
                  const __grid_constant__ Merge<acc_t<T>> columns) {
   using A = acc_t<T>;
-  const Merge<A>& m = blockIdx.y == 0 ? rows : columns;
-  const Side<T>&own = blockIdx.y == 0 ? problem.a : problem.b, &other = blockIdx.y == 0 ? problem.b : problem.a;
+  const Problem<T>& problem = terms.at[blockIdx.z];
+  const bool of_columns = blockIdx.y == 1 && problem.both;
+  const Merge<A>&m = of_columns ? columns : rows, &to = blockIdx.y == 1 ? columns : rows;
+  const Side<T>&own = of_columns ? problem.b : problem.a, &other = of_columns ? problem.a : problem.b;
+  const int64_t term = blockIdx.z;
+  const Stats<A>* const partial = m.partial + term * m.count * m.stride;
+  A* const stats = to.stats + term * to.stats_step * own.n;
+  double* const losses = to.losses + term * to.losses_step * own.n;
   for (int64_t r = grid_thread(); r < m.n; r += grid_threads()) {
     const int64_t i = m.first + r;
-    Stats<double> all = m.begin ? Stats<double>{kNothing<double>, 0, 0, 0} : m.running[i];
+    Stats<double> all = m.begin ? Stats<double>{kNothing<double>, 0, 0, 0} : m.running[term * own.n + i];
     for (int64_t k = 0; k < m.count; ++k) {
-      const Stats<A> part = m.partial[k * m.stride + r];
+      const Stats<A> part = partial[k * m.stride + r];
       merge(all, {part.maximum, part.sum, part.total, part.positive});
     }
     if (!m.end) {
-      m.running[i] = all;
+      m.running[term * own.n + i] = all;
     } else {
       const bool kept = all.total != 0;
       const double positive = kept ? all.positive / all.total : 0;
@@ -342,38 +375,11 @@ __global__ void __launch_bounds__(kRowThreads, 4)
         log_sum_exp = (all.maximum + log) * 0.6931471805599453;
         loss = (all.maximum - scale * positive + log) * 0.6931471805599453;
       }
-      m.losses[i] = loss;
-      m.stats[i] = static_cast<A>(log_sum_exp);
-      m.stats[own.n + i] = static_cast<A>(positive);
-      m.stats[2 * own.n + i] = static_cast<A>(all.total);
+      losses[i] = loss;
+      stats[i] = static_cast<A>(log_sum_exp);
+      stats[own.n + i] = static_cast<A>(positive);
+      stats[2 * own.n + i] = static_cast<A>(all.total);
     }
-  }
-}
-
-// One block: the loss, from the losses of the rows and of the columns (n = 0 where columns are no anchors).
-template <typename A>
-__global__ void __launch_bounds__(kFinishThreads, 1)
-    finish_kernel(const double* __restrict__ row_losses, const A* __restrict__ row_stats, int64_t n,
-                  const double* __restrict__ column_losses, const A* __restrict__ column_stats, int64_t m, bool both,
-                  bool mean, bool per_anchor, A* __restrict__ out) {
-  if (per_anchor) {
-    for (int64_t i = threadIdx.x; i < n; i += kFinishThreads)
-      out[i] = static_cast<A>(both ? (row_losses[i] + column_losses[i]) / 2 : row_losses[i]);
-  } else {
-    const auto sum = [&](const double* losses, const A* stats, int64_t count) {
-      double total = 0;
-      int kept = 0;
-      for (int64_t i = threadIdx.x; i < count; i += kFinishThreads) {
-        total += losses[i];
-        kept += stats[2 * count + i] != A(0);
-      }
-      total = block_sum(total);
-      kept = block_sum(kept);
-      return mean && kept > 0 ? total / kept : total;
-    };
-    const double rows = sum(row_losses, row_stats, n);
-    const double columns = sum(column_losses, column_stats, m);
-    if (threadIdx.x == 0) *out = static_cast<A>(both ? (rows + columns) / 2 : rows);
   }
 }
 

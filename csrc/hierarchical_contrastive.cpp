@@ -3,7 +3,6 @@
 #include "hierarchical_contrastive.h"
 
 #include <torch/csrc/stable/library.h>
-#include <torch/csrc/stable/ops.h>
 
 #include <tuple>
 
@@ -17,34 +16,6 @@ using contrastive::Direction;
 using contrastive::Labels;
 using contrastive::Side;
 using contrastive::Term;
-
-struct Plan {
-  int64_t tier, first, second;  // sides: modalities, then fused, then pairs
-};
-
-std::vector<Plan> plan_terms(const Sizes& s, bool intra_modal) {
-  std::vector<Plan> plans;
-  const int64_t fused = s.modalities;
-  if (intra_modal)
-    for (int64_t m = 0; m < s.modalities; ++m) plans.push_back({0, m, m});
-  else
-    for (int64_t m = 0; m < s.modalities; ++m)
-      for (int64_t n = m + 1; n < s.modalities; ++n) plans.push_back({0, m, n});
-  for (int64_t m = 0; m < s.modalities; ++m) plans.push_back({1, fused, m});
-  for (int64_t p = 0; p < s.pairs; ++p)
-    for (int64_t q = p + 1; q < s.pairs; ++q) plans.push_back({2, fused + 1 + p, fused + 1 + q});
-  return plans;
-}
-
-// Which modalities each side needs: bits of a mask.
-std::vector<uint64_t> needs_of_sides(const Sizes& s) {
-  std::vector<uint64_t> needs;
-  for (int64_t m = 0; m < s.modalities; ++m) needs.push_back(uint64_t(1) << m);
-  needs.push_back(0);
-  for (int64_t m = 0; m < s.modalities; ++m)
-    for (int64_t n = m + 1; n < s.modalities; ++n) needs.push_back(uint64_t(1) << m | uint64_t(1) << n);
-  return needs;
-}
 
 template <typename T>
 struct Problem {
@@ -62,10 +33,7 @@ struct Problem {
         labels(in.labels ? in.labels->const_data_ptr<int64_t>() : nullptr),
         plans(plan_terms(size, options.intra_modal)) {
     const int64_t n = size.samples;
-    std::vector<const Tensor*> embeddings;
-    for (const Tensor& t : in.unimodal) embeddings.push_back(&t);
-    embeddings.push_back(&in.fused);
-    for (const Tensor& t : in.high_level) embeddings.push_back(&t);
+    const std::vector<Tensor> embeddings = in.embeddings();
     const std::vector<uint64_t> needs = needs_of_sides(size);
     const bool* available = in.available ? in.available->const_data_ptr<bool>() : nullptr;
     std::vector<uint64_t> present(n, ~uint64_t(0));
@@ -96,7 +64,7 @@ struct Problem {
     }
     sides.reserve(embeddings.size());
     for (size_t k = 0; k < embeddings.size(); ++k)
-      sides.emplace_back(embeddings[k]->const_data_ptr<T>(), used[k].get(), n, embeddings[k]->size(1));
+      sides.emplace_back(embeddings[k].template const_data_ptr<T>(), used[k].get(), n, embeddings[k].size(1));
     for (size_t t = 0; t < plans.size(); ++t) {
       terms[t].a = &sides[plans[t].first];
       terms[t].b = &sides[plans[t].second];
@@ -146,20 +114,6 @@ struct Problem {
   }
 };
 
-std::vector<Tensor> contiguous(const std::vector<Tensor>& tensors) {
-  std::vector<Tensor> out;
-  for (const Tensor& t : tensors) out.push_back(torch::stable::contiguous(t));
-  return out;
-}
-
-Inputs contiguous(const Inputs& in) {
-  const auto optional = [](const OptionalTensor& t) {
-    return t ? OptionalTensor(torch::stable::contiguous(*t)) : std::nullopt;
-  };
-  return {contiguous(in.unimodal), torch::stable::contiguous(in.fused), contiguous(in.high_level),
-          optional(in.available), optional(in.labels)};
-}
-
 std::tuple<Tensor, Tensor, Tensor> forward_cpu(const std::vector<Tensor>& unimodal, const Tensor& fused,
                                                const std::vector<Tensor>& high_level, const OptionalTensor& available,
                                                const OptionalTensor& labels, const std::vector<double>& tier_weights,
@@ -196,23 +150,11 @@ std::vector<Tensor> backward_cpu(const OptionalTensor& grad_loss, const Optional
   const Inputs given{unimodal, fused, high_level, available, labels};
   const Options options{tier_weights, temperatures, intra_modal};
   const Sizes s = check_inputs(op, given, options);
-  const ScalarType dtype = acc_dtype(fused.scalar_type());
-  if (grad_loss) {
-    check_dtype(*grad_loss, op, "grad_loss", dtype);
-    check_shape(*grad_loss, op, "grad_loss", {}, "[]");
-  }
-  if (grad_tiers) {
-    check_dtype(*grad_tiers, op, "grad_tiers", dtype);
-    check_shape(*grad_tiers, op, "grad_tiers", {kTiers}, "[3]");
-  }
-  check_dtype(stats_, op, "stats", dtype);
-  check_shape(stats_, op, "stats", {s.terms, 2, 3, s.samples}, "[T, 2, 3, N]");
+  check_saved(op, s, acc_dtype(fused.scalar_type()), grad_loss, grad_tiers, stats_);
   const Inputs in = contiguous(given);
   const Tensor stats = torch::stable::contiguous(stats_);
-  const OptionalTensor tiers = grad_tiers ? OptionalTensor(torch::stable::contiguous(*grad_tiers)) : std::nullopt;
-  std::vector<Tensor> grads;
-  for (const std::vector<Tensor>& group : {in.unimodal, {in.fused}, in.high_level})
-    for (const Tensor& t : group) grads.push_back(torch::stable::new_empty(t, {t.size(0), t.size(1)}));
+  const OptionalTensor tiers = contrastive::contiguous(grad_tiers);
+  std::vector<Tensor> grads = new_gradients(in);
   dispatch_floating(fused.scalar_type(), op, [&](auto tag) {
     using T = typename decltype(tag)::type;
     using A = acc_t<T>;

@@ -17,6 +17,14 @@ struct Inputs {
   Tensor fused;
   std::vector<Tensor> high_level;
   OptionalTensor available, labels;
+
+  // The sides of the terms: modalities, then fused, then pairs.
+  std::vector<Tensor> embeddings() const {
+    std::vector<Tensor> all = unimodal;
+    all.push_back(fused);
+    all.insert(all.end(), high_level.begin(), high_level.end());
+    return all;
+  }
 };
 
 struct Options {
@@ -64,6 +72,68 @@ inline Sizes check_inputs(const char* op, const Inputs& in, const Options& optio
         options.temperatures.size());
   for (double value : options.temperatures) contrastive::check_temperature(op, "temperatures", value);
   return {n, modalities, pairs, (options.intra_modal ? modalities : pairs) + modalities + pairs_of(pairs)};
+}
+
+// The gradients of loss and tiers, and what the forward pass saved.
+inline void check_saved(const char* op, const Sizes& s, ScalarType dtype, const OptionalTensor& grad_loss,
+                        const OptionalTensor& grad_tiers, const Tensor& stats) {
+  if (grad_loss) {
+    check_dtype(*grad_loss, op, "grad_loss", dtype);
+    check_shape(*grad_loss, op, "grad_loss", {}, "[]");
+  }
+  if (grad_tiers) {
+    check_dtype(*grad_tiers, op, "grad_tiers", dtype);
+    check_shape(*grad_tiers, op, "grad_tiers", {kTiers}, "[3]");
+  }
+  check_dtype(stats, op, "stats", dtype);
+  check_shape(stats, op, "stats", {s.terms, 2, 3, s.samples}, "[T, 2, 3, N]");
+}
+
+inline std::vector<Tensor> contiguous(const std::vector<Tensor>& tensors) {
+  std::vector<Tensor> out;
+  for (const Tensor& t : tensors) out.push_back(torch::stable::contiguous(t));
+  return out;
+}
+
+inline Inputs contiguous(const Inputs& in) {
+  return {contiguous(in.unimodal), torch::stable::contiguous(in.fused), contiguous(in.high_level),
+          contrastive::contiguous(in.available), contrastive::contiguous(in.labels)};
+}
+
+// One per embedding, in the order of the arguments.
+inline std::vector<Tensor> new_gradients(const Inputs& in) {
+  std::vector<Tensor> grads;
+  for (const Tensor& t : in.embeddings()) grads.push_back(torch::stable::new_empty(t, {t.size(0), t.size(1)}));
+  return grads;
+}
+
+// A term, between two sides.
+struct Plan {
+  int64_t tier, first, second;
+};
+
+inline std::vector<Plan> plan_terms(const Sizes& s, bool intra_modal) {
+  std::vector<Plan> plans;
+  const int64_t fused = s.modalities;
+  if (intra_modal)
+    for (int64_t m = 0; m < s.modalities; ++m) plans.push_back({0, m, m});
+  else
+    for (int64_t m = 0; m < s.modalities; ++m)
+      for (int64_t n = m + 1; n < s.modalities; ++n) plans.push_back({0, m, n});
+  for (int64_t m = 0; m < s.modalities; ++m) plans.push_back({1, fused, m});
+  for (int64_t p = 0; p < s.pairs; ++p)
+    for (int64_t q = p + 1; q < s.pairs; ++q) plans.push_back({2, fused + 1 + p, fused + 1 + q});
+  return plans;
+}
+
+// Which modalities each side needs: bits of a mask.
+inline std::vector<uint64_t> needs_of_sides(const Sizes& s) {
+  std::vector<uint64_t> needs;
+  for (int64_t m = 0; m < s.modalities; ++m) needs.push_back(uint64_t(1) << m);
+  needs.push_back(0);
+  for (int64_t m = 0; m < s.modalities; ++m)
+    for (int64_t n = m + 1; n < s.modalities; ++n) needs.push_back(uint64_t(1) << m | uint64_t(1) << n);
+  return needs;
 }
 
 }  // namespace msacore::hierarchical_contrastive

@@ -126,13 +126,23 @@ __device__ __forceinline__ void multiply_stage(TileSums<C>& c, const A* a, const
 template <typename A, typename B, typename C, bool AInner, bool BInner>
 constexpr int kTileBytes = 2 * (Stage<A, C, AInner>::kBytes + Stage<B, C, BInner>::kBytes);
 
-// C = A · B over `depth`, a multiple of 32; rows of A and columns of B are 64, of which columns of B from `valid` on
+template <typename C>
+__device__ __forceinline__ void clear(TileSums<C>& c) {
+#pragma unroll
+  for (int down = 0; down < 2; ++down)
+#pragma unroll
+    for (int across = 0; across < 4; ++across)
+#pragma unroll
+      for (int i = 0; i < 4; ++i) c[down][across][i] = 0;
+}
+
+// C += A · B over `depth`, a multiple of 32; rows of A and columns of B are 64, of which columns of B from `valid` on
 // are taken as zero. `AInner`: A is stored [64, depth], else [depth, 64]; `BInner`: B is stored [64, depth], else
 // [depth, 64]. Strides count elements; addresses and strides are multiples of 16 bytes. Needs kTileBytes of dynamic
 // shared memory, and all threads of the block.
 template <bool AInner, bool BInner, typename A, typename B, typename C>
-__device__ __forceinline__ void tile_product(TileSums<C>& c, const A* a, int64_t a_stride, const B* b, int64_t b_stride,
-                                             int64_t depth, int64_t valid) {
+__device__ __forceinline__ void add_tile_product(TileSums<C>& c, const A* a, int64_t a_stride, const B* b,
+                                                 int64_t b_stride, int64_t depth, int64_t valid) {
   using StageA = Stage<A, C, AInner>;
   using StageB = Stage<B, C, BInner>;
   unsigned char* const memory = dynamic_shared<unsigned char>();
@@ -145,12 +155,6 @@ __device__ __forceinline__ void tile_product(TileSums<C>& c, const A* a, int64_t
     }
     async_commit();
   };
-#pragma unroll
-  for (int down = 0; down < 2; ++down)
-#pragma unroll
-    for (int across = 0; across < 4; ++across)
-#pragma unroll
-      for (int i = 0; i < 4; ++i) c[down][across][i] = 0;
   copy(0, 0);
   int s = 0;
   for (int64_t k = 0; k < depth; k += kDepth<C>) {

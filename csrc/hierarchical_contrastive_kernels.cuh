@@ -1,0 +1,113 @@
+// What the hierarchical contrastive loss on CUDA has beside the kernels of all contrastive losses: which samples take
+// part where, and the tiers.
+#pragma once
+#include "contrastive_kernels.cuh"
+
+namespace msacore::hierarchical_contrastive {
+
+using contrastive::kRowThreads;
+
+#ifdef __CUDACC__
+constexpr int kTermsAtOnce = 12, kSidesAtOnce = 16;  // what the 4 KiB of a kernel's parameters hold
+#else
+constexpr int kTermsAtOnce = 5, kSidesAtOnce = 4;  // few, so that small inputs already take several launches
+#endif
+constexpr int kFinishThreads = 1024;  // the one block that adds everything up
+
+// The samples of a side or of a term: those with all `modalities` (bits) and at least `least` of any.
+struct Need {
+  uint64_t modalities;
+  int64_t least;
+};
+
+struct Availability {
+  const bool* available;  // [n, modalities] or null: all are
+  int64_t modalities;
+
+  __device__ bool meets(const Need& need, int64_t i) const {
+    uint64_t missing = 0;
+    int64_t count = modalities;
+    for (int64_t m = 0; available && m < modalities; ++m) {
+      if (available[i * modalities + m]) continue;
+      missing |= uint64_t(1) << m;
+      --count;
+    }
+    return (missing & need.modalities) == 0 && count >= need.least;
+  }
+};
+
+// Sides to prepare and terms to count.
+template <typename T>
+struct Preparation {
+  Availability available;
+  contrastive::Side<T> sides[kSidesAtOnce];
+  Need side_needs[kSidesAtOnce];
+  int side_count;
+  int64_t n;
+  Need term_needs[kTermsAtOnce];
+  const int64_t* labels[kTermsAtOnce];  // [n] or null
+  const acc_t<T>* stats;                // [terms, 2, 3, n], backward; else null
+  int64_t* counts;                      // [terms, 2, 2], see Side
+};
+
+// Grid [blocks, sides + terms].
+template <typename T>
+__global__ void __launch_bounds__(kRowThreads, 4) prepare_kernel(const __grid_constant__ Preparation<T> p) {
+  const int y = static_cast<int>(blockIdx.y);
+  if (y < p.side_count) {
+    contrastive::prepare_rows(p.sides[y], 0, [&](int64_t i) { return p.available.meets(p.side_needs[y], i); });
+  } else if (blockIdx.x == 0) {
+    const int64_t term = y - p.side_count;
+    const int64_t* labels = p.labels[term];
+    for (int64_t direction = 2 * term; direction < 2 * term + 2; ++direction)
+      contrastive::count_rows(
+          p.n, p.stats ? p.stats + direction * 3 * p.n : nullptr, p.counts + 2 * direction,
+          [&](int64_t i) { return (!labels || labels[i] >= 0) && p.available.meets(p.term_needs[term], i); });
+  }
+}
+
+// Tier k ends with term end[k].
+struct Tiers {
+  static constexpr int kCount = 3;
+  int64_t end[kCount];
+  double weight[kCount];
+};
+
+// One block, a warp per direction of a term: tiers [3], each the sum over its terms of the means over both directions,
+// from losses [terms, 2, n] and stats [terms, 2, 3, n]; and their weighted sum.
+template <typename A>
+__global__ void __launch_bounds__(kFinishThreads, 1)
+    tiers_kernel(const double* __restrict__ losses, const A* __restrict__ stats, int64_t n,
+                 const __grid_constant__ Tiers tiers, A* __restrict__ loss, A* __restrict__ out) {
+  constexpr int kWarps = kFinishThreads / kWarp;
+  MSACORE_SHARED(sums, double[Tiers::kCount][kWarps]);
+  for (int k = 0; k < Tiers::kCount; ++k) {
+    double sum = 0;
+    const int64_t begin = k > 0 ? 2 * tiers.end[k - 1] : 0;
+    for (int64_t direction = begin + warp_id(); direction < 2 * tiers.end[k]; direction += kWarps) {
+      double total = 0;
+      int kept = 0;
+      for (int64_t i = lane_id(); i < n; i += kWarp) {
+        total += losses[direction * n + i];
+        kept += stats[(direction * 3 + 2) * n + i] != A(0);
+      }
+      total = warp_sum(total);
+      kept = warp_sum(kept);
+      sum += total / (2.0 * (kept > 0 ? kept : 1));
+    }
+    if (lane_id() == 0) sums[k][warp_id()] = sum;
+  }
+  __syncthreads();
+  if (threadIdx.x == 0) {
+    double weighted = 0;
+    for (int k = 0; k < Tiers::kCount; ++k) {
+      double sum = 0;
+      for (int w = 0; w < kWarps; ++w) sum += sums[k][w];
+      out[k] = static_cast<A>(sum);
+      weighted += tiers.weight[k] * static_cast<double>(out[k]);
+    }
+    *loss = static_cast<A>(weighted);
+  }
+}
+
+}  // namespace msacore::hierarchical_contrastive
