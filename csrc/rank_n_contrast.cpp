@@ -2,7 +2,6 @@
 #include "rank_n_contrast.h"
 
 #include <torch/csrc/stable/library.h>
-#include <torch/csrc/stable/ops.h>
 
 #include <algorithm>
 #include <limits>
@@ -219,57 +218,50 @@ class Sweep {
   Tensor tile_;
 };
 
-// Calls body(sweep, n) where there are pairs at all.
+// Calls body(sweep, 1 / pairs) where there are pairs at all.
 template <typename T, typename Body>
-void with_sweep(const char* op, const Tensor& embeddings, const Tensor& targets, const std::optional<Tensor>& mask,
-                double temperature, Body&& body) {
-  dispatch_floating(targets.scalar_type(), op, [&](auto target_tag) {
+void with_sweep(const char* op, const Inputs& in, double temperature, Body&& body) {
+  dispatch_floating(in.targets.scalar_type(), op, [&](auto target_tag) {
     using Target = typename decltype(target_tag)::type;
-    const Ranked<Target> ranked(targets.const_data_ptr<Target>(), mask ? mask->const_data_ptr<bool>() : nullptr,
-                                targets.size(0));
+    const Ranked<Target> ranked(in.targets.const_data_ptr<Target>(),
+                                in.mask ? in.mask->const_data_ptr<bool>() : nullptr, in.targets.size(0));
     const double n = static_cast<double>(ranked.sample.size());
     if (n < 2) return;
-    Sweep<T, Target> sweep(embeddings, ranked, temperature);
+    Sweep<T, Target> sweep(in.embeddings, ranked, temperature);
     body(sweep, 1 / (n * (n - 1)));
   });
 }
 
-std::optional<Tensor> contiguous(const std::optional<Tensor>& mask) {
-  return mask ? std::optional<Tensor>(torch::stable::contiguous(*mask)) : std::nullopt;
-}
-
-Tensor forward_cpu(const Tensor& embeddings_, const Tensor& targets, const std::optional<Tensor>& mask,
+Tensor forward_cpu(const Tensor& embeddings, const Tensor& targets, const std::optional<Tensor>& mask,
                    double temperature) {
   constexpr const char* op = "rank_n_contrast";
-  check_inputs(op, embeddings_, targets, mask, temperature);
-  const Tensor embeddings = torch::stable::contiguous(embeddings_);
+  const Inputs given{embeddings, targets, mask};
+  check_inputs(op, given, temperature);
+  const Inputs in = contiguous(given);
   Tensor out = torch::stable::new_zeros(embeddings, {}, acc_dtype(embeddings.scalar_type()));
   dispatch_floating(embeddings.scalar_type(), op, [&](auto tag) {
     using T = typename decltype(tag)::type;
-    with_sweep<T>(op, embeddings, torch::stable::contiguous(targets), contiguous(mask), temperature,
-                  [&](auto& sweep, double share) {
-                    *out.mutable_data_ptr<acc_t<T>>() = static_cast<acc_t<T>>(share * sweep.loss());
-                  });
+    with_sweep<T>(op, in, temperature, [&](auto& sweep, double share) {
+      *out.mutable_data_ptr<acc_t<T>>() = static_cast<acc_t<T>>(share * sweep.loss());
+    });
   });
   return out;
 }
 
-Tensor backward_cpu(const Tensor& grad_out, const Tensor& embeddings_, const Tensor& targets,
+Tensor backward_cpu(const Tensor& grad_out, const Tensor& embeddings, const Tensor& targets,
                     const std::optional<Tensor>& mask, double temperature) {
   constexpr const char* op = "rank_n_contrast_backward";
-  const Sizes s = check_inputs(op, embeddings_, targets, mask, temperature);
-  check_shape(grad_out, op, "grad_out", {}, "[]");
-  check_dtype(grad_out, op, "grad_out", acc_dtype(embeddings_.scalar_type()));
-  const Tensor embeddings = torch::stable::contiguous(embeddings_);
+  const Inputs given{embeddings, targets, mask};
+  const Sizes s = check_inputs(op, given, temperature);
+  check_gradient(op, given, grad_out);
+  const Inputs in = contiguous(given);
   Tensor grad = torch::stable::new_zeros(embeddings, {s.samples, s.width});
   dispatch_floating(embeddings.scalar_type(), op, [&](auto tag) {
     using T = typename decltype(tag)::type;
     using A = acc_t<T>;
-    with_sweep<T>(op, embeddings, torch::stable::contiguous(targets), contiguous(mask), temperature,
-                  [&](auto& sweep, double share) {
-                    const A scale = static_cast<A>(*grad_out.const_data_ptr<A>() * share);
-                    sweep.gradient(scale, grad.mutable_data_ptr<T>());
-                  });
+    with_sweep<T>(op, in, temperature, [&](auto& sweep, double share) {
+      sweep.gradient(static_cast<A>(*grad_out.const_data_ptr<A>() * share), grad.mutable_data_ptr<T>());
+    });
   });
   return grad;
 }

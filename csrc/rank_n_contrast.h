@@ -1,17 +1,25 @@
 // Rank-N-Contrast: what the operator accepts, on every device.
 #pragma once
+#include <torch/csrc/stable/ops.h>
+
 #include <optional>
 
 #include "common/check.h"
+#include "common/dispatch.h"
 
 namespace msacore::rank_n_contrast {
+
+struct Inputs {
+  Tensor embeddings, targets;
+  std::optional<Tensor> mask;
+};
 
 struct Sizes {
   int64_t samples, width;
 };
 
-inline Sizes check_inputs(const char* op, const Tensor& embeddings, const Tensor& targets,
-                          const std::optional<Tensor>& mask, double temperature) {
+inline Sizes check_inputs(const char* op, const Inputs& in, double temperature) {
+  const auto& [embeddings, targets, mask] = in;
   check_floating(embeddings, op, "embeddings");
   check_shape(embeddings, op, "embeddings", {-1, -1}, "[N, d]");
   check_floating(targets, op, "targets");
@@ -24,6 +32,16 @@ inline Sizes check_inputs(const char* op, const Tensor& embeddings, const Tensor
   }
   check(temperature > 0, op, "expected `temperature` to be greater than 0, got ", temperature);
   return {embeddings.size(0), embeddings.size(1)};
+}
+
+inline void check_gradient(const char* op, const Inputs& in, const Tensor& grad_out) {
+  check_shape(grad_out, op, "grad_out", {}, "[]");
+  check_dtype(grad_out, op, "grad_out", acc_dtype(in.embeddings.scalar_type()));
+}
+
+inline Inputs contiguous(const Inputs& in) {
+  return {torch::stable::contiguous(in.embeddings), torch::stable::contiguous(in.targets),
+          in.mask ? std::optional<Tensor>(torch::stable::contiguous(*in.mask)) : std::nullopt};
 }
 
 }  // namespace msacore::rank_n_contrast
