@@ -24,45 +24,57 @@ Temperature temperature_of(const char* op, const InfoNceInputs& in, const InfoNc
 template <typename T>
 struct Workspace {
   using A = acc_t<T>;
-  Tensor units, factors, inverse_norms, counts, gradients;
+  T *anchor_units, *candidate_units;
+  A *anchor_factors, *candidate_factors, *anchor_norms, *candidate_norms, *anchor_gradients, *candidate_gradients;
+  int64_t* counts;
+  double *losses, *slopes;
+  Scratch scratch;
   Terms<T, 1> terms;
 
   // Backward, `row_stats` are those of the forward pass; `column_stats` is null where columns are no anchors.
   Workspace(const char* op, const InfoNceInputs& in, const InfoNceSizes& s, const InfoNceOptions& options,
-            const A* row_stats, const A* column_stats, const A* grad_out, cudaStream_t stream) {
-    const Tensor& like = in.anchors;
-    const int64_t width = padded(s.width, 32), n = padded(s.anchors, kTile), m = padded(s.candidates, kTile);
-    const ScalarType dtype = acc_dtype(like.scalar_type());
-    units = torch::stable::new_empty(like, {(n + m) * width});
-    factors = torch::stable::new_empty(like, {n + m}, dtype);
-    inverse_norms = torch::stable::new_empty(like, {s.anchors + s.candidates}, dtype);
-    counts = torch::stable::new_empty(like, {4}, ScalarType::Long);
-    gradients = torch::stable::new_empty(like, {grad_out ? (n + m) * width : 0}, dtype);
-    T* unit = units.mutable_data_ptr<T>();
-    A *factor = factors.mutable_data_ptr<A>(), *inverse_norm = inverse_norms.mutable_data_ptr<A>(),
-      *gradient = gradients.mutable_data_ptr<A>();
-    int64_t* count = counts.mutable_data_ptr<int64_t>();
+            const A* row_stats, const A* column_stats, const A* grad_out, cudaStream_t stream)
+      : scratch(in.anchors, [&](Scratch& memory) {
+          const int64_t width = padded(s.width, 32), n = padded(s.anchors, kTile), m = padded(s.candidates, kTile);
+          memory.take(anchor_units, n * width);
+          memory.take(candidate_units, m * width);
+          memory.take(anchor_factors, n);
+          memory.take(candidate_factors, m);
+          memory.take(anchor_norms, s.anchors);
+          memory.take(candidate_norms, s.candidates);
+          memory.take(counts, 4);
+          memory.take(losses, grad_out ? 0 : s.anchors + s.candidates);
+          memory.take(anchor_gradients, grad_out ? n * width : 0);
+          memory.take(candidate_gradients, grad_out ? m * width : 0);
+          memory.take(slopes, grad_out ? tiles(n) * tiles(m) : 0);
+        }) {
     const Tensor& candidates = in.candidates ? *in.candidates : in.anchors;
-    const auto side = [&](const Tensor& x, const OptionalTensor& labels, int64_t size, int64_t rows, int64_t row,
-                          int64_t sample, int64_t* counted, const A* stats) {
-      return Side<T>{x.const_data_ptr<T>(),
-                     size,
-                     s.width,
-                     rows,
-                     width,
-                     unit + row * width,
-                     factor + row,
-                     inverse_norm + sample,
-                     grad_out ? gradient + row * width : nullptr,
-                     data_or_null<int64_t>(labels),
-                     nullptr,
-                     counted,
-                     stats};
+    const auto side = [&](const Tensor& x, const OptionalTensor& labels, int64_t size) {
+      Side<T> side{};
+      side.x = x.const_data_ptr<T>();
+      side.n = size;
+      side.d = s.width;
+      side.rows = padded(size, kTile);
+      side.width = padded(s.width, 32);
+      side.labels = data_or_null<int64_t>(labels);
+      return side;
     };
     Problem<T>& problem = terms.at[0];
     problem = {};
-    problem.a = side(in.anchors, in.anchor_labels, s.anchors, n, 0, 0, count, row_stats);
-    problem.b = side(candidates, in.candidate_labels, s.candidates, m, n, s.anchors, count + 2, column_stats);
+    problem.a = side(in.anchors, in.anchor_labels, s.anchors);
+    problem.a.unit = anchor_units;
+    problem.a.factor = anchor_factors;
+    problem.a.inverse_norm = anchor_norms;
+    problem.a.gradient = anchor_gradients;
+    problem.a.counts = counts;
+    problem.a.stats = row_stats;
+    problem.b = side(candidates, in.candidate_labels, s.candidates);
+    problem.b.unit = candidate_units;
+    problem.b.factor = candidate_factors;
+    problem.b.inverse_norm = candidate_norms;
+    problem.b.gradient = candidate_gradients;
+    problem.b.counts = counts + 2;
+    problem.b.stats = column_stats;
     problem.temperature = temperature_of(op, in, options);
     problem.weights = data_or_null<T>(in.weights);
     problem.both = options.symmetric;
@@ -71,7 +83,7 @@ struct Workspace {
     problem.per_anchor = options.reduction == kNone;
     problem.grad_out = grad_out;
     problem.grad_weight = problem.grad_scale = 1;
-    const unsigned blocks = grid_for(std::max(n, m), kRowThreads / kWarp).x;
+    const unsigned blocks = grid_for(std::max(problem.a.rows, problem.b.rows), kRowThreads / kWarp).x;
     launch(
         prepare_kernel<T>, dim3(blocks + 1, 2), dim3(kRowThreads), 0, stream,
         Roles<T>{{problem.a, problem.b}, {data_or_null<bool>(in.anchor_mask), data_or_null<bool>(in.candidate_mask)}});
@@ -79,15 +91,15 @@ struct Workspace {
 };
 
 template <typename T>
-void forward(const Terms<T, 1>& terms, Tensor& loss, Tensor& row_stats, Tensor& column_stats, cudaStream_t stream) {
+void forward(const Workspace<T>& workspace, Tensor& loss, Tensor& row_stats, Tensor& column_stats,
+             cudaStream_t stream) {
   using A = acc_t<T>;
-  const Problem<T>& problem = terms.at[0];
+  const Problem<T>& problem = workspace.terms.at[0];
   const int64_t n = problem.a.n, column_anchors = problem.both ? problem.b.n : 0;
-  Tensor losses = torch::stable::new_empty(row_stats, {n + column_anchors}, ScalarType::Double);
-  double *const row_losses = losses.mutable_data_ptr<double>(), *const column_losses = row_losses + n;
+  double *const row_losses = workspace.losses, *const column_losses = row_losses + n;
   A *const rows = row_stats.mutable_data_ptr<A>(), *const columns = column_stats.mutable_data_ptr<A>();
-  sum_statistics(terms, 1, problem.both ? 2 : 1, Results<A>{rows, columns, 3, row_losses, column_losses, 1}, row_stats,
-                 stream);
+  sum_statistics(workspace.terms, 1, problem.both ? 2 : 1, Results<A>{rows, columns, 3, row_losses, column_losses, 1},
+                 row_stats, stream);
   launch(finish_kernel<A>, dim3(1), dim3(kFinishThreads), 0, stream, row_losses, rows, n, column_losses, columns,
          column_anchors, problem.both, problem.mean, problem.per_anchor, loss.mutable_data_ptr<A>());
 }
@@ -114,7 +126,7 @@ std::tuple<Tensor, Tensor, Tensor> info_nce_cuda(const Tensor& anchors, const Op
   dispatch_floating(anchors.scalar_type(), op, [&](auto tag) {
     using T = typename decltype(tag)::type;
     const Workspace<T> workspace(op, in, s, options, nullptr, nullptr, nullptr, device.stream);
-    forward<T>(workspace.terms, loss, row_stats, column_stats, device.stream);
+    forward(workspace, loss, row_stats, column_stats, device.stream);
   });
   return {loss, row_stats, column_stats};
 }
@@ -125,17 +137,15 @@ template <typename T>
 using gradient_t = std::conditional_t<std::is_same_v<T, BFloat16>, BFloat16, acc_t<T>>;
 
 template <typename T>
-void backward(Workspace<T>& workspace, Tensor& grad_anchors, Tensor& grad_candidates, Tensor& grad_temperature,
+void backward(const Workspace<T>& workspace, Tensor& grad_anchors, Tensor& grad_candidates, Tensor& grad_temperature,
               Tensor& grad_weights, bool one_tensor, const char* op, cudaStream_t stream) {
   using A = acc_t<T>;
   const Problem<T>& problem = workspace.terms.at[0];
   const Side<T>&a = problem.a, &b = problem.b;
-  Tensor slopes = torch::stable::new_empty(grad_anchors, {tiles(a.rows) * tiles(b.rows)}, ScalarType::Double);
-  if (a.rows == 0) torch::stable::zero_(workspace.gradients);
   const std::vector<Output<A>> outputs{{a.gradient, a.rows, a.width}, {b.gradient, b.rows, b.width}};
   sum_gradients<2, gradient_t<T>>(workspace.terms, 1, outputs, false,
-                                  problem.weights ? grad_weights.mutable_data_ptr<T>() : nullptr,
-                                  slopes.mutable_data_ptr<double>(), grad_anchors, stream);
+                                  problem.weights ? grad_weights.mutable_data_ptr<T>() : nullptr, workspace.slopes,
+                                  grad_anchors, stream);
   const Projections<T, 2> projections{
       {{a, b, one_tensor, grad_anchors.mutable_data_ptr<T>()}, {b, b, false, grad_candidates.mutable_data_ptr<T>()}}};
   launch(project_kernel<T, 2>, dim3(grid_for(std::max(a.n, b.n), kRowThreads / kWarp).x, one_tensor ? 1 : 2),
@@ -143,8 +153,8 @@ void backward(Workspace<T>& workspace, Tensor& grad_anchors, Tensor& grad_candid
   if (problem.temperature.kind == Temperature::kNumber) return;
   dispatch_floating(grad_temperature.scalar_type(), op, [&](auto tag) {
     using S = typename decltype(tag)::type;
-    launch(temperature_kernel<S>, dim3(1), dim3(kFinishThreads), 0, stream, slopes.const_data_ptr<double>(),
-           slopes.numel(), problem.temperature, grad_temperature.mutable_data_ptr<S>());
+    launch(temperature_kernel<S>, dim3(1), dim3(kFinishThreads), 0, stream, workspace.slopes,
+           int64_t{tiles(a.rows)} * tiles(b.rows), problem.temperature, grad_temperature.mutable_data_ptr<S>());
   });
 }
 
@@ -172,10 +182,10 @@ std::tuple<Tensor, Tensor, Tensor, Tensor> info_nce_backward_cuda(
   dispatch_floating(anchors.scalar_type(), op, [&](auto tag) {
     using T = typename decltype(tag)::type;
     using A = acc_t<T>;
-    Workspace<T> workspace(op, in, s, options, rows.const_data_ptr<A>(),
-                           symmetric ? columns.const_data_ptr<A>() : nullptr, grad.const_data_ptr<A>(), device.stream);
-    backward<T>(workspace, grad_anchors, grad_candidates, grad_temperature, grad_weights, !candidates, op,
-                device.stream);
+    const Workspace<T> workspace(op, in, s, options, rows.const_data_ptr<A>(),
+                                 symmetric ? columns.const_data_ptr<A>() : nullptr, grad.const_data_ptr<A>(),
+                                 device.stream);
+    backward(workspace, grad_anchors, grad_candidates, grad_temperature, grad_weights, !candidates, op, device.stream);
   });
   return {grad_anchors, grad_candidates, grad_temperature, grad_weights};
 }

@@ -3,7 +3,7 @@
 #include <algorithm>
 #include <vector>
 
-#include "common/cuda.cuh"
+#include "common/scratch.cuh"
 #include "contrastive_gradient_kernels.cuh"
 
 namespace msacore::contrastive {
@@ -60,44 +60,39 @@ void sum_statistics(const Terms<T, Most>& terms, unsigned count, unsigned direct
   using A = acc_t<T>;
   const Side<T>&a = terms.at[0].a, &b = terms.at[0].b;
   const int64_t across = tiles(b.rows), columns = directions == 2 ? b.rows : 0;
-  constexpr int64_t kNumbers = sizeof(Stats<A>) / sizeof(A);
   const int64_t strip = strip_rows(a.rows, stats_bytes(terms.at[0]) * count, kStatsBytes);
-  Tensor row_parts = torch::stable::new_empty(like, {count * across * strip * kNumbers}, acc_dtype(like.scalar_type()));
-  Tensor column_parts =
-      torch::stable::new_empty(like, {count * tiles(strip) * columns * kNumbers}, acc_dtype(like.scalar_type()));
-  Tensor running = torch::stable::new_empty(like, {count * columns * 4}, ScalarType::Double);
-  const auto parts = [](Tensor& t) { return reinterpret_cast<Stats<A>*>(t.mutable_data_ptr<A>()); };
-  Merge<A> rows{parts(row_parts),
-                across,
-                0,
-                0,
-                0,
-                true,
-                true,
-                nullptr,
-                results.row_stats,
-                results.stats_step,
-                results.row_losses,
-                results.losses_step};
-  Merge<A> others{parts(column_parts),
-                  0,
-                  b.rows,
-                  0,
-                  columns ? b.n : 0,
-                  true,
-                  false,
-                  reinterpret_cast<Stats<double>*>(running.mutable_data_ptr<double>()),
-                  results.column_stats,
-                  results.stats_step,
-                  results.column_losses,
-                  results.losses_step};
+  Stats<A>*row_parts, *column_parts;
+  Stats<double>* running;
+  const Scratch scratch(like, [&](Scratch& memory) {
+    memory.take(row_parts, count * across * strip);
+    memory.take(column_parts, count * tiles(strip) * columns);
+    memory.take(running, count * columns);
+  });
+  Merge<A> rows{};
+  rows.partial = row_parts;
+  rows.count = across;
+  rows.begin = rows.end = true;
+  rows.stats = results.row_stats;
+  rows.stats_step = results.stats_step;
+  rows.losses = results.row_losses;
+  rows.losses_step = results.losses_step;
+  Merge<A> others{};
+  others.partial = column_parts;
+  others.stride = b.rows;
+  others.n = columns ? b.n : 0;
+  others.begin = true;
+  others.running = running;
+  others.stats = results.column_stats;
+  others.stats_step = results.stats_step;
+  others.losses = results.column_losses;
+  others.losses_step = results.losses_step;
   const auto merge = [&] {
     launch(merge_kernel<T, Most>, dim3(grid_for(std::max(rows.n, others.n), kRowThreads).x, directions, count),
            dim3(kRowThreads), 0, stream, terms, rows, others);
   };
   for_strips(a.rows, strip, [&](int64_t first, int64_t size) {
     launch(statistics_kernel<T, Most>, dim3(static_cast<unsigned>(across), tiles(size), count), dim3(kTileThreads),
-           kSimilarityBytes<T>, stream, terms, first, parts(row_parts), parts(column_parts));
+           kSimilarityBytes<T>, stream, terms, first, row_parts, column_parts);
     rows.stride = size;
     rows.first = first;
     rows.n = std::min(size, a.n - first);
@@ -120,12 +115,9 @@ void sum_gradients(const Terms<T, MostTerms>& terms, unsigned count, const std::
   using A = acc_t<T>;
   const Side<T>&a = terms.at[0].a, &b = terms.at[0].b;
   const int64_t strip = strip_rows(a.rows, gradient_bytes<T, G>(terms.at[0]) * count, kGradientStripBytes);
-  Tensor strips = torch::stable::new_empty(like, {count * strip * b.rows},
-                                           std::is_same_v<G, T> ? like.scalar_type() : ScalarType::Float);
-  G* const strip_of = strips.mutable_data_ptr<G>();
-  for_strips(a.rows, strip, [&](int64_t first, int64_t size) {
-    launch(gradient_kernel<T, G, MostTerms>, dim3(tiles(b.rows), tiles(size), count), dim3(kTileThreads),
-           kSimilarityBytes<T>, stream, terms, first, strip_of, grad_weights, slopes);
+  G* strips;
+  const Scratch scratch(like, [&](Scratch& memory) { memory.take(strips, count * strip * b.rows); });
+  const auto products = [&](unsigned contributing, int64_t first, int64_t size) {
     for (size_t begin = 0; begin < outputs.size(); begin += MostOutputs) {
       Outputs<A, MostOutputs> group{};
       int64_t rows = 0, width = 0;
@@ -136,9 +128,15 @@ void sum_gradients(const Terms<T, MostTerms>& terms, unsigned count, const std::
         width = std::max(width, outputs[k].width);
       }
       launch(product_kernel<T, G, MostTerms, MostOutputs>, dim3(tiles(width), tiles(rows), members), dim3(kTileThreads),
-             kProductBytes<T, G>, stream, terms, static_cast<int>(count), group, strip_of, first, size,
+             kProductBytes<T, G>, stream, terms, static_cast<int>(contributing), group, strips, first, size,
              add || first > 0);
     }
+  };
+  if (a.rows == 0) products(0, 0, 0);  // nothing but zeros
+  for_strips(a.rows, strip, [&](int64_t first, int64_t size) {
+    launch(gradient_kernel<T, G, MostTerms>, dim3(tiles(b.rows), tiles(size), count), dim3(kTileThreads),
+           kSimilarityBytes<T>, stream, terms, first, strips, grad_weights, slopes);
+    products(count, first, size);
   });
 }
 

@@ -35,7 +35,11 @@ struct Workspace {
   const A* stats;  // null forward
   Upstream<A> upstream;
   int64_t n, rows;
-  Tensor units, factors, inverse_norms, counts, gradients;
+  T* units;
+  A *factors, *inverse_norms, *gradients;
+  int64_t* counts;
+  double* losses;
+  Scratch scratch;
 
   Workspace(const Inputs& in, const Sizes& s, const Options& options, const A* stats, const Upstream<A>& upstream,
             cudaStream_t stream)
@@ -45,17 +49,20 @@ struct Workspace {
         stats(stats),
         upstream(upstream),
         n(s.samples),
-        rows(padded(s.samples, kTile)) {
+        rows(padded(s.samples, kTile)),
+        scratch(in.fused, [&](Scratch& memory) {
+          const int64_t d = in.fused.size(1), d3 = in.high_level.empty() ? 0 : in.high_level[0].size(1);
+          const int64_t count = s.modalities + 1 + s.pairs;
+          const int64_t numbers = rows * ((s.modalities + 1) * padded(d, 32) + s.pairs * padded(d3, 32));
+          memory.take(units, numbers);
+          memory.take(gradients, stats ? numbers : 0);
+          memory.take(factors, count * rows);
+          memory.take(inverse_norms, count * n);
+          memory.take(counts, s.terms * 4);
+          memory.take(losses, stats ? 0 : s.terms * 2 * n);
+        }) {
     const std::vector<Tensor> embeddings = in.embeddings();
     const int64_t count = static_cast<int64_t>(embeddings.size());
-    int64_t widths = 0;
-    for (const Tensor& x : embeddings) widths += padded(x.size(1), 32);
-    const ScalarType dtype = acc_dtype(in.fused.scalar_type());
-    units = torch::stable::new_empty(in.fused, {rows * widths});
-    factors = torch::stable::new_empty(in.fused, {count * rows}, dtype);
-    inverse_norms = torch::stable::new_empty(in.fused, {count * n}, dtype);
-    counts = torch::stable::new_empty(in.fused, {s.terms * 4}, ScalarType::Long);
-    gradients = torch::stable::new_empty(in.fused, {stats ? rows * widths : 0}, dtype);
     int64_t before = 0;
     for (int64_t k = 0; k < count; ++k) {
       const int64_t d = embeddings[k].size(1), width = padded(d, 32);
@@ -65,10 +72,10 @@ struct Workspace {
       side.d = d;
       side.rows = rows;
       side.width = width;
-      side.unit = units.mutable_data_ptr<T>() + before;
-      side.factor = factors.mutable_data_ptr<A>() + k * rows;
-      side.inverse_norm = inverse_norms.mutable_data_ptr<A>() + k * n;
-      if (stats) side.gradient = gradients.mutable_data_ptr<A>() + before;
+      side.unit = units + before;
+      side.factor = factors + k * rows;
+      side.inverse_norm = inverse_norms + k * n;
+      if (stats) side.gradient = gradients + before;
       sides.push_back(side);
       before += rows * width;
     }
@@ -87,7 +94,7 @@ struct Workspace {
       p.side_count = static_cast<int>(std::min<int64_t>(kSidesAtOnce, side_count - side));
       p.n = n;
       p.stats = stats ? stats + term * 6 * n : nullptr;
-      p.counts = counts.mutable_data_ptr<int64_t>() + term * 4;
+      p.counts = counts + term * 4;
       for (int k = 0; k < p.side_count; ++k, ++side) {
         p.sides[k] = sides[side];
         p.side_needs[k] = needs[side];
@@ -113,7 +120,7 @@ struct Workspace {
     problem.a.partner = problem.b.factor;
     problem.b.partner = problem.a.factor;
     if (self) problem.a.labels = problem.b.labels = labels;
-    problem.a.counts = counts.mutable_data_ptr<int64_t>() + term * 4;
+    problem.a.counts = counts + term * 4;
     problem.b.counts = problem.a.counts + 2;
     if (stats) {
       problem.a.stats = stats + term * 6 * n;
@@ -150,9 +157,8 @@ template <typename T>
 void forward(Workspace<T>& workspace, const Sizes& s, Tensor& loss, Tensor& tiers, Tensor& stats, cudaStream_t stream) {
   using A = acc_t<T>;
   const int64_t n = s.samples;
-  Tensor losses = torch::stable::new_empty(stats, {s.terms * 2 * n}, ScalarType::Double);
   A* const stat = stats.mutable_data_ptr<A>();
-  double* const loss_of = losses.mutable_data_ptr<double>();
+  double* const loss_of = workspace.losses;
   workspace.for_groups(contrastive::stats_bytes<T>, contrastive::kStatsBytes,
                        [&](const Terms<T, kTermsAtOnce>& terms, int64_t first, unsigned count) {
                          A* const rows = stat + first * 6 * n;

@@ -141,6 +141,7 @@ __global__ void __launch_bounds__(kThreads, 4) distance_kernel(const A* __restri
 }
 
 constexpr double kNothing = -std::numeric_limits<double>::infinity();
+constexpr double kNoNumber = std::numeric_limits<double>::quiet_NaN();
 
 // sum · exp(top)
 struct LogSum {
@@ -233,7 +234,7 @@ __global__ void __launch_bounds__(kThreads, 2)
   bool bad = false;
   for (int64_t j = threadIdx.x; any && j < n; j += kThreads) bad = bad || gap(j) != gap(j);
   bad = __syncthreads_or(bad);
-  double loss = bad ? std::numeric_limits<double>::quiet_NaN() : 0;
+  double loss = bad ? kNoNumber : 0;
   if (any && !bad) {
     const auto store_scan = [&](int64_t j, double value) { scan[j] = value; };
     scan_logarithms(self, similarity, store_scan);
@@ -267,7 +268,7 @@ __global__ void __launch_bounds__(kThreads, 2)
     for (int64_t j = threadIdx.x; j < padded; j += kThreads) {
       double factor = 0;
       if (j < n && bad) {
-        factor = std::numeric_limits<double>::quiet_NaN();
+        factor = kNoNumber;
       } else if (j < n && any && j != self && distance[j] != A(0)) {
         const double wanted = gap(j);
         const int64_t left = first_place(0, self, [&](int64_t k) { return gap(k) <= wanted; });

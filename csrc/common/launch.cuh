@@ -54,6 +54,7 @@ inline dim3 grid_for(int64_t items, int threads) {
 // Runs `kernel` on `stream`; an empty grid is no launch. Dynamic shared memory up to the chip's limit is granted.
 template <typename... P, typename... A>
 void launch(void (*kernel)(P...), dim3 grid, dim3 block, size_t shared, cudaStream_t stream, A... args) {
+  static_assert((sizeof(P) + ... + 0) <= 4000, "kernel parameters beyond 4 KiB need a driver of CUDA 12.1 or newer");
   if (grid.x == 0 || grid.y == 0 || grid.z == 0) return;
   const size_t threads = size_t{block.x} * block.y * block.z;
   STD_TORCH_CHECK(threads >= 1 && threads <= 1024 && grid.x <= 0x7fffffffu && grid.y <= 65535 && grid.z <= 65535,
