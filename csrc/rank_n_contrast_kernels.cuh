@@ -82,6 +82,9 @@ __global__ void __launch_bounds__(kThreads, 4)
 }
 
 template <typename A>
+constexpr int kTileBlocks = sizeof(A) == 8 ? 2 : 4;  // of a multiprocessor: more would spill registers
+
+template <typename A>
 using Staged = A[kDepth][kTile + kPerThread];  // padded, so that the threads of a warp hit different banks
 
 // A thread's rows and columns within the tile.
@@ -108,8 +111,9 @@ __device__ __forceinline__ void stage(Staged<A>& to, const A* __restrict__ from,
 
 // Grid [column tiles, row tiles of the strip that begins at `first`]: distances [strip, padded].
 template <typename A>
-__global__ void __launch_bounds__(kThreads, 4) distance_kernel(const A* __restrict__ rows, int64_t width, int64_t first,
-                                                               int64_t padded, A* __restrict__ distance) {
+__global__ void __launch_bounds__(kThreads, kTileBlocks<A>)
+    distance_kernel(const A* __restrict__ rows, int64_t width, int64_t first, int64_t padded,
+                    A* __restrict__ distance) {
   MSACORE_SHARED(left, Staged<A>);
   MSACORE_SHARED(right, Staged<A>);
   const int64_t row = int64_t{blockIdx.y} * kTile, column = int64_t{blockIdx.x} * kTile;
@@ -299,7 +303,7 @@ __global__ void __launch_bounds__(kThreads, 1) mean_kernel(const double* __restr
 // row `own` on, and `others` of them from row `other` on. The factors a are those of anchors `own` (`OfAnchors`:
 // [own, padded]) or of anchors `other` ([others, padded]).
 template <bool OfAnchors, typename A>
-__global__ void __launch_bounds__(kThreads, 4)
+__global__ void __launch_bounds__(kThreads, kTileBlocks<A>)
     pull_kernel(const A* __restrict__ rows, int64_t width, const A* __restrict__ factors, int64_t padded, int64_t own,
                 int64_t other, int64_t others, bool add, A* __restrict__ gradient) {
   MSACORE_SHARED(factor, Staged<A>);
