@@ -4,8 +4,10 @@ From the shell: ``python -m msacore.selection POOL.npy --budget N --out FILE``.
 """
 
 import contextlib
+import time
 from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass, field
+from numbers import Integral, Real
 from typing import Any
 
 import numpy as np
@@ -44,6 +46,7 @@ STRATEGIES: dict[str, Callable[[Job], Cover | None]] = {
     "probcover": clusters.cover_with_balls,
 }
 _FACTORED = ("kmeans++", "lcmd", "random", "topk")
+_NOTE_SECONDS = 0.1
 _NEED_UNCERTAINTY = ("topk", "uncertainty_kcenter", "mmr", "prefilter")
 
 
@@ -85,6 +88,23 @@ class SelectionInterrupted(KeyboardInterrupt):
     def __init__(self, state: dict[str, Any]) -> None:
         super().__init__(f"select: interrupted after {len(state['indices'])} picks; `.state` goes on from there")
         self.state = state
+
+
+class _Bar(tqdm):
+    """A progress bar that also says what goes on where no pick is made."""
+
+    def __init__(self, budget: int, strategy: str, shown: bool) -> None:
+        super().__init__(total=budget, desc=strategy, unit="pick", disable=not shown)
+        self._noted = 0.0
+
+    def note(self, text: str) -> None:
+        if not self.disable and time.monotonic() - self._noted >= _NOTE_SECONDS:
+            self._noted = time.monotonic()
+            self.set_postfix_str(text)
+
+    def update(self, n: float | None = 1) -> bool | None:
+        self.set_postfix_str("", refresh=False)
+        return super().update(n)
 
 
 @contextlib.contextmanager
@@ -144,13 +164,16 @@ def _checked_options(strategy: str, given: Mapping[str, Any] | None) -> dict[str
         "noise": (lambda v: 0 < v < float("inf"), "above 0"),
         "neighbours": (lambda v: v >= 1 and v == int(v), "an integer of at least 1"),
         "factor": (lambda v: 1 <= v < float("inf"), "at least 1"),
-        "delta": (lambda v: v is None or 0 <= v < float("inf"), "at least 0"),
+        "delta": (lambda v: 0 <= v < float("inf"), "at least 0"),
     }
     for key, (holds, words) in rules.items():
         value = options[key]
-        number = isinstance(value, int | float) and not isinstance(value, bool)
-        if not (value is None and key == "delta") and not (number and holds(value)):
+        if value is None and key == "delta":
+            continue
+        if isinstance(value, bool) or not isinstance(value, Real) or not holds(value):
             raise ValueError(f"select: expected option `{key}` to be {words}, got {value!r}")
+        number = float(value)
+        options[key] = int(number) if isinstance(DEFAULTS[key], int) and number.is_integer() else number
     clusters.check_options(strategy, options)
     return options
 
@@ -251,19 +274,24 @@ def run(
     _choice("strategy", strategy, STRATEGIES)
     _choice("distance", distance, ("euclidean", "cosine"))
     _choice("backend", backend, ("auto", "native", "faiss"))
-    if isinstance(budget, bool) or not isinstance(budget, int | np.integer) or budget < 0:
+    if isinstance(budget, bool) or not isinstance(budget, Integral) or budget < 0:
         raise ValueError(f"select: expected `budget` to be an integer of at least 0, got {budget!r}")
-    if not isinstance(gamma, int | float) or not 0 <= gamma < float("inf"):
+    if isinstance(gamma, bool) or not isinstance(gamma, Real) or not 0 <= gamma < float("inf"):
         raise ValueError(f"select: expected `gamma` to be a number of at least 0, got {gamma!r}")
+    if isinstance(seed, bool) or not isinstance(seed, Integral) or not -(2**63) <= seed < 2**63:
+        raise ValueError(f"select: expected `seed` to be a 64-bit integer, got {seed!r}")
     chosen = _checked_options(strategy, options)
-    with _full_precision(), torch.no_grad():
+    with _full_precision(), torch.no_grad(), _Bar(int(budget), strategy, progress) as bar:
         factored = isinstance(embeddings, GradientEmbeddings)
         if factored and (strategy not in _FACTORED or distance != "euclidean" or backend == "faiss"):
             raise ValueError(
                 f"select: gradient embeddings are for {', '.join(_FACTORED)}, euclidean, native; "
                 f"got {strategy!r}, {distance!r}, {backend!r}"
             )
-        pool = FactoredPool(embeddings.scale, embeddings.features) if factored else Pool(embeddings, distance)
+        if factored:
+            pool: Pool = FactoredPool(embeddings.scale, embeddings.features, bar.note)
+        else:
+            pool = Pool(embeddings, distance, bar.note)
         u = None if uncertainty is None else _checked_uncertainty(uncertainty, pool)
         if u is None and strategy in _NEED_UNCERTAINTY:
             raise ValueError(f"select: the strategy `{strategy}` needs `uncertainty` [N], got None")
@@ -281,20 +309,19 @@ def run(
             "uncertainty": digest(u if strategy in _NEED_UNCERTAINTY else None),
             "options": chosen,
         }
-        with tqdm(total=int(budget), desc=strategy, unit="pick", disable=not progress) as bar:
-            engine = Faiss(pool) if backend == "faiss" else Native(pool)
-            job = Job(pool, int(budget), identity, u, centers, open_rows, chosen, int(seed), engine)
-            if state is not None:
-                job.resume(state)
-                bar.update(job.made)
-            job.report = bar.update if checkpoint is None else lambda n: (bar.update(n), checkpoint(job.state))
-            try:
-                cover = STRATEGIES[strategy](job)
-                if cover is None:
-                    cover = Cover(engine, job.all_centers(), 0, {})
-                radius = cover.radius(job.open_rows.nonzero()[:, 0])
-            except KeyboardInterrupt:
-                raise SelectionInterrupted(job.state()) from None
+        engine = Faiss(pool) if backend == "faiss" else Native(pool)
+        job = Job(pool, int(budget), identity, u, centers, open_rows, chosen, int(seed), engine)
+        if state is not None:
+            job.resume(state)
+            bar.update(job.made)
+        job.report = bar.update if checkpoint is None else lambda n: (bar.update(n), checkpoint(job.state))
+        try:
+            cover = STRATEGIES[strategy](job)
+            if cover is None:
+                cover = Cover(engine, job.all_centers(), 0, {})
+            radius = cover.radius(job.open_rows.nonzero()[:, 0])
+        except KeyboardInterrupt:
+            raise SelectionInterrupted(job.state()) from None
     return Selection(job.picked(), job.picked_scores(), radius, job.engine.name, pool.reads, job.state())
 
 

@@ -2,6 +2,8 @@
 
 import json
 import os
+import re
+import signal
 import subprocess
 import sys
 import textwrap
@@ -215,6 +217,9 @@ BAD = {
     "option range": ({"options": {"mmr_weight": 1.5}}, r"`mmr_weight`.*\[0, 1\].*1.5"),
     "no delta": ({"strategy": "probcover"}, "probcover.*delta"),
     "gamma": ({"gamma": -1}, "`gamma`.*-1"),
+    "seed": ({"seed": 1.5}, "`seed`.*integer.*1.5"),
+    "large seed": ({"seed": 2**64}, "`seed`.*64-bit"),
+    "label overflow": ({"labeled": torch.full((1, 3), 1e200, dtype=torch.float64)}, "`labeled`.*overflow"),
 }
 
 
@@ -233,6 +238,23 @@ def test_progress_bar_shows_the_remaining_time(capsys: pytest.CaptureFixture[str
     assert "30/30" in shown
     select(pool_of("gaussian"), 30, strategy="lcmd")
     assert capsys.readouterr().err == ""
+
+
+@every_strategy
+def test_long_steps_without_a_pick_give_a_sign_of_life(
+    strategy: str, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("msacore.selection._NOTE_SECONDS", 0.0)
+    select(pool_of("gaussian"), 5, uncertainty=torch.rand(160), progress=True, **arguments(strategy))
+    shown = capsys.readouterr().err
+    assert "checking row 0 of 160" in shown
+    said = {
+        "typiclust": ("seed 1 of 5", "pass 1 over 5", "neighbours in cluster 1"),
+        "probcover": ("comparing sample",),
+    }
+    for words in said.get(strategy, ()):
+        assert words in shown
+    assert "checking" not in shown.rsplit("\r", 1)[-1]  # what was said goes with the next pick
 
 
 def _command(*arguments: Any, **options: Any) -> subprocess.CompletedProcess[str]:
@@ -273,6 +295,46 @@ def test_the_command_line_selects_resumes_and_writes_whole_files(tmp_path: Path)
     assert done.returncode == 1
     assert "absent.npy" in done.stderr
     assert not (tmp_path / "x.json").exists()
+
+
+def test_the_command_line_says_what_it_cannot_use(tmp_path: Path) -> None:
+    np.save(tmp_path / "pool.npy", pool_of("gaussian").numpy())
+    common = [tmp_path / "pool.npy", "--budget", 3, "--strategy", "kcenter"]
+    done = _command(*common, "--out", tmp_path / "absent" / "picks.json")
+    assert done.returncode == 1
+    assert "there is no folder" in done.stderr
+    (tmp_path / "picks.json.state").write_bytes(b"no state")
+    done = _command(*common, "--out", tmp_path / "picks.json")
+    assert done.returncode == 1
+    assert "picks.json.state cannot be read" in done.stderr
+    assert "Traceback" not in done.stderr
+    assert not (tmp_path / "picks.json").exists()
+
+
+@pytest.mark.skipif(os.name != "posix", reason="signals as POSIX has them")
+def test_the_command_line_goes_on_after_an_interrupt(tmp_path: Path) -> None:
+    np.save(tmp_path / "pool.npy", pool_of("gaussian", 2000, 8).numpy())
+    command = [sys.executable, "-m", "msacore.selection", str(tmp_path / "pool.npy"), "--strategy", "lcmd"]
+    command += ["--budget", "1500", "--out", str(tmp_path / "picks.json")]
+    process = subprocess.Popen(command, cwd=ROOT, stderr=subprocess.PIPE, text=True)
+    assert process.stderr is not None
+    shown = ""
+    while not re.search(r"[1-9]\d*/1500", shown):
+        piece = process.stderr.read(40)
+        assert piece, shown
+        shown += piece
+    process.send_signal(signal.SIGINT)
+    rest = process.communicate()[1]
+    assert process.returncode == 130, rest
+    assert "the same command goes on from there" in rest
+    assert not (tmp_path / "picks.json").exists()
+    made = torch.load(tmp_path / "picks.json.state", weights_only=True)["indices"]
+    assert 0 < len(made) < 1500
+    done = subprocess.run([*command, "--quiet"], cwd=ROOT, capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr
+    picks = json.loads((tmp_path / "picks.json").read_text())["indices"]
+    assert picks[: len(made)] == made.tolist()
+    assert picks == select(np.load(tmp_path / "pool.npy"), 1500, strategy="lcmd").indices.tolist()
 
 
 def test_select_is_loaded_lazily_and_listed() -> None:

@@ -3,11 +3,12 @@
 import argparse
 import json
 import os
+import pickle
 import sys
 import time
 from collections.abc import Callable
 from pathlib import Path
-from typing import Any
+from typing import Any, cast
 
 import numpy as np
 import torch
@@ -23,6 +24,8 @@ def _write(path: Path, write: Callable[[Path], Any]) -> None:
     part = path.with_name(f".{path.name}.{os.getpid()}.part")
     try:
         write(part)
+        with part.open("rb") as written:
+            os.fsync(written.fileno())  # the name must not reach the disk before the content
         os.replace(part, path)
     finally:
         part.unlink(missing_ok=True)
@@ -64,6 +67,15 @@ def _parser() -> argparse.ArgumentParser:
     return parser
 
 
+def _state(path: Path) -> dict[str, Any] | None:
+    if not path.exists():
+        return None
+    try:
+        return cast(dict[str, Any], torch.load(path, weights_only=True))
+    except (RuntimeError, EOFError, pickle.UnpicklingError) as error:
+        raise ValueError(f"{path} cannot be read: {str(error).splitlines()[0]}") from error
+
+
 def _result(done: selection.Selection, args: argparse.Namespace) -> dict[str, Any]:
     def finite(value: float) -> float | None:
         return value if np.isfinite(value) else None
@@ -102,7 +114,9 @@ def main(argv: list[str] | None = None) -> int:
         return None if path is None else np.load(path, mmap_mode="r", allow_pickle=False)
 
     try:
-        state = torch.load(state_file, weights_only=True) if state_file.exists() else None
+        if not args.out.absolute().parent.is_dir():
+            raise ValueError(f"--out: there is no folder {args.out.absolute().parent}")
+        state = _state(state_file)
         done = selection.run(
             load(args.pool),
             args.budget,
@@ -121,6 +135,9 @@ def main(argv: list[str] | None = None) -> int:
     except selection.SelectionInterrupted as stop:
         save(stop.state)
         print(f"stopped after {len(stop.state['indices'])} picks; the same command goes on from there", file=sys.stderr)
+        return 130
+    except KeyboardInterrupt:
+        print("stopped while the pool was checked; nothing is changed", file=sys.stderr)
         return 130
     except (ValueError, OSError, ImportError) as error:
         hint = (

@@ -24,6 +24,7 @@ def k_means(job: Job, k: int) -> tuple[Tensor, Tensor]:
     centroids = pool.centers(chosen)
     nearest = torch.full((pool.n,), torch.inf, dtype=torch.float64, device=device)
     for i in range(1, k):
+        pool.note(f"seed {i} of {k} clusters")
         nearest = torch.minimum(nearest, pool.distances_to(centroids[-1:]))
         share = nearest.square().cumsum(0)
         if not bool(share[-1] > 0):
@@ -31,7 +32,8 @@ def k_means(job: Job, k: int) -> tuple[Tensor, Tensor]:
         drawn = torch.searchsorted(share, (draws[i].to(device) * share[-1])[None], right=True)
         centroids = torch.cat([centroids, pool.centers(torch.minimum(drawn, nearest.nonzero()[-1]))])
     previous = torch.full_like(everything, -1)
-    for _ in range(_ITERATIONS):
+    for i in range(_ITERATIONS):
+        pool.note(f"pass {i} over {len(centroids)} clusters")
         cluster = job.engine.nearest(everything, centroids)
         if torch.equal(cluster, previous):
             break
@@ -48,6 +50,7 @@ def _typicality(job: Job, cluster: Tensor) -> Tensor:
     """One over the mean distance to the nearest neighbours within the sample's cluster."""
     out = torch.zeros(job.pool.n, dtype=torch.float64, device=job.pool.device)
     for number in range(int(cluster.max()) + 1):
+        job.pool.note(f"neighbours in cluster {number}")
         members = (cluster == number).nonzero()[:, 0]
         k = min(job.options["neighbours"], len(members) - 1)
         if k > 0:

@@ -1,5 +1,7 @@
 """Who answers nearest-neighbour questions: the kernels of this package, or FAISS with an exact check behind it."""
 
+from collections.abc import Iterator
+
 import torch
 from torch import Tensor
 
@@ -30,9 +32,15 @@ class Native:
     def within(self, rows: Tensor, radius: float) -> Tensor:
         """How many of the samples ``rows`` lie within ``radius`` of each sample, ``[N]``."""
         total = torch.zeros(self.pool.n, dtype=torch.int64, device=rows.device)
-        for block in rows.split(BLOCK) if len(rows) else ():
+        for block in self.blocks(rows):
             total += self.pool.count(self.pool.centers(block), radius)
         return total
+
+    def blocks(self, rows: Tensor) -> Iterator[Tensor]:
+        """``rows`` in pieces, each of which is compared with the whole pool."""
+        for begin in range(0, len(rows), BLOCK):
+            self.pool.note(f"comparing sample {begin} of {len(rows)} with all")
+            yield rows[begin : begin + BLOCK]
 
     def bounds(self, centers: Tensor) -> Tensor | None:
         """Upper bounds of the distances to the nearest of ``centers``, ``[N]``, or None where none are cheap."""

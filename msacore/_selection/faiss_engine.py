@@ -98,7 +98,7 @@ class Faiss(Native):
         total = torch.zeros(self.pool.n, dtype=torch.int64, device=rows.device)
         euclidean = self.pool.metric == kcenter.METRICS["euclidean"]
         reach = (radius * self.pool.scale) ** 2 if euclidean else 2 * radius
-        for block in rows.split(BLOCK) if len(rows) else ():
+        for block in self.blocks(rows):
             centers = self.pool.centers(block)
             index, largest = self._index(self._packed(centers, 1), False)
             for part, values in self.pool.parts():

@@ -1,6 +1,8 @@
 """Gradient embeddings for BADGE: outer products that are never formed."""
 
+from collections.abc import Callable
 from dataclasses import dataclass
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -54,6 +56,9 @@ def gradient_embeddings(
                 [ 0.2500, -0.2500]])
     """
     name = "gradient_embeddings"
+    features = torch.as_tensor(features)
+    probabilities = None if probabilities is None else torch.as_tensor(probabilities)
+    uncertainty = None if uncertainty is None else torch.as_tensor(uncertainty)
     if features.dim() != 2 or not features.is_floating_point():
         raise ValueError(f"{name}: expected `features` [N, d] floating, got {features.dtype} {list(features.shape)}")
     n = len(features)
@@ -80,7 +85,7 @@ def gradient_embeddings(
 class FactoredPool(Pool):
     """A pool of outer products; a centre is the two factors side by side."""
 
-    def __init__(self, scale: Tensor, features: Tensor) -> None:
+    def __init__(self, scale: Tensor, features: Tensor, note: Callable[[str], Any]) -> None:
         if scale.dim() != 2 or features.dim() != 2 or len(scale) != len(features):
             raise ValueError(
                 f"select: expected gradient embeddings [N, K] and [N, d], got {list(scale.shape)}, "
@@ -88,7 +93,7 @@ class FactoredPool(Pool):
             )
         self._classes = scale.shape[1]
         dtype = torch.promote_types(scale.dtype, features.dtype)
-        super().__init__(torch.cat([scale.to(dtype), features.to(dtype)], 1), "euclidean")
+        super().__init__(torch.cat([scale.to(dtype), features.to(dtype)], 1), "euclidean", note)
 
     def _factors(self, rows: Tensor) -> tuple[Tensor, Tensor]:
         rows = rows.double()

@@ -41,6 +41,7 @@ class Job:
         report: Called with the number of new picks.
         memory: What the strategy must keep between calls.
         rounds: Picks so far and their scores, in parts.
+        made: Number of picks so far.
     """
 
     pool: Pool
@@ -55,15 +56,12 @@ class Job:
     report: Callable[[int], Any] = lambda made: None
     memory: dict[str, Any] = field(default_factory=dict)
     rounds: list[tuple[Tensor, Tensor]] = field(default_factory=list)
+    made: int = 0
 
     def needed_uncertainty(self) -> Tensor:
         if self.uncertainty is None:
             raise ValueError(f"select: the strategy `{self.identity['strategy']}` needs `uncertainty` [N], got None")
         return self.uncertainty
-
-    @property
-    def made(self) -> int:
-        return sum(len(indices) for indices, _ in self.rounds)
 
     @property
     def left(self) -> int:
@@ -73,6 +71,7 @@ class Job:
         """Record picks."""
         self.open_rows[indices] = False
         self.rounds.append((indices, scores.to(torch.float64)))  # in one step, for an interrupt may come between two
+        self.made += len(indices)
         self.report(len(indices))
 
     def picked(self) -> Tensor:

@@ -4,7 +4,7 @@ import hashlib
 import math
 import mmap
 import warnings
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from typing import Any
 
 import numpy as np
@@ -41,10 +41,23 @@ def _tensor(chunk: np.ndarray) -> Tensor:
         return torch.from_numpy(native)
 
 
-class Pool:
-    """Samples ``[N, d]`` and their exact distances to centres, which are float64 rows ``[n, d]``."""
+def _check_magnitude(name: str, magnitude: float) -> None:
+    if magnitude > _LARGEST:
+        raise ValueError(f"select: `{name}` reach {magnitude:g}; squares above {_LARGEST:g} overflow in float64")
 
-    def __init__(self, embeddings: Any, distance: str) -> None:
+
+def _silent(text: str) -> None:
+    """Nobody watches."""
+
+
+class Pool:
+    """Samples ``[N, d]`` and their exact distances to centres, which are float64 rows ``[n, d]``.
+
+    ``note`` is told what goes on during steps that make no pick.
+    """
+
+    def __init__(self, embeddings: Any, distance: str, note: Callable[[str], Any] = _silent) -> None:
+        self.note = note
         values = as_array("embeddings", embeddings)
         if values.ndim != 2:
             raise ValueError(f"select: expected `embeddings` to have shape [N, d], got {list(values.shape)}")
@@ -73,16 +86,14 @@ class Pool:
         sums = torch.zeros(self.width, dtype=torch.float64, device=self.device)
         checksums, magnitude = hashlib.sha256(f"{self.n} {self.width} {self.dtype}".encode()), 0.0
         for begin, chunk in self.chunks():
+            self.note(f"checking row {begin} of {self.n}")
             chunk_sums, chunk_checksums, largest, bad = kcenter.scan(chunk)
             if int(bad) < len(chunk):
                 raise ValueError(f"select: `embeddings` holds a NaN or infinite value, first in row {begin + int(bad)}")
             sums += chunk_sums
             checksums.update(chunk_checksums.cpu().numpy().data)
             magnitude = max(magnitude, float(largest))
-        if magnitude > _LARGEST:
-            raise ValueError(
-                f"select: `embeddings` reach {magnitude:g}; squares above {_LARGEST:g} overflow in float64"
-            )
+        _check_magnitude("embeddings", magnitude)
         self.fingerprint = checksums.hexdigest()
         self.mean = sums / max(self.n, 1)
         self.widen(magnitude)
@@ -224,7 +235,9 @@ class Pool:
         bad = ~centers.isfinite().all(1)
         if bool(bad.any()):
             raise ValueError(f"select: `labeled` holds a NaN or infinite value, first in row {int(bad.int().argmax())}")
-        self.widen(float(centers.abs().max()))
+        magnitude = float(centers.abs().max()) if centers.numel() else 0.0
+        _check_magnitude("labeled", magnitude)
+        self.widen(magnitude)
         return centers
 
     def distances_to(self, center: Tensor, metric: int | None = None) -> Tensor:
