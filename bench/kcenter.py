@@ -10,10 +10,10 @@ import numpy as np
 import torch
 from torch import Tensor
 
-import msacore
 from bench.device import Canary
 from bench.harness import Benchmark, Growth, Inputs, Shape, Work
 from bench.peers import plain
+from msacore.selection import Selection, select
 
 _KINDS = ("Gaussian", "clustered", "duplicated", "from a file")
 _CLUSTERS, _COPIES = 100, 4
@@ -38,8 +38,8 @@ def _inputs(sizes: dict[str, int], device: torch.device) -> Inputs:
     return {"pool": pool, "budget": sizes["budget"]}
 
 
-def _select(pool: Tensor, budget: int) -> msacore.selection.Selection:
-    return msacore.select(pool, budget, strategy="kcenter", labeled=torch.tensor([0]))
+def _select(pool: Tensor, budget: int) -> Selection:
+    return select(pool, budget, strategy="kcenter", labeled=torch.tensor([0]))
 
 
 def lazy_batched(pool: Tensor, budget: int) -> Tensor:
