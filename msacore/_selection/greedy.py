@@ -55,7 +55,7 @@ class Cover:
             self._take(in_order, slice(None), folded.clamp_max(upto), upto)
             return
         rows, folded = rows[stale], folded[stale]
-        if int(folded.max() - folded.min()) > _STAGE:
+        if self.pool.in_memory and int(folded.max() - folded.min()) > _STAGE:
             # Rows that lack the same centres come together, in the order of the pool.
             order = (folded * self.pool.n + rows).argsort()
             rows, folded = rows[order], folded[order]
@@ -95,7 +95,7 @@ class Cover:
             return float("inf")
         self.prime(rows)
         ones, best = torch.ones_like(self.delta), self.delta.new_zeros(())
-        for size in (_STAGE, _CANDIDATES // 4, len(rows)):
+        for size in (_STAGE, _CANDIDATES // 4, len(rows)) if len(rows) > _CANDIDATES else (len(rows),):
             likely = rows[kcenter.rank(self.delta[rows], count=size)] if size < len(rows) else rows
             reached = self.sift(likely[self.delta[likely] >= best], ones, best)
             best = self.delta[reached].amax() if len(reached) else best
@@ -109,6 +109,7 @@ def pick(cover: Cover, weight: Tensor, open_rows: Tensor, limit: int, made: Call
     be a centre, and ``limit`` samples left.
     """
     pool, size = cover.pool, min(max(_CANDIDATES, _PER_PICK * limit), 4 * _CANDIDATES)
+    size = max(1, min(size, pool.at_once // 2))
     everything = torch.tensor([0.0], dtype=torch.float64, device=pool.device)
     nobody = torch.tensor([pool.n], device=pool.device)
     cover.prime(open_rows.nonzero()[:, 0])

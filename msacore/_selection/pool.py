@@ -14,6 +14,7 @@ from torch import Tensor
 from msacore.ops import kcenter
 
 _CHUNK_BYTES = 4 << 20  # of an array that may be larger than memory
+_DENSE = 8  # rows so many apart cost as much one by one as together with those between
 _SCATTERED_ROWS = 64  # each may map a huge page around it
 _LARGEST = 1e150  # beyond it squares overflow in float64
 _FLOATING = (torch.float16, torch.bfloat16, torch.float32, torch.float64)
@@ -108,6 +109,11 @@ class Pool:
         return self._values is not None
 
     @property
+    def at_once(self) -> int:
+        """How many rows may be gathered into memory."""
+        return self.n if self.in_memory else max(1, 4 * self._chunk_rows())
+
+    @property
     def reads(self) -> int:
         """How many times the pool was read, counted in rows and rounded up."""
         return -(-self.rows_read // max(self.n, 1))
@@ -167,10 +173,28 @@ class Pool:
             self.rows_read += len(rows)
             yield slice(0, len(rows)), self._values, rows
             return
-        step = self._chunk_rows()
-        for begin in range(0, len(rows), step):
-            part = slice(begin, min(begin + step, len(rows)))
-            yield part, self._read(rows[part].numpy()), torch.arange(part.stop - part.start)
+        for part, dense in self._parts_of(rows):
+            here = rows[part]
+            first = int(here[0]) if dense else 0
+            values = self._read(slice(first, int(here[-1]) + 1) if dense else here.numpy())
+            yield part, values, here - first if dense else torch.arange(len(here))
+
+    def _parts_of(self, rows: Tensor) -> Iterator[tuple[slice, bool]]:
+        """Parts of ``rows`` of about a chunk's size, and which of them rise and lie densely enough to read through."""
+        step, begin = self._chunk_rows(), 0
+        rising = bool((rows.diff() > 0).all())
+        windows = torch.arange(0, self.n + step, step) if rising else torch.empty(0, dtype=torch.int64)
+        cuts = torch.searchsorted(rows, windows).tolist() if rising else list(range(0, len(rows) + step, step))
+        for low, high in zip(cuts, (min(cut, len(rows)) for cut in cuts[1:]), strict=False):
+            dense = rising and _DENSE * (high - low) >= step
+            if begin < low and (dense or high - begin > step):
+                yield slice(begin, low), False
+                begin = low
+            if begin < high and dense:
+                yield slice(begin, high), True
+                begin = high
+        if begin < len(rows):
+            yield slice(begin, len(rows)), False
 
     def fold(self, rows: Tensor, start: Tensor, centers: Tensor, delta: Tensor, owner: Tensor) -> tuple[Tensor, Tensor]:
         """Nearest centre of each of ``rows`` after ``centers[start:]`` came in: distance and the centre's number."""
