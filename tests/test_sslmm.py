@@ -156,6 +156,12 @@ def test_methods_of_a_seed_share_masks_and_labels(corpus: Corpus) -> None:
     assert ours["missing"]["realised"] == pytest.approx(0.4, abs=0.01)
 
 
+def test_processes_that_share_the_cells_give_the_same_bits(corpus: Corpus, tmp_path: Path) -> None:
+    cells = [Cell(m, 0.5, 0.5, 0) for m in ("SSLMM", "mean-filled MLP", "supervised graph")]
+    alone = list(Grid(corpus, QUICK, tmp_path / "a").run(cells))
+    assert list(Grid(corpus, QUICK, tmp_path / "b", jobs=2).run(cells)) == alone
+
+
 def test_a_grid_goes_on_where_it_stopped_and_refuses_another_run(corpus: Corpus, tmp_path: Path) -> None:
     cells = [Cell("SSLMM", 0.5, 0.5, s) for s in (0, 1)]
     whole = list(Grid(corpus, QUICK, tmp_path / "a").run(cells))
@@ -167,7 +173,20 @@ def test_a_grid_goes_on_where_it_stopped_and_refuses_another_run(corpus: Corpus,
         Grid(corpus, replace(QUICK, width=9), tmp_path / "b", resume=True)
 
 
-ARGUMENTS = ["--size", "60", "--width", "8", "--steps", "2", "--pretrain-epochs", "1", "--finetune-epochs", "2"]
+ARGUMENTS = [
+    "--size",
+    "60",
+    "--width",
+    "8",
+    "--steps",
+    "2",
+    "--pretrain-epochs",
+    "1",
+    "--finetune-epochs",
+    "2",
+    "--jobs",
+    "1",
+]
 
 
 def test_the_command_writes_a_report_with_every_number(tmp_path: Path, capsys: pytest.CaptureFixture) -> None:
@@ -183,19 +202,33 @@ def test_the_command_writes_a_report_with_every_number(tmp_path: Path, capsys: p
         "zero-filled MLP",
         "Over the missing rate",
         "Missing rates and labelled shares",
+        "details are not public",
+        "What a missing rate of 0.5 costs",
         "data:image/svg+xml",
     ):
         assert words in page
     stored = json.loads((tmp_path / "report.json").read_text())
     assert len(stored["data"]["cells"]) == (7 + 2 * 4 - 2) * 2
     assert stored["run"]["missing"]["sha256"]
+    at = {
+        (c["cell"]["method"], c["cell"]["rate"], c["cell"]["seed"]): c
+        for c in stored["data"]["cells"]
+        if c["cell"]["share"] == 0.5
+    }
+    added = [at["SSLMM", 0.5, s]["test"]["mae"] - at["SSLMM", 0.0, s]["test"]["mae"] for s in (0, 1)]
+    assert stored["data"]["cost_of_missing"]["SSLMM"]["mae"] == pytest.approx(added)
     assert all(cell["missing"]["kind"] == "exact" for cell in stored["data"]["cells"])
 
 
 @pytest.mark.parametrize(
     ("extra", "words"),
-    [(["--rate", "0.9"], "rate"), (["--share", "0"], "share"), (["--data", "nowhere.pkl"], "no such file")],
-    ids=["rate", "share", "file"],
+    [
+        (["--rate", "0.9"], "rate"),
+        (["--share", "0"], "share"),
+        (["--jobs", "-1"], "--jobs"),
+        (["--data", "nowhere.pkl"], "no such file"),
+    ],
+    ids=["rate", "share", "jobs", "file"],
 )
 def test_bad_arguments_end_with_one_sentence(
     tmp_path: Path, capsys: pytest.CaptureFixture, extra: list[str], words: str

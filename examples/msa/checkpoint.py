@@ -25,6 +25,8 @@ def seed_everything(seed: int) -> None:
     np.random.seed(seed % 2**32)
     torch.manual_seed(seed)
     torch.use_deterministic_algorithms(True, warn_only=True)
+    # The fill is for finding reads of unwritten memory; it costs every small operation a pass.
+    torch.utils.deterministic.fill_uninitialized_memory = False
 
 
 def rng_state() -> dict[str, Any]:

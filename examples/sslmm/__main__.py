@@ -49,6 +49,9 @@ def parser() -> argparse.ArgumentParser:
     run.add_argument("--shares", type=float, nargs="+", default=list(GRID_SHARES), help="labelled shares of the grid")
     run.add_argument("--resume", action="store_true", help="go on with the cells that --out holds")
     run.add_argument("--device", default="cpu", help="(%(default)s)")
+    run.add_argument(
+        "--jobs", type=int, default=0, metavar="N", help="processes that share the cells (one per thread of torch)"
+    )
     run.add_argument("--demo", action="store_true", help="a quick run: fewer utterances, one seed, few epochs")
     add_progress_argument(run)
     add_config_arguments(result)
@@ -96,10 +99,14 @@ def main(argv: Sequence[str] | None = None) -> int:
 
 def run(corpus: Corpus, args: argparse.Namespace, timer: StageTimer) -> list[dict]:
     """All cells of the command line."""
-    if torch.device(args.device).type == "cuda" and not torch.cuda.is_available():
+    cuda = torch.device(args.device).type == "cuda"
+    if cuda and not torch.cuda.is_available():
         raise ValueError(f"--device {args.device}: torch sees no CUDA device")
-    grid = Grid(corpus, config_from(args), args.out, args.resume, args.device)
+    if args.jobs < 0:
+        raise ValueError(f"--jobs must be at least 1, or 0 for one per thread of torch, got {args.jobs}")
     cells = cells_of(args, len(corpus.modalities))
+    jobs = min(args.jobs or (1 if cuda else torch.get_num_threads()), len(cells))
+    grid = Grid(corpus, config_from(args), args.out, args.resume, args.device, jobs)
     with timer("train and evaluate"):
         return list(progress(grid.run(cells), "cells", len(cells), args.no_progress))
 

@@ -27,7 +27,8 @@ class Config:
         mask_share: Stage A: share of the observed nodes that are masked and reconstructed.
         sce_power: Exponent of the scaled cosine error.
         modality_weight: Stage A: weight of rebuilding a dropped modality.
-        contrast_weight: Stage A: weight of the two contrastive terms.
+        contrast_weight: Stage A: weight of contrasting the modalities of an utterance.
+        view_weight: Stage A: weight of contrasting two views of an utterance.
         contrast_temperature: Of both contrastive terms.
         task: Supervised loss: ``"l1"`` or ``"mse"``.
         unlabelled: Consistency on all train utterances: ``"mean_teacher"``, ``"rankup"`` or ``"none"``.
@@ -42,8 +43,8 @@ class Config:
     """
 
     width: int = 64
-    steps: int = 4
-    alpha: float = 0.2
+    steps: int = 6
+    alpha: float = 0.1
     window: int = 2
     variant: str = "linear"
     send: str = "after_fill"
@@ -52,18 +53,19 @@ class Config:
     weight_decay: float = 1e-4
     conversations: int = 16
     pretrain_epochs: int = 30
-    finetune_epochs: int = 60
+    finetune_epochs: int = 80
     patience: int = 20
     mask_share: float = 0.5
     sce_power: float = 2.0
     modality_weight: float = 1.0
-    contrast_weight: float = 0.1
+    contrast_weight: float = 0.5
+    view_weight: float = 0.0
     contrast_temperature: float = 0.2
     task: str = "l1"
     unlabelled: str = "mean_teacher"
-    unlabelled_weight: float = 0.3
-    ramp: float = 0.3
-    teacher_passes: int = 5
+    unlabelled_weight: float = 1.0
+    ramp: float = 0.2
+    teacher_passes: int = 3
     teacher_decay: float = 0.99
     noise: float = 0.1
     reconstruction: str = "observed"

@@ -3,7 +3,10 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Iterable, Sequence
+import multiprocessing
+from collections.abc import Iterator, Sequence
+from concurrent.futures import ProcessPoolExecutor
+from contextlib import contextmanager
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
@@ -91,16 +94,23 @@ class Grid:
         folder: Where results and states are kept.
         resume: Use what the folder holds; otherwise it must hold no cells.
         device: Where to train.
+        jobs: Processes that share the cells. Each cell trains on one thread, so its bits do not depend on them.
 
     Raises:
         ValueError: The folder holds the cells of other data or another configuration, or is not empty without resume.
     """
 
     def __init__(
-        self, corpus: Corpus, config: Config, folder: Path, resume: bool = False, device: torch.device | str = "cpu"
+        self,
+        corpus: Corpus,
+        config: Config,
+        folder: Path,
+        resume: bool = False,
+        device: torch.device | str = "cpu",
+        jobs: int = 1,
     ) -> None:
         self.corpus, self.config, self.folder, self.device = corpus, config, folder / "cells", device
-        self.resume = resume
+        self.resume, self.jobs = resume, jobs
         identity = {"corpus": corpus.sha256, "config": asdict(config)}
         identity_file = self.folder / "identity.json"
         if identity_file.exists():
@@ -114,18 +124,52 @@ class Grid:
                 raise ValueError(f"{self.folder} belongs to another run ({'; '.join(changed)})")
         write_atomic(identity_file, to_json(identity))
 
-    def run(self, cells: Iterable[Cell]) -> Iterable[dict[str, Any]]:
+    def run(self, cells: Sequence[Cell]) -> Iterator[dict[str, Any]]:
         """Results of the cells in order; each is written as soon as it is known."""
-        for cell in cells:
-            file = self.folder / f"{cell.id}.json"
-            if file.exists():
-                yield json.loads(file.read_text())
-                continue
+        if self.jobs == 1:
+            with _one_thread():
+                yield from map(self.cell, cells)
+            return
+        # A forked child inherits locks of OpenMP threads that it does not have.
+        pool = ProcessPoolExecutor(self.jobs, multiprocessing.get_context("spawn"), _start_worker, (self,))
+        try:
+            yield from pool.map(_run_in_worker, cells)
+        finally:
+            pool.shutdown(cancel_futures=True)
+
+    def cell(self, cell: Cell) -> dict[str, Any]:
+        """The result of one cell, from the folder or computed and put there."""
+        file = self.folder / f"{cell.id}.json"
+        if not file.exists():
             checkpoint = self.folder / f"{cell.id}.pt"
             result = run_cell(self.corpus, cell, self.config, self.device, checkpoint, self.resume)
             write_atomic(file, to_json(result))
             checkpoint.unlink(missing_ok=True)
-            yield json.loads(file.read_text())
+        return json.loads(file.read_text())
+
+
+@contextmanager
+def _one_thread() -> Iterator[None]:
+    before = torch.get_num_threads()
+    torch.set_num_threads(1)
+    try:
+        yield
+    finally:
+        torch.set_num_threads(before)
+
+
+_grid: Grid | None = None
+
+
+def _start_worker(grid: Grid) -> None:
+    global _grid
+    _grid = grid
+    torch.set_num_threads(1)
+
+
+def _run_in_worker(cell: Cell) -> dict[str, Any]:
+    assert _grid is not None
+    return _grid.cell(cell)
 
 
 def column(results: Sequence[dict[str, Any]], metric: str, method: str, rate: float, share: float) -> list[float]:

@@ -55,20 +55,23 @@ def pretraining_loss(model: SSLMM, batch: Batch) -> dict[str, Tensor]:
         model.reconstruct(dropped.nodes), list(batch.features), batch.observed & ~harder
     )
 
-    losses["views"] = config.contrast_weight * msacore.info_nce(
-        model.contrast(view.fused),
-        model.contrast(dropped.fused),
-        temperature=config.contrast_temperature,
-        symmetric=True,
-    )
+    if config.view_weight:
+        losses["views"] = config.view_weight * msacore.info_nce(
+            model.contrast(view.fused),
+            model.contrast(dropped.fused),
+            temperature=config.contrast_temperature,
+            symmetric=True,
+        )
+    # Before propagation: afterwards the modalities of an utterance have told each other, and nothing is left to learn.
+    own = model.encode(batch)
     modalities = batch.observed.shape[1]
-    cross = view.nodes.new_zeros(())
+    cross = own.new_zeros(())
     for m in range(modalities):
         for n in range(m + 1, modalities):
             both = batch.observed[:, m] & batch.observed[:, n]
             cross = cross + msacore.info_nce(
-                dropped.nodes[:, m],
-                dropped.nodes[:, n],
+                own[:, m],
+                own[:, n],
                 temperature=config.contrast_temperature,
                 anchor_mask=both,
                 candidate_mask=both,
@@ -94,7 +97,8 @@ def ramp_up(progress: float, ramp: float) -> float:
 def teacher_targets(teacher: SSLMM, batch: Batch, progress: float) -> tuple[Tensor, Tensor]:
     """Mean prediction over dropout passes, and 1 where their variance is among the lowest (50 % growing to 90 %)."""
     teacher.train()
-    passes = torch.stack([teacher(batch).prediction for _ in range(teacher.config.teacher_passes)])
+    own = teacher.encode(batch)
+    passes = torch.stack([teacher.read(own, batch).prediction for _ in range(teacher.config.teacher_passes)])
     variance = msacore.uncertainty.mc_variance(passes)
     weight = variance <= variance.quantile(0.5 + 0.4 * progress)
     return passes.mean(0), weight.to(passes.dtype)
@@ -122,12 +126,17 @@ def rankup_loss(weak: Output, strong: Output, labels: Tensor, labelled: Tensor) 
 def consistency_loss(
     model: SSLMM, teacher: SSLMM, batch: Batch, strong: Output, labels: Tensor, labelled: Tensor, progress: float
 ) -> Tensor:
-    """The semi-supervised term of stage B, after its ramp."""
+    """The semi-supervised term of stage B, after its ramp.
+
+    The harder view answers to the label where there is one, else to the teacher's mean (or to the ranking, RankUp).
+    """
     config: Config = model.config
     if config.unlabelled == "rankup":
         loss = rankup_loss(model(batch), strong, labels, labelled)
     else:
-        target, weight = teacher_targets(teacher, batch, progress)
+        guess, trust = teacher_targets(teacher, batch, progress)
+        # A known label is a better target than the teacher's guess; labels of the others are not read.
+        target, weight = torch.where(labelled, labels, guess), torch.where(labelled, 1, trust)
         gap = strong.prediction - target
         loss = (weight * (gap.abs() if config.task == "l1" else gap.square())).mean()
     return config.unlabelled_weight * ramp_up(progress, config.ramp) * loss

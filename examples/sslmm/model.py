@@ -55,9 +55,8 @@ class SSLMM(nn.Module):
         super().__init__()
         width = config.width
         self.config = config
-        self.encoders = nn.ModuleList(
-            nn.Sequential(nn.Dropout(config.dropout), nn.Linear(d, width), nn.LayerNorm(width)) for d in dims
-        )
+        self.encoders = nn.ModuleList(nn.Sequential(nn.Linear(d, width), nn.LayerNorm(width)) for d in dims)
+        self.dropout = nn.Dropout(config.dropout)
         self.mask_token = nn.Parameter(torch.randn(len(dims), width) * 0.02)
         self.remask_token = nn.Parameter(torch.zeros(width))
         self.propagation = AlternatingPropagation(
@@ -82,8 +81,11 @@ class SSLMM(nn.Module):
             batch: The conversations.
             noise: Deviation of Gaussian noise added to observed features.
         """
-        nodes = self._encode(batch, noise)
-        nodes = self.propagation(nodes, batch.offsets, available=batch.observed)
+        return self.read(self.encode(batch, noise), batch)
+
+    def read(self, own: Tensor, batch: Batch) -> Output:
+        """Propagate and predict from what :meth:`encode` gave; every call drops out anew."""
+        nodes = self.propagation(self.dropout(own), batch.offsets, available=batch.observed)
         fused = nodes.flatten(1)
         hidden = self.head(fused)
         return Output(nodes, fused, self.sentiment(hidden)[:, 0], self.ranking(hidden)[:, 0])
@@ -106,7 +108,8 @@ class SSLMM(nn.Module):
         )
         return self.reconstruct(filled)
 
-    def _encode(self, batch: Batch, noise: float) -> Tensor:
+    def encode(self, batch: Batch, noise: float = 0.0) -> Tensor:
+        """Nodes before propagation, ``[N, M, width]``: encoded features, or the mask token where hidden."""
         nodes = []
         for m, (encoder, x) in enumerate(zip(self.encoders, batch.features, strict=True)):
             seen = batch.observed[:, m, None]

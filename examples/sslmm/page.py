@@ -15,9 +15,9 @@ from examples.msa.report import Report
 from .evaluate import METHODS, area_over_rates, column, compare
 
 LEAD = (
-    "SSLMM is re-implemented from the paper's abstract and its nearest relatives: node granularity, propagation depth, "
-    "pseudo-label rule, reconstruction target and feature sets are this project's choices. Numbers of this page belong "
-    "to the corpus in the run card and to no other."
+    "SSLMM is re-implemented from the paper's abstract and its nearest relatives; the paper's details are not public: "
+    "node granularity, propagation depth, pseudo-label rule, reconstruction target and feature sets are this project's "
+    "choices. Numbers of this page belong to the corpus in the run card and to no other."
 )
 PUBLISHED = {"mosi": 0.802, "mosei": 0.817, "sims": 0.771}
 
@@ -65,7 +65,10 @@ def build(
     if len(rates) > 1 and len(shares) > 1:
         _heat_map(report, results, rates, shares)
     if len(rates) > 1:
-        _curves(report, results, rates, share, [m for m in methods if _complete(results, m, rates, share)])
+        complete = [m for m in methods if _complete(results, m, rates, share)]
+        _curves(report, results, rates, share, complete)
+        if 0 < rate in rates and 0 in rates:
+            _cost(report, results, rate, share, complete)
     return report
 
 
@@ -77,13 +80,34 @@ def _complete(results: Sequence[dict[str, Any]], method: str, rates: Sequence[fl
 def _heat_map(
     report: Report, results: Sequence[dict[str, Any]], rates: Sequence[float], shares: Sequence[float]
 ) -> None:
-    values = np.array([[np.mean(column(results, "acc2_non0", "SSLMM", r, s)) for r in rates] for s in shares])
-    figure = plots.heat_map(
-        values, [f"{s:g}" for s in shares], [f"{r:g}" for r in rates], "missing rate", "labelled share"
-    )
     section = report.section("Missing rates and labelled shares")
-    section.figure(figure, "Neg/pos accuracy of SSLMM on the test part, mean over seeds")
-    report.data["heat_map"] = {"rates": list(rates), "shares": list(shares), "acc2_non0": values}
+    stored: dict[str, Any] = {"rates": list(rates), "shares": list(shares)}
+    for metric, words in (("acc2_non0", "Neg/pos accuracy"), ("mae", "Mean absolute error")):
+        values = np.array([[np.mean(column(results, metric, "SSLMM", r, s)) for r in rates] for s in shares])
+        figure = plots.heat_map(
+            values, [f"{s:g}" for s in shares], [f"{r:g}" for r in rates], "missing rate", "labelled share"
+        )
+        section.figure(figure, f"{words} of SSLMM on the test part, mean over seeds")
+        stored[metric] = values
+    report.data["heat_map"] = stored
+
+
+def _cost(report: Report, results: Sequence[dict[str, Any]], rate: float, share: float, methods: Sequence[str]) -> None:
+    """What a method loses from complete data to ``rate``, per seed."""
+    lost = {
+        m: {
+            k: np.subtract(column(results, k, m, *far), column(results, k, m, *near))
+            for k, far, near in (("acc2_non0", (0, share), (rate, share)), ("mae", (rate, share), (0, share)))
+        }
+        for m in methods
+    }
+    section = report.section(f"What a missing rate of {rate:g} costs, labelled share {share:g}")
+    section.table(
+        ["method", "neg/pos accuracy lost", "mean absolute error added"],
+        [[m, mean_interval(v["acc2_non0"]), mean_interval(v["mae"])] for m, v in lost.items()],
+        "Difference to missing rate 0 on the test part, paired over seeds",
+    )
+    report.data["cost_of_missing"] = lost
 
 
 def _curves(
