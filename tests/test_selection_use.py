@@ -16,6 +16,8 @@ import torch
 
 import msacore
 from msacore import select
+from msacore._selection import cli
+from msacore._selection.greedy import Cover
 from msacore.selection import STRATEGIES
 from tests.selection_reference import Plain
 from tests.test_selection import arguments, draw, every_distance, every_strategy, pool_of
@@ -297,25 +299,59 @@ def test_the_command_line_selects_resumes_and_writes_whole_files(tmp_path: Path)
     assert not (tmp_path / "x.json").exists()
 
 
-def test_the_command_line_says_what_it_cannot_use(tmp_path: Path) -> None:
+def test_the_command_line_says_what_it_cannot_use(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     np.save(tmp_path / "pool.npy", pool_of("gaussian").numpy())
-    common = [tmp_path / "pool.npy", "--budget", 3, "--strategy", "kcenter"]
-    done = _command(*common, "--out", tmp_path / "absent" / "picks.json")
-    assert done.returncode == 1
-    assert "there is no folder" in done.stderr
     (tmp_path / "picks.json.state").write_bytes(b"no state")
-    done = _command(*common, "--out", tmp_path / "picks.json")
-    assert done.returncode == 1
-    assert "picks.json.state cannot be read" in done.stderr
-    assert "Traceback" not in done.stderr
-    assert not (tmp_path / "picks.json").exists()
+    for out, words in (("absent/picks.json", "there is no folder"), ("picks.json", "picks.json.state cannot be read")):
+        command = [tmp_path / "pool.npy", "--budget", 3, "--strategy", "kcenter", "--out", tmp_path / out]
+        assert cli.main([str(part) for part in command]) == 1
+        assert words in capsys.readouterr().err
+        assert not (tmp_path / out).exists()
+
+
+def test_a_crash_costs_no_more_than_what_came_after_the_last_checkpoint(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    np.save(tmp_path / "pool.npy", pool_of("gaussian", 300).numpy())
+    command = [tmp_path / "pool.npy", "--budget", 30, "--strategy", "lcmd", "--out", tmp_path / "picks.json", "--quiet"]
+    command = [str(part) for part in command]
+
+    def crash(*_: Any) -> float:
+        raise RuntimeError("out of luck")
+
+    with monkeypatch.context() as patched:
+        patched.setattr(cli, "_CHECKPOINT_SECONDS", 0.0)
+        patched.setattr(Cover, "radius", crash)
+        with pytest.raises(RuntimeError, match="out of luck"):
+            cli.main(command)
+    made = torch.load(tmp_path / "picks.json.state", weights_only=True)["indices"]
+    assert len(made) == 30
+    assert cli.main(command) == 0
+    assert json.loads((tmp_path / "picks.json").read_text())["indices"] == made.tolist()
+    assert made.equal(select(np.load(tmp_path / "pool.npy"), 30, strategy="lcmd").indices)
+
+
+def test_the_command_line_reports_a_full_disk(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    np.save(tmp_path / "pool.npy", pool_of("gaussian").numpy())
+
+    def full(*_: Any) -> None:
+        raise OSError("no space left")
+
+    monkeypatch.setattr(os, "replace", full)
+    command = [str(tmp_path / "pool.npy"), "--budget", "3", "--strategy", "kcenter", "--out", str(tmp_path / "picks")]
+    assert cli.main(command) == 1
+    assert "error: no space left" in capsys.readouterr().err
+    assert [path.name for path in tmp_path.iterdir()] == ["pool.npy"]
 
 
 @pytest.mark.skipif(os.name != "posix", reason="signals as POSIX has them")
 def test_the_command_line_goes_on_after_an_interrupt(tmp_path: Path) -> None:
     np.save(tmp_path / "pool.npy", pool_of("gaussian", 2000, 8).numpy())
-    command = [sys.executable, "-m", "msacore.selection", str(tmp_path / "pool.npy"), "--strategy", "lcmd"]
-    command += ["--budget", "1500", "--out", str(tmp_path / "picks.json")]
+    given = [str(tmp_path / "pool.npy"), "--strategy", "lcmd", "--budget", "1500"]
+    given += ["--out", str(tmp_path / "picks.json")]
+    command = [sys.executable, "-m", "msacore.selection", *given]
     process = subprocess.Popen(command, cwd=ROOT, stderr=subprocess.PIPE, text=True)
     assert process.stderr is not None
     shown = ""
@@ -330,8 +366,7 @@ def test_the_command_line_goes_on_after_an_interrupt(tmp_path: Path) -> None:
     assert not (tmp_path / "picks.json").exists()
     made = torch.load(tmp_path / "picks.json.state", weights_only=True)["indices"]
     assert 0 < len(made) < 1500
-    done = subprocess.run([*command, "--quiet"], cwd=ROOT, capture_output=True, text=True)
-    assert done.returncode == 0, done.stderr
+    assert cli.main([*given, "--quiet"]) == 0
     picks = json.loads((tmp_path / "picks.json").read_text())["indices"]
     assert picks[: len(made)] == made.tolist()
     assert picks == select(np.load(tmp_path / "pool.npy"), 1500, strategy="lcmd").indices.tolist()

@@ -132,12 +132,14 @@ def main(argv: list[str] | None = None) -> int:
             state=state,
             checkpoint=checkpoint,
         )
+        save(done.state)
+        _write(args.out, lambda part: part.write_text(json.dumps(_result(done, args), indent=1) + "\n"))
     except selection.SelectionInterrupted as stop:
         save(stop.state)
         print(f"stopped after {len(stop.state['indices'])} picks; the same command goes on from there", file=sys.stderr)
         return 130
     except KeyboardInterrupt:
-        print("stopped while the pool was checked; nothing is changed", file=sys.stderr)
+        print("stopped; the same command starts again", file=sys.stderr)
         return 130
     except (ValueError, OSError, ImportError) as error:
         hint = (
@@ -147,6 +149,4 @@ def main(argv: list[str] | None = None) -> int:
         )
         print(f"error: {error}{hint}", file=sys.stderr)
         return 1
-    save(done.state)
-    _write(args.out, lambda part: part.write_text(json.dumps(_result(done, args), indent=1) + "\n"))
     return 0

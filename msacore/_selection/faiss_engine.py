@@ -28,7 +28,10 @@ def load() -> Any:
 
 
 class Faiss(Native):
-    """Brute-force FAISS indices; "faiss-gpu" where FAISS finds a GPU, for what its GPU indices can do."""
+    """Brute-force FAISS indices, on the GPU where FAISS finds one and for what its GPU indices can do.
+
+    ``name`` is "faiss-gpu" where all of it ran there.
+    """
 
     def __init__(self, pool: Pool) -> None:
         super().__init__(pool)
@@ -60,10 +63,10 @@ class Faiss(Native):
 
     def _index(self, rows: Tensor, search: bool) -> tuple[Any, Tensor]:
         index = self._faiss.IndexFlatL2(rows.shape[1])
-        self._ran = "faiss-cpu"
-        if search and self._gpu:
+        on_gpu = search and self._gpu
+        if on_gpu:
             index = self._faiss.index_cpu_to_all_gpus(index)
-            self._ran = "faiss-gpu"
+        self._ran = "faiss-gpu" if on_gpu and self._ran != "faiss-cpu" else "faiss-cpu"
         index.add(rows.cpu().numpy())
         return index, rows.double().square().sum(1).max()
 

@@ -18,7 +18,7 @@ from msacore.ops import kcenter
 _CANDIDATES = 4096  # at least; up to four times as many for a large budget
 _PER_PICK = 32  # candidates
 _SAMPLE = 2048  # samples whose scores tell where the floor should be
-_STAGE = 16  # centres taken in before the first samples are dropped; each further stage takes twice as many
+_STAGE = 32  # centres taken in before the first samples are dropped; each further stage takes twice as many
 _PRIMING = 32  # centres
 
 
@@ -54,7 +54,8 @@ class Cover:
             in_order = torch.arange(len(rows), device=rows.device)
             self._take(in_order, slice(None), folded.clamp_max(upto), upto)
             return
-        rows, folded = rows[stale], folded[stale]
+        if not bool(stale.all()):
+            rows, folded = rows[stale], folded[stale]
         if self.pool.in_memory and int(folded.max() - folded.min()) > _STAGE:
             # Rows that lack the same centres come together, in the order of the pool.
             order = (folded * self.pool.n + rows).argsort()

@@ -26,7 +26,7 @@ def random(job: Job) -> None:
 
 
 def topk(job: Job) -> None:
-    """Highest uncertainty first; scores are the uncertainties."""
+    """Uncertainty sampling: Lewis and Gale, 1994. Highest first; scores are the uncertainties."""
     score = job.needed_uncertainty().where(job.open_rows, -torch.inf)
     best = kcenter.rank(score, count=job.left)
     job.add(best, score[best])
@@ -67,13 +67,19 @@ def farthest(job: Job) -> Cover:
 
 
 def uncertain_and_far(job: Job) -> Cover:
-    """``argmax u^γ · distance`` with u scaled to [1e-3, 1]. Scores are these products."""
+    """``argmax u^γ · distance`` with u scaled to [1e-3, 1]: weighted farthest points as of Dyer and Frieze, 1985.
+
+    Scores are these products.
+    """
     uncertainty = job.needed_uncertainty()
     return _weighted(job, scaled(uncertainty) ** job.identity["gamma"], uncertainty, job.open_rows)
 
 
 def prefilter(job: Job) -> Cover:
-    """k-centre among the ``factor · budget`` most uncertain samples. Scores are distances."""
+    """k-centre among the ``factor · budget`` most uncertain samples: Zhdanov, 2019, with k-centre for its k-means.
+
+    Scores are distances.
+    """
     uncertainty = job.needed_uncertainty()
     if "shortlist" not in job.memory:
         left = int(job.open_rows.sum())
