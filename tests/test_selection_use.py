@@ -109,6 +109,16 @@ def test_forms_of_a_pool_are_equivalent(tmp_path: Path) -> None:
     assert select(whole, 5, strategy="kcenter").indices.equal(select(whole * 1.0, 5, strategy="kcenter").indices)
 
 
+@every_strategy
+def test_work_cut_small_gives_the_same_picks(strategy: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    x, u, known = pool_of("clustered", 400, 12), np.arange(400), draw(70, 12, seed=2)
+    expected = select(x, 30, uncertainty=u, labeled=known, **arguments(strategy))
+    monkeypatch.setattr("msacore._selection.pool._PAIRS", 1000)  # a few of 400 · 70
+    got = select(x, 30, uncertainty=u, labeled=known, **arguments(strategy))
+    assert got.indices.equal(expected.indices)
+    assert got.radius == expected.radius
+
+
 def test_a_chunked_pool_gives_the_same_picks(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     from msacore._selection import pool as pool_module
 

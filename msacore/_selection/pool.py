@@ -14,6 +14,7 @@ from torch import Tensor
 from msacore.ops import kcenter
 
 _CHUNK_BYTES = 4 << 20  # of an array that may be larger than memory
+_PAIRS = 1 << 27  # of sample and centre: about a second's work, so that an interrupt is heard
 _DENSE = 8  # rows so many apart cost as much one by one as together with those between
 _SCATTERED_ROWS = 64  # each may map a huge page around it
 _LARGEST = 1e150  # beyond it squares overflow in float64
@@ -167,11 +168,16 @@ class Pool:
         if self._file is not None and hasattr(mmap, "MADV_DONTNEED"):
             self._file.madvise(mmap.MADV_DONTNEED)
 
-    def _blocks(self, rows: Tensor) -> Iterator[tuple[slice, Tensor, Tensor]]:
-        """Parts of ``rows`` as (which ones, values, their rows in the values)."""
+    def _blocks(self, rows: Tensor, centers: int) -> Iterator[tuple[slice, Tensor, Tensor]]:
+        """Parts of ``rows`` as (which ones, values, their rows in the values), to be compared with so many centres."""
         if self._values is not None:
-            self.rows_read += len(rows)
-            yield slice(0, len(rows)), self._values, rows
+            step = max(1, _PAIRS // max(1, centers))
+            for begin in range(0, len(rows), step):
+                part = slice(begin, min(begin + step, len(rows)))
+                if len(rows) > step:
+                    self.note(f"comparing sample {begin} of {len(rows)} with {centers} centres")
+                self.rows_read += part.stop - begin
+                yield part, self._values, rows[part]
             return
         for part, dense in self._parts_of(rows):
             here = rows[part]
@@ -210,11 +216,11 @@ class Pool:
                 scale=self.scale,
                 metric=self.metric,
             )
-            for part, values, where in self._blocks(rows)
+            for part, values, where in self._blocks(rows, len(centers))
         ]
         if len(parts) == 1:
             return parts[0]
-        return torch.cat([d for d, _ in parts]), torch.cat([o for _, o in parts])
+        return torch.cat([delta[:0], *(d for d, _ in parts)]), torch.cat([owner[:0], *(o for _, o in parts)])
 
     def count(self, centers: Tensor, radius: float, rows: Tensor | None = None) -> Tensor:
         """How many of ``centers`` lie within ``radius`` of each of ``rows``, all by default."""
@@ -222,7 +228,7 @@ class Pool:
         return torch.cat(
             [
                 kcenter.count(values, where, centers, self.mean, radius=radius, scale=self.scale, metric=self.metric)
-                for _, values, where in self._blocks(rows)
+                for _, values, where in self._blocks(rows, len(centers))
             ]
         )
 
@@ -267,7 +273,7 @@ class Pool:
     def distances_to(self, center: Tensor, metric: int | None = None) -> Tensor:
         """Distance of every sample to one centre ``[1, d]``, ``[N]`` float64."""
         parts = []
-        for _, values, where in self._blocks(torch.arange(self.n, device=self.device)):
+        for _, values, where in self._blocks(torch.arange(self.n, device=self.device), 1):
             none = torch.full_like(where, -1)
             delta = torch.full(where.shape, torch.inf, dtype=torch.float64, device=self.device)
             metric = self.metric if metric is None else metric
