@@ -14,13 +14,14 @@ from examples.al_hcl.__main__ import main
 from examples.al_hcl.acquire import MEASURES, SelectionConfig, acquire
 from examples.al_hcl.active import Arm, Run
 from examples.al_hcl.arms import REFERENCE, ablations
-from examples.al_hcl.linear import SIDE_SCALES, STRENGTHS, fit_linear
+from examples.al_hcl.kernel import LENGTHS, STRENGTHS, feature_views, fit_path
 from examples.al_hcl.model import Inputs, ModelConfig, SentimentModel
-from examples.al_hcl.train import Data, Prediction, TrainConfig, train
+from examples.al_hcl.pretrain import pretrain
+from examples.al_hcl.train import Data, Prediction, TrainConfig, label_classes, train
 from examples.msa.synthetic import synthetic
 
 MODEL = ModelConfig(width=8, rows=4, heads=2, projection=8)
-TRAINING = TrainConfig(steps=6, batch=8, contrast_rows=8, check_every=3, passes=3)
+TRAINING = TrainConfig(steps=6, batch=8, contrast_rows=8, pretrain_steps=3, pretrain_rows=8, check_every=3, passes=3)
 SELECTION = SelectionConfig(budget=4, rounds=2)
 ARM = Arm(REFERENCE, MODEL, TRAINING, SELECTION)
 
@@ -96,7 +97,7 @@ def test_labels_are_bought_once_from_the_train_part(corpus, data, tmp_path):
 def test_replaying_arms_train_on_the_labels_of_the_reference(corpus, data, tmp_path):
     reference = finish(Run(ARM, corpus, data, 0, tmp_path / "a.pt"))
     arms = ablations(ARM, 3)
-    assert len(arms) == 8 and len(ablations(ARM, 2)) == 7
+    assert len(arms) == 9 and len(ablations(ARM, 2)) == 8
     for i, arm in enumerate(a for a in arms if a.replay):
         state = finish(Run(arm, corpus, data, 0, tmp_path / f"{i}.pt", replayed=reference))
         assert state.labelled == reference.labelled
@@ -114,12 +115,14 @@ def test_every_ablation_changes_the_objective(corpus, data):
         out = model(data.inputs[rows])
         loss = (out.correction - target).square().mean()
         if arm.training.contrast_weight:
-            loss = loss + arm.training.contrast_weight * model.contrastive_loss(out, data.inputs[rows].available)
+            loss = loss + arm.training.contrast_weight * model.contrastive_loss(
+                out, data.inputs[rows].available, data.classes[rows]
+            )
         return float(loss.detach())
 
     values = {arm.name: objective(arm) for arm in ablations(ARM, 3) if arm.replay}
     values[REFERENCE] = objective(ARM)
-    assert len(set(values.values())) == len(values) == 7, values
+    assert len(set(values.values())) == len(values) == 8, values
 
 
 def test_labels_outside_the_labelled_set_are_not_read(corpus, data):
@@ -129,7 +132,8 @@ def test_labels_outside_the_labelled_set_are_not_read(corpus, data):
     hidden[data.test] = math.nan
     models = [new_model(corpus), new_model(corpus)]
     for model, labels in zip(models, (data.labels, hidden), strict=True):
-        train(model, replace(data, labels=labels), labelled, TRAINING, 0)
+        hidden_data = replace(data, labels=labels)
+        train(model, hidden_data, labelled, pretrain(model, hidden_data, TRAINING, 0), TRAINING, 0)
     for a, b in zip(models[0].parameters(), models[1].parameters(), strict=True):
         assert torch.equal(a, b)
 
@@ -149,8 +153,9 @@ def test_what_is_missing_is_not_read(form):
     dirty = model(Inputs(poisoned, masks, available))
     for name in ("correction", "log_variance", "fused", "unimodal_mean"):
         assert torch.equal(getattr(clean, name), getattr(dirty, name)) and getattr(clean, name).isfinite().all(), name
-    loss = model.contrastive_loss(dirty, available)
-    assert torch.equal(loss, model.contrastive_loss(clean, available)) and loss > 0
+    classes = -1 - torch.arange(len(available))
+    loss = model.contrastive_loss(dirty, available, classes)
+    assert torch.equal(loss, model.contrastive_loss(clean, available, classes)) and loss > 0
     assert not torch.equal(clean.fused, model(full).fused)
 
 
@@ -160,26 +165,73 @@ def test_two_modalities_have_an_empty_third_tier(corpus):
     without = new_model(pair, replace(MODEL, tier_weights=(0.2, 0.3, 0.0))).eval()
     out = model(inputs)
     assert len(out.high_level) == 1
-    assert torch.equal(model.contrastive_loss(out, inputs.available), without.contrastive_loss(out, inputs.available))
+    classes = -1 - torch.arange(len(inputs))
+    losses = [m.contrastive_loss(out, inputs.available, classes) for m in (model, without)]
+    assert torch.equal(*losses)
     with pytest.raises(ValueError, match="two or more modalities, got 1"):
         new_model(corpus.keep_modalities(("text",)))
 
 
-def test_linear_path_leaves_out_whole_videos(corpus, data):
+def test_closed_form_path_leaves_out_whole_videos(corpus, data):
     labelled = data.train[:40]
-    line = fit_linear(data.inputs, data.labels, labelled, data.valid, data.video)
-    assert line.strength in STRENGTHS and line.side_scale in SIDE_SCALES
-    x = np.hstack([f[:, 0].numpy() * (line.side_scale if i else 1.0) for i, f in enumerate(data.inputs.features)])
-    x, y, video = x[labelled].astype(float), data.labels[labelled].double().numpy(), data.video[labelled].numpy()
-    # The shared centre and intercept stay those of all rows; leaving out acts on their joint hat matrix.
-    design = x - x.mean(0)
-    hat = design @ np.linalg.solve(design.T @ design + line.strength * np.eye(x.shape[1]), design.T) + 1 / len(y)
+    learned = torch.randn(len(data.labels), 6, generator=torch.Generator().manual_seed(0))
+    views = feature_views(data.inputs, learned, data.train, labelled)
+    path = fit_path(views, data.labels, labelled, data.valid, data.video)
+    assert path.strength in STRENGTHS and path.length in LENGTHS and path.view in views
+    blocks = [f[:, 0].double().numpy() for f in data.inputs.features]
+    z = learned.double().numpy()
+    blocks.append((z - z[data.train].mean(0)) / z[data.train].std(0))
+    scales = {"first": (1, 0, 0, 0), "first, weak others": (1, 0.1, 0.1, 0), "all": (1, 1, 1, 0),
+              "learned": (0, 0, 0, 1), "all, learned": (1, 1, 1, 1)}  # fmt: skip
+    rows, y, video = labelled.numpy(), data.labels[labelled].double().numpy(), data.video[labelled].numpy()
+    for name, weights in scales.items():
+        d = sum(w * ((b[:, None] - b[None, rows]) ** 2).mean(-1) for w, b in zip(weights, blocks, strict=True))
+        np.testing.assert_allclose(views[name].numpy(), d, rtol=0, atol=1e-9)
+        if name == path.view:
+            kernel = np.exp(-d / (2 * path.length**2))
+    inverse = np.linalg.inv(kernel[rows] + path.strength * np.eye(len(y)))
+    # The shared offset stays that of all rows; leaving out acts on the joint hat matrix.
+    hat = kernel[rows] @ inverse + 1 / len(y)
     expected = np.empty_like(y)
+    offset = y.mean()
+    fitted = offset + kernel[rows] @ inverse @ (y - offset)
     for v in np.unique(video):
         g = video == v
-        expected[g] = y[g] - np.linalg.solve(np.eye(g.sum()) - hat[np.ix_(g, g)], (y - hat @ y)[g])
-    stretched = y.mean() + line.slope * (expected - y.mean())
-    np.testing.assert_allclose(line.left_out.numpy(), stretched, rtol=0, atol=1e-3)
+        expected[g] = y[g] - np.linalg.solve(np.eye(g.sum()) - hat[np.ix_(g, g)], (y - fitted)[g])
+    np.testing.assert_allclose(path.left_out.numpy(), offset + path.slope * (expected - offset), rtol=0, atol=1e-3)
+    everywhere = offset + path.slope * (kernel @ inverse @ (y - offset))
+    np.testing.assert_allclose(path.everywhere.numpy(), everywhere, rtol=0, atol=1e-4)
+    labelled_error = np.abs(offset + path.slope * (expected - offset) - y)
+    valid_error = np.abs(everywhere - data.labels.numpy())[data.valid]
+    assert path.error == pytest.approx(np.concatenate([labelled_error, valid_error]).mean(), abs=1e-3)
+
+
+def test_contrast_before_labels_lowers_its_loss_and_has_none_without_weight(corpus, data):
+    def loss(model):
+        torch.manual_seed(0)
+        with torch.no_grad():
+            out = model.eval()(data.inputs[data.train])
+            return float(model.contrastive_loss(out, data.inputs.available[data.train], -1 - data.train))
+
+    config = replace(TRAINING, pretrain_steps=60, pretrain_rows=48)
+    trained, fresh = new_model(corpus), new_model(corpus)
+    embedding = pretrain(trained, data, config, 0)
+    assert loss(trained) < 0.9 * loss(fresh)
+    assert embedding.shape == (len(data.labels), MODEL.width + 3 * MODEL.rows)
+    untouched = new_model(corpus)
+    pretrain(untouched, data, replace(config, contrast_weight=0.0), 0)
+    assert loss(untouched) == loss(fresh)
+
+
+def test_supervised_first_tier_reads_the_classes_of_labelled_rows_only(corpus, data):
+    model = new_model(corpus, replace(MODEL, tier1="intra_modal", tier_weights=(1.0, 0.0, 0.0))).eval()
+    rows = data.train[:16]
+    out, available = model(data.inputs[rows]), data.inputs.available[rows]
+    nobody, pairs = -1 - torch.arange(16), torch.arange(16) // 2
+    assert model.contrastive_loss(out, available, nobody) == 0
+    assert model.contrastive_loss(out, available, pairs) > 0
+    assert label_classes(np.array([-3.4, -0.2, 1.2, 2.8]), "mosi").tolist() == [0, 3, 4, 6]
+    assert label_classes(np.array([-0.8, -0.2, 0.0, 0.6, 1.0], np.float32), "sims").tolist() == [0, 1, 2, 3, 4]
 
 
 @pytest.mark.parametrize("measure", sorted(MEASURES))
@@ -212,7 +264,7 @@ def test_checkpoints_that_cannot_be_resumed_say_why(corpus, data, tmp_path):
 
 def test_impossible_protocols_are_refused(corpus, data, tmp_path, capsys):
     with pytest.raises(ValueError, match="no labelled sample"):
-        train(new_model(corpus), data, data.train[:0], TRAINING, 0)
+        train(new_model(corpus), data, data.train[:0], data.inputs.features[0][:, 0], TRAINING, 0)
     with pytest.raises(ValueError, match="no labelled sample"):
         Run(replace(ARM, selection=replace(SELECTION, initial=0.0)), corpus, data, 0, tmp_path / "a.pt")
     with pytest.raises(ValueError, match=r"ask for \d+ labels, but the train part has \d+"):
@@ -237,7 +289,8 @@ def test_impossible_protocols_are_refused(corpus, data, tmp_path, capsys):
 def report(tmp_path_factory):
     folder = tmp_path_factory.mktemp("al_hcl")
     options = (
-        "--size 90 --seeds 0 1 --rounds 2 --budget 3 --steps 4 --width 8 --ablate --sweep-lambda .05 --no-progress"
+        "--size 90 --seeds 0 1 --rounds 2 --budget 3 --steps 4 --pretrain-steps 3 --width 8 --ablate "
+        "--sweep-lambda .05 --no-progress"
     )
     assert main([*options.split(), "--out", str(folder)]) == 0
     return folder

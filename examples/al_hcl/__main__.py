@@ -23,7 +23,7 @@ from .report import build_report
 from .train import Data, TrainConfig
 
 # Small enough for two minutes on two cores; whatever is given on the command line wins.
-DEMO = {"size": 600, "seeds": [0, 1], "ablate": True, "rounds": 2, "budget": 30, "steps": 40}
+DEMO = {"size": 600, "seeds": [0, 1], "ablate": True, "rounds": 2, "budget": 30, "steps": 40, "pretrain_steps": 60}
 
 
 def parser() -> argparse.ArgumentParser:
@@ -86,8 +86,15 @@ def parser() -> argparse.ArgumentParser:
     model.add_argument(
         "--temperatures", type=float, nargs=3, default=ModelConfig.temperatures, metavar="T", help="(.1 .1 .5)"
     )
+    model.add_argument(
+        "--tier1", choices=("cross_modal", "intra_modal"), default=ModelConfig.tier1, help="(%(default)s)"
+    )
     model.add_argument("--width", type=int, default=ModelConfig.width, help="width of the embeddings (%(default)s)")
     model.add_argument("--dropout", type=float, default=ModelConfig.dropout, help="(%(default)s)")
+    model.add_argument("--input-dropout", type=float, default=ModelConfig.input_dropout, help="(%(default)s)")
+    model.add_argument(
+        "--pretrain-steps", type=int, default=TrainConfig.pretrain_steps, help="steps of contrast alone (%(default)s)"
+    )
     model.add_argument(
         "--squared-error", action="store_true", help="no predicted noise; uncertainty from dropout alone"
     )
@@ -102,11 +109,13 @@ def base_arm(args: argparse.Namespace) -> Arm:
     model = ModelConfig(
         width=args.width,
         dropout=args.dropout,
+        input_dropout=args.input_dropout,
         tier_weights=tuple(args.tier_weights),
         temperatures=tuple(args.temperatures),
+        tier1=args.tier1,
         heteroscedastic=not args.squared_error,
     )
-    training = TrainConfig(steps=args.steps, contrast_weight=args.contrast_weight)
+    training = TrainConfig(steps=args.steps, pretrain_steps=args.pretrain_steps, contrast_weight=args.contrast_weight)
     selection = SelectionConfig(
         strategy=args.strategy,
         uncertainty=args.uncertainty,

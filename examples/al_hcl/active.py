@@ -18,6 +18,7 @@ from examples.msa.timing import StageTimer
 
 from .acquire import SelectionConfig, acquire
 from .model import ModelConfig, SentimentModel
+from .pretrain import pretrain
 from .train import Data, Prediction, TrainConfig, Trained, predict, train
 
 
@@ -65,6 +66,10 @@ class State:
         return [r["test"][metric] for r in self.records]
 
 
+# Weights and embedding of all rows by model, training, seed and member.
+Starts = dict[tuple[ModelConfig, TrainConfig, int, int], tuple[dict[str, Tensor], Tensor]]
+
+
 class Run:
     """One arm with one seed.
 
@@ -76,6 +81,7 @@ class Run:
         checkpoint: File that is rewritten after every round.
         resume: Go on from that file if it is there.
         replayed: Finished run whose labels are bought, for arms that replay.
+        starts: Where runs of one corpus share what they learned before any label.
 
     Raises:
         ValueError: The protocol needs more labels than the train part has, the checkpoint is corrupt or belongs to a
@@ -91,9 +97,11 @@ class Run:
         checkpoint: Path,
         resume: bool = False,
         replayed: State | None = None,
+        starts: Starts | None = None,
     ) -> None:
         self.arm, self.corpus, self.data, self.seed, self.checkpoint = arm, corpus, data, seed, checkpoint
         self.replayed = replayed.labelled if replayed else None
+        self.starts: Starts = {} if starts is None else starts
         start = first_labels(data, arm.selection, seed)
         wanted, there = len(start) + arm.selection.rounds * arm.selection.budget, len(data.train)
         if wanted > there:
@@ -145,12 +153,26 @@ class Run:
 
     def _train(self, number: int, member: int, labelled: Tensor) -> Trained:
         seed = _derive(self.seed, "model", number, member)
-        torch.manual_seed(seed)
+        start, learned = self._start(member)
+        model = self._new_model()
+        model.load_state_dict(self.state.weights[member] if self.state.weights else start)
+        return train(model, self.data, labelled, learned, self.arm.training, seed)
+
+    def _start(self, member: int) -> tuple[dict[str, Tensor], Tensor]:
+        """Weights before any label and the embedding of all rows: alike in every round, so checkpoints omit them."""
+        key = self.arm.model, self.arm.training, self.seed, member
+        if key not in self.starts:
+            seed = _derive(self.seed, "pretrain", member)
+            torch.manual_seed(seed)
+            model = self._new_model()
+            learned = pretrain(model, self.data, self.arm.training, seed)
+            self.starts[key] = {k: v.clone() for k, v in model.state_dict().items()}, learned
+        return self.starts[key]
+
+    def _new_model(self) -> SentimentModel:
         corpus = self.corpus
         model = SentimentModel(corpus.dims, corpus.sequences, corpus.aligned, self.arm.model)
-        if self.state.weights:
-            model.load_state_dict(self.state.weights[member])
-        return train(model.to(labelled.device), self.data, labelled, self.arm.training, seed)
+        return model.to(self.data.labels.device)
 
     def _buy(self, number: int, labelled: Tensor, train_part: Prediction) -> list[dict[str, Any]]:
         config = self.arm.selection

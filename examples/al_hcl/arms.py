@@ -34,6 +34,7 @@ def ablations(base: Arm, modalities: int) -> list[Arm]:
     arms.append(
         replace(base, name="without contrast", training=replace(base.training, contrast_weight=0.0), replay=True)
     )
+    arms.append(_model_arm(base, "intra-modal tier 1", tier1="intra_modal"))
     arms.append(_model_arm(base, "without matrix fusion", matrix_fusion=False))
     arms.append(_model_arm(base, "without fusion guidance", guidance=False))
     for name, strategy in (("uncertainty only", "topk"), ("diversity only", "kcenter")):

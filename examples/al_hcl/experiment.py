@@ -12,7 +12,7 @@ import numpy as np
 from examples.msa.corpus import Corpus
 from examples.msa.metrics import HIGHER_IS_BETTER, area_under_curve, mean_interval, paired_difference
 
-from .active import Arm, Run, State
+from .active import Arm, Run, Starts, State
 from .arms import REFERENCE
 from .train import Data
 
@@ -51,10 +51,12 @@ class Experiment:
         """Run everything, seed by seed so that early results are whole comparisons; one item per training."""
         for seed in self.seeds:
             reference: State | None = None
+            starts: Starts = {}
             for arm in self.arms:
                 name = re.sub(r"[^a-z0-9.]+", "-", arm.name.lower().replace("λ", "lambda"))
                 path = self.folder / "checkpoints" / f"{name}-seed{seed}.pt"
-                run = Run(arm, self.corpus, self.data, seed, path, self.resume, reference if arm.replay else None)
+                replayed = reference if arm.replay else None
+                run = Run(arm, self.corpus, self.data, seed, path, self.resume, replayed, starts)
                 yield from [run.state] * len(run.state.records)
                 yield from run.rounds()
                 self.states[arm.name].append(run.state)

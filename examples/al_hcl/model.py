@@ -8,8 +8,7 @@ import torch
 from torch import Tensor, nn
 
 from examples.msa.corpus import Corpus
-from msacore import hierarchical_contrastive_loss
-from msacore.nn import MatrixFusion
+from msacore.nn import HierarchicalContrastiveLoss, MatrixFusion
 
 from .encoders import Encoder, FusionGuidance, masked_mean
 
@@ -29,19 +28,22 @@ class ModelConfig:
         matrix_fusion: High-level features; without them tier 3 is empty.
         tier_weights: Of the three contrastive tiers.
         temperatures: Of the three contrastive tiers.
+        tier1: "cross_modal" contrasts the modalities of a sample; "intra_modal" contrasts the classes of labelled
+            samples within a modality.
         heteroscedastic: Predict a noise variance per sample (Gaussian likelihood) instead of squared error.
     """
 
     width: int = 64
     rows: int = 32
     heads: int = 4
-    dropout: float = 0.4
-    input_dropout: float = 0.4
+    dropout: float = 0.1
+    input_dropout: float = 0.1
     projection: int = 64
     guidance: bool = True
     matrix_fusion: bool = True
     tier_weights: tuple[float, float, float] = (0.2, 0.3, 0.5)
     temperatures: tuple[float, float, float] = (0.1, 0.1, 0.5)
+    tier1: str = "cross_modal"
     heteroscedastic: bool = True
 
 
@@ -71,8 +73,8 @@ class Inputs:
 
 @dataclass(frozen=True)
 class Outputs:
-    """What the network says: correction of the linear path and log variance ``[B]`` in units of the labels' deviation,
-    unimodal predictions ``[M, B]``, and the embeddings that the contrastive tiers compare."""
+    """What the network says: correction of the closed-form path and log variance ``[B]`` in units of the labels'
+    deviation, unimodal predictions ``[M, B]``, and the embeddings that the contrastive tiers compare."""
 
     correction: Tensor
     log_variance: Tensor
@@ -80,6 +82,11 @@ class Outputs:
     unimodal: list[Tensor]
     fused: Tensor
     high_level: list[Tensor]
+
+    @property
+    def embedding(self) -> Tensor:
+        """Fused and high-level features side by side, ``[B, k + P q]``."""
+        return torch.cat([self.fused, *self.high_level], -1)
 
 
 class SentimentModel(nn.Module):
@@ -114,10 +121,12 @@ class SentimentModel(nn.Module):
         self.head = nn.Linear(k, 1)
         self.noise_head = nn.Linear(k, 1)
         self.unimodal_heads = nn.ModuleList(nn.Linear(k, 1) for _ in dims)
-        self.project_unimodal = nn.ModuleList(nn.Linear(k, config.projection) for _ in dims)
-        self.project_fused = nn.Linear(k, config.projection)
-        self.project_pairs = nn.ModuleList(nn.Linear(config.rows, config.projection) for _ in range(pairs))
-        # The network starts as no correction of the linear path.
+        # Without matrix fusion there is nothing to contrast in tier 3.
+        weights = config.tier_weights if config.matrix_fusion else (*config.tier_weights[:2], 0.0)
+        self.contrast = HierarchicalContrastiveLoss(
+            k, config.rows, config.projection, m, weights, config.temperatures, config.tier1
+        )
+        # The network starts as no correction of the closed-form path.
         for layer in (self.head, self.noise_head):
             nn.init.zeros_(layer.weight)
             nn.init.zeros_(layer.bias)
@@ -154,23 +163,20 @@ class SentimentModel(nn.Module):
         mask = torch.stack(x.masks).any(0)
         return self.matrix_fusion(tokens, mask=mask, available=x.available)
 
-    def contrastive_loss(self, out: Outputs, available: Tensor) -> Tensor:
-        """Weighted sum of the three tiers, by the fused operator; no label is read."""
-        unimodal = [p(e) for p, e in zip(self.project_unimodal, out.unimodal, strict=True)]
-        fused = self.project_fused(out.fused)
-        weights = self.config.tier_weights
-        if out.high_level:
-            high_level = [p(h) for p, h in zip(self.project_pairs, out.high_level, strict=True)]
-        else:
-            high_level, weights = [torch.zeros_like(fused)] * len(self.project_pairs), (*weights[:2], 0.0)
-        return hierarchical_contrastive_loss(
-            unimodal,
-            fused,
-            high_level,
-            available=available,
-            tier_weights=weights,
-            temperatures=self.config.temperatures,
+    def contrastive_loss(self, out: Outputs, available: Tensor, classes: Tensor) -> Tensor:
+        """Weighted sum of the three tiers, by the fused operator.
+
+        Args:
+            out: Outputs for a batch.
+            available: Its modalities, ``[B, M]``.
+            classes: Class of each sample, ``[B]`` int64, of which unlabelled samples have one of their own each; read
+                by an intra-modal first tier alone.
+        """
+        high_level = out.high_level or [out.fused.new_zeros(len(out.fused), self.config.rows)] * len(
+            self.contrast.pairs
         )
+        loss: Tensor = self.contrast(out.unimodal, out.fused, high_level, available, classes)
+        return loss
 
 
 def _some_token(mask: Tensor) -> Tensor:

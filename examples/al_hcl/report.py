@@ -31,9 +31,9 @@ LABELS = {
 }
 LEAD = (
     "Active learning with hierarchical contrastive learning and fusion guidance, re-implemented from the abstract and "
-    "the published code, whose slips are corrected; a closed-form linear path is our own addition. Curves give test "
-    "scores; the validation part, always labelled, chooses hyper-parameters and stops training. Runs with equal seeds "
-    "start from equal labels, so differences are paired."
+    "the published code, whose slips are corrected; contrast before the first label and a closed-form path are our own "
+    "additions. Curves give test scores; the validation part, always labelled, chooses hyper-parameters and stops "
+    "training. Runs with equal seeds start from equal labels, so differences are paired."
 )
 
 

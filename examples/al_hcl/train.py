@@ -6,12 +6,14 @@ import math
 from collections.abc import Iterator
 from dataclasses import dataclass
 
+import numpy as np
 import torch
 from torch import Tensor
 
 from examples.msa.corpus import Corpus
+from examples.msa.metrics import SIMS_BINS
 
-from .linear import fit_linear
+from .kernel import feature_views, fit_path
 from .model import Inputs, ModelConfig, Outputs, SentimentModel
 
 
@@ -23,6 +25,8 @@ class TrainConfig:
         steps: Optimiser steps, the same for any number of labels.
         batch: Labelled rows per step.
         contrast_rows: Unlabelled rows per step that only the contrastive loss sees.
+        pretrain_steps: Steps of contrast alone, before the first labels.
+        pretrain_rows: Train rows per such step.
         learning_rate: Of AdamW, falling to 0 as a cosine.
         weight_decay: Of AdamW, on matrices.
         contrast_weight: λ of the contrastive loss; 0 leaves it out.
@@ -31,9 +35,11 @@ class TrainConfig:
         passes: Monte-Carlo passes of a prediction.
     """
 
-    steps: int = 80
+    steps: int = 40
     batch: int = 64
     contrast_rows: int = 64
+    pretrain_steps: int = 200
+    pretrain_rows: int = 192
     learning_rate: float = 2e-3
     weight_decay: float = 0.05
     contrast_weight: float = 0.1
@@ -44,10 +50,12 @@ class TrainConfig:
 
 @dataclass(frozen=True)
 class Data:
-    """A standardised corpus as tensors: inputs and labels of all rows, and the row numbers of each part."""
+    """A standardised corpus as tensors: inputs, labels and their classes of all rows, the row numbers of each part, and
+    the number of each row's video."""
 
     inputs: Inputs
     labels: Tensor
+    classes: Tensor
     train: Tensor
     valid: Tensor
     test: Tensor
@@ -62,28 +70,37 @@ class Data:
             raise ValueError(f"corpus {corpus.name!r} has no utterance in its {' or '.join(empty)} part")
         tensors = {part: torch.tensor(r, device=device) for part, r in rows.items()}
         labels = torch.tensor(corpus.labels, device=device)
-        return cls(Inputs.of(corpus, device), labels, **tensors, video=torch.tensor(corpus.video_index, device=device))
+        video = torch.tensor(corpus.video_index, device=device)
+        classes = torch.tensor(label_classes(corpus.labels, corpus.family), device=device)
+        return cls(Inputs.of(corpus, device), labels, classes, **tensors, video=video)
+
+
+def label_classes(labels: np.ndarray, family: str) -> np.ndarray:
+    """Classes of labels for supervised contrast, int64: whole numbers on MOSI's scale, the five classes of SIMS."""
+    if family == "sims":
+        return np.digitize(labels, np.float32(SIMS_BINS["acc5"]), right=True).astype(np.int64)
+    return np.round(np.clip(labels, -3, 3)).astype(np.int64) + 3
 
 
 @dataclass(frozen=True)
 class Trained:
-    """A model and what belongs to it: ``ŷ = centre + scale * (line + correction)``.
+    """A model and what belongs to it: ``ŷ = centre + scale * (path + correction)``.
 
     Attributes:
         model: The network, with its best averaged weights.
-        line: Linear path of every row ``[N]``.
+        path: Closed-form path of every row ``[N]``.
         centre: Mean of the known labels.
         scale: Their deviation.
         noise: Validation error (root mean square, label units), the noise of a model that predicts none.
-        facts: Chosen step, validation error, and the linear path's choices.
+        facts: Chosen step, validation error, and the closed-form path's choices.
     """
 
     model: SentimentModel
-    line: Tensor
+    path: Tensor
     centre: float
     scale: float
     noise: float
-    facts: dict[str, float]
+    facts: dict[str, float | str]
 
 
 @dataclass(frozen=True)
@@ -107,13 +124,16 @@ class Prediction:
         return Prediction(*per_row, self.embedding[rows])
 
 
-def train(model: SentimentModel, data: Data, labelled: Tensor, config: TrainConfig, seed: int) -> Trained:
+def train(
+    model: SentimentModel, data: Data, labelled: Tensor, learned: Tensor, config: TrainConfig, seed: int
+) -> Trained:
     """Train ``model`` in place on the labelled rows; other train rows enter the contrastive loss only.
 
     Args:
-        model: Freshly made, or trained before.
+        model: With its weights before the labels, or trained before.
         data: The corpus.
         labelled: Rows whose label is known.
+        learned: Embedding of all rows that no label has shaped, ``[N, k]``: one of the closed-form path's views.
         config: How.
         seed: Of batches and dropout.
 
@@ -127,9 +147,12 @@ def train(model: SentimentModel, data: Data, labelled: Tensor, config: TrainConf
     known = data.labels[labelled]
     centre, scale = float(known.mean()), max(float(known.std(correction=0)), 1e-3)
     target = (data.labels - centre) / scale
-    line = fit_linear(data.inputs, target, labelled, data.valid, data.video)
-    base = line.everywhere.clone()
-    base[labelled] = line.left_out
+    views = feature_views(data.inputs, learned, data.train, labelled)
+    path = fit_path(views, target, labelled, data.valid, data.video)
+    base = path.everywhere.clone()
+    base[labelled] = path.left_out
+    classes = -1 - torch.arange(len(target), device=target.device)
+    classes[labelled] = data.classes[labelled]
     pool = data.train[~torch.isin(data.train, labelled)]
     labelled_batches = _endless(labelled, config.batch, order)
     pool_batches = _endless(pool, config.contrast_rows, order) if len(pool) else None
@@ -158,7 +181,7 @@ def train(model: SentimentModel, data: Data, labelled: Tensor, config: TrainConf
         out = model(batch)
         loss = task_loss(out, (target - base)[rows[:count]], target[rows[:count]], model.config)
         if config.contrast_weight:
-            loss = loss + config.contrast_weight * model.contrastive_loss(out, batch.available)
+            loss = loss + config.contrast_weight * model.contrastive_loss(out, batch.available, classes[rows])
         optimiser.zero_grad()
         loss.backward()
         optimiser.step()
@@ -169,14 +192,20 @@ def train(model: SentimentModel, data: Data, labelled: Tensor, config: TrainConf
             p.copy_(value)
         model.eval()
         residual = base[data.valid] + model(data.inputs[data.valid]).correction - target[data.valid]
-    facts = {"best_step": best_step, "valid_mae": best_error, "strength": line.strength, "side_scale": line.side_scale}
-    return Trained(model, line.everywhere, centre, scale, float(residual.square().mean().sqrt()) * scale, facts)
+    facts: dict[str, float | str] = {
+        "best_step": best_step,
+        "valid_mae": best_error,
+        "view": path.view,
+        "length": path.length,
+        "strength": path.strength,
+    }
+    return Trained(model, path.everywhere, centre, scale, float(residual.square().mean().sqrt()) * scale, facts)
 
 
 def task_loss(out: Outputs, residual: Tensor, target: Tensor, config: ModelConfig) -> Tensor:
     """Loss on the first ``len(target)`` rows of a batch: Gaussian negative log likelihood of the residual that the
-    linear path leaves, each sample weighted by its fixed deviation so that noisy samples are still fitted, or squared
-    error; plus the squared error of the unimodal heads, which reaches only those heads."""
+    closed-form path leaves, each sample weighted by its fixed deviation so that noisy samples are still fitted, or
+    squared error; plus the squared error of the unimodal heads, which reaches only those heads."""
     n = len(target)
     error = (out.correction[:n] - residual).square()
     if config.heteroscedastic:
@@ -195,13 +224,13 @@ def predict(members: list[Trained], data: Data, rows: Tensor, passes: int, seed:
     for t in members:
         t.model.eval()
         out = t.model(x)
-        plain.append(t.centre + t.scale * (t.line[rows] + out.correction))
+        plain.append(t.centre + t.scale * (t.path[rows] + out.correction))
         unimodal.append(t.centre + t.scale * out.unimodal_mean)
         embeddings.append(out.fused)
         t.model.train()
         for _ in range(passes):
             out = t.model(x)
-            means.append(t.centre + t.scale * (t.line[rows] + out.correction))
+            means.append(t.centre + t.scale * (t.path[rows] + out.correction))
             learned = t.scale * (0.5 * out.log_variance).exp()
             noises.append(learned if t.model.config.heteroscedastic else torch.full_like(learned, t.noise))
         t.model.eval()

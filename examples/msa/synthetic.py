@@ -31,6 +31,7 @@ TOPICS = 12
 COMMON_TOPICS = 2
 COMMON_TRAIN, COMMON_TEST = 0.75, 0.4
 STYLES = 4
+CARRIER = 3.0
 NUISANCE = 10
 PERSISTENCE = 0.75
 VIDEO_SHARE = 0.3
@@ -53,8 +54,8 @@ def synthetic(
     * ``s`` sentiment, and ``e`` tone. Both are a video effect (30 % of the variance) plus a first-order
       autoregression over the clips (coefficient .75), so neighbours tell about an utterance, also about its missing
       modalities.
-    * ``k`` ambiguity of the wording (text only), ``p`` posture in audio and ``q`` gesture in vision: independent
-      between utterances.
+    * ``g`` congruence of what is said with how it is said, independent between utterances, and three carriers of sign
+      ±1, one per pair of modalities: one member of the pair shows the carrier, the other the carrier times ``g``.
     * a topic. Two common topics are mild (``s`` counts .7); in each of ten rare ones ``s`` counts 1.3 and text shows it
       along a direction of its own. Common topics hold 75 % of the train part but only 40 % of the others: most labels
       of the pool are redundant, and a labelled set that covers the rare topics is worth more than a random one.
@@ -63,18 +64,18 @@ def synthetic(
 
     Label (before rounding to the set's grid and clipping to its range), with ``s' = s · topic strength``::
 
-        y ∝ .9 s' + .4 e + .45 k·e + .25 p·q + noise
+        y ∝ .9 s' + .4 e + .6 g + noise
 
     The noise has deviation .25, but 1.0 in the last rare topic: uncertain there for good, whatever is labelled.
 
-    * Text shows ``s'`` best (noise .75) and ``k`` exactly; audio and vision show ``s'`` weakly (noise 1.5) and ``e``
-      well (noise .4), and audio shows ``p``, vision ``q``. So each modality alone is informative, and text the most.
-    * ``k·e`` and ``p·q`` have mean zero given either factor: no additive model of the modalities sees them, a product
-      of two modalities (matrix fusion) does. ``k·e`` shows in text × audio and in text × vision alike (the third
-      contrastive tier).
+    * Text shows ``s'`` best (noise .75); audio and vision show it weakly (noise 1.5) and ``e`` well (noise .4). So each
+      modality alone is informative, and text the most.
     * ``s'``, ``e`` and the styles are what the modalities share, above private nuisance: contrasting the modalities
-      finds the subspace without labels, and maps the rare topics' directions of text to one sentiment (the first two
-      tiers).
+      with each other (first tier) finds that subspace without labels, and contrasting them with the fused embedding
+      (second tier) brings it there, with what one modality alone shows: the rare topics' directions of text.
+    * No function of one modality tells ``g``, nor does a sum of such functions: a carrier has mean zero. The product of
+      the two members of a pair does, up to noise of deviation .25, so fusion by products (matrix fusion) is needed, and
+      it is the same in all three pairs: contrasting the pairs (third tier) finds it without labels.
 
     Features are a fixed random orthonormal mixing of the latent views plus white noise (.05 pooled, .15 per
     token). In sequence form all modalities share the tokens' intensities (gamma distributed, mean 1), so token products
@@ -175,16 +176,17 @@ def _latents(
     """What each modality shows, most telling columns first, and the label before scaling."""
     n = int(video_ptr[-1])
     s, e = _persistent(rng, video_ptr), _persistent(rng, video_ptr)
-    k, p, q = rng.standard_normal((3, n))
+    g = rng.standard_normal(n)
+    carriers = rng.choice([-1.0, 1.0], (3, n))
     common = rng.random(n) < np.where(split == TRAIN, COMMON_TRAIN, COMMON_TEST)
     topic = np.where(common, rng.integers(0, COMMON_TOPICS, n), rng.integers(COMMON_TOPICS, TOPICS, n))
     rare = topic >= COMMON_TOPICS
     strength = np.where(rare, 1.3, 0.7)
     s = s * strength
     sigma = np.where(topic == TOPICS - 1, 1.0, 0.25)
-    label = 0.9 * s + 0.4 * e + 0.45 * k * e + 0.25 * p * q + sigma * rng.standard_normal(n)
+    label = 0.9 * s + 0.4 * e + 0.6 * g + sigma * rng.standard_normal(n)
 
-    style = 0.7 * rng.standard_normal((n, STYLES))
+    style = 0.3 * rng.standard_normal((n, STYLES))
 
     def noisy(x: np.ndarray, sd: float) -> np.ndarray:
         return x + sd * rng.standard_normal(n)
@@ -195,14 +197,17 @@ def _latents(
     code[np.arange(n), np.where(rare, topic - COMMON_TOPICS + 1, 0)] = seen
     place = 2.0 * np.eye(TOPICS)[topic]
     nuisance = {m: 0.9 * rng.standard_normal((n, NUISANCE)) for m in MODALITIES}
+    with_audio, with_vision, beside_text = CARRIER * carriers
 
     def columns(m: str, *own: np.ndarray) -> np.ndarray:
         return np.column_stack([*own, style, nuisance[m]])
 
     views = {
-        "text": columns("text", code, k, place),
-        "audio": columns("audio", noisy(s, 1.5), noisy(e, 0.4), p),
-        "vision": columns("vision", noisy(s, 1.5), noisy(e, 0.4), q),
+        "text": columns("text", code, with_audio, with_vision, place),
+        "audio": columns("audio", noisy(s, 1.5), noisy(e, 0.4), with_audio * noisy(g, 0.25), beside_text),
+        "vision": columns(
+            "vision", noisy(s, 1.5), noisy(e, 0.4), with_vision * noisy(g, 0.25), beside_text * noisy(g, 0.25)
+        ),
     }
     return views, label
 

@@ -1,0 +1,47 @@
+"""Contrast before any label: what the modalities share is found on the whole train part."""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+from .model import SentimentModel
+from .train import Data, TrainConfig
+
+
+def pretrain(model: SentimentModel, data: Data, config: TrainConfig, seed: int) -> Tensor:
+    """Lower the contrastive loss of ``model``, in place, on the train rows; no label is read.
+
+    Nothing is trained where the contrastive loss has no weight.
+
+    Args:
+        model: Freshly made.
+        data: The corpus.
+        config: How; ``pretrain_steps`` steps of ``pretrain_rows`` rows.
+        seed: Of batches and dropout.
+
+    Returns:
+        Embedding of every row of the corpus, ``[N, k]`` float32.
+    """
+    torch.manual_seed(seed)
+    order = torch.Generator().manual_seed(seed)
+    if config.contrast_weight and config.pretrain_steps:
+        optimiser = torch.optim.AdamW(
+            model.parameters(), lr=config.learning_rate, weight_decay=config.weight_decay, foreach=True
+        )
+        schedule = torch.optim.lr_scheduler.CosineAnnealingLR(optimiser, config.pretrain_steps)
+        model.train()
+        for _ in range(config.pretrain_steps):
+            chosen = torch.randperm(len(data.train), generator=order)[: config.pretrain_rows]
+            rows = data.train[chosen.to(data.train.device)]
+            batch = data.inputs[rows]
+            # No row has a class: each is one of its own.
+            loss = model.contrastive_loss(model(batch), batch.available, -1 - rows)
+            optimiser.zero_grad()
+            loss.backward()
+            optimiser.step()
+            schedule.step()
+    model.eval()
+    with torch.no_grad():
+        parts = [model(data.inputs[rows]) for rows in torch.arange(len(data.labels)).split(4096)]
+        return torch.cat([out.embedding for out in parts])
