@@ -19,6 +19,7 @@ from examples.al_hcl.model import Inputs, ModelConfig, SentimentModel
 from examples.al_hcl.pretrain import pretrain
 from examples.al_hcl.train import Data, Prediction, TrainConfig, label_classes, train
 from examples.msa.synthetic import synthetic
+from tests.test_msa_data import mmsa, write
 
 MODEL = ModelConfig(width=8, rows=4, heads=2, projection=8)
 TRAINING = TrainConfig(steps=6, batch=8, contrast_rows=8, pretrain_steps=3, pretrain_rows=8, check_every=3, passes=3)
@@ -333,3 +334,16 @@ def test_report_in_a_browser(report, tmp_path):
     pixels = matplotlib.image.imread(picture)[..., :3]
     assert pixels.shape[:2] == (1400, 1000)
     assert (pixels < 0.5).any(-1).mean() > 0.002 and pixels.std() > 0.02
+
+
+@pytest.mark.parametrize(("aligned", "family", "metrics"), [
+    (True, "sims", {"acc2", "acc2_non0", "f1", "acc5", "acc3", "mae", "corr"}),
+    (False, "mosi", {"acc2_has0", "acc2_non0", "f1_has0", "f1_non0", "acc7", "mae", "corr"}),
+])  # fmt: skip
+def test_mmsa_pickles_run_to_the_report_in_the_metrics_of_their_set(tmp_path, aligned, family, metrics):
+    path = write(tmp_path, mmsa(n=(40, 12, 12), aligned=aligned, sims=family == "sims"))
+    options = "--sequences --seeds 0 1 --rounds 1 --budget 4 --steps 2 --pretrain-steps 2 --width 8 --no-progress"
+    out = tmp_path / "out"
+    assert main(["--data", str(path), "--family", family, "--out", str(out), *options.split()]) == 0
+    content = json.loads((out / "report.json").read_text())
+    assert set(content["data"]["summary"][REFERENCE]["area"]) == metrics
