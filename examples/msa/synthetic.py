@@ -29,7 +29,7 @@ SHAPES = {
 MODALITIES = ("text", "audio", "vision")
 TOPICS = 12
 COMMON_TOPICS = 2
-COMMON_TRAIN, COMMON_TEST = 0.75, 0.4
+COMMON_TRAIN, COMMON_TEST = 0.8, 0.3
 STYLES = 4
 CARRIER = 3.0
 NUISANCE = 10
@@ -57,7 +57,7 @@ def synthetic(
     * ``g`` congruence of what is said with how it is said, independent between utterances, and three carriers of sign
       ±1, one per pair of modalities: one member of the pair shows the carrier, the other the carrier times ``g``.
     * a topic. Two common topics are mild (``s`` counts .7); in each of ten rare ones ``s`` counts 1.3 and text shows it
-      along a direction of its own. Common topics hold 75 % of the train part but only 40 % of the others: most labels
+      along a direction of its own. Common topics hold 80 % of the train part but only 30 % of the others: most labels
       of the pool are redundant, and a labelled set that covers the rare topics is worth more than a random one.
     * four style variables seen by every modality and unrelated to the label, and ten private nuisance variables per
       modality.
@@ -195,7 +195,7 @@ def _latents(
     seen = noisy(s, 0.75)
     code = np.zeros((n, 1 + TOPICS - COMMON_TOPICS))
     code[np.arange(n), np.where(rare, topic - COMMON_TOPICS + 1, 0)] = seen
-    place = 2.0 * np.eye(TOPICS)[topic]
+    place = 3.0 * np.eye(TOPICS)[topic]
     nuisance = {m: 0.9 * rng.standard_normal((n, NUISANCE)) for m in MODALITIES}
     with_audio, with_vision, beside_text = CARRIER * carriers
 
