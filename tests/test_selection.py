@@ -95,6 +95,7 @@ def test_lazy_batches_of_any_size_give_the_plain_picks(
     monkeypatch.setattr(greedy, "_CANDIDATES", candidates)
     monkeypatch.setattr(greedy, "_SAMPLE", 5)  # floors that are far off
     monkeypatch.setattr(greedy, "_STAGE", 2)
+    monkeypatch.setattr(greedy, "_ROUND", 8 * candidates)
     x = pool_of(kind, n=400, d=4)
     u = torch.randint(5, (400,), generator=torch.Generator().manual_seed(2)).float()
     got = select(x, 90, uncertainty=u, strategy=strategy)

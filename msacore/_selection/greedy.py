@@ -17,6 +17,7 @@ from msacore.ops import kcenter
 
 _CANDIDATES = 4096  # at least; up to four times as many for a large budget
 _PER_PICK = 32  # candidates
+_ROUND = 1024  # picks at most, so that an interrupt is heard and the bar moves
 _SAMPLE = 2048  # samples whose scores tell where the floor should be
 _STAGE = 32  # centres taken in before the first samples are dropped; each further stage takes twice as many
 _PRIMING = 32  # centres
@@ -46,13 +47,13 @@ class Cover:
         """Bring ``rows``, each named once, up to date with the first ``upto`` centres or with all."""
         upto = self.count if upto is None else upto
         everything = len(rows) == self.pool.n
-        folded = self.folded if everything else self.folded[rows]
+        folded = self._folded(slice(None) if everything else rows, upto)
         stale = folded < upto
         if not bool(stale.any()):
             return
         if everything:
             in_order = torch.arange(len(rows), device=rows.device)
-            self._take(in_order, slice(None), folded.clamp_max(upto), upto)
+            self._take(in_order, slice(None), folded, upto)
             return
         if not bool(stale.all()):
             rows, folded = rows[stale], folded[stale]
@@ -61,6 +62,10 @@ class Cover:
             order = (folded * self.pool.n + rows).argsort()
             rows, folded = rows[order], folded[order]
         self._take(rows, rows, folded, upto)
+
+    def _folded(self, rows: Tensor | slice, upto: int) -> Tensor:
+        """How many of the first ``upto`` centres ``rows`` know; one at distance 0 leaves nothing to know."""
+        return self.folded[rows].clamp_max(upto).where(self.delta[rows] > 0, upto)
 
     def _take(self, rows: Tensor, where: Tensor | slice, folded: Tensor, upto: int) -> None:
         delta, owner = self.pool.fold(rows, folded, self.centers[:upto], self.delta[where], self.owner[where])
@@ -79,7 +84,7 @@ class Cover:
     def sift(self, rows: Tensor, weight: Tensor, floor: Tensor) -> Tensor:
         """Those of ``rows`` with ``weight · distance >= floor``, up to date; the others only until they fall below."""
         step = _STAGE if self.pool.in_memory else self.count  # what is not in memory is read once
-        upto = int(self.folded[rows].min()) + step if len(rows) else self.count
+        upto = int(self._folded(rows, self.count).min()) + step if len(rows) else self.count
         while upto < self.count:
             self.refresh(rows, upto)
             rows = rows[weight[rows] * self.delta[rows] >= floor]
@@ -136,7 +141,12 @@ def pick(cover: Cover, weight: Tensor, open_rows: Tensor, limit: int, made: Call
             candidates, bound_index = rows[order[:size]], rows[order[size:]]
             bound = score[bound_index]
         positions, scores = pool.greedy(
-            candidates, weight[candidates], cover.delta[candidates], bound, bound_index, min(limit, len(candidates))
+            candidates,
+            weight[candidates],
+            cover.delta[candidates],
+            bound,
+            bound_index,
+            min(limit, len(candidates), _ROUND),
         )
         count = int((positions >= 0).sum())
         picks = candidates[positions[:count]]
