@@ -213,7 +213,8 @@ def select(
         seed: Seed of "random", "kmeans++" and "typiclust".
         distance: "euclidean" or "cosine" (1 - cos; a zero row has distance 1 to everything).
         backend: "native" (the kernels of this package), "faiss" (distances to the first centres, k-means, neighbours
-            and balls by FAISS, checked by the kernels), or "auto": "native". The picks are the same.
+            and balls by FAISS, checked by the kernels), or "auto": "native", the faster one wherever both were
+            measured (docs/selection.md). The picks are the same.
         options: "mmr_weight" (0.5), "noise" of "maxdet" (1e-6), "neighbours" of "typiclust" (20), "factor" of
             "prefilter" (5), "delta" of "probcover" (no default).
         progress: Show a progress bar with the remaining time.
