@@ -67,16 +67,25 @@ struct Side {
   int64_t n = 0, d = 0, rows = 0, width = 0, stride = 0;
   Buffer<A> unit, panels, inverse_norm, gradient;
 
-  template <typename T>
-  Side(const T* x, const uint8_t* used, int64_t n, int64_t d) : n(n), d(d), rows(padded(n)), width(padded(d)) {
+  // Allocates; `normalise` fills.
+  Side(int64_t n, int64_t d) : n(n), d(d), rows(padded(n)), width(padded(d)) {
     stride = width / kPanel % 2 ? width : width + kPanel;  // odd number of lines, see kTileRow
     unit = Buffer<A>(rows * stride);
     panels = Buffer<A>(rows * width);
     inverse_norm = Buffer<A>(rows);
-    torch::stable::parallel_for(0, rows / kPanel, grain(kPanel * width), [&](int64_t b, int64_t e) {
-      normalise_rows(x, used, unit.get(), panels.get(), inverse_norm.get(), n, d, width, stride, b * kPanel,
-                     e * kPanel);
-    });
+  }
+
+  template <typename T>
+  Side(const T* x, const uint8_t* used, int64_t n, int64_t d) : Side(n, d) {
+    torch::stable::parallel_for(0, rows / kPanel, grain(kPanel * width),
+                                [&](int64_t b, int64_t e) { normalise(x, used, b, e); });
+  }
+
+  // Panels begin … end of kPanel rows.
+  template <typename T>
+  void normalise(const T* x, const uint8_t* used, int64_t begin, int64_t end) {
+    normalise_rows(x, used, unit.get(), panels.get(), inverse_norm.get(), n, d, width, stride, begin * kPanel,
+                   end * kPanel);
   }
 
   // Gradient with respect to x; returns Σ <gradient, unit row>.

@@ -6,6 +6,7 @@
 #include <torch/csrc/stable/ops.h>
 
 #include <algorithm>
+#include <numeric>
 #include <tuple>
 #include <type_traits>
 #include <vector>
@@ -130,16 +131,21 @@ struct Operands {
   }
 };
 
+// How many tasks of so many multiplications are worth a thread.
+int64_t grain(int64_t work) { return std::max<int64_t>(1, 65536 / std::max<int64_t>(1, work)); }
+
 // Calls body(m, begin, end) with rows begin … end of the batch, for every modality and every part of `rows` rows.
 template <typename Body>
 void each_part(const Sizes& s, int64_t rows, Body&& body) {
   const int64_t parts = (s.batch + rows - 1) / rows;
-  torch::stable::parallel_for(0, s.modalities * parts, 1, [&](int64_t first, int64_t last) {
-    for (int64_t task = first; task < last; ++task) {
-      const int64_t begin = task % parts * rows;
-      body(task / parts, begin, std::min(s.batch, begin + rows));
-    }
-  });
+  const int64_t widest = *std::max_element(s.features.begin(), s.features.end());
+  torch::stable::parallel_for(0, s.modalities * parts, grain(rows * s.rank * s.width * widest),
+                              [&](int64_t first, int64_t last) {
+                                for (int64_t task = first; task < last; ++task) {
+                                  const int64_t begin = task % parts * rows;
+                                  body(task / parts, begin, std::min(s.batch, begin + rows));
+                                }
+                              });
 }
 
 // Rows of a part: all of a small batch, so that it stays on one thread per modality.
@@ -156,8 +162,7 @@ void forward(const Operands<T>& in, const Sizes& s, T* out, acc_t<T>* projection
       add_to_rows(a, factor.row(factor.rows));
     }
   });
-  const int64_t grain = std::max<int64_t>(1, 32768 / std::max<int64_t>(1, s.modalities * s.rank * s.width));
-  torch::stable::parallel_for(0, s.batch, grain, [&](int64_t begin, int64_t end) {
+  torch::stable::parallel_for(0, s.batch, grain(2 * s.modalities * s.rank * s.width), [&](int64_t begin, int64_t end) {
     Scratch scratch;
     A *rows = scratch.take<A>((end - begin) * s.width), *product = scratch.take<A>(s.width);
     combine(projections, in.rank_weight, in.bias, rows, product, s.modalities, s.rank, s.batch, s.width, begin, end);
@@ -198,7 +203,8 @@ void backward(const Operands<T>& in, const Sizes& s, const T* grad_out_, const a
   A* grad_out = scratch.take<A>(count);
   convert(grad_out_, grad_out, count);
   A* grad_a = scratch.take<A>(s.modalities * s.rank * count);  // [M, r, B, h]
-  torch::stable::parallel_for(0, s.rank, 1, [&](int64_t first, int64_t last) {
+  const int64_t widths = std::accumulate(s.features.begin(), s.features.end(), int64_t(0));
+  torch::stable::parallel_for(0, s.rank, grain(count * widths), [&](int64_t first, int64_t last) {
     Scratch local;
     double* sums = local.take<double>(s.width);
     A* product = kInPlace ? nullptr : local.take<A>(*std::max_element(s.features.begin(), s.features.end()) * s.width);

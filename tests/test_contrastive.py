@@ -281,6 +281,36 @@ def test_either_output_alone_can_be_differentiated() -> None:
     close(from_loss, 0.3 * from_tier)
 
 
+@pytest.mark.parametrize("n", [1, 40, 128, 129])
+@pytest.mark.parametrize("dtype", [torch.float32, DOUBLE])
+def test_gradients_taken_along_with_the_loss_are_those_of_the_backward_pass(n: int, dtype: torch.dtype) -> None:
+    """Few samples have a path of their own on the CPU, which asking for the tiers avoids."""
+    unimodal, fused, high = embeddings(n, d=17, d3=33)
+    available = torch.rand(n, 3) < 0.7
+    grads, losses = [], []
+    for return_tiers in (False, True):
+        leaves = [x.to(dtype, copy=True).requires_grad_() for x in (*unimodal, fused, *high)]
+        result = hierarchical_contrastive_loss(
+            leaves[:3], leaves[3], leaves[4:], available=available, return_tiers=return_tiers
+        )
+        losses.append(result[0] if return_tiers else result)
+        grads.append(torch.autograd.grad(losses[-1], leaves, torch.tensor(0.7, dtype=dtype)))
+    assert losses[0] == losses[1]
+    for ours, theirs in zip(*grads, strict=True):
+        torch.testing.assert_close(ours, theirs, rtol=0, atol=1e-15 if dtype == DOUBLE else 1e-7)
+
+
+@pytest.mark.parametrize("return_tiers", [False, True])
+def test_the_loss_refuses_a_second_derivative(return_tiers: bool) -> None:
+    unimodal, fused, high = embeddings(5)
+    fused.requires_grad_()
+    result = hierarchical_contrastive_loss(unimodal, fused, high, return_tiers=return_tiers)
+    loss = result[0] if return_tiers else result
+    (grad,) = torch.autograd.grad(loss, fused, create_graph=True)
+    with pytest.raises(RuntimeError, match=r"msacore::hierarchical_contrastive_loss: second derivatives"):
+        torch.autograd.grad(grad.sum(), fused)
+
+
 def test_no_sample_with_two_modalities_leaves_a_zero_first_tier() -> None:
     unimodal, fused, high = embeddings(3)
     fused.requires_grad_()

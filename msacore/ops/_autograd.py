@@ -21,6 +21,20 @@ def refuse_second_derivative(name: str) -> None:
     torch.library.register_autograd(f"msacore::{name}", refuse)
 
 
+def is_plain_eager() -> bool:
+    """No compiler, autocast region or function transform wants to see the registered operator."""
+    return not (
+        torch.compiler.is_compiling()
+        or torch._C._is_any_autocast_enabled()
+        or torch._C._are_functorch_transforms_active()
+    )
+
+
+def apply_of(function: type[torch.autograd.Function]) -> Callable[..., Any]:
+    """``function.apply`` less its support of function transforms, for callers that know there are none."""
+    return super(torch.autograd.Function, function).apply  # type: ignore[misc]
+
+
 def eager_autograd(
     op: Callable[..., Any], setup_context: Callable[..., None], backward: Callable[..., tuple[Any, ...]]
 ) -> Callable[..., Any]:
@@ -56,19 +70,17 @@ def eager_autograd(
             with torch._C._AutoDispatchBelowAutograd():
                 return *flatten(backward(ctx, *grads)), None, None
 
+    apply = apply_of(Eager)
+
     def call(*arguments: Any, **options: Any) -> Any:
-        if (
-            torch.compiler.is_compiling()
-            or torch._C._is_any_autocast_enabled()
-            or torch._C._are_functorch_transforms_active()
-        ):
+        if not is_plain_eager():
             return op(*arguments, **options)
         if not torch.is_grad_enabled():
             with torch._C._AutoDispatchBelowAutograd():
                 return op(*arguments, **options)
-        if not any(isinstance(a, list) for a in arguments):
-            return Eager.apply(*arguments, None, options)
+        if list not in map(type, arguments):
+            return apply(*arguments, None, options)
         sizes = [len(a) if isinstance(a, list) else None for a in arguments]
-        return Eager.apply(*flatten(arguments), sizes, options)
+        return apply(*flatten(arguments), sizes, options)
 
     return call

@@ -7,14 +7,16 @@ import torch
 from torch import Tensor
 
 from msacore.ops._autocast import compute_in_float32
-from msacore.ops._autograd import eager_autograd, refuse_second_derivative
+from msacore.ops._autograd import apply_of, eager_autograd, is_plain_eager, refuse_second_derivative
 from msacore.ops._check import check_device, check_dtype, check_floating, check_shape, fail
 from msacore.ops.contrastive import check_temperature, loss_dtype
 
 _loss = torch.ops.msacore.hierarchical_contrastive_loss.default
 _loss_backward = torch.ops.msacore.hierarchical_contrastive_loss_backward.default
+_loss_with_gradients = torch.ops.msacore.hierarchical_contrastive_loss_with_gradients.default
 _TIERS = 3
 _MOST_MODALITIES = 64
+_FEW_SAMPLES = 128  # up to here the CPU computes the gradients along with the loss
 
 
 def _check_inputs(
@@ -93,6 +95,14 @@ def _(grad_loss: Tensor | None, grad_tiers: Tensor | None, *saved: Any, **option
     return [t.new_empty(t.shape) for t in (*unimodal, fused, *high_level)]
 
 
+@torch.library.register_fake("msacore::hierarchical_contrastive_loss_with_gradients")
+def _(*inputs: Any, **options: Any) -> tuple[Tensor, list[Tensor]]:
+    _check_inputs("hierarchical_contrastive_loss", *inputs, **options)
+    unimodal, fused, high_level = inputs[:3]
+    loss = fused.new_empty((), dtype=loss_dtype(fused.dtype))
+    return loss, [t.new_empty(t.shape) for t in (*unimodal, fused, *high_level)]
+
+
 def _setup_context(ctx: Any, inputs: tuple[Any, ...], keyword_only_inputs: dict[str, Any], output: Any) -> None:
     unimodal, fused, high_level, available, labels = inputs
     _, _, stats = output
@@ -128,6 +138,38 @@ torch.library.register_autograd("msacore::hierarchical_contrastive_loss", _backw
 refuse_second_derivative("hierarchical_contrastive_loss_backward")
 compute_in_float32("hierarchical_contrastive_loss")
 _eager = eager_autograd(_loss, _setup_context, _backward)
+
+
+class _FewSamples(torch.autograd.Function):
+    """Loss and gradients from one visit to tiles that stay in the cache; backward only scales the gradients.
+
+    Not for 16-bit embeddings: their gradients must be rounded after the scaling.
+    """
+
+    @staticmethod
+    def forward(ctx: Any, modalities: int, available: Any, labels: Any, options: Any, *embeddings: Tensor) -> Tensor:
+        unimodal, fused, high_level = embeddings[:modalities], embeddings[modalities], embeddings[modalities + 1 :]
+        inputs = list(unimodal), fused, list(high_level), available, labels
+        with torch._C._AutoDispatchBelowAutograd():
+            loss, ctx.gradients = _loss_with_gradients(*inputs, **options)
+        ctx.save_for_backward(*embeddings, available, labels)
+        ctx.modalities, ctx.options = modalities, options
+        return loss
+
+    @staticmethod
+    def backward(ctx: Any, *grads: Tensor) -> tuple[Any, ...]:
+        if torch.is_grad_enabled():  # create_graph=True: the registered formula refuses the second derivative
+            *embeddings, available, labels = ctx.saved_tensors
+            m = ctx.modalities
+            inputs = embeddings[:m], embeddings[m], embeddings[m + 1 :], available, labels
+            with torch.no_grad():
+                _, _, stats = _loss(*inputs, **ctx.options)
+            return None, None, None, None, *_loss_backward(grads[0], None, *inputs, stats, **ctx.options)
+        with torch._C._AutoDispatchBelowAutograd():
+            return None, None, None, None, *torch._foreach_mul(ctx.gradients, grads[0])
+
+
+_few_samples = apply_of(_FewSamples)
 
 
 def hierarchical_contrastive_loss(
@@ -190,5 +232,8 @@ def hierarchical_contrastive_loss(
     intra_modal = tier1 == "intra_modal"
     options = dict(tier_weights=list(tier_weights), temperatures=list(temperatures), intra_modal=intra_modal)
     labels = labels if intra_modal else None
+    few = fused.device.type == "cpu" and fused.dtype.itemsize > 2 and fused.shape[:1].numel() <= _FEW_SAMPLES
+    if few and not return_tiers and torch.is_grad_enabled() and is_plain_eager():
+        return _few_samples(len(unimodal), available, labels, options, *unimodal, fused, *high_level)
     loss, tiers, _ = _eager(list(unimodal), fused, list(high_level), available, labels, **options)
     return (loss, tiers) if return_tiers else loss
