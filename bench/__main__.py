@@ -10,7 +10,7 @@ import torch
 import bench
 from bench import report
 from bench.device import open_device
-from bench.harness import Benchmark, measure, measure_growth
+from bench.harness import Benchmark, by_dtype, measure, measure_growth
 
 
 def benchmarks() -> dict[str, Benchmark]:
@@ -32,7 +32,7 @@ def arguments(names: list[str]) -> argparse.Namespace:
         "--shape", action="append", default=[], help="only shapes whose name contains this, or another given"
     )
     parser.add_argument("--without", action="append", default=[], metavar="PROVIDER", help="leave out; repeatable")
-    parser.add_argument("--rounds", type=int, default=9, help="turns of each provider (default 9)")
+    parser.add_argument("--rounds", type=int, default=21, help="turns of each provider, at most (default 21)")
     parser.add_argument("--threads", type=int, default=torch.get_num_threads())
     parser.add_argument("--growth", action="store_true", help="measure our time over each size instead of the peers")
     for kind in ("csv", "json", "markdown", "plot"):
@@ -66,6 +66,10 @@ def main() -> None:
                 torch.manual_seed(0)
                 rows.append(measure(benchmark, shape, device, options.rounds, options.without))
                 print("\n" + report.text(rows[-1]), flush=True)
+                if shape.decisive and benchmark.differentiable:
+                    torch.manual_seed(0)
+                    rows.append(measure(by_dtype(benchmark), shape, device, options.rounds, options.without))
+                    print("\n" + report.text(rows[-1]), flush=True)
     if options.csv:
         report.write_csv(options.csv, rows, about)
     if options.json:

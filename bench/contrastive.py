@@ -101,8 +101,9 @@ BENCHMARKS = [
         name="info_nce",
         shapes=(
             Shape("supervised N=128 d=128 (one batch)", {"N": 128, "d": 128}, quick=True),
+            Shape("supervised N=8 d=16 (smallest)", {"N": 8, "d": 16}, quick=True),
             Shape("supervised N=1024 d=128", {"N": 1024, "d": 128}),
-            Shape("supervised N=4096 d=128", {"N": 4096, "d": 128}),
+            Shape("supervised N=4096 d=128", {"N": 4096, "d": 128}, decisive=True),
             Shape("supervised N=4096 d=768", {"N": 4096, "d": 768}),
             Shape("supervised N=32768 d=128", {"N": 32768, "d": 128}),
         ),
@@ -125,7 +126,8 @@ BENCHMARKS = [
         name="info_nce_symmetric",
         shapes=(
             Shape("two-sided N=128 d=128 (one batch)", {"N": 128, "d": 128}, quick=True),
-            Shape("two-sided N=4096 d=128", {"N": 4096, "d": 128}),
+            Shape("two-sided N=8 d=16 (smallest)", {"N": 8, "d": 16}, quick=True),
+            Shape("two-sided N=4096 d=128", {"N": 4096, "d": 128}, decisive=True),
         ),
         inputs=_pair_inputs,
         providers=(

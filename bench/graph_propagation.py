@@ -42,7 +42,8 @@ BENCHMARKS = [
         name="graph_propagate",
         shapes=(
             Shape("n=2304 E=12k d=256 K=1", {"n": 2304, "E": 12000, "d": 256, "K": 1}, quick=True),
-            Shape("n=20k E=400k d=128 K=1", {"n": 20000, "E": 400000, "d": 128, "K": 1}),
+            Shape("n=8 E=24 d=8 K=1 (smallest)", {"n": 8, "E": 24, "d": 8, "K": 1}, quick=True),
+            Shape("n=20k E=400k d=128 K=1", {"n": 20000, "E": 400000, "d": 128, "K": 1}, decisive=True),
             Shape("n=20k E=400k d=128 K=4", {"n": 20000, "E": 400000, "d": 128, "K": 4}),
         ),
         inputs=_random_graph,

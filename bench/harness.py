@@ -7,8 +7,9 @@ are withheld.
 """
 
 import statistics
+import time
 from collections.abc import Callable, Iterator, Sequence
-from dataclasses import asdict, dataclass, field
+from dataclasses import asdict, dataclass, field, replace
 from typing import Any
 
 import torch
@@ -18,7 +19,15 @@ from bench.device import Canary, Device
 
 DRIFT = 0.20
 ATTEMPTS = 3
+PATIENCE = 1.0  # seconds; a provider whose turns lasted longer takes no more of them
+LONG = 10.0  # seconds; where nothing is differentiated, a first call that lasted longer is the only one
 DISAGREEMENT = 1e-2  # of the largest output; a peer further off computes something else
+_DTYPES = {  # what 16-bit inputs may differ by is rounding
+    torch.float32: DISAGREEMENT,
+    torch.float64: DISAGREEMENT,
+    torch.float16: 10 * DISAGREEMENT,
+    torch.bfloat16: 10 * DISAGREEMENT,
+}
 
 Inputs = dict[str, Any]
 Call = Callable[[], Any]
@@ -33,6 +42,7 @@ class Shape:
     name: str
     sizes: dict[str, int]
     quick: bool = False  # also measured by `--quick` and by `pytest bench`
+    decisive: bool = False  # also measured through torch.compile, and by dtype
 
 
 @dataclass(frozen=True)
@@ -52,6 +62,9 @@ class Provider:
 
     name: str
     bind: Callable[[Inputs], Call]
+    dtype: torch.dtype | None = None  # of its copy of the inputs; None for the inputs themselves
+    compiled: bool = False  # too slow to prepare for every shape, and for forward alone
+    tolerance: float = DISAGREEMENT
 
 
 @dataclass(frozen=True)
@@ -107,6 +120,25 @@ class Row:
             yield {**common, **asdict(m), "withheld": self.withheld}
 
 
+def by_dtype(benchmark: Benchmark) -> Benchmark:
+    """Ours alone, on the same inputs in every dtype; float32 is what the ratios refer to."""
+    bind = benchmark.providers[0].bind
+    names = {dtype: f"msacore {str(dtype).removeprefix('torch.')}" for dtype in _DTYPES}
+    providers = tuple(Provider(names[dtype], bind, dtype, tolerance=_DTYPES[dtype]) for dtype in _DTYPES)
+    return replace(benchmark, providers=providers)
+
+
+def cast(inputs: Inputs, dtype: torch.dtype | None) -> Inputs:
+    """A copy whose floating tensors, also inside sequences, are leaves of the given dtype."""
+
+    def change(value: Any) -> Any:
+        if isinstance(value, Tensor) and value.is_floating_point():
+            return value.detach().to(dtype).requires_grad_(value.requires_grad)
+        return [change(v) for v in value] if isinstance(value, list) else value
+
+    return inputs if dtype is None else {name: change(value) for name, value in inputs.items()}
+
+
 def leaves(inputs: Inputs) -> list[Tensor]:
     """The differentiable tensors among the inputs, also inside sequences."""
     found: list[Tensor] = []
@@ -123,9 +155,8 @@ def outputs(result: Any) -> list[Tensor]:
 def with_backward(call: Call, inputs: Inputs) -> Call:
     """The call followed by the gradient of a fixed weighting of its outputs."""
     wanted = leaves(inputs)
-    with torch.no_grad():
-        shapes = outputs(call())
-    weights = [torch.linspace(0.5, 1.5, max(1, o.numel())).to(o)[: o.numel()].view(o.shape) for o in shapes]
+    first = [o.detach() for o in outputs(call())]
+    weights = [torch.linspace(0.5, 1.5, max(1, o.numel())).to(o)[: o.numel()].view(o.shape) for o in first]
 
     def run() -> Any:
         return torch.autograd.grad(outputs(call()), wanted, weights, allow_unused=True)
@@ -157,11 +188,17 @@ def turns(names: Sequence[str], rounds: int) -> Iterator[str]:
         yield from names
 
 
-def medians(calls: dict[str, Call], rounds: int, clock: Callable[[Call], float]) -> dict[str, float]:
-    """Median seconds of each call, all taking turns."""
+def medians(
+    calls: dict[str, Call], rounds: int, clock: Callable[[Call], float], patience: float = PATIENCE
+) -> dict[str, float]:
+    """Median seconds of each call, all taking turns; one that needs longer than `patience` takes fewer turns."""
     times: dict[str, list[float]] = {name: [] for name in calls}
+    spent = dict.fromkeys(calls, 0.0)
     for name in turns(list(calls), rounds):
-        times[name].append(clock(calls[name]))
+        if not times[name] or spent[name] < patience:
+            start = time.perf_counter()
+            times[name].append(clock(calls[name]))
+            spent[name] += time.perf_counter() - start
     return {name: statistics.median(values) for name, values in times.items()}
 
 
@@ -176,44 +213,74 @@ def disagreement(ours: Any, theirs: Any) -> float:
     )
 
 
-def bound(benchmark: Benchmark, inputs: Inputs, without: Sequence[str], row: Row) -> dict[str, Call]:
-    """The providers that run here, each called once and compared with ours; of the others a line with the reason."""
-    calls: dict[str, Call] = {}
+@dataclass
+class Bound:
+    """A provider that runs here."""
+
+    provider: Provider
+    call: Call
+    inputs: Inputs
+    measurement: Measurement
+    seconds: float  # of its first call
+
+
+def bound(
+    benchmark: Benchmark, inputs: Inputs, providers: Sequence[Provider], device: Device, row: Row
+) -> dict[str, Bound]:
+    """The providers that run here, each called once and compared with ours; of the others a line with the reason.
+
+    Without a backward pass this call also gives the extra memory: providers that select can be too slow for another.
+    """
+    found: dict[str, Bound] = {}
     expected: Any = None
-    for provider in benchmark.providers:
-        if provider.name in without:
-            continue
-        note = ""
+    for provider in providers:
+        result: list[Any] = []
+        own = cast(inputs, provider.dtype)
+        m = Measurement(provider.name)
+        row.measurements.append(m)
         try:
-            call = provider.bind(inputs)
-            result = without_grad(call)()
+            call = provider.bind(own)
+            start = time.perf_counter()
+            if benchmark.differentiable:
+                result.append([o.detach() for o in outputs((call if provider.compiled else without_grad(call))())])
+            else:
+                m.extra_mb = device.extra_peak_mb(lambda call=call, result=result: result.append(call()))
+                if not result:  # where memory cannot be read
+                    result.append(call())
         except (Unavailable, NotImplementedError) as reason:  # the latter: no kernel for this device
-            row.measurements.append(Measurement(provider.name, note=f"not run: {str(reason).splitlines()[0]}"))
+            m.note = f"not run: {str(reason).splitlines()[0]}"
             continue
         if expected is None:
-            expected = result
-        elif (off := disagreement(expected, result)) > DISAGREEMENT:
-            note = f"disagrees with ours by {off:.1e}"
-        calls[provider.name] = call
-        row.measurements.append(Measurement(provider.name, note=note))
-    return calls
+            expected = result[0]
+        elif (off := disagreement(expected, result[0])) > provider.tolerance:
+            m.note = f"disagrees with ours by {off:.1e}"
+        found[provider.name] = Bound(provider, call, own, m, time.perf_counter() - start)
+    return found
 
 
 def measure(benchmark: Benchmark, shape: Shape, device: Device, rounds: int, without: Sequence[str] = ()) -> Row:
     """One row, measured again while a canary drifts, at most `ATTEMPTS` times."""
     inputs = benchmark.inputs(shape.sizes, device.torch)
     row = Row(benchmark.name, shape.name)
-    calls = bound(benchmark, inputs, without, row)
-    if benchmark.providers[0].name not in calls:
+    wanted = [p for p in benchmark.providers if p.name not in without and (shape.decisive or not p.compiled)]
+    opening = [] if benchmark.differentiable else [device.canary()]
+    running = bound(benchmark, inputs, wanted, device, row)
+    if benchmark.providers[0].name not in running:
         return row
-    forward = {name: without_grad(call) for name, call in calls.items()}
-    total = {n: with_backward(call, inputs) for n, call in calls.items()} if benchmark.differentiable else {}
-    for call in total.values():
-        call()
+    forward, total = {}, {}
+    for name, b in running.items():
+        if benchmark.differentiable:
+            total[name] = with_backward(b.call, b.inputs)
+            total[name]()
+            if not b.provider.compiled:
+                forward[name] = without_grad(b.call)
+        elif b.seconds < LONG:
+            forward[name] = without_grad(b.call)
+    long = {name: b.seconds for name, b in running.items() if name not in forward and not benchmark.differentiable}
     best: tuple[float, dict[str, float], dict[str, float], list[Canary]] | None = None
     for attempt in range(1, ATTEMPTS + 1):
-        canaries = [device.canary()]
-        forward_times = medians(forward, rounds, device.clock)
+        canaries = [*opening, device.canary()]
+        forward_times = {**medians(forward, rounds, device.clock), **long}
         canaries.append(device.canary())
         total_times = medians(total, rounds, device.clock)
         canaries.append(device.canary())
@@ -227,9 +294,8 @@ def measure(benchmark: Benchmark, shape: Shape, device: Device, rounds: int, wit
     fill(row, benchmark.work(shape.sizes), forward_times, total_times)
     if benchmark.remark is not None:
         row.measurements[0].note = benchmark.remark(inputs, median_canary(row.canaries))
-    for m in row.measurements:
-        if m.provider in calls:
-            m.extra_mb = device.extra_peak_mb((total or forward)[m.provider])
+    for name, call in total.items():
+        running[name].measurement.extra_mb = device.extra_peak_mb(call)
     return row
 
 
@@ -239,14 +305,15 @@ def fill(row: Row, work: tuple[Work, Work], forward: dict[str, float], total: di
     floor = work[1 if total else 0].seconds(median_canary(row.canaries))
     if row.drift > DRIFT:
         row.withheld = f"ratio withheld: canary drift {row.drift:.0%} in {row.attempts} attempts"
-    ours = next(iter(decisive.values()))
+    ours = decisive[row.measurements[0].provider]
     for m in row.measurements:
-        if m.provider not in decisive:
-            continue
-        m.forward_ms = 1e3 * forward[m.provider]
-        m.total_ms = 1e3 * total[m.provider] if total else None
-        m.share = floor / decisive[m.provider]
-        m.ratio = None if row.withheld else decisive[m.provider] / ours
+        if m.provider in forward:
+            m.forward_ms = 1e3 * forward[m.provider]
+        if m.provider in total:
+            m.total_ms = 1e3 * total[m.provider]
+        if m.provider in decisive:
+            m.share = floor / decisive[m.provider]
+            m.ratio = None if row.withheld else decisive[m.provider] / ours
 
 
 def fitted_slope(values: Sequence[float], times: Sequence[float]) -> float:

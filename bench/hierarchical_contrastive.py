@@ -53,8 +53,9 @@ BENCHMARKS = [
         name="hierarchical_contrastive_loss",
         shapes=(
             Shape("N=64 d=128 (one batch)", {"N": 64, "d": 128}, quick=True),
+            Shape("N=8 d=16 (smallest)", {"N": 8, "d": 16}, quick=True),
             Shape("N=128 d=128", {"N": 128, "d": 128}),
-            Shape("N=2048 d=128", {"N": 2048, "d": 128}),
+            Shape("N=2048 d=128", {"N": 2048, "d": 128}, decisive=True),
         ),
         inputs=_inputs,
         providers=(

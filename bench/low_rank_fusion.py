@@ -61,8 +61,9 @@ BENCHMARKS = [
         name="low_rank_fusion",
         shapes=(
             Shape("B=32 d=128 h=128 r=4", {"B": 32, "d": 128, "h": 128, "r": 4}, quick=True),
+            Shape("B=1 d=8 h=8 r=1 (smallest)", {"B": 1, "d": 8, "h": 8, "r": 1}, quick=True),
             Shape("B=64 d=768 h=128 r=4 (text width)", {"B": 64, "d": 768, "h": 128, "r": 4}),
-            Shape("B=1024 d=128 h=128 r=16", {"B": 1024, "d": 128, "h": 128, "r": 16}),
+            Shape("B=1024 d=128 h=128 r=16", {"B": 1024, "d": 128, "h": 128, "r": 16}, decisive=True),
         ),
         inputs=_inputs,
         providers=(

@@ -73,8 +73,9 @@ BENCHMARKS = [
         shapes=(
             Shape("B=32 L=50 k=64 q=32 (MOSI batch)", {"B": 32, "L": 50, "k": 64, "q": 32}, quick=True),
             Shape("B=64 L=1 k=128 q=64 (pooled)", {"B": 64, "L": 1, "k": 128, "q": 64}, quick=True),
+            Shape("B=2 L=1 k=8 q=4 (smallest)", {"B": 2, "L": 1, "k": 8, "q": 4}, quick=True),
             Shape("B=64 L=50 k=128 q=64", {"B": 64, "L": 50, "k": 128, "q": 64}),
-            Shape("B=64 L=50 k=512 q=64", {"B": 64, "L": 50, "k": 512, "q": 64}),
+            Shape("B=64 L=50 k=512 q=64", {"B": 64, "L": 50, "k": 512, "q": 64}, decisive=True),
             Shape("B=64 L=50 k=768 q=64 (published width)", {"B": 64, "L": 50, "k": 768, "q": 64}),
         ),
         inputs=_inputs,

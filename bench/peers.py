@@ -2,6 +2,7 @@
 
 import importlib
 from collections.abc import Callable
+from dataclasses import replace
 from types import ModuleType
 from typing import Any
 
@@ -39,7 +40,7 @@ def compiled(name: str, function: Callable[..., Any], unless: Callable[[Inputs],
         except torch._dynamo.exc.TorchDynamoException as error:
             raise Unavailable(f"torch.compile: {str(error).splitlines()[0]}") from error
 
-    return plain(name, attempt, unless)
+    return replace(plain(name, attempt, unless), compiled=True)
 
 
 def at_most(bytes_: Callable[[Inputs], float], limit: float = 4e9) -> Callable[[Inputs], str]:

@@ -53,7 +53,8 @@ BENCHMARKS = [
         name="rank_n_contrast",
         shapes=(
             Shape("N=128 d=128 (one batch)", {"N": 128, "d": 128}, quick=True),
-            Shape("N=512 d=128", {"N": 512, "d": 128}),
+            Shape("N=8 d=16 (smallest)", {"N": 8, "d": 16}, quick=True),
+            Shape("N=512 d=128", {"N": 512, "d": 128}, decisive=True),
             Shape("N=1284 d=128 (MOSI)", {"N": 1284, "d": 128}),
             Shape("N=4096 d=128", {"N": 4096, "d": 128}),
         ),

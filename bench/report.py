@@ -117,7 +117,7 @@ def plot(path: Path, rows: Sequence[Row], growth: Sequence[GrowthRow]) -> None:
         names = list(dict.fromkeys(m.provider for row in mine for m in row.measurements))
         for name in names:
             found = [(i, m) for i, row in enumerate(mine) for m in row.measurements if m.provider == name]
-            timed = [(i, m.total_ms or m.forward_ms) for i, m in found if m.forward_ms]
+            timed = [(i, m.total_ms or m.forward_ms) for i, m in found if m.total_ms or m.forward_ms]
             weighed = [(i, m.extra_mb) for i, m in found if m.extra_mb]
             for axis, points in ((left, timed), (right, weighed)):
                 axis.plot([i for i, _ in points], [v for _, v in points], "o-", label=name)

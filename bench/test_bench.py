@@ -14,6 +14,7 @@ _CASES = [
     for shape in benchmark.shapes
     if shape.quick
     for provider in benchmark.providers
+    if shape.decisive or not provider.compiled
 ]
 
 

@@ -3,6 +3,7 @@
 import csv
 import json
 from collections.abc import Callable, Iterator
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -23,6 +24,7 @@ from bench.harness import (
     Shape,
     Unavailable,
     Work,
+    by_dtype,
     drift,
     fitted_slope,
     measure,
@@ -100,6 +102,44 @@ def test_providers_take_turns() -> None:
 def test_medians_ignore_one_slow_turn() -> None:
     times = iter([1.0, 90.0, 2.0])
     assert medians({"a": lambda: None}, 3, lambda call: next(times)) == {"a": 2.0}
+
+
+def test_a_slow_provider_takes_fewer_turns() -> None:
+    order: list[str] = []
+
+    def clock(call: Callable[[], Any]) -> float:
+        order.append(call())
+        return 1.0
+
+    medians({"a": lambda: "a", "b": lambda: "b"}, 3, clock, patience=0.0)
+    assert order == ["a", "b"]
+    order.clear()
+    medians({"a": lambda: "a", "b": lambda: "b"}, 3, clock, patience=60.0)
+    assert order == ["a", "b"] * 3
+
+
+def test_a_row_by_dtype_casts_the_inputs_and_refers_to_float32() -> None:
+    seen: list[torch.dtype] = []
+
+    def remember(inputs: Inputs) -> Callable[[], Any]:
+        seen.append(inputs["x"].dtype)
+        return _provider("ours").bind(inputs)
+
+    ours = replace(BENCHMARK, providers=(Provider("ours", remember), _provider("peer")))
+    row = measure(by_dtype(ours), SHAPE, ScriptedDevice(), rounds=1)
+    assert seen == [torch.float32, torch.float64, torch.float16, torch.bfloat16]
+    assert [m.provider.split()[1] for m in row.measurements] == ["float32", "float64", "float16", "bfloat16"]
+    assert [m.ratio for m in row.measurements] == [1, 1, 1, 1]
+
+
+def test_compiled_providers_run_at_decisive_shapes_only() -> None:
+    compiled = replace(BENCHMARK, providers=(_provider("ours"), replace(_provider("peer"), compiled=True)))
+    names = [m.provider for m in measure(compiled, SHAPE, ScriptedDevice(), rounds=1).measurements]
+    assert names == ["ours"]
+    ours, peer = measure(compiled, replace(SHAPE, decisive=True), ScriptedDevice(), rounds=1).measurements
+    assert ours.forward_ms == pytest.approx(1)
+    assert peer.forward_ms is None
+    assert peer.ratio == pytest.approx(4)
 
 
 def test_drift_is_the_larger_fall_of_the_two_canaries() -> None:
