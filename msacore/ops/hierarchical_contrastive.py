@@ -214,9 +214,10 @@ def hierarchical_contrastive_loss(
     Note:
         ``Σ_t tier_weights[t] · tiers[t]``, the loss of "AL-HCL: Active Learning and Hierarchical Contrastive Learning
         for Multimodal Sentiment Analysis with Fusion Guidance" (2026). One operator call forward and one backward; each
-        embedding is normalised once, both directions of a term come from one sweep, and no similarity matrix is
-        stored. Accumulates in float32 for 16-bit types and computes in float32 under autocast. Deterministic;
-        differentiable once; no host synchronisation on CUDA.
+        embedding is normalised once, both directions of a term come from one sweep, and no similarity matrix is stored.
+        On the CPU, up to 128 float32 or float64 samples without ``return_tiers`` get their gradients along with the
+        loss where gradients are on; the backward pass then only scales them. Accumulates in float32 for 16-bit types
+        and computes in float32 under autocast. Deterministic; differentiable once; no host synchronisation on CUDA.
 
     Example:
         >>> text, audio, fused = torch.eye(4), torch.eye(4).roll(1, 0), torch.ones(4, 4)
