@@ -111,7 +111,15 @@ def test_each_ablation_changes_the_run(corpus: Corpus) -> None:
 
 @pytest.mark.parametrize(
     "option",
-    [{"task": "mse"}, {"send": "never"}, {"window": 0}, {"noise": 0.5}, {"mask_share": 0.2}, {"contrast_weight": 0.0}],
+    [
+        {"task": "mse"},
+        {"send": "never"},
+        {"window": 0},
+        {"noise": 0.5},
+        {"mask_share": 0.2},
+        {"contrast_weight": 0.0},
+        {"view_weight": 0.5},
+    ],
     ids=str,
 )
 def test_an_option_changes_the_run(corpus: Corpus, option: dict) -> None:

@@ -28,7 +28,7 @@ class Config:
         sce_power: Exponent of the scaled cosine error.
         modality_weight: Stage A: weight of rebuilding a dropped modality.
         contrast_weight: Stage A: weight of contrasting the modalities of an utterance.
-        view_weight: Stage A: weight of contrasting two views of an utterance.
+        view_weight: Stage A: weight of contrasting two views of an utterance; 0 leaves it out, it did not help.
         contrast_temperature: Of both contrastive terms.
         task: Supervised loss: ``"l1"`` or ``"mse"``.
         unlabelled: Consistency on all train utterances: ``"mean_teacher"``, ``"rankup"`` or ``"none"``.
