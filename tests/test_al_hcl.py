@@ -14,7 +14,7 @@ from examples.al_hcl.__main__ import main
 from examples.al_hcl.acquire import MEASURES, SelectionConfig, acquire
 from examples.al_hcl.active import Arm, Run
 from examples.al_hcl.arms import REFERENCE, ablations
-from examples.al_hcl.kernel import LENGTHS, STRENGTHS, feature_views, fit_path
+from examples.al_hcl.kernel import LENGTHS, STRENGTHS, VIEWS, feature_views, fit_path
 from examples.al_hcl.model import Inputs, ModelConfig, SentimentModel
 from examples.al_hcl.pretrain import pretrain
 from examples.al_hcl.train import Data, Prediction, TrainConfig, label_classes, train
@@ -205,6 +205,13 @@ def test_closed_form_path_leaves_out_whole_videos(corpus, data):
     labelled_error = np.abs(offset + path.slope * (expected - offset) - y)
     valid_error = np.abs(everywhere - data.labels.numpy())[data.valid]
     assert path.error == pytest.approx(np.concatenate([labelled_error, valid_error]).mean(), abs=1e-3)
+
+
+def test_the_view_of_the_closed_form_path_can_be_chosen(corpus, data):
+    learned = torch.randn(len(data.labels), 6, generator=torch.Generator().manual_seed(0))
+    for view in VIEWS:
+        trained = train(new_model(corpus), data, data.train[:20], learned, replace(TRAINING, view=view), 0)
+        assert trained.facts["view"] == view
 
 
 def test_contrast_before_labels_lowers_its_loss_and_has_none_without_weight(corpus, data):

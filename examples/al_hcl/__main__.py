@@ -18,6 +18,7 @@ from .acquire import MEASURES, SelectionConfig
 from .active import Arm
 from .arms import REFERENCE, ablations, comparison, contrast_sweep
 from .experiment import Experiment
+from .kernel import VIEWS
 from .model import ModelConfig
 from .report import build_report
 from .train import Data, TrainConfig
@@ -92,6 +93,7 @@ def parser() -> argparse.ArgumentParser:
     model.add_argument("--width", type=int, default=ModelConfig.width, help="width of the embeddings (%(default)s)")
     model.add_argument("--dropout", type=float, default=ModelConfig.dropout, help="(%(default)s)")
     model.add_argument("--input-dropout", type=float, default=ModelConfig.input_dropout, help="(%(default)s)")
+    model.add_argument("--view", choices=VIEWS, help="features of the closed-form path (the best on held-out labels)")
     model.add_argument(
         "--pretrain-steps", type=int, default=TrainConfig.pretrain_steps, help="steps of contrast alone (%(default)s)"
     )
@@ -115,7 +117,9 @@ def base_arm(args: argparse.Namespace) -> Arm:
         tier1=args.tier1,
         heteroscedastic=not args.squared_error,
     )
-    training = TrainConfig(steps=args.steps, pretrain_steps=args.pretrain_steps, contrast_weight=args.contrast_weight)
+    training = TrainConfig(
+        steps=args.steps, pretrain_steps=args.pretrain_steps, contrast_weight=args.contrast_weight, view=args.view
+    )
     selection = SelectionConfig(
         strategy=args.strategy,
         uncertainty=args.uncertainty,

@@ -13,6 +13,7 @@ from .model import Inputs
 STRENGTHS = tuple(10.0 ** (e / 2) for e in range(-4, 3))
 # In units of a feature's deviation; the second is so long that the kernel is almost linear.
 LENGTHS = (1.0, 3.0)
+VIEWS = ("first", "first, weak others", "all", "learned", "all, learned")
 
 
 @dataclass(frozen=True)
@@ -62,13 +63,7 @@ def feature_views(inputs: Inputs, learned: Tensor, train: Tensor, rows: Tensor) 
     z = (z - z[train].mean(0)) / z[train].std(0, correction=0).clamp_min(1e-6)
     base, *beside = (squared_distances(b, rows) for b in blocks)
     side, own = torch.stack(beside).sum(0), squared_distances(z, rows)
-    return {
-        "first": base,
-        "first, weak others": base + 0.1 * side,
-        "all": base + side,
-        "learned": own,
-        "all, learned": base + side + own,
-    }
+    return dict(zip(VIEWS, (base, base + 0.1 * side, base + side, own, base + side + own), strict=True))
 
 
 def fit_path(views: dict[str, Tensor], labels: Tensor, labelled: Tensor, valid: Tensor, video: Tensor) -> KernelPath:

@@ -33,6 +33,7 @@ class TrainConfig:
         check_every: Steps between looks at the validation error; the best weights count.
         average: Share kept per step by the running average of the weights, which is what is validated and used.
         passes: Monte-Carlo passes of a prediction.
+        view: The closed-form path's view of the features, a name in ``kernel.VIEWS``; the best of all when omitted.
     """
 
     steps: int = 40
@@ -46,6 +47,7 @@ class TrainConfig:
     check_every: int = 10
     average: float = 0.9
     passes: int = 6
+    view: str | None = None
 
 
 @dataclass(frozen=True)
@@ -148,6 +150,8 @@ def train(
     centre, scale = float(known.mean()), max(float(known.std(correction=0)), 1e-3)
     target = (data.labels - centre) / scale
     views = feature_views(data.inputs, learned, data.train, labelled)
+    if config.view is not None:
+        views = {config.view: views[config.view]}
     path = fit_path(views, target, labelled, data.valid, data.video)
     base = path.everywhere.clone()
     base[labelled] = path.left_out
