@@ -7,13 +7,15 @@
 
 namespace msacore {
 
-// Positions [count] that order `keys` [count] (int64, taken as clamped to [0, bound)); equal keys keep their order.
-inline Tensor sorted_positions(const Tensor& keys, int64_t bound, cudaStream_t stream) {
+// Positions [count] that order `keys` [count] (int64, taken as clamped to [0, bound)); equal keys keep their order, or
+// that of the positions `before`, which sorts by both.
+inline Tensor sorted_positions(const Tensor& keys, int64_t bound, cudaStream_t stream, const Tensor* before = nullptr) {
   const int64_t count = keys.numel();
   const int64_t blocks = (count + radix::kTile - 1) / radix::kTile;
   Tensor from = torch::stable::new_empty(keys, {count}), to = torch::stable::new_empty(keys, {count});
   Tensor counts = torch::stable::new_empty(keys, {radix::kDigits * blocks});
-  radix::Keys pass{keys.const_data_ptr<int64_t>(), nullptr, count, bound, 0};
+  radix::Keys pass{keys.const_data_ptr<int64_t>(), before ? before->const_data_ptr<int64_t>() : nullptr, count, bound,
+                   0};
   do {
     auto* table = counts.mutable_data_ptr<int64_t>();
     launch(radix::count_kernel, dim3(blocks), dim3(radix::kThreads), 0, stream, pass, table);

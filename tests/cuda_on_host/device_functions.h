@@ -223,3 +223,13 @@ inline float __uint_as_float(unsigned bits) {
 }
 inline int __float_as_int(float v) { return static_cast<int>(__float_as_uint(v)); }
 inline float __int_as_float(int bits) { return __uint_as_float(static_cast<unsigned>(bits)); }
+inline long long __double_as_longlong(double v) {
+  long long bits;
+  std::memcpy(&bits, &v, sizeof bits);
+  return bits;
+}
+inline double __longlong_as_double(long long bits) {
+  double v;
+  std::memcpy(&v, &bits, sizeof v);
+  return v;
+}
