@@ -46,7 +46,7 @@ struct Workspace {
           memory.take(losses, grad_out ? 0 : s.anchors + s.candidates);
           memory.take(anchor_gradients, grad_out ? n * width : 0);
           memory.take(candidate_gradients, grad_out ? m * width : 0);
-          memory.take(slopes, grad_out ? tiles(n) * tiles(m) : 0);
+          memory.take(slopes, grad_out ? int64_t{tiles(n)} * tiles(m) : 0);
         }) {
     const Tensor& candidates = in.candidates ? *in.candidates : in.anchors;
     const auto side = [&](const Tensor& x, const OptionalTensor& labels, int64_t size) {
@@ -134,7 +134,7 @@ std::tuple<Tensor, Tensor, Tensor> info_nce_cuda(const Tensor& anchors, const Op
 // Gradients of similarities in memory: bfloat16 where the rows are, so that the products run at full speed; float32 for
 // float16, whose range would not do.
 template <typename T>
-using gradient_t = std::conditional_t<std::is_same_v<T, BFloat16>, BFloat16, acc_t<T>>;
+using KeptGradient = Kept<std::conditional_t<std::is_same_v<T, BFloat16>, BFloat16, acc_t<T>>, 1>;
 
 template <typename T>
 void backward(const Workspace<T>& workspace, Tensor& grad_anchors, Tensor& grad_candidates, Tensor& grad_temperature,
@@ -143,9 +143,9 @@ void backward(const Workspace<T>& workspace, Tensor& grad_anchors, Tensor& grad_
   const Problem<T>& problem = workspace.terms.at[0];
   const Side<T>&a = problem.a, &b = problem.b;
   const std::vector<Output<A>> outputs{{a.gradient, a.rows, a.width}, {b.gradient, b.rows, b.width}};
-  sum_gradients<2, gradient_t<T>>(workspace.terms, 1, outputs, false,
-                                  problem.weights ? grad_weights.mutable_data_ptr<T>() : nullptr, workspace.slopes,
-                                  grad_anchors, stream);
+  sum_gradients<2, KeptGradient<T>>(workspace.terms, 1, outputs, false,
+                                    problem.weights ? grad_weights.mutable_data_ptr<T>() : nullptr, workspace.slopes,
+                                    grad_anchors, stream);
   const Projections<T, 2> projections{
       {{a, b, one_tensor, grad_anchors.mutable_data_ptr<T>()}, {b, b, false, grad_candidates.mutable_data_ptr<T>()}}};
   launch(project_kernel<T, 2>, dim3(grid_for(std::max(a.n, b.n), kRowThreads / kWarp).x, one_tensor ? 1 : 2),

@@ -7,6 +7,13 @@
 
 namespace msacore::contrastive {
 
+// How gradients of similarities are kept in memory: as a sum of `Parts` numbers.
+template <typename G, int Parts>
+struct Kept {
+  using Number = G;
+  static constexpr int kParts = Parts;
+};
+
 // Weights of softmax and positives in the gradient, per row of a tile.
 template <typename A>
 struct TileGradient {
@@ -28,16 +35,18 @@ __device__ __forceinline__ void load_tile_gradient(TileGradient<acc_t<T>>& tile,
   tile.positive[r] = own.stats[own.n + i];
 }
 
-// Grid as for statistics_kernel. Writes the strips' gradients of the plain products of `unit` rows [terms, strip,
-// b.rows], of type G, and, for a single term and unless null, those of the weights and Σ gradient · similarity of each
-// tile.
-template <typename T, typename G, int Most>
+// Grid as for statistics_kernel. Writes the strips' gradients of the plain products of `unit` rows [terms, parts,
+// strip, b.rows], kept as K, and, for a single term and unless null, those of the weights and Σ gradient · similarity
+// of each tile.
+template <typename T, typename K, int Most>
 __global__ void __launch_bounds__(kTileThreads, 3)
-    gradient_kernel(const __grid_constant__ Terms<T, Most> terms, int64_t first, G* __restrict__ strips,
-                    T* __restrict__ grad_weights, double* __restrict__ slopes) {
+    gradient_kernel(const __grid_constant__ Terms<T, Most> terms, int64_t first,
+                    typename K::Number* __restrict__ strips, T* __restrict__ grad_weights,
+                    double* __restrict__ slopes) {
   using A = acc_t<T>;
   const Problem<T>& problem = terms.at[blockIdx.z];
-  G* const strip = strips + int64_t{blockIdx.z} * gridDim.y * kTile * problem.b.rows;
+  const int64_t strip_size = int64_t{gridDim.y} * kTile * problem.b.rows;
+  typename K::Number* const strip = strips + blockIdx.z * K::kParts * strip_size;
   MSACORE_SHARED(a, TileSide<A>);
   MSACORE_SHARED(b, TileSide<A>);
   MSACORE_SHARED(rows, TileGradient<A>);
@@ -78,7 +87,12 @@ __global__ void __launch_bounds__(kTileThreads, 3)
           grad_weights[(row + i) * problem.b.n + column + j] = static_cast<T>(-pull * inverse_temperature);
         }
         if (part) gradient *= a.factor[i] * b.factor[j];
-        strip[(int64_t{blockIdx.y} * kTile + i) * problem.b.rows + column + j] = static_cast<G>(gradient);
+#pragma unroll
+        for (int p = 0; p < K::kParts; ++p) {
+          const auto kept = static_cast<typename K::Number>(gradient);
+          strip[p * strip_size + (int64_t{blockIdx.y} * kTile + i) * problem.b.rows + column + j] = kept;
+          gradient -= static_cast<A>(kept);
+        }
       }
   if (slopes) {
     const double total = block_sum(static_cast<double>(slope));
@@ -86,9 +100,9 @@ __global__ void __launch_bounds__(kTileThreads, 3)
   }
 }
 
-template <typename T, typename G>
-constexpr int kProductBytes =
-    std::max(kTileBytes<G, T, acc_t<T>, true, false>, kTileBytes<G, T, acc_t<T>, false, false>);
+template <typename T, typename K>
+constexpr int kProductBytes = std::max(kTileBytes<typename K::Number, T, acc_t<T>, true, false>,
+                                       kTileBytes<typename K::Number, T, acc_t<T>, false, false>);
 
 // A gradient that product_kernel sums up: Side::gradient of all roles that one embedding plays.
 template <typename A>
@@ -102,24 +116,24 @@ struct Outputs {
 };
 
 // Grid [tiles of the width, row tiles, outputs]. gradient ← or += Σ over `count` terms of strip · rows of b, where the
-// output is that of a, and of stripᵀ · rows of a, where it is that of b. The strips [terms, size, b.rows] begin at row
-// `first` of a.
-template <typename T, typename G, int MostTerms, int MostOutputs>
+// output is that of a, and of stripᵀ · rows of a, where it is that of b. The strips [terms, parts, size, b.rows] begin
+// at row `first` of a.
+template <typename T, typename K, int MostTerms, int MostOutputs>
 __global__ void __launch_bounds__(kTileThreads, sizeof(T) == 2   ? 4
                                                 : sizeof(T) == 4 ? 3
                                                                  : 2)
     product_kernel(const __grid_constant__ Terms<T, MostTerms> terms, int count,
-                   const __grid_constant__ Outputs<acc_t<T>, MostOutputs> outputs, const G* __restrict__ strips,
-                   int64_t first, int64_t size, bool add) {
+                   const __grid_constant__ Outputs<acc_t<T>, MostOutputs> outputs,
+                   const typename K::Number* __restrict__ strips, int64_t first, int64_t size, bool add) {
   using A = acc_t<T>;
   const Output<A>& out = outputs.at[blockIdx.z];
   const int64_t row = int64_t{blockIdx.y} * kTile, column = int64_t{blockIdx.x} * kTile;
   if (row < out.rows && column < out.width) {
     TileSums<A> c;
     clear(c);
-    for (int t = 0; t < count; ++t) {
-      const Side<T>&a = terms.at[t].a, &b = terms.at[t].b;
-      const G* strip = strips + t * size * b.rows;
+    for (int t = 0; t < count * K::kParts; ++t) {
+      const Side<T>&a = terms.at[t / K::kParts].a, &b = terms.at[t / K::kParts].b;
+      const auto* strip = strips + t * size * b.rows;
       if (a.gradient == out.gradient && row >= first && row < first + size)
         add_tile_product<true, false>(c, strip + (row - first) * b.rows, b.rows, b.unit + column, b.width, b.rows,
                                       b.width - column);

@@ -39,9 +39,9 @@ int64_t stats_bytes(const Problem<T>& term) {
 }
 
 // Gradients of the similarities of a row tile of a term.
-template <typename T, typename G>
+template <typename T, typename K>
 int64_t gradient_bytes(const Problem<T>& term) {
-  return term.b.rows * kTile * sizeof(G);
+  return term.b.rows * kTile * K::kParts * sizeof(typename K::Number);
 }
 
 // Where the statistics and losses of terms go, `step` numbers per row and term apart.
@@ -108,15 +108,15 @@ void sum_statistics(const Terms<T, Most>& terms, unsigned count, unsigned direct
 }
 
 // Adds what the first `count` terms, which are of one size, give to the outputs, or begins these. Gradients of
-// similarities are kept as G; `grad_weights` and `slopes` as for gradient_kernel.
-template <int MostOutputs, typename G, typename T, int MostTerms>
+// similarities are kept as K; `grad_weights` and `slopes` as for gradient_kernel.
+template <int MostOutputs, typename K, typename T, int MostTerms>
 void sum_gradients(const Terms<T, MostTerms>& terms, unsigned count, const std::vector<Output<acc_t<T>>>& outputs,
                    bool add, T* grad_weights, double* slopes, const Tensor& like, cudaStream_t stream) {
   using A = acc_t<T>;
   const Side<T>&a = terms.at[0].a, &b = terms.at[0].b;
-  const int64_t strip = strip_rows(a.rows, gradient_bytes<T, G>(terms.at[0]) * count, kGradientStripBytes);
-  G* strips;
-  const Scratch scratch(like, [&](Scratch& memory) { memory.take(strips, count * strip * b.rows); });
+  const int64_t strip = strip_rows(a.rows, gradient_bytes<T, K>(terms.at[0]) * count, kGradientStripBytes);
+  typename K::Number* strips;
+  const Scratch scratch(like, [&](Scratch& memory) { memory.take(strips, count * K::kParts * strip * b.rows); });
   const auto products = [&](unsigned contributing, int64_t first, int64_t size) {
     for (size_t begin = 0; begin < outputs.size(); begin += MostOutputs) {
       Outputs<A, MostOutputs> group{};
@@ -127,14 +127,14 @@ void sum_gradients(const Terms<T, MostTerms>& terms, unsigned count, const std::
         rows = std::max(rows, outputs[k].rows);
         width = std::max(width, outputs[k].width);
       }
-      launch(product_kernel<T, G, MostTerms, MostOutputs>, dim3(tiles(width), tiles(rows), members), dim3(kTileThreads),
-             kProductBytes<T, G>, stream, terms, static_cast<int>(contributing), group, strips, first, size,
+      launch(product_kernel<T, K, MostTerms, MostOutputs>, dim3(tiles(width), tiles(rows), members), dim3(kTileThreads),
+             kProductBytes<T, K>, stream, terms, static_cast<int>(contributing), group, strips, first, size,
              add || first > 0);
     }
   };
   if (a.rows == 0) products(0, 0, 0);  // nothing but zeros
   for_strips(a.rows, strip, [&](int64_t first, int64_t size) {
-    launch(gradient_kernel<T, G, MostTerms>, dim3(tiles(b.rows), tiles(size), count), dim3(kTileThreads),
+    launch(gradient_kernel<T, K, MostTerms>, dim3(tiles(b.rows), tiles(size), count), dim3(kTileThreads),
            kSimilarityBytes<T>, stream, terms, first, strips, grad_weights, slopes);
     products(count, first, size);
   });

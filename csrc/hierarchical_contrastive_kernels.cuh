@@ -7,12 +7,8 @@ namespace msacore::hierarchical_contrastive {
 
 using contrastive::kRowThreads;
 
-#ifdef __CUDACC__
 constexpr int kTermsAtOnce = 12, kSidesAtOnce = 16;  // what the 4 KiB of a kernel's parameters hold
-#else
-constexpr int kTermsAtOnce = 5, kSidesAtOnce = 4;  // few, so that small inputs already take several launches
-#endif
-constexpr int kFinishThreads = 1024;  // the one block that adds everything up
+constexpr int kFinishThreads = 1024;                 // the one block that adds everything up
 
 // The samples of a side or of a term: those with all `modalities` (bits) and at least `least` of any.
 struct Need {
