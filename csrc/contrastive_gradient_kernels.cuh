@@ -131,13 +131,17 @@ __global__ void __launch_bounds__(kTileThreads, sizeof(T) == 2   ? 4
   if (row < out.rows && column < out.width) {
     TileSums<A> c;
     clear(c);
+    bool changed = !add;
     for (int t = 0; t < count * K::kParts; ++t) {
       const Side<T>&a = terms.at[t / K::kParts].a, &b = terms.at[t / K::kParts].b;
       const auto* strip = strips + t * size * b.rows;
-      if (a.gradient == out.gradient && row >= first && row < first + size)
+      const bool of_a = a.gradient == out.gradient && row >= first && row < first + size;
+      const bool of_b = b.gradient == out.gradient;
+      changed = changed || of_a || of_b;
+      if (of_a)
         add_tile_product<true, false>(c, strip + (row - first) * b.rows, b.rows, b.unit + column, b.width, b.rows,
                                       b.width - column);
-      if (b.gradient == out.gradient)
+      if (of_b)
         add_tile_product<false, false>(c, strip + row, b.rows, a.unit + first * a.width + column, a.width, size,
                                        a.width - column);
     }
@@ -149,7 +153,7 @@ __global__ void __launch_bounds__(kTileThreads, sizeof(T) == 2   ? 4
         for (int i = 0; i < 4; ++i) {
           const int64_t j = column + tile_column(across, i);
           A* to = out.gradient + (row + tile_row(down, i)) * out.width + j;
-          if (j < out.width) *to = add ? *to + c[down][across][i] : c[down][across][i];
+          if (changed && j < out.width) *to = add ? *to + c[down][across][i] : c[down][across][i];
         }
   }
 }
