@@ -250,10 +250,28 @@ std::vector<Tensor> backward_cuda(const OptionalTensor& grad_loss, const Optiona
   return grads;
 }
 
+// The loss, and its gradients for a gradient of 1, in the order of the arguments.
+std::tuple<Tensor, std::vector<Tensor>> with_gradients_cuda(const std::vector<Tensor>& unimodal, const Tensor& fused,
+                                                            const std::vector<Tensor>& high_level,
+                                                            const OptionalTensor& available,
+                                                            const OptionalTensor& labels,
+                                                            const std::vector<double>& tier_weights,
+                                                            const std::vector<double>& temperatures, bool intra_modal) {
+  const auto [loss, tiers, stats] =
+      forward_cuda(unimodal, fused, high_level, available, labels, tier_weights, temperatures, intra_modal);
+  const OnDeviceOf device(fused);
+  Tensor one = torch::stable::new_empty(loss, {});
+  torch::stable::fill_(one, 1);
+  return {loss, backward_cuda(one, std::nullopt, unimodal, fused, high_level, available, labels, stats, tier_weights,
+                              temperatures, intra_modal)};
+}
+
 }  // namespace
 }  // namespace msacore::hierarchical_contrastive
 
 MSACORE_CUDA_LIBRARY(m) {
   m.impl("hierarchical_contrastive_loss", TORCH_BOX(&msacore::hierarchical_contrastive::forward_cuda));
   m.impl("hierarchical_contrastive_loss_backward", TORCH_BOX(&msacore::hierarchical_contrastive::backward_cuda));
+  m.impl("hierarchical_contrastive_loss_with_gradients",
+         TORCH_BOX(&msacore::hierarchical_contrastive::with_gradients_cuda));
 }
