@@ -66,7 +66,8 @@ def build(
         _heat_map(report, results, rates, shares)
     if len(rates) > 1:
         complete = [m for m in methods if _complete(results, m, rates, share)]
-        _curves(report, results, rates, share, complete)
+        if complete:
+            _curves(report, results, rates, share, complete)
         if 0 < rate in rates and 0 in rates:
             _cost(report, results, rate, share, complete)
     return report
@@ -77,13 +78,18 @@ def _complete(results: Sequence[dict[str, Any]], method: str, rates: Sequence[fl
     return len(counts) == 1 and 0 not in counts
 
 
+def _mean(values: Sequence[float]) -> float:
+    """Mean over seeds; nan where the grid has no cell, as when the main point lies beside it."""
+    return float(np.mean(values)) if len(values) else float("nan")
+
+
 def _heat_map(
     report: Report, results: Sequence[dict[str, Any]], rates: Sequence[float], shares: Sequence[float]
 ) -> None:
     section = report.section("Missing rates and labelled shares")
     stored: dict[str, Any] = {"rates": list(rates), "shares": list(shares)}
     for metric, words in (("acc2_non0", "Neg/pos accuracy"), ("mae", "Mean absolute error")):
-        values = np.array([[np.mean(column(results, metric, "SSLMM", r, s)) for r in rates] for s in shares])
+        values = np.array([[_mean(column(results, metric, "SSLMM", r, s)) for r in rates] for s in shares])
         figure = plots.heat_map(
             values, [f"{s:g}" for s in shares], [f"{r:g}" for r in rates], "missing rate", "labelled share"
         )
