@@ -43,6 +43,7 @@ SIZES = {
     "no width": ((3,), 3, 0),
     "large": ((24, 7, 0, 13, 1), 3, 37),
     "many modalities": ((14, 5), 6, 20),
+    "one long": ((26, *[1] * 9), 3, 5),  # more than four times the mean: on a GPU it goes through global memory
 }
 SMALL = ("odd", "another size", "five modalities", "no utterance", "ungated", "odd, never", "alpha 0, never")
 WINDOWS = {"narrow": (1, 0), "whole": (-1, -1), "past": (-1, 1), "future": (2, -1), "wider than all": (30, 25)}
@@ -61,9 +62,9 @@ def _propagate_samples(device: torch.device, dtype: torch.dtype) -> list[Sample]
             sample(f"{name} window, {send}", "large", steps=2, window=window, alpha=0.3, send=send)
         sample(f"no steps, {send}", "odd", steps=0, send=send)
         sample(f"one step, {send}", "odd", steps=1, send=send)
-    for size in ("odd", "five modalities", "one modality", "large", "many modalities"):
+    for size in ("odd", "five modalities", "one modality", "large", "many modalities", "one long"):
         sample(f"{size}, never", size, steps=3, send="never")
-    for size in ("odd", "five modalities", "large"):
+    for size in ("odd", "five modalities", "large", "one long"):
         sample(f"{size}, all available", size, ungated=True)
     sample("alpha 0, never", "odd", alpha=0.0, send="never")
     sample("alpha 1", "odd", alpha=1.0)
