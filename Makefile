@@ -6,7 +6,7 @@ TORCH ?= torch==2.13.0
 OUT ?= runs/demo
 NATIVE := $(shell find csrc -type f)
 
-.PHONY: demo test test-thorough lint bench clean
+.PHONY: demo test lint bench clean
 
 demo: $(VENV)/.built
 	$(PYTHON) -m examples.al_hcl --demo --out $(OUT)/al_hcl
@@ -14,11 +14,10 @@ demo: $(VENV)/.built
 	@echo "Reports:"
 	@ls $(OUT)/*/report.html
 
+# The CUDA sources are compiled first, so that the tests' processes need not wait for each other; one thread for each.
 test: lint
-	$(PYTHON) -m pytest --doctest-modules msacore examples/msa tests
-
-test-thorough: test
-	$(PYTHON) -m pytest -m thorough tests
+	$(PYTHON) -m tests.cuda_on_host
+	OMP_NUM_THREADS=1 $(PYTHON) -m pytest -n auto --dist worksteal --doctest-modules msacore examples/msa tests
 
 lint: $(VENV)/.built
 	$(VENV)/bin/ruff check .

@@ -20,11 +20,6 @@ _CUDA = pytest.param(
 )
 
 
-# CUDA code on the host is slow: every run takes the small float32 samples, `make test-thorough` takes all of them.
-_QUICK_ON_HOST = ("test_values_and_gradients_are_as_accurate_as_torch", "test_bad_input", "test_wrong_values")
-_SLOW_FILES = ("test_cuda_on_host.py", "test_cuda_compiles.py")
-
-
 @pytest.fixture(params=["cpu", _CUDA])
 def device(request: pytest.FixtureRequest) -> torch.device:
     return torch.device(request.param)
@@ -37,17 +32,16 @@ def _seeded() -> None:
 
 @pytest.hookimpl(tryfirst=True)
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
-    """The host runs of CUDA code are for the operators that have some."""
-    for item in items:
-        quick = item.name.startswith(_QUICK_ON_HOST) and "large" not in item.name
-        other_dtype = any(dtype in item.name for dtype in ("float64", "float16", "bfloat16"))
-        if item.path.name in _SLOW_FILES and (not quick or other_dtype):
-            item.add_marker(pytest.mark.thorough)
-    from tests.cuda_on_host.dispatch import operators_with_cuda_code
+    """The host runs of CUDA code leave out the samples that are too much for them."""
+    from tests import cases
+
+    cpu, dtype = torch.device("cpu"), torch.float32
+    too_much = {(case.name, s.id) for case in cases.ALL for s in case.samples(cpu, dtype) if not s.on_host}
 
     def runs(item: pytest.Item) -> bool:
-        case = getattr(item, "callspec", None) and item.callspec.params.get("case")
-        here = item.path.name == "test_cuda_on_host.py"
-        return not (here and case) or case.name in operators_with_cuda_code()
+        if item.path.name != "test_cuda_on_host.py" or not hasattr(item, "callspec"):
+            return True
+        params = item.callspec.params
+        return "sample" not in params or (params["case"].name, params["sample"]) not in too_much
 
     items[:] = [item for item in items if runs(item)]

@@ -1,6 +1,7 @@
 """Compiles every `csrc/*_cuda.cu` with nvcc and reads what it says of each kernel. `python -m tests.nvcc` prints it."""
 
 import functools
+import os
 import re
 import subprocess
 from concurrent.futures import ThreadPoolExecutor
@@ -31,7 +32,7 @@ class Kernel:
     spilled: int  # bytes stored and loaded
 
 
-def _report(source: Path) -> str:
+def report(source: Path) -> str:
     command = ["nvcc", "-std=c++17", "-O3", "-c", str(source), "-o", "/dev/null", "-Xptxas", "-v"]
     command += [f"-gencode=arch=compute_{a},code=sm_{a}" for a in ARCHITECTURES]
     command += ["-DUSE_CUDA", "-DTORCH_TARGET_VERSION=0x020b000000000000", f"-I{ROOT / 'csrc'}"]
@@ -42,14 +43,16 @@ def _report(source: Path) -> str:
         if done.returncode != 0:
             return f"error:\n{done.stderr[:4000]}"
         CACHE.mkdir(parents=True, exist_ok=True)
-        cached.write_text(done.stderr)
+        unfinished = cached.with_suffix(f".{os.getpid()}")
+        unfinished.write_text(done.stderr)
+        unfinished.rename(cached)
     return cached.read_text()
 
 
 @functools.cache
 def _reports() -> dict[Path, str]:
     with ThreadPoolExecutor(2) as pool:
-        return dict(zip(SOURCES, pool.map(_report, SOURCES), strict=True))
+        return dict(zip(SOURCES, pool.map(report, SOURCES), strict=True))
 
 
 def kernels_of(source: Path) -> list[Kernel]:

@@ -16,11 +16,15 @@ DTYPES = (torch.float32, torch.float64, torch.float16, torch.bfloat16)
 
 @dataclass(frozen=True)
 class Sample:
-    """One set of arguments. `small` ones are also used where a test is expensive (gradcheck, opcheck, compile)."""
+    """One set of arguments. `small` ones are also used where a test is expensive (gradcheck, opcheck, compile).
+
+    `on_host=False`: too much for CUDA code executed on the CPU, where other samples reach the same branches.
+    """
 
     id: str
     arguments: Arguments
     small: bool = True
+    on_host: bool = True
 
 
 @dataclass(frozen=True)

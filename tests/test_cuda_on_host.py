@@ -3,13 +3,15 @@
 import subprocess
 import sys
 from collections.abc import Iterator
+from pathlib import Path
 
 import pytest
 import torch
 
+from msacore.__main__ import operators
 from tests import cases, test_ops
 from tests.cuda_on_host.build import ROOT, sanitizer_environment
-from tests.cuda_on_host.dispatch import CudaOnHost
+from tests.cuda_on_host.dispatch import SOURCES, CudaOnHost, operators_of, operators_with_cuda_code
 from tests.opcase import OpCase, run
 from tests.test_cuda_shim import SCHEDULES
 
@@ -67,11 +69,39 @@ def test_wrong_values_in_tensors_raise_nothing(case: OpCase, label: str, device:
     run(case, case.op, case.bad_inputs[label].mutate(dict(case.samples(CPU, torch.float32)[0].arguments)))
 
 
-def test_sanitizers_find_nothing() -> None:
-    # Bounds and alignment do not depend on the order of threads, so one run of every sample shows them.
-    chosen = "test_wrong_values or test_every_output_is_written"
+def test_every_operator_has_cuda_code_for_every_call() -> None:
+    everything = {name.removeprefix("msacore::") for name in operators()}
+    assert everything - operators_with_cuda_code() == set()
+
+
+def _under_sanitizers(source: Path) -> list[str]:
+    """Tests of a source's operators. Bounds and alignment do not depend on the order of threads: one run shows them."""
+    if source.stem == "kcenter_cuda":
+        chosen = "every_order or bad_input or lacks or more_ or scan"
+        return [str(ROOT / "tests" / "test_kcenter_cuda.py"), "-k", chosen]
+    nodes = []
+    for case in cases.ALL:
+        if case.name not in operators_of(source):
+            continue
+        nodes += [
+            f"test_values_and_gradients_are_as_accurate_as_torch[{case.name}-{sample.id}-{dtype}]"
+            for sample in case.samples(CPU, torch.float32)
+            for dtype in (torch.float32, torch.bfloat16)
+            if sample.on_host
+        ]
+        nodes += [
+            f"test_wrong_values_in_tensors_raise_nothing[{case.name}-{label}]"
+            for label, bad in case.bad_inputs.items()
+            if bad.values
+        ]
+    return [f"{__file__}::{node}" for node in nodes]
+
+
+@pytest.mark.parametrize("source", SOURCES, ids=lambda source: source.stem)
+def test_sanitizers_find_nothing(source: Path) -> None:
+    pytest_alone = [sys.executable, "-m", "pytest", "-q", "-x", "-p", "no:cacheprovider"]
     done = subprocess.run(
-        [sys.executable, "-m", "pytest", "-q", "-x", "-p", "no:cacheprovider", __file__, "-k", chosen, "-m", ""],
+        [*pytest_alone, *_under_sanitizers(source)],
         cwd=ROOT,
         env=sanitizer_environment(),
         capture_output=True,

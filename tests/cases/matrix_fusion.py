@@ -48,8 +48,11 @@ def fusion_arguments(
 
 
 def _samples(device: torch.device, dtype: torch.dtype) -> list[Sample]:
-    def sample(name: str, *sizes: int, small: bool = True, **options: Any) -> Sample:
-        return Sample(name, fusion_arguments(device, dtype, sizes, **options), small)  # type: ignore[arg-type]
+    def sample(name: str, *sizes: int, small: bool = True, on_host: bool = True, **options: Any) -> Sample:
+        return Sample(name, fusion_arguments(device, dtype, sizes, **options), small, on_host)  # type: ignore[arg-type]
+
+    # On a GPU a block takes 64 tokens or 64 rows, and four tiles of 32 columns; above 16 tokens its backward differs.
+    big, tiles = dict(small=False, on_host=False), dict(small=False)
 
     return [
         sample("odd", 3, 5, 3, 3, 2, 3, masked=True, missing=True),
@@ -67,10 +70,14 @@ def _samples(device: torch.device, dtype: torch.dtype) -> list[Sample]:
         sample("no features", 2, 3, 0, 3, 2, 2, small=False),
         sample("no rows", 2, 3, 3, 3, 0, 2, small=False),
         sample("no channels", 2, 3, 3, 3, 2, 0, small=False),
-        sample("large", 37, 33, 65, 3, 17, 4, masked=True, missing=True, small=False),
-        sample("large and complete", 40, 21, 130, 3, 32, 3, small=False),
-        sample("large gelu", 19, 30, 130, 3, 31, 3, missing=True, activation="gelu", small=False),
-        sample("large pooled", 50, 1, 200, 4, 33, 3, pooled=True, masked=True, missing=True, small=False),
+        sample("large", 37, 33, 65, 3, 17, 4, masked=True, missing=True, **big),
+        sample("large and complete", 40, 21, 130, 3, 32, 3, **big),
+        sample("large gelu", 19, 30, 130, 3, 31, 3, missing=True, activation="gelu", **big),
+        sample("large pooled", 50, 1, 200, 4, 33, 3, pooled=True, masked=True, missing=True, **big),
+        sample("several tiles", 5, 25, 130, 3, 65, 2, masked=True, missing=True, **tiles),
+        sample("several tiles, complete", 7, 11, 70, 2, 33, 3, **tiles),
+        sample("several tiles, gelu", 3, 18, 40, 3, 17, 3, missing=True, activation="gelu", **tiles),
+        sample("several tiles, pooled", 9, 1, 140, 4, 33, 3, pooled=True, masked=True, missing=True, **tiles),
     ]
 
 

@@ -30,27 +30,27 @@ def content_hash(source: Path, command: list[str]) -> str:
     return digest.hexdigest()[:16]
 
 
-def build(source: Path, *options: str) -> Path:
+def build(source: Path, *options: str, sanitize: bool = SANITIZE) -> Path:
     """Path of the shared object made from ``source``, from the cache when nothing changed."""
-    library, error = _compile(source, *options)
+    library, error = _compile(source, *options, sanitize=sanitize)
     if error:
         raise RuntimeError(f"{source.name} does not compile for the host:\n{error[:4000]}")
     return library
 
 
 @functools.cache  # of failures too: hundreds of tests may ask for the same library
-def _compile(source: Path, *options: str) -> tuple[Path, str]:
+def _compile(source: Path, *options: str, sanitize: bool) -> tuple[Path, str]:
     command = [
         *(compiler(), "-x", "c++", "-std=c++17", "-O1", "-g1", "-fPIC", "-shared", "-fvisibility=hidden", "-pthread"),
         *("-Wall", "-Wextra", "-Werror", "-Wno-unknown-pragmas", "-Wno-unused-function"),
         "-DTORCH_TARGET_VERSION=0x020b000000000000",
         *(f"-I{HERE}", f"-I{ROOT / 'csrc'}", "-isystem", f"{_TORCH / 'include'}"),
-        *(_SANITIZERS if SANITIZE else []),
+        *(_SANITIZERS if sanitize else []),
         *options,
         str(source),
         *(f"-L{_TORCH / 'lib'}", "-ltorch", "-ltorch_cpu", "-lc10"),
     ]
-    kind = "".join([source.stem, ".sanitized" if SANITIZE else "", *options])
+    kind = "".join([source.stem, ".sanitized" if sanitize else "", *options])
     library = CACHE / f"{kind}.{content_hash(source, command)}.so"
     if not library.exists():
         CACHE.mkdir(parents=True, exist_ok=True)

@@ -1,0 +1,41 @@
+"""Compiles the CUDA sources in every way the tests need, and says what became of the kernels.
+
+MAX_JOBS (all cores) at a time: for the host, for the host under sanitizers, and with nvcc where it is installed. The
+tests take the results from their caches; what fails to compile here fails there, with the compiler's words.
+"""
+
+import os
+import shutil
+from collections.abc import Callable
+from concurrent.futures import ThreadPoolExecutor
+from functools import partial
+from typing import Any
+
+from tests.cuda_on_host.build import HERE, build
+from tests.nvcc import SOURCES, kernels_of, report
+
+
+def main() -> None:
+    nvcc = shutil.which("nvcc") is not None
+    by_size = sorted(SOURCES, key=lambda source: -source.stat().st_size)
+    shim = HERE / "shim_kernels.cpp"
+    jobs: list[Callable[[], Any]] = [partial(report, source) for source in by_size if nvcc]
+    jobs += [partial(build, source, sanitize=True) for source in (*by_size, shim)]
+    jobs += [partial(build, source) for source in (*by_size, shim)]
+    jobs.append(partial(build, shim, "-DCUDA_ON_HOST_UCONTEXT"))
+    with ThreadPoolExecutor(int(os.environ.get("MAX_JOBS") or os.cpu_count() or 1)) as pool:
+        failed = [f.exception() for f in [pool.submit(job) for job in jobs] if f.exception()]
+    print(f"CUDA sources: {len(jobs) - len(failed)} of {len(jobs)} builds done")
+    if nvcc:
+        columns = f"{'arch':>5} {'kernels':>7} {'registers':>9} {'shared':>7} {'spilled':>7}"
+        print(f"{'most under nvcc, of':<36} {columns}")
+    for source in SOURCES if nvcc else []:
+        kernels = kernels_of(source)
+        for arch in sorted({k.architecture for k in kernels}):
+            of_arch = [k for k in kernels if k.architecture == arch]
+            most = [max(getattr(k, what) for k in of_arch) for what in ("registers", "shared", "spilled")]
+            print(f"{source.name:<36} sm_{arch} {len(of_arch):>7} {most[0]:>9} {most[1]:>7} {most[2]:>7}")
+
+
+if __name__ == "__main__":
+    main()
