@@ -134,7 +134,8 @@ struct Operands {
 // How many tasks of so many multiplications are worth a thread.
 int64_t grain(int64_t work) { return std::max<int64_t>(1, 65536 / std::max<int64_t>(1, work)); }
 
-// Calls body(m, begin, end) with rows begin … end of the batch, for every modality and every part of `rows` rows.
+// Calls body(m, begin, end) with rows begin … end of the batch, for every modality and every part of `rows` rows. The
+// modalities of a part follow each other: widths differ, and each thread gets neighbouring tasks.
 template <typename Body>
 void each_part(const Sizes& s, int64_t rows, Body&& body) {
   const int64_t parts = (s.batch + rows - 1) / rows;
@@ -142,8 +143,8 @@ void each_part(const Sizes& s, int64_t rows, Body&& body) {
   torch::stable::parallel_for(0, s.modalities * parts, grain(rows * s.rank * s.width * widest),
                               [&](int64_t first, int64_t last) {
                                 for (int64_t task = first; task < last; ++task) {
-                                  const int64_t begin = task % parts * rows;
-                                  body(task / parts, begin, std::min(s.batch, begin + rows));
+                                  const int64_t begin = task / s.modalities * rows;
+                                  body(task % s.modalities, begin, std::min(s.batch, begin + rows));
                                 }
                               });
 }
