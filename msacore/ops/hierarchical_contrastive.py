@@ -140,6 +140,26 @@ compute_in_float32("hierarchical_contrastive_loss")
 _eager = eager_autograd(_loss, _setup_context, _backward)
 
 
+def _setup_scaling(ctx: Any, inputs: tuple[Any, ...], keyword_only_inputs: dict[str, Any], output: Any) -> None:
+    _, gradients = output
+    ctx.mark_non_differentiable(*gradients)
+    ctx.save_for_backward(*gradients)
+    ctx.modalities = len(inputs[0])
+
+
+def _scale(ctx: Any, grad_loss: Tensor, _: Any) -> tuple[Any, ...]:
+    if torch.is_grad_enabled():
+        fail("hierarchical_contrastive_loss", "second derivatives are not implemented")
+    grads = torch._foreach_mul(ctx.saved_tensors, grad_loss)
+    modalities = ctx.modalities
+    return list(grads[:modalities]), grads[modalities], list(grads[modalities + 1 :]), None, None
+
+
+torch.library.register_autograd(
+    "msacore::hierarchical_contrastive_loss_with_gradients", _scale, setup_context=_setup_scaling
+)
+
+
 class _FewSamples(torch.autograd.Function):
     """Loss and gradients from one visit to tiles that stay in the cache; backward only scales the gradients.
 
