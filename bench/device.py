@@ -15,6 +15,8 @@ from typing import Any, Protocol
 
 import torch
 
+from msacore import _C
+
 
 @dataclass(frozen=True)
 class Canary:
@@ -132,4 +134,6 @@ class Cuda:
 def open_device(name: str) -> Device:
     if name == "cuda" and not torch.cuda.is_available():
         raise SystemExit("bench: --device cuda needs a CUDA device, and torch sees none")
+    if name == "cuda" and not _C.build_info()["cuda"]:
+        raise SystemExit("bench: --device cuda needs a build with CUDA, and this one is for the CPU (docs/build.md)")
     return Cuda() if name == "cuda" else Cpu()
