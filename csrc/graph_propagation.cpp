@@ -228,12 +228,12 @@ void backward(const A* grad_out, const HalfSteps& half_steps, const A* x, A* gra
   }
 }
 
-// The gradients of x and of every graph's weights; those of weights are empty where not wanted.
 std::vector<Tensor> backward(const char* op, const Tensor& grad_out_, const Tensor& x_,
                              const std::vector<const Input*>& graphs, const HalfSteps& half_steps, double alpha,
                              bool weight_grad) {
   check_shape(grad_out_, op, "grad_out", {x_.size(0), x_.size(1)}, "[n, d]");
   check_dtype(grad_out_, op, "grad_out", x_.scalar_type());
+  check_device(grad_out_, op, "grad_out", x_);
   const Tensor x = accumulation_copy(x_), grad_out = accumulation_copy(grad_out_);
   std::vector<Tensor> grads{torch::stable::empty_like(x)};
   for (const Input* input : graphs)
@@ -254,52 +254,7 @@ std::vector<Tensor> backward(const char* op, const Tensor& grad_out_, const Tens
   return grads;
 }
 
-Tensor graph_propagate_cpu(const Tensor& x, const Tensor& rowptr, const Tensor& col,
-                           const std::optional<Tensor>& weight, int64_t steps, double alpha) {
-  constexpr const char* op = "graph_propagate";
-  check_steps(op, steps, alpha);
-  const Input graph(op, "", x, {rowptr, col, weight});
-  return forward(op, x, HalfSteps(steps, &graph), alpha);
-}
-
-std::tuple<Tensor, Tensor> graph_propagate_backward_cpu(const Tensor& grad_out, const Tensor& x, const Tensor& rowptr,
-                                                        const Tensor& col, const std::optional<Tensor>& weight,
-                                                        int64_t steps, double alpha, bool weight_grad) {
-  constexpr const char* op = "graph_propagate_backward";
-  check_steps(op, steps, alpha);
-  const Input graph(op, "", x, {rowptr, col, weight});
-  const std::vector<Tensor> grads = backward(op, grad_out, x, {&graph}, HalfSteps(steps, &graph), alpha, weight_grad);
-  return {grads[0], grads[1]};
-}
-
-Tensor alternating_graph_propagate_cpu(const Tensor& x, const Tensor& intra_rowptr, const Tensor& intra_col,
-                                       const OptionalTensor& intra_weight, const Tensor& inter_rowptr,
-                                       const Tensor& inter_col, const OptionalTensor& inter_weight,
-                                       const OptionalTensor& first_rowptr, const OptionalTensor& first_col,
-                                       const OptionalTensor& first_weight, int64_t steps, double alpha) {
-  constexpr const char* op = "alternating_graph_propagate";
-  check_steps(op, steps, alpha);
-  const AlternationOf<Input> alternation(op, x, {intra_rowptr, intra_col, intra_weight},
-                                         {inter_rowptr, inter_col, inter_weight}, first_rowptr, first_col,
-                                         first_weight);
-  return forward(op, x, alternation.half_steps(steps), alpha);
-}
-
-std::tuple<Tensor, Tensor, Tensor, Tensor> alternating_graph_propagate_backward_cpu(
-    const Tensor& grad_out, const Tensor& x, const Tensor& intra_rowptr, const Tensor& intra_col,
-    const OptionalTensor& intra_weight, const Tensor& inter_rowptr, const Tensor& inter_col,
-    const OptionalTensor& inter_weight, const OptionalTensor& first_rowptr, const OptionalTensor& first_col,
-    const OptionalTensor& first_weight, int64_t steps, double alpha, bool weight_grad) {
-  constexpr const char* op = "alternating_graph_propagate_backward";
-  check_steps(op, steps, alpha);
-  const AlternationOf<Input> alternation(op, x, {intra_rowptr, intra_col, intra_weight},
-                                         {inter_rowptr, inter_col, inter_weight}, first_rowptr, first_col,
-                                         first_weight);
-  std::vector<Tensor> grads =
-      backward(op, grad_out, x, alternation.graphs(), alternation.half_steps(steps), alpha, weight_grad);
-  if (!alternation.first) grads.push_back(torch::stable::new_empty(x, {0}));
-  return {grads[0], grads[1], grads[2], grads[3]};
-}
+using Operators = GraphOperators<Input, forward, backward>;
 
 }  // namespace
 }  // namespace msacore::propagation
@@ -322,8 +277,8 @@ STABLE_TORCH_LIBRARY_FRAGMENT(msacore, m) {
 
 STABLE_TORCH_LIBRARY_IMPL(msacore, CPU, m) {
   using namespace msacore::propagation;
-  m.impl("graph_propagate", TORCH_BOX(&graph_propagate_cpu));
-  m.impl("graph_propagate_backward", TORCH_BOX(&graph_propagate_backward_cpu));
-  m.impl("alternating_graph_propagate", TORCH_BOX(&alternating_graph_propagate_cpu));
-  m.impl("alternating_graph_propagate_backward", TORCH_BOX(&alternating_graph_propagate_backward_cpu));
+  m.impl("graph_propagate", TORCH_BOX(&Operators::graph_propagate));
+  m.impl("graph_propagate_backward", TORCH_BOX(&Operators::graph_propagate_backward));
+  m.impl("alternating_graph_propagate", TORCH_BOX(&Operators::alternating_graph_propagate));
+  m.impl("alternating_graph_propagate_backward", TORCH_BOX(&Operators::alternating_graph_propagate_backward));
 }

@@ -1,5 +1,9 @@
-// The order in which half-steps h ← (1-α) A h + α x go through an operator's graphs, on every device.
+// The operators on CSR graphs, on every device: their arguments, and the order in which half-steps
+// h ← (1-α) A h + α x go through their graphs.
 #pragma once
+#include <torch/csrc/stable/ops.h>
+
+#include <tuple>
 #include <vector>
 
 #include "propagation.h"
@@ -36,6 +40,67 @@ struct AlternationOf {
       out.push_back(&inter);
     }
     return out;
+  }
+};
+
+template <typename Input>
+using Forward = Tensor (*)(const char* op, const Tensor& x, const HalfStepsOf<Input>& half_steps, double alpha);
+// The gradients of x and of the weights of `graphs`; those are empty where not wanted.
+template <typename Input>
+using Backward = std::vector<Tensor> (*)(const char* op, const Tensor& grad_out, const Tensor& x,
+                                         const std::vector<const Input*>& graphs, const HalfStepsOf<Input>& half_steps,
+                                         double alpha, bool weight_grad);
+
+// The operators of a device, from what it does with half-steps.
+template <typename Input, Forward<Input> forward, Backward<Input> backward>
+struct GraphOperators {
+  static Tensor graph_propagate(const Tensor& x, const Tensor& rowptr, const Tensor& col,
+                                const std::optional<Tensor>& weight, int64_t steps, double alpha) {
+    constexpr const char* op = "graph_propagate";
+    check_steps(op, steps, alpha);
+    const Input graph(op, "", x, {rowptr, col, weight});
+    return forward(op, x, HalfStepsOf<Input>(steps, &graph), alpha);
+  }
+
+  static std::tuple<Tensor, Tensor> graph_propagate_backward(const Tensor& grad_out, const Tensor& x,
+                                                             const Tensor& rowptr, const Tensor& col,
+                                                             const std::optional<Tensor>& weight, int64_t steps,
+                                                             double alpha, bool weight_grad) {
+    constexpr const char* op = "graph_propagate_backward";
+    check_steps(op, steps, alpha);
+    const Input graph(op, "", x, {rowptr, col, weight});
+    const std::vector<Tensor> grads =
+        backward(op, grad_out, x, {&graph}, HalfStepsOf<Input>(steps, &graph), alpha, weight_grad);
+    return {grads[0], grads[1]};
+  }
+
+  static Tensor alternating_graph_propagate(const Tensor& x, const Tensor& intra_rowptr, const Tensor& intra_col,
+                                            const OptionalTensor& intra_weight, const Tensor& inter_rowptr,
+                                            const Tensor& inter_col, const OptionalTensor& inter_weight,
+                                            const OptionalTensor& first_rowptr, const OptionalTensor& first_col,
+                                            const OptionalTensor& first_weight, int64_t steps, double alpha) {
+    constexpr const char* op = "alternating_graph_propagate";
+    check_steps(op, steps, alpha);
+    const AlternationOf<Input> alternation(op, x, {intra_rowptr, intra_col, intra_weight},
+                                           {inter_rowptr, inter_col, inter_weight}, first_rowptr, first_col,
+                                           first_weight);
+    return forward(op, x, alternation.half_steps(steps), alpha);
+  }
+
+  static std::tuple<Tensor, Tensor, Tensor, Tensor> alternating_graph_propagate_backward(
+      const Tensor& grad_out, const Tensor& x, const Tensor& intra_rowptr, const Tensor& intra_col,
+      const OptionalTensor& intra_weight, const Tensor& inter_rowptr, const Tensor& inter_col,
+      const OptionalTensor& inter_weight, const OptionalTensor& first_rowptr, const OptionalTensor& first_col,
+      const OptionalTensor& first_weight, int64_t steps, double alpha, bool weight_grad) {
+    constexpr const char* op = "alternating_graph_propagate_backward";
+    check_steps(op, steps, alpha);
+    const AlternationOf<Input> alternation(op, x, {intra_rowptr, intra_col, intra_weight},
+                                           {inter_rowptr, inter_col, inter_weight}, first_rowptr, first_col,
+                                           first_weight);
+    std::vector<Tensor> grads =
+        backward(op, grad_out, x, alternation.graphs(), alternation.half_steps(steps), alpha, weight_grad);
+    if (!alternation.first) grads.push_back(torch::stable::new_empty(x, {0}));
+    return {grads[0], grads[1], grads[2], grads[3]};
   }
 };
 
