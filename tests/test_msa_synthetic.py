@@ -12,7 +12,7 @@ from examples.msa.synthetic import SHAPES, synthetic
 
 SEEDS = (0, 1)
 # Width of the widest modality's latent view (text): what a probe must keep to see all that is planted.
-LATENTS = 38
+LATENTS = 36
 
 
 @pytest.fixture(scope="module", autouse=True)

@@ -30,7 +30,6 @@ MODALITIES = ("text", "audio", "vision")
 TOPICS = 12
 COMMON_TOPICS = 2
 COMMON_TRAIN, COMMON_TEST = 0.8, 0.3
-STYLES = 4
 CARRIER = 3.0
 NUISANCE = 10
 PERSISTENCE = 0.75
@@ -51,7 +50,7 @@ def synthetic(
 
     Per utterance there are latent variables, each of unit variance:
 
-    * ``s`` sentiment, and ``e`` tone. Both are a video effect (30 % of the variance) plus a first-order
+    * ``s`` sentiment, ``e`` tone and ``d`` stance. Each is a video effect (30 % of the variance) plus a first-order
       autoregression over the clips (coefficient .75), so neighbours tell about an utterance, also about its missing
       modalities.
     * ``g`` congruence of what is said with how it is said, independent between utterances, and three carriers of sign
@@ -59,23 +58,23 @@ def synthetic(
     * a topic. Two common topics are mild (``s`` counts .7); in each of ten rare ones ``s`` counts 1.3 and text shows it
       along a direction of its own. Common topics hold 80 % of the train part but only 30 % of the others: most labels
       of the pool are redundant, and a labelled set that covers the rare topics is worth more than a random one.
-    * four style variables seen by every modality and unrelated to the label, and ten private nuisance variables per
-      modality.
+    * ten private nuisance variables per modality.
 
     Label (before rounding to the set's grid and clipping to its range), with ``s' = s · topic strength``::
 
-        y ∝ .9 s' + .4 e + .6 g + noise
+        y ∝ .8 s' + .5 e + .5 d + .8 g + noise
 
     The noise has deviation .25, but 1.0 in the last rare topic: uncertain there for good, whatever is labelled.
 
-    * Text shows ``s'`` best (noise .75); audio and vision show it weakly (noise 1.5) and ``e`` well (noise .4). So each
-      modality alone is informative, and text the most.
-    * ``s'``, ``e`` and the styles are what the modalities share, above private nuisance: contrasting the modalities
-      with each other (first tier) finds that subspace without labels, and contrasting them with the fused embedding
-      (second tier) brings it there, with what one modality alone shows: the rare topics' directions of text.
+    * ``s'`` is shown by all modalities, by text best (noise .5 against .8); ``e`` by audio and vision (noise .4). This
+      is what the modalities share, among carriers and nuisance: contrasting the modalities with each other (first
+      tier) finds it without labels.
+    * ``d`` is shown by text alone (noise .3): no other modality tells that this part of text matters, and a fused
+      embedding contrasted with each modality (second tier) keeps it.
     * No function of one modality tells ``g``, nor does a sum of such functions: a carrier has mean zero. The product of
-      the two members of a pair does, up to noise of deviation .25, so fusion by products (matrix fusion) is needed, and
-      it is the same in all three pairs: contrasting the pairs (third tier) finds it without labels.
+      the two members of a pair does, up to noise of deviation .25, so what fuses the modalities must multiply (matrix
+      fusion) or learn to, and it is the same in all three pairs: contrasting the pairs (third tier) finds it without
+      labels.
 
     Features are a fixed random orthonormal mixing of the latent views plus white noise (.05 pooled, .15 per
     token). In sequence form all modalities share the tokens' intensities (gamma distributed, mean 1), so token products
@@ -175,7 +174,7 @@ def _latents(
 ) -> tuple[dict[str, np.ndarray], np.ndarray]:
     """What each modality shows, most telling columns first, and the label before scaling."""
     n = int(video_ptr[-1])
-    s, e = _persistent(rng, video_ptr), _persistent(rng, video_ptr)
+    s, e, d = (_persistent(rng, video_ptr) for _ in range(3))
     g = rng.standard_normal(n)
     carriers = rng.choice([-1.0, 1.0], (3, n))
     common = rng.random(n) < np.where(split == TRAIN, COMMON_TRAIN, COMMON_TEST)
@@ -184,31 +183,24 @@ def _latents(
     strength = np.where(rare, 1.3, 0.7)
     s = s * strength
     sigma = np.where(topic == TOPICS - 1, 1.0, 0.25)
-    label = 0.9 * s + 0.4 * e + 0.6 * g + sigma * rng.standard_normal(n)
-
-    style = 0.3 * rng.standard_normal((n, STYLES))
+    label = 0.8 * s + 0.5 * e + 0.5 * d + 0.8 * g + sigma * rng.standard_normal(n)
 
     def noisy(x: np.ndarray, sd: float) -> np.ndarray:
         return x + sd * rng.standard_normal(n)
 
     # Column 0 of the text code serves the common topics; a rare topic has its own column for s and one for its place.
-    seen = noisy(s, 0.75)
+    seen = noisy(s, 0.5)
     code = np.zeros((n, 1 + TOPICS - COMMON_TOPICS))
     code[np.arange(n), np.where(rare, topic - COMMON_TOPICS + 1, 0)] = seen
-    place = 3.0 * np.eye(TOPICS)[topic]
-    nuisance = {m: 0.9 * rng.standard_normal((n, NUISANCE)) for m in MODALITIES}
+    place = 1.5 * np.eye(TOPICS)[topic]
     with_audio, with_vision, beside_text = CARRIER * carriers
 
-    def columns(m: str, *own: np.ndarray) -> np.ndarray:
-        return np.column_stack([*own, style, nuisance[m]])
-
     views = {
-        "text": columns("text", code, with_audio, with_vision, place),
-        "audio": columns("audio", noisy(s, 1.5), noisy(e, 0.4), with_audio * noisy(g, 0.25), beside_text),
-        "vision": columns(
-            "vision", noisy(s, 1.5), noisy(e, 0.4), with_vision * noisy(g, 0.25), beside_text * noisy(g, 0.25)
-        ),
+        "text": (code, noisy(d, 0.3), with_audio, with_vision, place),
+        "audio": (noisy(s, 0.8), noisy(e, 0.4), with_audio * noisy(g, 0.25), beside_text),
+        "vision": (noisy(s, 0.8), noisy(e, 0.4), with_vision * noisy(g, 0.25), beside_text * noisy(g, 0.25)),
     }
+    views = {m: np.column_stack([*own, 0.9 * rng.standard_normal((n, NUISANCE))]) for m, own in views.items()}
     return views, label
 
 
