@@ -98,7 +98,7 @@ def test_labels_are_bought_once_from_the_train_part(corpus, data, tmp_path):
 def test_replaying_arms_train_on_the_labels_of_the_reference(corpus, data, tmp_path):
     reference = finish(Run(ARM, corpus, data, 0, tmp_path / "a.pt"))
     arms = ablations(ARM, 3)
-    assert len(arms) == 9 and len(ablations(ARM, 2)) == 8
+    assert len(arms) == 10 and len(ablations(ARM, 2)) == 9
     for i, arm in enumerate(a for a in arms if a.replay):
         state = finish(Run(arm, corpus, data, 0, tmp_path / f"{i}.pt", replayed=reference))
         assert state.labelled == reference.labelled
@@ -123,7 +123,7 @@ def test_every_ablation_changes_the_objective(corpus, data):
 
     values = {arm.name: objective(arm) for arm in ablations(ARM, 3) if arm.replay}
     values[REFERENCE] = objective(ARM)
-    assert len(set(values.values())) == len(values) == 8, values
+    assert len(set(values.values())) == len(values) == 9, values
 
 
 def test_labels_outside_the_labelled_set_are_not_read(corpus, data):
@@ -139,8 +139,9 @@ def test_labels_outside_the_labelled_set_are_not_read(corpus, data):
         assert torch.equal(a, b)
 
 
+@pytest.mark.parametrize("high_level", ["matrix", "mlp", "none"])
 @pytest.mark.parametrize("form", ["pooled", "aligned", "unaligned"])
-def test_what_is_missing_is_not_read(form):
+def test_what_is_missing_is_not_read(form, high_level):
     corpus = synthetic(size=40, dims=(16, 5, 12), pooled=form == "pooled", length=6).standardise()
     corpus = replace(corpus, aligned=form == "aligned")
     full = Inputs.of(corpus)
@@ -148,7 +149,7 @@ def test_what_is_missing_is_not_read(form):
     available[::2, 1] = False
     available[1::3, 0] = False
     masks = [m & available[:, i : i + 1] for i, m in enumerate(full.masks)]
-    model = new_model(corpus).eval()
+    model = new_model(corpus, replace(MODEL, high_level=high_level)).eval()
     clean = model(Inputs(full.features, masks, available))
     poisoned = [torch.where(m[..., None], x, torch.nan) for x, m in zip(full.features, masks, strict=True)]
     dirty = model(Inputs(poisoned, masks, available))

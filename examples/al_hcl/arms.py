@@ -35,7 +35,8 @@ def ablations(base: Arm, modalities: int) -> list[Arm]:
         replace(base, name="without contrast", training=replace(base.training, contrast_weight=0.0), replay=True)
     )
     arms.append(_model_arm(base, "intra-modal tier 1", tier1="intra_modal"))
-    arms.append(_model_arm(base, "without matrix fusion", matrix_fusion=False))
+    arms.append(_model_arm(base, "without matrix fusion", high_level="none"))
+    arms.append(_model_arm(base, "MLP for matrix fusion", high_level="mlp"))
     arms.append(_model_arm(base, "without fusion guidance", guidance=False))
     for name, strategy in (("uncertainty only", "topk"), ("diversity only", "kcenter")):
         arms.append(replace(base, name=name, selection=replace(base.selection, strategy=strategy)))

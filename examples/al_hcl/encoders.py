@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from itertools import combinations
 
 import torch
 from torch import Tensor, nn
@@ -111,3 +112,25 @@ class FusionGuidance(nn.Module):
             attention(query, t, m) for attention, t, m in zip(self.attentions, tokens[1:], masks[1:], strict=True)
         ]
         return self.norm(base + self.shift(torch.cat([base, *answers], -1)))
+
+
+class PairPerceptron(nn.Module):
+    """High-level features of every pair without products: a perceptron on the concatenation, shared by the pairs.
+
+    It stands in for ``msacore.nn.MatrixFusion`` where that is ablated, with more parameters (two matrices).
+
+    Args:
+        in_features: Width ``k`` of every modality.
+        rows: High-level features ``q`` per pair, and hidden units.
+    """
+
+    def __init__(self, in_features: int, rows: int) -> None:
+        super().__init__()
+        self.layers = nn.Sequential(nn.Linear(2 * in_features, rows), nn.ReLU(), nn.Linear(rows, rows))
+
+    def forward(self, features: Sequence[Tensor], available: Tensor) -> tuple[Tensor, Tensor]:
+        """``features`` M tensors ``[B, k]``, ``available [B, M]`` → the pairs' features ``[B, P, q]``, twice: as what
+        is joined and as what is contrasted. A missing member counts as zeros."""
+        seen = [keep(x, available[:, m]) for m, x in enumerate(features)]
+        pairs = self.layers(torch.stack([torch.cat(pair, -1) for pair in combinations(seen, 2)], 1))
+        return pairs, pairs

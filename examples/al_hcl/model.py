@@ -10,7 +10,7 @@ from torch import Tensor, nn
 from examples.msa.corpus import Corpus
 from msacore.nn import HierarchicalContrastiveLoss, MatrixFusion
 
-from .encoders import Encoder, FusionGuidance, masked_mean
+from .encoders import Encoder, FusionGuidance, PairPerceptron, masked_mean
 
 
 @dataclass(frozen=True)
@@ -25,7 +25,8 @@ class ModelConfig:
         input_dropout: Share of raw features dropped.
         projection: Width in which embeddings are contrasted.
         guidance: Fusion guidance; without it the text's mean is used as it is.
-        matrix_fusion: High-level features; without them tier 3 is empty.
+        high_level: What makes the high-level features of a pair: "matrix" (matrix fusion), "mlp" (a perceptron on the
+            concatenated means, of no fewer parameters), or "none"; then tier 3 is empty.
         tier_weights: Of the three contrastive tiers.
         temperatures: Of the three contrastive tiers.
         tier1: "cross_modal" contrasts the modalities of a sample; "intra_modal" contrasts the classes of labelled
@@ -40,7 +41,7 @@ class ModelConfig:
     input_dropout: float = 0.1
     projection: int = 64
     guidance: bool = True
-    matrix_fusion: bool = True
+    high_level: str = "matrix"
     tier_weights: tuple[float, float, float] = (0.2, 0.3, 0.5)
     temperatures: tuple[float, float, float] = (0.1, 0.1, 0.5)
     tier1: str = "cross_modal"
@@ -111,18 +112,19 @@ class SentimentModel(nn.Module):
         )
         self.guidance = FusionGuidance(k, m, config.heads) if config.guidance else None
         pairs = m * (m - 1) // 2
-        self.matrix_fusion = (
-            MatrixFusion(k, config.rows, channels=pairs, modalities=m) if config.matrix_fusion else None
-        )
+        self.pair_fusion: nn.Module | None = None
+        if config.high_level == "matrix":
+            self.pair_fusion = MatrixFusion(k, config.rows, channels=pairs, modalities=m)
+        elif config.high_level == "mlp":
+            self.pair_fusion = PairPerceptron(k, config.rows)
         # Column means over k + 1 columns are small; normalised, they weigh as much as the other inputs of the join.
         self.high_norm = nn.LayerNorm(config.rows)
-        self.join = nn.Linear(m * k + (pairs * config.rows if config.matrix_fusion else 0), k)
+        self.join = nn.Linear(m * k + (pairs * config.rows if self.pair_fusion else 0), k)
         self.dropout = nn.Dropout(config.dropout)
         self.head = nn.Linear(k, 1)
         self.noise_head = nn.Linear(k, 1)
         self.unimodal_heads = nn.ModuleList(nn.Linear(k, 1) for _ in dims)
-        # Without matrix fusion there is nothing to contrast in tier 3.
-        weights = config.tier_weights if config.matrix_fusion else (*config.tier_weights[:2], 0.0)
+        weights = config.tier_weights if self.pair_fusion else (*config.tier_weights[:2], 0.0)
         self.contrast = HierarchicalContrastiveLoss(
             k, config.rows, config.projection, m, weights, config.temperatures, config.tier1
         )
@@ -139,7 +141,7 @@ class SentimentModel(nn.Module):
         if self.guidance is not None:
             base = masked_mean(self.guidance(tokens, x.masks), _some_token(x.masks[0]))
         parts, high_level = [base, *unimodal[1:]], []
-        if self.matrix_fusion is not None:
+        if self.pair_fusion is not None:
             high, pairs = self._fuse(tokens, unimodal, x)
             parts.append(self.high_norm(high).flatten(1))
             high_level = list(self.high_norm(pairs).unbind(1))
@@ -157,11 +159,12 @@ class SentimentModel(nn.Module):
         )
 
     def _fuse(self, tokens: list[Tensor], unimodal: list[Tensor], x: Inputs) -> tuple[Tensor, Tensor]:
-        assert self.matrix_fusion is not None
-        if not self.per_token:
-            return self.matrix_fusion(unimodal, available=x.available)
-        mask = torch.stack(x.masks).any(0)
-        return self.matrix_fusion(tokens, mask=mask, available=x.available)
+        assert self.pair_fusion is not None
+        if self.config.high_level == "mlp" or not self.per_token:
+            fused, pairs = self.pair_fusion(unimodal, available=x.available)
+        else:
+            fused, pairs = self.pair_fusion(tokens, mask=torch.stack(x.masks).any(0), available=x.available)
+        return fused, pairs
 
     def contrastive_loss(self, out: Outputs, available: Tensor, classes: Tensor) -> Tensor:
         """Weighted sum of the three tiers, by the fused operator.
