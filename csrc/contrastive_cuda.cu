@@ -79,10 +79,11 @@ struct Workspace {
     problem.weights = data_or_null<T>(in.weights);
     problem.both = options.symmetric;
     problem.exclude_self = options.exclude_self;
-    problem.mean = options.reduction == kMean;
-    problem.per_anchor = options.reduction == kNone;
-    problem.grad_out = grad_out;
-    problem.grad_weight = problem.grad_scale = 1;
+    problem.gradient.out = grad_out;
+    problem.gradient.weight = 1;
+    problem.gradient.scale = problem.both ? 0.5 : 1;
+    problem.gradient.mean = options.reduction == kMean;
+    problem.gradient.per_anchor = options.reduction == kNone;
     const unsigned blocks = grid_for(std::max(problem.a.rows, problem.b.rows), kRowThreads / kWarp).x;
     launch(
         prepare_kernel<T>, dim3(blocks + 1, 2), dim3(kRowThreads), 0, stream,
@@ -101,7 +102,7 @@ void forward(const Workspace<T>& workspace, Tensor& loss, Tensor& row_stats, Ten
   sum_statistics(workspace.terms, 1, problem.both ? 2 : 1, Results<A>{rows, columns, 3, row_losses, column_losses, 1},
                  row_stats, stream);
   launch(finish_kernel<A>, dim3(1), dim3(kFinishThreads), 0, stream, row_losses, rows, n, column_losses, columns,
-         column_anchors, problem.both, problem.mean, problem.per_anchor, loss.mutable_data_ptr<A>());
+         column_anchors, problem.both, problem.gradient.mean, problem.gradient.per_anchor, loss.mutable_data_ptr<A>());
 }
 
 std::tuple<Tensor, Tensor, Tensor> info_nce_cuda(const Tensor& anchors, const OptionalTensor& candidates,

@@ -14,25 +14,13 @@ struct Kept {
   static constexpr int kParts = Parts;
 };
 
-// Weights of softmax and positives in the gradient, per row of a tile.
-template <typename A>
-struct TileGradient {
-  A share[kTile], log[kTile], attract[kTile], positive[kTile];
-};
-
 template <typename T>
-__device__ __forceinline__ void load_tile_gradient(TileGradient<acc_t<T>>& tile, const Problem<T>& problem,
-                                                   const Side<T>& own, const Side<T>& other, int64_t first, int r) {
+__device__ __forceinline__ AnchorGradient<acc_t<T>> anchor_gradient(const Problem<T>& problem, const Side<T>& own,
+                                                                    const Side<T>& other, int64_t i) {
   using A = acc_t<T>;
-  const int64_t i = first + r;
-  tile.share[r] = tile.attract[r] = tile.positive[r] = 0;
-  tile.log[r] = -kNothing<A>;
-  if (i >= own.n || !own.stats || own.stats[2 * own.n + i] == A(0) || !problem.choice(other, i)) return;
-  const double gradient = problem.gradient(own, i);
-  tile.share[r] = static_cast<A>(gradient);
-  tile.log[r] = static_cast<A>(own.stats[i] * 1.4426950408889634);
-  tile.attract[r] = static_cast<A>(gradient / own.stats[2 * own.n + i]);
-  tile.positive[r] = own.stats[own.n + i];
+  const bool counts = i < own.n && own.stats && own.stats[2 * own.n + i] != A(0);
+  if (!counts || !problem.choice(other, i)) return no_anchor<A>();
+  return anchor_gradient(own.stats, own.n, i, problem.gradient.of(i, own.counts[1]));
 }
 
 // Grid as for statistics_kernel. Writes the strips' gradients of the plain products of `unit` rows [terms, parts,
@@ -49,14 +37,14 @@ __global__ void __launch_bounds__(kTileThreads, 3)
   typename K::Number* const strip = strips + blockIdx.z * K::kParts * strip_size;
   MSACORE_SHARED(a, TileSide<A>);
   MSACORE_SHARED(b, TileSide<A>);
-  MSACORE_SHARED(rows, TileGradient<A>);
-  MSACORE_SHARED(columns, TileGradient<A>);
+  MSACORE_SHARED(rows, AnchorGradient<A>[kTile]);
+  MSACORE_SHARED(columns, AnchorGradient<A>[kTile]);
   const int64_t row = first + int64_t{blockIdx.y} * kTile, column = int64_t{blockIdx.x} * kTile;
   const int r = thread_in_block() % kTile;
   if (thread_in_block() < kTile) {
-    load_tile_gradient(rows, problem, problem.a, problem.b, row, r);
+    rows[r] = anchor_gradient(problem, problem.a, problem.b, row + r);
   } else {
-    load_tile_gradient(columns, problem, problem.b, problem.a, column, r);
+    columns[r] = anchor_gradient(problem, problem.b, problem.a, column + r);
   }
   TileSums<A> c;
   similarity_tile(problem, row, column, a, b, c);
@@ -75,14 +63,12 @@ __global__ void __launch_bounds__(kTileThreads, 3)
         A gradient = 0;
         if (part) {
           const A similarity = c[down][across][k], exponent = similarity * scale;
-          gradient = rows.share[i] * power2(exponent - rows.log[i]) +
-                     columns.share[j] * power2(exponent - columns.log[j]) -
-                     tile.weight(i, j) * (rows.attract[i] + columns.attract[j]);
+          gradient = similarity_gradient(rows[i], columns[j], exponent, tile.weight(i, j));
           slope += gradient * similarity;
         }
         if (grad_weights && row + i < problem.a.n && column + j < problem.b.n) {
-          const A pull = part ? rows.attract[i] * (c[down][across][k] - rows.positive[i]) +
-                                    columns.attract[j] * (c[down][across][k] - columns.positive[j])
+          const A pull = part ? rows[i].attract * (c[down][across][k] - rows[i].positive) +
+                                    columns[j].attract * (c[down][across][k] - columns[j].positive)
                               : A(0);
           grad_weights[(row + i) * problem.b.n + column + j] = static_cast<T>(-pull * inverse_temperature);
         }

@@ -3,43 +3,12 @@
 // tile leaves partial statistics of its rows and of its columns, which are merged in order. Backward, the gradients of
 // a strip of similarities are kept, for the products with the rows. Exponents are to base 2 here too.
 #pragma once
-#include <limits>
-
 #include "common/tile_product.cuh"
+#include "contrastive_anchor.cuh"
 
 namespace msacore::contrastive {
 
 constexpr int kRowThreads = 256;  // one warp per row
-
-__device__ __forceinline__ float power2(float x) { return exp2f(x); }
-__device__ __forceinline__ double power2(double x) { return exp2(x); }
-
-// A scalar of any floating dtype on the device, or a number.
-struct Temperature {
-  enum Kind : int { kNumber, kFloat, kDouble, kHalf, kBFloat16 };
-  const void* at;
-  Kind kind;
-  double number;
-
-  __device__ double value() const {
-    switch (kind) {
-      case kFloat:
-        return *static_cast<const float*>(at);
-      case kDouble:
-        return *static_cast<const double*>(at);
-      case kHalf:
-        return static_cast<float>(*static_cast<const Half*>(at));
-      case kBFloat16:
-        return static_cast<float>(*static_cast<const BFloat16*>(at));
-      default:
-        return number;
-    }
-  }
-  template <typename A>
-  __device__ A scale() const {
-    return static_cast<A>(1.4426950408889634 / value());
-  }
-};
 
 // One role of a term, anchors or candidates; of an embedding that plays several, only the last four fields differ.
 template <typename T>
@@ -65,9 +34,6 @@ struct Side {
     return closed ? A(-1) : factor[i];
   }
 };
-
-__device__ __forceinline__ bool used(float factor) { return !(factor < 0); }
-__device__ __forceinline__ bool used(double factor) { return !(factor < 0); }
 
 // Prepares row i of a side; called by a warp.
 template <typename T>
@@ -131,25 +97,10 @@ struct Problem {
   Temperature temperature;
   const T* weights;  // [a.n, b.n] or null
   bool both, exclude_self;
-  bool mean, per_anchor;  // reduction; neither: a sum
-  // Backward: the loss counts `grad_scale` · (`grad_weight` · grad_out + grad_term); null pointers count as 0.
-  const A *grad_out, *grad_term;  // [a.n] where `per_anchor`, else one number
-  double grad_weight, grad_scale;
+  LossGradient<A> gradient;
 
-  // An only candidate has probability 1: loss and gradient are zero, exactly.
   __device__ bool choice(const Side<T>& other, int64_t i) const {
-    const bool without_self = exclude_self && i < other.n && used(other.factor_of(i));
-    return other.counts[0] - without_self != 1;
-  }
-
-  // The gradient of the loss of anchor i of one direction.
-  __device__ double gradient(const Side<T>& own, int64_t i) const {
-    double gradient = 0;
-    if (grad_out) gradient += grad_weight * static_cast<double>(grad_out[per_anchor ? i : 0]);
-    if (grad_term) gradient += static_cast<double>(*grad_term);
-    if (both) gradient /= 2;
-    if (mean) gradient /= static_cast<double>(own.counts[1]);
-    return gradient * grad_scale;
+    return is_choice(other.counts[0], exclude_self && i < other.n && used(other.factor_of(i)));
   }
 };
 
@@ -216,51 +167,6 @@ __device__ __forceinline__ void similarity_tile(const Problem<T>& problem, int64
     for (int across = 0; across < 4; ++across)
 #pragma unroll
       for (int i = 0; i < 4; ++i) c[down][across][i] *= a.factor[tile_row(down, i)] * b.factor[tile_column(across, i)];
-}
-
-template <typename A>
-constexpr A kNothing = -std::numeric_limits<A>::infinity();
-
-// What an anchor knows of some of its candidates: largest exponent, Σ 2^(exponent - maximum), Σ weight, Σ weight ·
-// similarity.
-template <typename A>
-struct Stats {
-  A maximum, sum, total, positive;
-};
-
-template <typename A>
-__device__ __forceinline__ void merge(Stats<A>& to, const Stats<A>& from) {
-  const A maximum = Max{}(to.maximum, from.maximum), shift = maximum == kNothing<A> ? A(0) : maximum;
-  to.sum = to.sum * power2(to.maximum - shift) + from.sum * power2(from.maximum - shift);
-  to.maximum = maximum;
-  to.total += from.total;
-  to.positive += from.positive;
-}
-
-// Statistics of `Count` pairs of each of the lanes that differ in the bits First … Last.
-template <int First, int Last, int Count, typename A>
-__device__ __forceinline__ Stats<A> stats_of(const A (&exponent)[Count], const A (&weight)[Count],
-                                             const A (&similarity)[Count]) {
-  const auto reduce = [](A value, auto op) {
-#pragma unroll
-    for (int step = Last; step >= First; step /= 2) value = op(value, __shfl_xor_sync(kAllLanes, value, step));
-    return value;
-  };
-  Stats<A> stats{kNothing<A>, 0, 0, 0};
-#pragma unroll
-  for (int k = 0; k < Count; ++k) stats.maximum = Max{}(stats.maximum, exponent[k]);
-  stats.maximum = reduce(stats.maximum, Max{});
-  const A shift = stats.maximum == kNothing<A> ? A(0) : stats.maximum;
-#pragma unroll
-  for (int k = 0; k < Count; ++k) {
-    stats.sum += power2(exponent[k] - shift);
-    stats.total += weight[k];
-    stats.positive += weight[k] * similarity[k];
-  }
-  stats.sum = reduce(stats.sum, Sum{});
-  stats.total = reduce(stats.total, Sum{});
-  stats.positive = reduce(stats.positive, Sum{});
-  return stats;
 }
 
 // Grid [column tiles, row tiles of the strip that begins at `first`, terms]: partial statistics of the strip's rows
@@ -360,25 +266,12 @@ __global__ void __launch_bounds__(kRowThreads, 4)
   for (int64_t r = grid_thread(); r < m.n; r += grid_threads()) {
     const int64_t i = m.first + r;
     Stats<double> all = m.begin ? Stats<double>{kNothing<double>, 0, 0, 0} : m.running[term * own.n + i];
-    for (int64_t k = 0; k < m.count; ++k) {
-      const Stats<A> part = partial[k * m.stride + r];
-      merge(all, {part.maximum, part.sum, part.total, part.positive});
-    }
+    for (int64_t k = 0; k < m.count; ++k) merge(all, in_double(partial[k * m.stride + r]));
     if (!m.end) {
       m.running[term * own.n + i] = all;
     } else {
-      const bool kept = all.total != 0;
-      const double positive = kept ? all.positive / all.total : 0;
-      double loss = 0, log_sum_exp = 0;
-      if (kept && problem.choice(other, i)) {
-        const double log = log2(all.sum), scale = problem.temperature.template scale<A>();
-        log_sum_exp = (all.maximum + log) * 0.6931471805599453;
-        loss = (all.maximum - scale * positive + log) * 0.6931471805599453;
-      }
-      losses[i] = loss;
-      stats[i] = static_cast<A>(log_sum_exp);
-      stats[own.n + i] = static_cast<A>(positive);
-      stats[2 * own.n + i] = static_cast<A>(all.total);
+      losses[i] =
+          finish_anchor(all, problem.choice(other, i), problem.temperature.template scale<A>(), stats, own.n, i);
     }
   }
 }

@@ -1,10 +1,11 @@
-// Hierarchical contrastive loss on CUDA: checks, workspace and launches. Every launch takes as many terms or embeddings
-// as fit, so that the nine terms of three modalities are four launches forward and four backward.
+// Hierarchical contrastive loss on CUDA: checks, workspace and launches. Few samples are one launch forward and one
+// backward; of many, every launch takes as many terms or embeddings as fit.
 #include "hierarchical_contrastive.h"
 
 #include <tuple>
 
 #include "contrastive_launch.cuh"
+#include "hierarchical_contrastive_few_kernels.cuh"
 #include "hierarchical_contrastive_kernels.cuh"
 
 namespace msacore::hierarchical_contrastive {
@@ -17,11 +18,40 @@ using contrastive::Terms;
 
 static_assert(Tiers::kCount == kTiers);
 
-// The gradients of loss and tiers, null where there is none.
+// The gradients of loss and tiers, null where there is none; that of the loss has `number` added.
 template <typename A>
 struct Upstream {
   const A *loss, *tiers;
+  double number;
+
+  // What the mean loss of a direction counts, for terms of which `both` directions count.
+  LossGradient<A> of_tier(const Options& options, int64_t tier, bool both) const {
+    LossGradient<A> gradient{};
+    gradient.out = loss;
+    gradient.term = tiers ? tiers + tier : nullptr;
+    gradient.weight = options.tier_weights[tier];
+    gradient.number = gradient.weight * number;
+    gradient.scale = (both ? 0.5 : 1) / options.temperatures[tier];
+    gradient.mean = true;
+    return gradient;
+  }
 };
+
+Tiers tiers_of(const std::vector<Plan>& plans, const Options& options) {
+  Tiers tiers{};
+  for (int64_t k = 0; k < kTiers; ++k) {
+    tiers.weight[k] = options.tier_weights[k];
+    for (const Plan& plan : plans) tiers.end[k] += plan.tier <= k;
+  }
+  return tiers;
+}
+
+std::vector<Need> needs_of(const Sizes& s) {
+  std::vector<Need> needs;
+  for (uint64_t modalities : needs_of_sides(s))  // a pair is in a term only where a third modality makes a second pair
+    needs.push_back({modalities, static_cast<int64_t>(needs.size()) <= s.modalities ? 1 : 3});
+  return needs;
+}
 
 // The terms and embeddings of the loss, and the memory these live in once normalised.
 template <typename T>
@@ -45,6 +75,7 @@ struct Workspace {
             cudaStream_t stream)
       : options(options),
         plans(plan_terms(s, options.intra_modal)),
+        needs(needs_of(s)),
         labels(in.labels ? in.labels->const_data_ptr<int64_t>() : nullptr),
         stats(stats),
         upstream(upstream),
@@ -79,9 +110,6 @@ struct Workspace {
       sides.push_back(side);
       before += rows * width;
     }
-    const std::vector<uint64_t> modalities = needs_of_sides(s);
-    for (int64_t k = 0; k < count; ++k)  // a pair is in a term only where a third modality makes a second pair
-      needs.push_back({modalities[k], k <= s.modalities ? 1 : 3});
     prepare({in.available ? in.available->const_data_ptr<bool>() : nullptr, s.modalities}, stream);
   }
 
@@ -129,11 +157,7 @@ struct Workspace {
     problem.temperature = {nullptr, contrastive::Temperature::kNumber, temperature};
     problem.both = !self;
     problem.exclude_self = self;
-    problem.mean = true;
-    problem.grad_out = upstream.loss;
-    problem.grad_weight = options.tier_weights[plan.tier];
-    problem.grad_term = upstream.tiers ? upstream.tiers + plan.tier : nullptr;
-    problem.grad_scale = 1 / temperature;
+    problem.gradient = upstream.of_tier(options, plan.tier, problem.both);
     return problem;
   }
 
@@ -167,13 +191,8 @@ void forward(Workspace<T>& workspace, const Sizes& s, Tensor& loss, Tensor& tier
                                         contrastive::Results<A>{rows, rows + 3 * n, 6, row_losses, row_losses + n, 2},
                                         stats, stream);
                        });
-  Tiers ends{};
-  for (int64_t k = 0; k < kTiers; ++k) {
-    ends.weight[k] = workspace.options.tier_weights[k];
-    for (const Plan& plan : workspace.plans) ends.end[k] += plan.tier <= k;
-  }
-  launch(tiers_kernel<A>, dim3(1), dim3(kFinishThreads), 0, stream, loss_of, stat, n, ends, loss.mutable_data_ptr<A>(),
-         tiers.mutable_data_ptr<A>());
+  launch(tiers_kernel<A>, dim3(1), dim3(kFinishThreads), 0, stream, loss_of, stat, n,
+         tiers_of(workspace.plans, workspace.options), loss.mutable_data_ptr<A>(), tiers.mutable_data_ptr<A>());
 }
 
 // Two bfloat16 are as exact as the sums need, and the products run at half of their full speed.
@@ -201,6 +220,89 @@ void backward(Workspace<T>& workspace, std::vector<Tensor>& grads, cudaStream_t 
   }
 }
 
+#ifdef __CUDACC__
+constexpr int64_t kFewSamples = 512;  // a block meets all rows of a side: beyond, prepared rows and larger tiles pay
+#else
+constexpr int64_t kFewSamples = 144;  // little, so that small inputs already are many
+#endif
+
+bool are_few(const Sizes& s) {
+  return s.samples <= kFewSamples && s.terms <= kFewTerms && s.modalities + 1 + s.pairs <= kFewSides;
+}
+
+// The gradients of a block's rows lie this far apart in shared memory.
+template <typename T>
+int64_t few_stride(const FewInputs<T>& few) {
+  return padded(std::max(few.width, few.pair_width), 8);
+}
+
+template <typename T>
+bool fits(const FewInputs<T>& few) {
+  constexpr int64_t kBeside = 16 << 10;  // more than the kernel's own variables
+  return few_backward_bytes<T>(few_stride(few)) + kBeside <= static_cast<int64_t>(shared_limit());
+}
+
+template <typename T>
+FewInputs<T> few_inputs(const Inputs& in, const Sizes& s, const Options& options) {
+  FewInputs<T> few{};
+  const std::vector<Tensor> embeddings = in.embeddings();
+  const std::vector<Need> needs = needs_of(s);
+  few.by_four = true;
+  for (size_t k = 0; k < embeddings.size(); ++k) {
+    few.x[k] = embeddings[k].template const_data_ptr<T>();
+    few.needs[k] = needs[k];
+    few.by_four = few.by_four && embeddings[k].size(1) % 4 == 0 &&
+                  reinterpret_cast<uintptr_t>(few.x[k]) % sizeof(Vector<T, 4>) == 0;
+  }
+  few.available = {in.available ? in.available->const_data_ptr<bool>() : nullptr, s.modalities};
+  few.labels = contrastive::data_or_null<int64_t>(in.labels);
+  few.n = static_cast<int>(s.samples);
+  few.width = static_cast<int>(in.fused.size(1));
+  few.pair_width = in.high_level.empty() ? 0 : static_cast<int>(in.high_level[0].size(1));
+  few.pairs = static_cast<int>(s.modalities) + 1;
+  few.side_count = static_cast<int>(embeddings.size());
+  for (const Plan& plan : plan_terms(s, options.intra_modal))
+    few.terms[few.term_count++] = {static_cast<uint8_t>(plan.tier),
+                                   {static_cast<uint8_t>(plan.first), static_cast<uint8_t>(plan.second)}};
+  for (int64_t k = 0; k < kTiers; ++k) few.temperature[k] = {nullptr, Temperature::kNumber, options.temperatures[k]};
+  return few;
+}
+
+template <typename T>
+unsigned few_tiles(const FewInputs<T>& few) {
+  return static_cast<unsigned>(few.n + kFewRows - 1) / kFewRows;
+}
+
+template <typename T>
+void few_forward(const FewInputs<T>& few, const Tiers& tiers, Tensor& loss, Tensor& of_tiers, Tensor& stats,
+                 cudaStream_t stream) {
+  using A = acc_t<T>;
+  FewForward<A> to{};
+  to.tiers = tiers;
+  to.stats = stats.mutable_data_ptr<A>();
+  to.loss = loss.mutable_data_ptr<A>();
+  to.of_tiers = of_tiers.mutable_data_ptr<A>();
+  const dim3 grid(std::max(1u, few_tiles(few)), 2 * few.term_count);
+  const Scratch scratch(loss, [&](Scratch& memory) {
+    memory.take(to.sums, int64_t{grid.x} * grid.y);
+    memory.take(to.done, 1);
+  });
+  clear_memory(to.done, sizeof(unsigned), stream);
+  launch(few_forward_kernel<T>, grid, dim3(kRowThreads), FewStages<T>::kBytes, stream, few, to);
+}
+
+template <typename T>
+void few_backward(const FewInputs<T>& few, const Options& options, const acc_t<T>* stats,
+                  const Upstream<acc_t<T>>& upstream, std::vector<Tensor>& grads, cudaStream_t stream) {
+  FewBackward<T> to{};
+  to.stats = stats;
+  for (int64_t k = 0; k < kTiers; ++k) to.gradient[k] = upstream.of_tier(options, k, k > 0 || !options.intra_modal);
+  for (size_t k = 0; k < grads.size(); ++k) to.grads[k] = grads[k].mutable_data_ptr<T>();
+  to.stride = static_cast<int>(few_stride(few));
+  launch(few_backward_kernel<T>, dim3(few_tiles(few), few.side_count), dim3(kRowThreads),
+         few_backward_bytes<T>(to.stride), stream, few, to);
+}
+
 std::tuple<Tensor, Tensor, Tensor> forward_cuda(const std::vector<Tensor>& unimodal, const Tensor& fused,
                                                 const std::vector<Tensor>& high_level, const OptionalTensor& available,
                                                 const OptionalTensor& labels, const std::vector<double>& tier_weights,
@@ -217,37 +319,51 @@ std::tuple<Tensor, Tensor, Tensor> forward_cuda(const std::vector<Tensor>& unimo
   Tensor stats = torch::stable::new_empty(fused, {s.terms, 2, 3, s.samples}, dtype);
   dispatch_floating(fused.scalar_type(), op, [&](auto tag) {
     using T = typename decltype(tag)::type;
-    Workspace<T> workspace(in, s, options, nullptr, {nullptr, nullptr}, device.stream);
+    if (are_few(s))
+      return few_forward(few_inputs<T>(in, s, options), tiers_of(plan_terms(s, intra_modal), options), loss, tiers,
+                         stats, device.stream);
+    Workspace<T> workspace(in, s, options, nullptr, {}, device.stream);
     forward(workspace, s, loss, tiers, stats, device.stream);
   });
   return {loss, tiers, stats};
+}
+
+// Of checked inputs, for gradients of loss and tiers with `number` added to that of the loss.
+std::vector<Tensor> gradients(const char* op, const Inputs& given, const Sizes& s, const Options& options,
+                              const Tensor& stats_, const OptionalTensor& grad_loss, const OptionalTensor& grad_tiers,
+                              double number) {
+  const OnDeviceOf device(given.fused);
+  const Inputs in = contiguous(given);
+  const Tensor stats = torch::stable::contiguous(stats_);
+  const OptionalTensor tiers = contrastive::contiguous(grad_tiers);
+  std::vector<Tensor> grads = new_gradients(in);
+  dispatch_floating(in.fused.scalar_type(), op, [&](auto tag) {
+    using T = typename decltype(tag)::type;
+    using A = acc_t<T>;
+    const Upstream<A> upstream{contrastive::data_or_null<A>(grad_loss), contrastive::data_or_null<A>(tiers), number};
+    if (are_few(s)) {
+      const FewInputs<T> few = few_inputs<T>(in, s, options);
+      if (fits(few)) return few_backward(few, options, stats.const_data_ptr<A>(), upstream, grads, device.stream);
+    }
+    Workspace<T> workspace(in, s, options, stats.const_data_ptr<A>(), upstream, device.stream);
+    backward(workspace, grads, device.stream);
+  });
+  return grads;
 }
 
 // Gradients in the order of the arguments: unimodal, fused, high_level.
 std::vector<Tensor> backward_cuda(const OptionalTensor& grad_loss, const OptionalTensor& grad_tiers,
                                   const std::vector<Tensor>& unimodal, const Tensor& fused,
                                   const std::vector<Tensor>& high_level, const OptionalTensor& available,
-                                  const OptionalTensor& labels, const Tensor& stats_,
+                                  const OptionalTensor& labels, const Tensor& stats,
                                   const std::vector<double>& tier_weights, const std::vector<double>& temperatures,
                                   bool intra_modal) {
   constexpr const char* op = "hierarchical_contrastive_loss_backward";
-  const Inputs given{unimodal, fused, high_level, available, labels};
+  const Inputs in{unimodal, fused, high_level, available, labels};
   const Options options{tier_weights, temperatures, intra_modal};
-  const Sizes s = check_inputs(op, given, options);
-  check_saved(op, s, acc_dtype(fused.scalar_type()), grad_loss, grad_tiers, stats_);
-  const OnDeviceOf device(fused);
-  const Inputs in = contiguous(given);
-  const Tensor stats = torch::stable::contiguous(stats_);
-  const OptionalTensor tiers = contrastive::contiguous(grad_tiers);
-  std::vector<Tensor> grads = new_gradients(in);
-  dispatch_floating(fused.scalar_type(), op, [&](auto tag) {
-    using T = typename decltype(tag)::type;
-    using A = acc_t<T>;
-    const Upstream<A> upstream{contrastive::data_or_null<A>(grad_loss), contrastive::data_or_null<A>(tiers)};
-    Workspace<T> workspace(in, s, options, stats.const_data_ptr<A>(), upstream, device.stream);
-    backward(workspace, grads, device.stream);
-  });
-  return grads;
+  const Sizes s = check_inputs(op, in, options);
+  check_saved(op, s, acc_dtype(fused.scalar_type()), grad_loss, grad_tiers, stats);
+  return gradients(op, in, s, options, stats, grad_loss, grad_tiers, 0);
 }
 
 // The loss, and its gradients for a gradient of 1, in the order of the arguments.
@@ -257,13 +373,13 @@ std::tuple<Tensor, std::vector<Tensor>> with_gradients_cuda(const std::vector<Te
                                                             const OptionalTensor& labels,
                                                             const std::vector<double>& tier_weights,
                                                             const std::vector<double>& temperatures, bool intra_modal) {
+  constexpr const char* op = "hierarchical_contrastive_loss";
+  const Inputs in{unimodal, fused, high_level, available, labels};
+  const Options options{tier_weights, temperatures, intra_modal};
+  const Sizes s = check_inputs(op, in, options);
   const auto [loss, tiers, stats] =
       forward_cuda(unimodal, fused, high_level, available, labels, tier_weights, temperatures, intra_modal);
-  const OnDeviceOf device(fused);
-  Tensor one = torch::stable::new_empty(loss, {});
-  torch::stable::fill_(one, 1);
-  return {loss, backward_cuda(one, std::nullopt, unimodal, fused, high_level, available, labels, stats, tier_weights,
-                              temperatures, intra_modal)};
+  return {loss, gradients(op, in, s, options, stats, std::nullopt, std::nullopt, 1)};
 }
 
 }  // namespace

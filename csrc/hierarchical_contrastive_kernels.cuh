@@ -69,41 +69,55 @@ struct Tiers {
   double weight[kCount];
 };
 
-// One block, a warp per direction of a term: tiers [3], each the sum over its terms of the means over both directions,
-// from losses [terms, 2, n] and stats [terms, 2, 3, n]; and their weighted sum.
-template <typename A>
-__global__ void __launch_bounds__(kFinishThreads, 1)
-    tiers_kernel(const double* __restrict__ losses, const A* __restrict__ stats, int64_t n,
-                 const __grid_constant__ Tiers tiers, A* __restrict__ loss, A* __restrict__ out) {
-  constexpr int kWarps = kFinishThreads / kWarp;
-  MSACORE_SHARED(sums, double[Tiers::kCount][kWarps]);
+// Of some anchors.
+struct LossSum {
+  double loss;
+  int anchors;
+};
+
+// Tiers [3], each the sum over its terms of the means over both directions, and their weighted sum. Called by a block;
+// a warp asks share_of(direction) for what each lane adds to the direction's sum.
+template <typename A, typename ShareOf>
+__device__ __forceinline__ void finish_tiers(const Tiers& tiers, A* loss, A* out, ShareOf share_of) {
+  const int warps = threads_in_block() / kWarp;
+  MSACORE_SHARED(sums, double[Tiers::kCount][kWarp]);
   for (int k = 0; k < Tiers::kCount; ++k) {
     double sum = 0;
     const int64_t begin = k > 0 ? 2 * tiers.end[k - 1] : 0;
-    for (int64_t direction = begin + warp_id(); direction < 2 * tiers.end[k]; direction += kWarps) {
-      double total = 0;
-      int kept = 0;
-      for (int64_t i = lane_id(); i < n; i += kWarp) {
-        total += losses[direction * n + i];
-        kept += stats[(direction * 3 + 2) * n + i] != A(0);
-      }
-      total = warp_sum(total);
-      kept = warp_sum(kept);
-      sum += total / (2.0 * (kept > 0 ? kept : 1));
+    for (int64_t direction = begin + warp_id(); direction < 2 * tiers.end[k]; direction += warps) {
+      const LossSum share = share_of(direction);
+      const double total = warp_sum(share.loss);
+      const int anchors = warp_sum(share.anchors);
+      sum += total / (2.0 * (anchors > 0 ? anchors : 1));
     }
     if (lane_id() == 0) sums[k][warp_id()] = sum;
   }
   __syncthreads();
-  if (threadIdx.x == 0) {
+  if (thread_in_block() == 0) {
     double weighted = 0;
     for (int k = 0; k < Tiers::kCount; ++k) {
       double sum = 0;
-      for (int w = 0; w < kWarps; ++w) sum += sums[k][w];
+      for (int w = 0; w < warps; ++w) sum += sums[k][w];
       out[k] = static_cast<A>(sum);
       weighted += tiers.weight[k] * static_cast<double>(out[k]);
     }
     *loss = static_cast<A>(weighted);
   }
+}
+
+// One block: loss and tiers from losses [terms, 2, n] and stats [terms, 2, 3, n].
+template <typename A>
+__global__ void __launch_bounds__(kFinishThreads, 1)
+    tiers_kernel(const double* __restrict__ losses, const A* __restrict__ stats, int64_t n,
+                 const __grid_constant__ Tiers tiers, A* __restrict__ loss, A* __restrict__ out) {
+  finish_tiers(tiers, loss, out, [&](int64_t direction) {
+    LossSum share{0, 0};
+    for (int64_t i = lane_id(); i < n; i += kWarp) {
+      share.loss += losses[direction * n + i];
+      share.anchors += stats[(direction * 3 + 2) * n + i] != A(0);
+    }
+    return share;
+  });
 }
 
 }  // namespace msacore::hierarchical_contrastive

@@ -4,6 +4,7 @@
 #include <torch/headeronly/util/Exception.h>
 
 #include <algorithm>
+#include <cstring>
 #include <string>
 
 #include "common/device.cuh"
@@ -45,6 +46,16 @@ inline int multiprocessors() { return 3; }
 constexpr int64_t kMaxBlocks = 7;  // few, so that small inputs already make a thread own several elements
 
 #endif
+
+// Zeros on the stream, as a memset: no kernel.
+inline void clear_memory(void* memory, size_t bytes, cudaStream_t stream) {
+#ifdef __CUDACC__
+  STD_CUDA_CHECK(cudaMemsetAsync(memory, 0, bytes, stream));
+#else
+  (void)stream;
+  std::memset(memory, 0, bytes);
+#endif
+}
 
 // Blocks of `threads` for `items` that the threads take in turns (grid_thread, grid_threads).
 inline dim3 grid_for(int64_t items, int threads) {

@@ -64,21 +64,23 @@ __device__ __forceinline__ void mma_tf32(float (&c)[4], const uint32_t (&a)[4], 
 #endif
 }
 
-// k = 8 on float32: each operand is a tf32 plus a tf32 remainder, three products keep float32's accuracy.
+// k = 8 on float32: each operand is a tf32 plus a tf32 remainder, three products keep float32's accuracy. An `Exact`
+// operand is tf32 already (16-bit numbers are) and has no remainder.
+template <bool ExactA = false, bool ExactB = false>
 __device__ __forceinline__ void mma_float(float (&c)[4], const float (&a)[4], const float (&b)[2]) {
   uint32_t a_high[4], a_low[4], b_high[2], b_low[2];
 #pragma unroll
   for (int i = 0; i < 4; ++i) {
-    a_high[i] = to_tf32(a[i]);
+    a_high[i] = ExactA ? __float_as_uint(a[i]) : to_tf32(a[i]);
     a_low[i] = to_tf32(a[i] - __uint_as_float(a_high[i]));
   }
 #pragma unroll
   for (int i = 0; i < 2; ++i) {
-    b_high[i] = to_tf32(b[i]);
+    b_high[i] = ExactB ? __float_as_uint(b[i]) : to_tf32(b[i]);
     b_low[i] = to_tf32(b[i] - __uint_as_float(b_high[i]));
   }
-  mma_tf32(c, a_low, b_high);
-  mma_tf32(c, a_high, b_low);
+  if constexpr (!ExactA) mma_tf32(c, a_low, b_high);
+  if constexpr (!ExactB) mma_tf32(c, a_high, b_low);
   mma_tf32(c, a_high, b_high);
 }
 

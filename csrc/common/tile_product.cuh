@@ -53,9 +53,6 @@ __device__ __forceinline__ int tile_column(int across, int i) {
   return warp_id() % 2 * 32 + across * 8 + mma_column(i);
 }
 
-template <typename T>
-constexpr bool is_16_bit = sizeof(T) == 2;
-
 template <typename A, typename B, typename C, bool AInner, bool BInner>
 __device__ __forceinline__ void multiply_stage(TileSums<C>& c, const A* a, const B* b) {
   using StageA = Stage<A, C, AInner>;
@@ -103,21 +100,7 @@ __device__ __forceinline__ void multiply_stage(TileSums<C>& c, const A* a, const
 #pragma unroll
         for (int r = 0; r < 2; ++r) pair[r] = static_cast<float>(StageB::at(b, column + across * 8 + g, k + t + r * 4));
 #pragma unroll
-        for (int down = 0; down < 2; ++down) {
-          if constexpr (is_16_bit<B>) {  // B is exact in tf32
-            uint32_t high[4], low[4];
-#pragma unroll
-            for (int r = 0; r < 4; ++r) {
-              high[r] = to_tf32(rows[down][r]);
-              low[r] = to_tf32(rows[down][r] - __uint_as_float(high[r]));
-            }
-            const uint32_t right[2] = {__float_as_uint(pair[0]), __float_as_uint(pair[1])};
-            mma_tf32(c[down][across], low, right);
-            mma_tf32(c[down][across], high, right);
-          } else {
-            mma_float(c[down][across], rows[down], pair);
-          }
-        }
+        for (int down = 0; down < 2; ++down) mma_float<false, is_16_bit<B>>(c[down][across], rows[down], pair);
       }
     }
   }

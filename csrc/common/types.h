@@ -20,4 +20,7 @@ struct AccumulateType<double> {
 template <typename T>
 using acc_t = typename AccumulateType<T>::type;
 
+template <typename T>
+constexpr bool is_16_bit = sizeof(T) == 2;
+
 }  // namespace msacore

@@ -48,8 +48,12 @@ def _samples(device: torch.device, dtype: torch.dtype) -> list[Sample]:
             ("weights and temperatures", (5, 3, 4, 4), dict(tier_weights=(1, 0, 2.5), temperatures=(1.0, 0.02, 0.3))),
             ("four modalities", (40, 4, 20, 9), dict(available=True, return_tiers=True)),
             ("large", (150, 3, 33, 18), dict(return_tiers=True)),
-            ("large: six modalities", (5, 6, 4, 3), dict(available=True)),
-            ("large, intra-modal", (140, 3, 20, 20), dict(tier1="intra_modal", available=True)),
+            ("large, intra-modal", (150, 3, 20, 20), dict(tier1="intra_modal", available=True)),
+            ("large: seven modalities", (5, 7, 4, 3), dict(available=True)),
+            ("six modalities", (5, 6, 4, 3), dict(available=True)),
+            ("two tiles of candidates", (140, 1, 70, 0), dict(available=True)),
+            ("two tiles of candidates, intra-modal", (132, 2, 12, 8), dict(tier1="intra_modal", available=True)),
+            ("rows too wide to keep", (3, 2, 1900, 2), {}),
         ]
     ]
 

@@ -89,6 +89,7 @@ class Machine {
     const size_t count = size_t{block.x} * block.y * block.z;
     if (shared_bytes > kSharedLimit)
       throw std::runtime_error("cuda_on_host: dynamic shared memory above the chip's limit");
+    ++launches_;
     kernel_ = &kernel;
     shared_bytes_ = shared_bytes;
     gridDim = grid;
@@ -156,6 +157,7 @@ class Machine {
   }
 
   void* dynamic_shared() { return dynamic_; }
+  int64_t launches() const { return launches_; }
   Thread& current() { return *current_; }
 
   // Ends the launch with an error. The fibers are abandoned where they are.
@@ -292,6 +294,7 @@ class Machine {
   size_t shared_bytes_ = 0, static_bytes_ = 0, at_barrier_ = 0, returned_ = 0;
   std::string failure_, schedule_;
   bool shuffled_ = false;
+  int64_t launches_ = 0;
   std::mt19937 random_;
 };
 
@@ -317,6 +320,11 @@ void launch(void (*kernel)(P...), dim3 grid, dim3 block, size_t shared_bytes, A.
 }
 
 }  // namespace cuda_on_host
+
+// Kernels launched so far by the library this is built into.
+extern "C" __attribute__((visibility("default"), used)) inline int64_t cuda_on_host_launches() {
+  return cuda_on_host::machine().launches();
+}
 
 #include "device_functions.h"
 #include "tensor_functions.h"

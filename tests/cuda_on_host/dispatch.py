@@ -1,5 +1,6 @@
 """Runs the operators' CUDA code on CPU tensors: their `_cuda.cu` files, built for the host, take the calls over."""
 
+import ctypes
 import functools
 import re
 from pathlib import Path
@@ -26,6 +27,12 @@ def _library() -> torch.library.Library:
     for binary in binaries:
         torch.ops.load_library(binary)
     return library
+
+
+def launches() -> int:
+    """Kernels that all operators together have launched on the host."""
+    _library()
+    return sum(ctypes.CDLL(str(build(source))).cuda_on_host_launches() for source in SOURCES)
 
 
 def operators_of(source: Path) -> list[str]:

@@ -1,0 +1,394 @@
+// The hierarchical contrastive loss of few samples on CUDA, where launches are what takes time: one kernel forward and
+// one backward, for all terms. A block has 16 rows of an embedding and meets the other side of a term in tiles of 128.
+// It reads the embeddings as they are and scales their rows by powers of two, which is exact, so that a similarity is a
+// product of staged rows times their two factors.
+#pragma once
+#include "contrastive_anchor.cuh"
+#include "hierarchical_contrastive_kernels.cuh"
+
+namespace msacore::hierarchical_contrastive {
+
+using contrastive::AnchorGradient;
+using contrastive::LossGradient;
+using contrastive::Stats;
+using contrastive::Temperature;
+using contrastive::used;
+
+constexpr int kFewTerms = 126, kFewSides = 22;      // of six modalities
+constexpr int kFewRows = 16, kFewCandidates = 128;  // of a block; of a tile, 16 for each warp
+constexpr int kFewColumns = 64;                     // of rows, staged at once: 8 for each warp
+// Staged rows are so far apart that the lanes of a fragment hit different banks.
+constexpr int kFewStride = kFewColumns + 4, kFewGradientStride = kFewCandidates + 4;
+
+static_assert(kRowThreads / kWarp * 16 == kFewCandidates && kRowThreads / kWarp * 8 == kFewColumns);
+
+// A term between two sides, which may be one.
+struct FewTerm {
+  uint8_t tier, side[2];
+
+  __host__ __device__ bool self() const { return side[0] == side[1]; }
+};
+
+template <typename T>
+struct FewInputs {
+  const T* x[kFewSides];  // [n, width_of(side)]
+  Need needs[kFewSides];
+  Availability available;
+  const int64_t* labels;            // [n], for terms of a side with itself; else null
+  int n, width, pair_width, pairs;  // `pairs`: the first side that is one
+  int side_count, term_count;
+  bool by_four;  // rows begin where four numbers can be read at once
+  FewTerm terms[kFewTerms];
+  Temperature temperature[Tiers::kCount];
+
+  __host__ __device__ int width_of(int side) const { return side < pairs ? width : pair_width; }
+  __device__ bool takes_part(const FewTerm& term, int i) const {
+    const Need need{needs[term.side[0]].modalities | needs[term.side[1]].modalities, 0};
+    return (!term.self() || labels[i] >= 0) && available.meets(need, i);
+  }
+  // Columns k … k + 3 of a row, those from `width` on zero; k < width.
+  __device__ Vector<T, 4> four(const T* row, int k, int row_width) const {
+    if (by_four) return load<4>(row + k);
+    Vector<T, 4> values;
+#pragma unroll
+    for (int e = 0; e < 4; ++e) values.at[e] = k + e < row_width ? row[k + e] : T(0.0f);
+    return values;
+  }
+};
+
+// Rows of a side: 1 / |x| = factor · scale[0] · scale[1], of which the scales are powers of two that halve the exponent
+// between them, for it may be twice as large as that of any number. A negative factor marks a row that takes no part, 0
+// one of zeros.
+template <typename A, int Rows>
+struct FewRows {
+  A factor[Rows], scale[2][Rows];
+  int64_t label[Rows];
+};
+
+// Fills `rows` with those from `first` on of a side; also(r, i, part) is called once for each. Called by a block,
+// between barriers.
+template <typename T, int Rows, typename TakesPart, typename Also>
+__device__ __forceinline__ void load_rows(FewRows<acc_t<T>, Rows>& rows, const FewInputs<T>& in, int side, int first,
+                                          TakesPart takes_part, Also also) {
+  using A = acc_t<T>;
+  constexpr int kLanes = 8;  // of a row
+  const int d = in.width_of(side), lane = thread_in_block() % kLanes;
+  __syncthreads();
+  for (int r = thread_in_block() / kLanes; r < Rows; r += kRowThreads / kLanes) {
+    const int i = first + r;
+    const bool part = i < in.n && takes_part(i);
+    double square = 0;
+#pragma unroll 4
+    for (int k = 4 * lane; k < (part ? d : 0); k += 4 * kLanes) {
+      const Vector<T, 4> x = in.four(in.x[side] + int64_t{i} * d, k, d);
+#pragma unroll
+      for (int e = 0; e < 4; ++e) {
+        const double value = static_cast<double>(static_cast<A>(x.at[e]));
+        square += value * value;
+      }
+    }
+    square = warp_sum<kLanes>(square);
+    if (lane == 0) {
+      const double inverse = square == 0 ? 0 : 1 / sqrt(square);
+      int exponent = 0;
+      const double factor = inverse > 0 ? frexp(inverse, &exponent) : inverse;
+      rows.factor[r] = part ? static_cast<A>(factor) : A(-1);
+      rows.scale[0][r] = static_cast<A>(ldexp(1.0, exponent / 2));
+      rows.scale[1][r] = static_cast<A>(ldexp(1.0, exponent - exponent / 2));
+      rows.label[r] = part && in.labels ? in.labels[i] : -1;
+      also(r, i, part);
+    }
+  }
+  __syncthreads();
+}
+
+// staged [Rows, kFewStride] ← columns `column` … of the scaled rows, zeros where there are none. Called by a block.
+template <typename T, int Rows>
+__device__ __forceinline__ void stage_rows(acc_t<T>* staged, const FewRows<acc_t<T>, Rows>& rows,
+                                           const FewInputs<T>& in, int side, int first, int column) {
+  using A = acc_t<T>;
+  constexpr int kFours = kFewColumns / 4;
+  const int d = in.width_of(side);
+#pragma unroll 4
+  for (int q = thread_in_block(); q < Rows * kFours; q += kRowThreads) {
+    const int r = q / kFours, k = column + q % kFours * 4;
+    Vector<A, 4> scaled{};
+    if (k < d && used(rows.factor[r])) {
+      const Vector<T, 4> x = in.four(in.x[side] + int64_t{first + r} * d, k, d);
+#pragma unroll
+      for (int e = 0; e < 4; ++e) scaled.at[e] = static_cast<A>(x.at[e]) * rows.scale[0][r] * rows.scale[1][r];
+    }
+    store(staged + r * kFewStride + k - column, scaled);
+  }
+}
+
+// One warp's C [16, 8] += A [16, 8] · B [8, 8], of a(row, k) and b(k, column).
+template <bool ExactA, bool ExactB, typename C, typename A, typename B>
+__device__ __forceinline__ void add_product(C (&c)[4], A a, B b) {
+  if constexpr (std::is_same_v<C, double>) {
+    for (int k = 0; k < 8; ++k)
+#pragma unroll
+      for (int i = 0; i < 4; ++i) c[i] += a(mma_row(i), k) * b(k, mma_column(i));
+  } else {
+    const int g = lane_id() / 4, t = lane_id() % 4;
+    const float left[4] = {a(g, t), a(g + 8, t), a(g, t + 4), a(g + 8, t + 4)}, right[2] = {b(t, g), b(t + 4, g)};
+    mma_float<ExactA, ExactB>(c, left, right);
+  }
+}
+
+// The block's own rows and a tile of those they meet, in dynamic shared memory; the rows' halves are of one width.
+template <typename T>
+struct FewStages {
+  using A = acc_t<T>;
+  static constexpr int kBytes = (kFewRows + kFewCandidates) * kFewStride * sizeof(A);
+  A* const own = dynamic_shared<A>();
+  A* const other = own + kFewRows * kFewStride;
+  A* const rest = other + kFewCandidates * kFewStride;
+};
+
+// A warp's similarities: of rows mma_row(i) with candidates candidate(tile, i) of the tile.
+__device__ __forceinline__ int few_candidate(int tile, int i) { return warp_id() * 16 + tile * 8 + mma_column(i); }
+
+// c ← similarities; leaves the last columns staged. Called by a block, the rows loaded.
+template <typename T>
+__device__ __forceinline__ void few_similarities(acc_t<T> (&c)[2][4], const FewStages<T>& stages,
+                                                 const FewInputs<T>& in, const FewRows<acc_t<T>, kFewRows>& own,
+                                                 int own_side, int own_first,
+                                                 const FewRows<acc_t<T>, kFewCandidates>& other, int other_side,
+                                                 int other_first) {
+  using A = acc_t<T>;
+  const int d = in.width_of(own_side);
+  const bool any = other_first + warp_id() * 16 < in.n;
+#pragma unroll
+  for (int tile = 0; tile < 2; ++tile)
+#pragma unroll
+    for (int i = 0; i < 4; ++i) c[tile][i] = 0;
+  for (int column = 0; column < d; column += kFewColumns) {
+    if (column > 0) __syncthreads();
+    stage_rows(stages.own, own, in, own_side, own_first, column);
+    stage_rows(stages.other, other, in, other_side, other_first, column);
+    __syncthreads();
+    for (int k = 0; any && k < min(kFewColumns, d - column); k += 8)
+#pragma unroll
+      for (int tile = 0; tile < 2; ++tile) {
+        const A* const a = stages.own + k;
+        const A* const b = stages.other + (warp_id() * 16 + tile * 8) * kFewStride + k;
+        add_product<is_16_bit<T>, is_16_bit<T>>(
+            c[tile], [&](int row, int step) { return a[row * kFewStride + step]; },
+            [&](int step, int candidate) { return b[candidate * kFewStride + step]; });
+      }
+  }
+#pragma unroll
+  for (int tile = 0; tile < 2; ++tile)
+#pragma unroll
+    for (int i = 0; i < 4; ++i) c[tile][i] *= own.factor[mma_row(i)] * other.factor[few_candidate(tile, i)];
+}
+
+// What a block asks of a pair; r, j: within the block's rows and the tile.
+template <typename A>
+struct FewPairs {
+  const FewTerm& term;
+  const FewRows<A, kFewRows>& own;
+  const FewRows<A, kFewCandidates>& other;
+  int own_first, other_first;
+
+  __device__ bool same(int r, int j) const { return own_first + r == other_first + j; }
+  __device__ bool take_part(int r, int j) const {
+    return used(own.factor[r]) && used(other.factor[j]) && !(term.self() && same(r, j));
+  }
+  __device__ A weight(int r, int j) const { return A(term.self() ? own.label[r] == other.label[j] : same(r, j)); }
+};
+
+template <typename A>
+struct FewForward {
+  Tiers tiers;
+  A* stats;            // [terms, 2, 3, n]
+  LossSum* sums;       // [terms, 2, row tiles]
+  unsigned* done;      // blocks, zero at the start
+  A *loss, *of_tiers;  // [], [3]
+};
+
+// Grid [row tiles, 2 · terms]: a block has anchors of one direction of a term. The last one adds everything up.
+template <typename T>
+__global__ void __launch_bounds__(kRowThreads, 2)
+    few_forward_kernel(const __grid_constant__ FewInputs<T> in, const __grid_constant__ FewForward<acc_t<T>> to) {
+  using A = acc_t<T>;
+  const int direction = static_cast<int>(blockIdx.y), first = static_cast<int>(blockIdx.x) * kFewRows;
+  const FewTerm& term = in.terms[direction / 2];
+  const int own_side = term.side[direction % 2], other_side = term.side[1 - direction % 2];
+  const FewStages<T> stages;
+  MSACORE_SHARED(own, FewRows<A, kFewRows>);
+  MSACORE_SHARED(other, FewRows<A, kFewCandidates>);
+  MSACORE_SHARED(of_warps, Stats<A>[kRowThreads / kWarp][kFewRows]);
+  const auto takes_part = [&](int i) { return in.takes_part(term, i); };
+  const auto nothing = [](int, int, bool) {};
+  const A scale = in.temperature[term.tier].template scale<A>();
+  int candidates = 0;
+  for (int i = thread_in_block(); i < in.n; i += kRowThreads) candidates += takes_part(i);
+  candidates = block_sum(candidates);
+  load_rows(own, in, own_side, first, takes_part, nothing);
+  Stats<A> stats[2] = {{contrastive::kNothing<A>, 0, 0, 0}, {contrastive::kNothing<A>, 0, 0, 0}};  // of two rows
+  for (int column = 0; column < in.n; column += kFewCandidates) {
+    load_rows(other, in, other_side, column, takes_part, nothing);
+    A c[2][4];
+    few_similarities(c, stages, in, own, own_side, first, other, other_side, column);
+    const FewPairs<A> pairs{term, own, other, first, column};
+#pragma unroll
+    for (int half = 0; half < 2; ++half) {
+      const int r = mma_row(2 * half);
+      A exponent[4], weight[4], similarity[4];
+#pragma unroll
+      for (int k = 0; k < 4; ++k) {
+        const int j = few_candidate(k / 2, k % 2);
+        const bool part = pairs.take_part(r, j);
+        similarity[k] = part ? c[k / 2][2 * half + k % 2] : A(0);
+        exponent[k] = part ? similarity[k] * scale : contrastive::kNothing<A>;
+        weight[k] = part ? pairs.weight(r, j) : A(0);
+      }
+      merge(stats[half], contrastive::stats_of<1, 2>(exponent, weight, similarity));
+    }
+  }
+#pragma unroll
+  for (int half = 0; half < 2; ++half)
+    if (lane_id() % 4 == 0) of_warps[warp_id()][mma_row(2 * half)] = stats[half];
+  __syncthreads();
+  bool last = false;
+  if (warp_id() == 0) {
+    LossSum sum{0, 0};
+    const int r = lane_id(), i = first + r;
+    if (r < kFewRows && i < in.n) {
+      Stats<double> all{contrastive::kNothing<double>, 0, 0, 0};
+      for (int w = 0; w < kRowThreads / kWarp; ++w) merge(all, contrastive::in_double(of_warps[w][r]));
+      const bool choice = contrastive::is_choice(candidates, term.self() && used(own.factor[r]));
+      sum.loss = contrastive::finish_anchor(all, choice, scale, to.stats + int64_t{3} * direction * in.n, in.n, i);
+      sum.anchors = all.total != 0;
+    }
+    sum.loss = warp_sum(sum.loss);
+    sum.anchors = warp_sum(sum.anchors);
+    if (lane_id() == 0) {
+      to.sums[direction * gridDim.x + blockIdx.x] = sum;
+      __threadfence();
+      last = atomicAdd(to.done, 1u) + 1 == gridDim.x * gridDim.y;
+    }
+  }
+  if (__syncthreads_or(last)) {
+    __threadfence();
+    finish_tiers(to.tiers, to.loss, to.of_tiers, [&](int64_t direction) {
+      LossSum share{0, 0};
+      for (unsigned tile = lane_id(); tile < gridDim.x; tile += kWarp) {
+        const LossSum sum = to.sums[direction * gridDim.x + tile];
+        share.loss += sum.loss;
+        share.anchors += sum.anchors;
+      }
+      return share;
+    });
+  }
+}
+
+template <typename T>
+struct FewBackward {
+  const acc_t<T>* stats;                           // [terms, 2, 3, n]
+  LossGradient<acc_t<T>> gradient[Tiers::kCount];  // of both directions' mean; of a term of a side with itself, of it
+  T* grads[kFewSides];                             // [n, width_of(side)]
+  int stride;                                      // of the gradients in shared memory
+};
+
+template <typename T>
+constexpr int64_t few_backward_bytes(int64_t stride) {
+  return FewStages<T>::kBytes + (kFewRows * (kFewGradientStride + stride)) * sizeof(acc_t<T>);
+}
+
+// Grid [row tiles, sides]: a block has rows of an embedding, and goes through the terms that it is in.
+template <typename T>
+__global__ void __launch_bounds__(kRowThreads, 2)
+    few_backward_kernel(const __grid_constant__ FewInputs<T> in, const __grid_constant__ FewBackward<T> to) {
+  using A = acc_t<T>;
+  const int own_side = static_cast<int>(blockIdx.y), first = static_cast<int>(blockIdx.x) * kFewRows;
+  const int d = in.width_of(own_side);
+  const FewStages<T> stages;
+  A* const of_similarities = stages.rest;                              // [kFewRows, kFewGradientStride]
+  A* const of_rows = of_similarities + kFewRows * kFewGradientStride;  // [kFewRows, to.stride]
+  MSACORE_SHARED(own, FewRows<A, kFewRows>);
+  MSACORE_SHARED(other, FewRows<A, kFewCandidates>);
+  MSACORE_SHARED(own_gradients, AnchorGradient<A>[kFewRows]);
+  MSACORE_SHARED(other_gradients, AnchorGradient<A>[kFewCandidates]);
+  MSACORE_SHARED(counts, int64_t[2][2]);
+  for (int k = thread_in_block(); k < kFewRows * to.stride; k += kRowThreads) of_rows[k] = 0;
+  for (int t = 0; t < in.term_count; ++t) {
+    const FewTerm& term = in.terms[t];
+    const bool second = term.side[0] != own_side;
+    if (second && term.side[1] != own_side) continue;
+    const int other_side = term.side[second ? 0 : 1];
+    const auto takes_part = [&](int i) { return in.takes_part(term, i); };
+    const auto stats_of = [&](bool of_second) { return to.stats + int64_t{3} * (2 * t + of_second) * in.n; };
+    const A *const own_stats = stats_of(second), *const other_stats = term.self() ? own_stats : stats_of(!second);
+    contrastive::count_rows(in.n, own_stats, counts[0], takes_part);
+    contrastive::count_rows(in.n, other_stats, counts[1], takes_part);
+    const auto gradient_of = [&](const A* stats, const int64_t (&count)[2], int i, bool part) {
+      if (!part || stats[2 * in.n + i] == A(0) || !contrastive::is_choice(count[0], term.self()))
+        return contrastive::no_anchor<A>();
+      return contrastive::anchor_gradient(stats, in.n, i, to.gradient[term.tier].of(i, count[1]));
+    };
+    const A scale = in.temperature[term.tier].template scale<A>();
+    load_rows(own, in, own_side, first, takes_part,
+              [&](int r, int i, bool part) { own_gradients[r] = gradient_of(own_stats, counts[0], i, part); });
+    for (int column = 0; column < in.n; column += kFewCandidates) {
+      load_rows(other, in, other_side, column, takes_part,
+                [&](int r, int i, bool part) { other_gradients[r] = gradient_of(other_stats, counts[1], i, part); });
+      A c[2][4];
+      few_similarities(c, stages, in, own, own_side, first, other, other_side, column);
+      const FewPairs<A> pairs{term, own, other, first, column};
+#pragma unroll
+      for (int tile = 0; tile < 2; ++tile)
+#pragma unroll
+        for (int i = 0; i < 4; ++i) {
+          const int r = mma_row(i), j = few_candidate(tile, i);
+          A gradient = 0;
+          if (pairs.take_part(r, j))
+            gradient = other.factor[j] * contrastive::similarity_gradient(own_gradients[r], other_gradients[j],
+                                                                          c[tile][i] * scale, pairs.weight(r, j));
+          of_similarities[r * kFewGradientStride + j] = gradient;
+        }
+      __syncthreads();
+      const int last = (d - 1) / kFewColumns * kFewColumns;  // staged already
+      for (int from = last; from >= 0; from -= kFewColumns) {
+        if (from != last) {
+          __syncthreads();
+          stage_rows(stages.other, other, in, other_side, column, from);
+          __syncthreads();
+        }
+        if (from + warp_id() * 8 >= d) continue;
+        A g[4];
+        const auto at = [&](int i) -> A& {
+          return of_rows[mma_row(i) * to.stride + from + warp_id() * 8 + mma_column(i)];
+        };
+#pragma unroll
+        for (int i = 0; i < 4; ++i) g[i] = at(i);
+        for (int k = 0; k < min(kFewCandidates, in.n - column); k += 8)
+          add_product<false, is_16_bit<T>>(
+              g, [&](int row, int step) { return of_similarities[row * kFewGradientStride + k + step]; },
+              [&](int step, int j) { return stages.other[(k + step) * kFewStride + warp_id() * 8 + j]; });
+#pragma unroll
+        for (int i = 0; i < 4; ++i) at(i) = g[i];
+      }
+    }
+  }
+  load_rows(
+      own, in, own_side, first, [&](int i) { return in.available.meets(in.needs[own_side], i); },
+      [](int, int, bool) {});
+  for (int r = warp_id(); r < min(kFewRows, in.n - first); r += kRowThreads / kWarp) {
+    const bool any = !(own.factor[r] <= 0);
+    const T* const x = in.x[own_side] + int64_t{first + r} * d;
+    const A* const gradient = of_rows + r * to.stride;
+    const A factor = own.factor[r], low = own.scale[0][r], high = own.scale[1][r];
+    const auto unit = [&](int k) { return static_cast<A>(x[k]) * low * high * factor; };
+    A dot = 0;
+    for (int k = lane_id(); any && k < d; k += kWarp) dot += gradient[k] * unit(k);
+    dot = warp_sum(dot);
+    T* const grad = to.grads[own_side] + int64_t{first + r} * d;
+    for (int k = lane_id(); k < d; k += kWarp)
+      grad[k] = static_cast<T>(any ? (gradient[k] - dot * unit(k)) * factor * low * high : A(0));
+  }
+}
+
+}  // namespace msacore::hierarchical_contrastive
