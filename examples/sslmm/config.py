@@ -18,7 +18,10 @@ class Config:
         variant: Propagation: ``"linear"``, ``"gcnii"`` or ``"gated"``.
         send: When missing nodes send: ``"after_fill"`` or ``"never"``.
         dropout: Of encoders and head.
-        learning_rate: Of Adam, both stages.
+        pretrain_rate: Learning rate of Adam, stage A.
+        learning_rate: Learning rate of Adam, stage B.
+        encoder_rate: Stage B: share of ``learning_rate`` at which pre-trained encoders, mask tokens and decoders learn;
+            few labels would undo what they have learned. Without stage A they learn at the whole rate.
         weight_decay: Of Adam, both stages.
         conversations: Conversations in a batch.
         pretrain_epochs: Stage A; 0 leaves it out.
@@ -37,8 +40,10 @@ class Config:
         teacher_passes: Dropout passes of the teacher per step.
         teacher_decay: Highest decay of the teacher's moving average.
         noise: Deviation of Gaussian noise on the student's features.
-        reconstruction: Targets of stage B: ``"observed"`` (modalities dropped on purpose), ``"oracle"`` (the clean
-            features that the simulation hid) or ``"none"``.
+        hide_share: Stage B: share of the observed nodes hidden from the student, even an utterance's last one.
+        reconstruction: Targets of stage B: ``"observed"`` (nodes hidden on purpose), ``"oracle"`` (the clean
+            features that the simulation hid) or ``"none"``. Unless ``"none"``, missing features are rebuilt and
+            propagated a second time before the prediction.
         reconstruction_weight: Its weight.
     """
 
@@ -49,12 +54,14 @@ class Config:
     variant: str = "linear"
     send: str = "after_fill"
     dropout: float = 0.3
+    pretrain_rate: float = 3e-3
     learning_rate: float = 1e-3
+    encoder_rate: float = 0.1
     weight_decay: float = 1e-4
     conversations: int = 16
     pretrain_epochs: int = 30
-    finetune_epochs: int = 80
-    patience: int = 20
+    finetune_epochs: int = 60
+    patience: int = 15
     mask_share: float = 0.5
     sce_power: float = 2.0
     modality_weight: float = 1.0
@@ -63,11 +70,12 @@ class Config:
     contrast_temperature: float = 0.2
     task: str = "l1"
     unlabelled: str = "mean_teacher"
-    unlabelled_weight: float = 1.0
+    unlabelled_weight: float = 3.0
     ramp: float = 0.2
-    teacher_passes: int = 3
+    teacher_passes: int = 2
     teacher_decay: float = 0.99
     noise: float = 0.1
+    hide_share: float = 0.5
     reconstruction: str = "observed"
     reconstruction_weight: float = 0.3
 

@@ -16,7 +16,7 @@ from examples.msa.checkpoint import load_checkpoint, rng_state, save_checkpoint,
 from examples.msa.corpus import SPLITS, Corpus
 
 from .config import Config
-from .losses import consistency_loss, drop_one_modality, pretraining_loss, reconstruction_error, supervised_loss
+from .losses import consistency_loss, hide_nodes, pretraining_loss, reconstruction_error, supervised_loss
 from .model import SSLMM, Batch
 
 
@@ -68,15 +68,23 @@ class Trainer:
         self.conversations = {name: _conversations(corpus, name) for name in SPLITS}
         self.model = SSLMM(corpus.dims, config).to(self.device)
         self.teacher = copy.deepcopy(self.model).requires_grad_(False)
-        self.optimiser = self._new_optimiser()
         self.stage, self.epoch = "pretrain", 0
+        self.optimiser = self._new_optimiser()
         self.best = {"error": float("inf"), "epoch": 0, "weights": {}}
         self.history: dict[str, list[dict[str, float]]] = {"pretrain": [], "finetune": []}
         self.start = rng_state()
 
     def _new_optimiser(self) -> torch.optim.Optimizer:
-        config = self.config
-        return torch.optim.Adam(self.model.parameters(), lr=config.learning_rate, weight_decay=config.weight_decay)
+        config, model = self.config, self.model
+        if self.stage == "pretrain":
+            return torch.optim.Adam(model.parameters(), lr=config.pretrain_rate, weight_decay=config.weight_decay)
+        pretrained = ("encoders", "norms", "mask_token", "decoders")
+        named = list(model.named_parameters())
+        slow = [p for name, p in named if name.startswith(pretrained)]
+        fast = [p for name, p in named if not name.startswith(pretrained)]
+        share = config.encoder_rate if config.pretrain_epochs else 1.0
+        groups = [{"params": slow, "lr": share * config.learning_rate}, {"params": fast}]
+        return torch.optim.Adam(groups, lr=config.learning_rate, weight_decay=config.weight_decay)
 
     def fit(self, checkpoint: Path | None = None, every: int = 10, resume: bool = False) -> Fit:
         """Train from where the trainer stands and predict every utterance.
@@ -111,8 +119,9 @@ class Trainer:
         """Take over what :meth:`state_dict` gave."""
         self.model.load_state_dict(state["model"])
         self.teacher.load_state_dict(state["teacher"])
-        self.optimiser.load_state_dict(state["optimiser"])
         self.stage, self.epoch = state["stage"], state["epoch"]
+        self.optimiser = self._new_optimiser()
+        self.optimiser.load_state_dict(state["optimiser"])
         self.best, self.history = state["best"], state["history"]
 
     def _epochs(self) -> Iterator[int]:
@@ -165,7 +174,7 @@ class Trainer:
         if config.unlabelled == "none" and config.reconstruction != "observed":
             strong, harder = natural, batch.observed
         else:
-            harder = drop_one_modality(batch.observed)
+            harder = hide_nodes(batch.observed, config.hide_share)
             strong = self.model(batch.seeing(harder), noise=config.noise)
         if config.unlabelled != "none":
             self._update_teacher()
