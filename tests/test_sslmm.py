@@ -118,8 +118,6 @@ def test_each_ablation_changes_the_run(corpus: Corpus) -> None:
         {"window": 0},
         {"noise": 0.5},
         {"hide_share": 0.9},
-        {"pretrain_rate": 0.01},
-        {"encoder_rate": 1.0},
         {"mask_share": 0.2},
         {"contrast_weight": 0.0},
         {"view_weight": 0.5},
@@ -184,13 +182,6 @@ def test_reconstruction_has_work_where_each_utterance_keeps_one_of_two_modalitie
     assert (default.observed.sum(1) == 1).all()
     assert default.fit().history["finetune"][0]["reconstruction"] > 0
     assert "reconstruction" not in without.fit().history["finetune"][0]
-
-
-def test_pretrained_parts_learn_slowly_only_after_pre_training(corpus: Corpus) -> None:
-    for epochs, expected in ((1, [1e-4, 1e-3]), (0, [1e-3, 1e-3])):
-        trainer = _trainer(corpus, replace(QUICK, pretrain_epochs=epochs, finetune_epochs=1))
-        trainer.fit()
-        assert [group["lr"] for group in trainer.optimiser.param_groups] == pytest.approx(expected)
 
 
 def test_supervised_loss_is_the_mean_over_labelled() -> None:

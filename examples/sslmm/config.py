@@ -18,10 +18,7 @@ class Config:
         variant: Propagation: ``"linear"``, ``"gcnii"`` or ``"gated"``.
         send: When missing nodes send: ``"after_fill"`` or ``"never"``.
         dropout: Of encoders and head.
-        pretrain_rate: Learning rate of Adam, stage A.
-        learning_rate: Learning rate of Adam, stage B.
-        encoder_rate: Stage B: share of ``learning_rate`` at which pre-trained encoders, mask tokens and decoders learn;
-            few labels would undo what they have learned. Without stage A they learn at the whole rate.
+        learning_rate: Of Adam, both stages.
         weight_decay: Of Adam, both stages.
         conversations: Conversations in a batch.
         pretrain_epochs: Stage A; 0 leaves it out.
@@ -54,9 +51,7 @@ class Config:
     variant: str = "linear"
     send: str = "after_fill"
     dropout: float = 0.3
-    pretrain_rate: float = 3e-3
     learning_rate: float = 1e-3
-    encoder_rate: float = 0.1
     weight_decay: float = 1e-4
     conversations: int = 16
     pretrain_epochs: int = 30
@@ -70,12 +65,12 @@ class Config:
     contrast_temperature: float = 0.2
     task: str = "l1"
     unlabelled: str = "mean_teacher"
-    unlabelled_weight: float = 3.0
+    unlabelled_weight: float = 1.0
     ramp: float = 0.2
     teacher_passes: int = 2
     teacher_decay: float = 0.99
     noise: float = 0.1
-    hide_share: float = 0.5
+    hide_share: float = 0.3
     reconstruction: str = "observed"
     reconstruction_weight: float = 0.3
 

@@ -68,23 +68,15 @@ class Trainer:
         self.conversations = {name: _conversations(corpus, name) for name in SPLITS}
         self.model = SSLMM(corpus.dims, config).to(self.device)
         self.teacher = copy.deepcopy(self.model).requires_grad_(False)
-        self.stage, self.epoch = "pretrain", 0
         self.optimiser = self._new_optimiser()
+        self.stage, self.epoch = "pretrain", 0
         self.best = {"error": float("inf"), "epoch": 0, "weights": {}}
         self.history: dict[str, list[dict[str, float]]] = {"pretrain": [], "finetune": []}
         self.start = rng_state()
 
     def _new_optimiser(self) -> torch.optim.Optimizer:
-        config, model = self.config, self.model
-        if self.stage == "pretrain":
-            return torch.optim.Adam(model.parameters(), lr=config.pretrain_rate, weight_decay=config.weight_decay)
-        pretrained = ("encoders", "norms", "mask_token", "decoders")
-        named = list(model.named_parameters())
-        slow = [p for name, p in named if name.startswith(pretrained)]
-        fast = [p for name, p in named if not name.startswith(pretrained)]
-        share = config.encoder_rate if config.pretrain_epochs else 1.0
-        groups = [{"params": slow, "lr": share * config.learning_rate}, {"params": fast}]
-        return torch.optim.Adam(groups, lr=config.learning_rate, weight_decay=config.weight_decay)
+        config = self.config
+        return torch.optim.Adam(self.model.parameters(), lr=config.learning_rate, weight_decay=config.weight_decay)
 
     def fit(self, checkpoint: Path | None = None, every: int = 10, resume: bool = False) -> Fit:
         """Train from where the trainer stands and predict every utterance.
@@ -119,9 +111,8 @@ class Trainer:
         """Take over what :meth:`state_dict` gave."""
         self.model.load_state_dict(state["model"])
         self.teacher.load_state_dict(state["teacher"])
-        self.stage, self.epoch = state["stage"], state["epoch"]
-        self.optimiser = self._new_optimiser()
         self.optimiser.load_state_dict(state["optimiser"])
+        self.stage, self.epoch = state["stage"], state["epoch"]
         self.best, self.history = state["best"], state["history"]
 
     def _epochs(self) -> Iterator[int]:
