@@ -112,6 +112,7 @@ __global__ void __launch_bounds__(kTileThreads, sizeof(T) == 2   ? 4
                    const __grid_constant__ Outputs<acc_t<T>, MostOutputs> outputs,
                    const typename K::Number* __restrict__ strips, int64_t first, int64_t size, bool add) {
   using A = acc_t<T>;
+  using Strip = Matrix<typename K::Number>;
   const Output<A>& out = outputs.at[blockIdx.z];
   const int64_t row = int64_t{blockIdx.y} * kTile, column = int64_t{blockIdx.x} * kTile;
   if (row < out.rows && column < out.width) {
@@ -125,11 +126,12 @@ __global__ void __launch_bounds__(kTileThreads, sizeof(T) == 2   ? 4
       const bool of_b = b.gradient == out.gradient;
       changed = changed || of_a || of_b;
       if (of_a)
-        add_tile_product<true, false>(c, strip + (row - first) * b.rows, b.rows, b.unit + column, b.width, b.rows,
-                                      b.width - column);
+        add_tile_product<true, false>(c, Strip{strip + (row - first) * b.rows, b.rows, kTile, b.rows},
+                                      Matrix<T>{b.unit + column, b.width, b.rows, b.width - column}, b.rows);
       if (of_b)
-        add_tile_product<false, false>(c, strip + row, b.rows, a.unit + first * a.width + column, a.width, size,
-                                       a.width - column);
+        add_tile_product<false, false>(c, Strip{strip + row, b.rows, size, kTile},
+                                       Matrix<T>{a.unit + first * a.width + column, a.width, size, a.width - column},
+                                       size);
     }
 #pragma unroll
     for (int down = 0; down < 2; ++down)

@@ -158,9 +158,8 @@ __device__ __forceinline__ void similarity_tile(const Problem<T>& problem, int64
   }
   const int64_t width = problem.a.width;
   clear(c);
-  add_tile_product<true, true>(c, problem.a.unit + row * width, width, problem.b.unit + column * width, width, width,
-                               kTile);
-  __syncthreads();
+  add_tile_product<true, true>(c, Matrix<T>{problem.a.unit + row * width, width, kTile, width},
+                               Matrix<T>{problem.b.unit + column * width, width, kTile, width}, width);
 #pragma unroll
   for (int down = 0; down < 2; ++down)
 #pragma unroll

@@ -1,4 +1,5 @@
 // Matrix fusion on CUDA: checks, workspace and launches.
+#include <algorithm>
 #include <tuple>
 #include <vector>
 
@@ -10,8 +11,16 @@
 namespace msacore::matrix_fusion {
 namespace {
 
-constexpr int64_t kRowGradBytes = int64_t(64) << 20;  // of the gradients of pair rows at a time
-constexpr int64_t kShortLength = 16;                  // up to here tiles of 16 tokens waste less than tiles of 64
+#ifdef __CUDACC__
+constexpr int64_t kRowGradBytes = int64_t{32} << 20;  // of the gradients of pair rows at a time; an H200 caches 50 MB
+#else
+constexpr int64_t kRowGradBytes = 64 << 10;  // little, so that small inputs already take several launches
+#endif
+
+template <typename T>
+int64_t padded(int64_t count) {
+  return (count + kPer16<T> - 1) / kPer16<T> * kPer16<T>;
+}
 
 // Contiguous arguments, and the problem that points at them.
 template <typename T>
@@ -35,17 +44,23 @@ struct Operands {
     problem.features = s.features, problem.width = s.width, problem.rows = s.rows;
     problem.modalities = static_cast<int>(s.modalities), problem.pairs = static_cast<int>(s.pairs);
     problem.channels = static_cast<int>(s.channels);
+    problem.width_stride = padded<T>(s.width), problem.row_stride = padded<T>(s.rows);
     problem.augment = s.augment, problem.activation = s.activation;
-    Tensor scale = workspace({problem.tokens});
-    launch(scale_kernel<A>, grid_for(s.batch * kWarp, kThreads), dim3(kThreads), 0, stream, problem.mask,
-           scale.mutable_data_ptr<A>(), s.batch, s.length);
+    problem.aligned = s.features % kPer16<T> == 0;
+    for (int64_t m = 0; m < s.modalities; ++m)
+      problem.aligned = problem.aligned && reinterpret_cast<uintptr_t>(problem.x[m]) % 16 == 0;
+    Tensor scale = workspace({problem.tokens}), weights = like({s.rows, problem.width_stride});
+    launch(prepare_kernel<T>, grid_for(std::max(s.batch * kWarp, weights.numel()), kThreads), dim3(kThreads), 0, stream,
+           problem, scale.mutable_data_ptr<A>(), weights.mutable_data_ptr<T>());
     problem.scale = own<A>(scale);
+    problem.weights = own<T>(weights);
   }
   template <typename Value>
   const Value* own(const Tensor& t) {
     keep.push_back(torch::stable::contiguous(t));
     return keep.back().template const_data_ptr<Value>();
   }
+  Tensor like(std::initializer_list<int64_t> sizes) const { return torch::stable::new_empty(keep[0], sizes); }
   Tensor workspace(std::initializer_list<int64_t> sizes) const {
     return torch::stable::new_empty(keep[0], sizes, acc_dtype(keep[0].scalar_type()));
   }
@@ -54,27 +69,25 @@ struct Operands {
 template <typename T>
 Tensor project(const Operands<T>& in, cudaStream_t stream) {
   const Problem<T>& p = in.problem;
-  Tensor h = in.workspace({p.modalities - 1, p.tokens, p.rows});
-  launch(project_kernel<T>, dim3(tiles_of(p.tokens, 64), tiles_of(p.rows, 64), p.modalities - 1), dim3(kThreads), 0,
-         stream, p, h.mutable_data_ptr<acc_t<T>>());
+  Tensor h = in.like({kParts<T>, p.modalities - 1, p.tokens, p.row_stride});
+  launch(project_kernel<T>, dim3(tiles_of(p.tokens), tiles_of(p.rows), p.modalities - 1), dim3(kTileThreads),
+         kProjectBytes<T>, stream, p, h.mutable_data_ptr<T>());
   return h;
 }
 
-template <int R, int S>
-int64_t pair_blocks(int64_t samples, int64_t rows, int64_t width) {
-  return samples * tiles_of(rows, 16 * R) * tiles_of(width, kTilesPerBlock * 16 * S);
+// Blocks of the pair kernels, and the channels that fit into a block's shared memory.
+template <typename T>
+int64_t pair_blocks(const Problem<T>& p, int64_t samples) {
+  return samples * tiles_of(p.rows) * tiles_of(p.width);
 }
-
-// Calls body(R, S) with the largest tile whose elements for all pairs fit into a block's shared memory and registers.
-template <typename A, typename Bytes, typename Body>
-void with_tile(Bytes&& bytes, Body&& body) {
-  const std::integral_constant<int, 1> one;
-  if constexpr (!std::is_same_v<A, double>) {
-    const std::integral_constant<int, 4> four;
-    const std::integral_constant<int, 2> two;
-    if (bytes(four, two) + sizeof(typename GatheredProduct<A, 4, 2>::Stage) <= shared_limit()) return body(four, two);
-  }
-  body(one, one);
+template <typename T>
+int channels_together(const Problem<T>& p) {
+  const size_t most = (shared_limit() - PairMemory<T>::kBytes) / PairMemory<T>::kChannelBytes;
+  return static_cast<int>(std::min<size_t>(most, p.channels));
+}
+template <typename T>
+size_t pair_bytes(int together) {
+  return PairMemory<T>::kBytes + size_t{PairMemory<T>::kChannelBytes} * together;
 }
 
 template <typename T>
@@ -82,16 +95,13 @@ void forward(const Operands<T>& in, Tensor& fused, Tensor& pairs, cudaStream_t s
   using A = acc_t<T>;
   const Problem<T>& p = in.problem;
   const Tensor h = project(in, stream);
-  const auto bytes = [&](auto r, auto s) { return means_bytes<r(), s(), A>(p.pairs, p.channels); };
-  with_tile<A>(bytes, [&](auto r, auto s) {
-    const int64_t groups = tiles_of(p.width, kTilesPerBlock * 16 * s());
-    Tensor sums = in.workspace({groups, p.batch, p.pairs + p.channels, p.rows});
-    launch(means_kernel<r(), s(), T>, dim3(pair_blocks<r(), s()>(p.batch, p.rows, p.width)), dim3(kThreads),
-           bytes(r, s), stream, p, h.const_data_ptr<A>(), sums.mutable_data_ptr<A>());
-    launch(finish_kernel<T>, grid_for(p.batch * (p.pairs + p.channels) * p.rows, kThreads), dim3(kThreads), 0, stream,
-           sums.const_data_ptr<A>(), pairs.mutable_data_ptr<T>(), fused.mutable_data_ptr<T>(), p.batch,
-           int64_t{p.pairs}, int64_t{p.channels}, p.rows, groups, p.width);
-  });
+  const int together = channels_together(p);
+  Tensor sums = in.workspace({tiles_of(p.width), p.batch, p.pairs + p.channels, p.rows});
+  launch(means_kernel<T>, dim3(pair_blocks(p, p.batch)), dim3(kTileThreads), pair_bytes<T>(together), stream, p,
+         h.const_data_ptr<T>(), sums.mutable_data_ptr<A>(), together);
+  launch(finish_kernel<T>, grid_for(p.batch * (p.pairs + p.channels) * p.rows, kThreads), dim3(kThreads), 0, stream,
+         sums.const_data_ptr<A>(), pairs.mutable_data_ptr<T>(), fused.mutable_data_ptr<T>(), p.batch, int64_t{p.pairs},
+         int64_t{p.channels}, p.rows, tiles_of(p.width), p.width);
 }
 
 std::tuple<Tensor, Tensor> forward_cuda(const std::vector<Tensor>& features, const Tensor& row_weight,
@@ -118,50 +128,44 @@ void backward(const Operands<T>& in, const Tensor& grad_fused, const Tensor& gra
   using A = acc_t<T>;
   const Problem<T>& p = in.problem;
   const Tensor h = project(in, stream);
-  Tensor grad_h = in.workspace({p.modalities - 1, p.tokens, p.rows});
+  Tensor grad_h = in.like({kGradParts<T>, p.modalities - 1, p.tokens, p.row_stride});
   FeatureGrads<T> grad_x{};
   for (int m = 0; m < p.modalities; ++m) grad_x.at[m] = grads.features[m].mutable_data_ptr<T>();
-  const int64_t sample_bytes = std::max<int64_t>(1, p.pairs * p.rows * p.width * sizeof(A));
+  const int64_t sample_bytes = std::max<int64_t>(1, p.pairs * p.rows * p.width_stride * kParts<T> * sizeof(T));
   const int64_t chunk = std::max<int64_t>(1, std::min(p.batch, kRowGradBytes / sample_bytes));
-  Tensor rows = in.workspace({chunk, p.pairs, p.rows, p.width});
-  A *const grad_h_data = grad_h.mutable_data_ptr<A>(), *const rows_data = rows.mutable_data_ptr<A>();
-  const A* const h_data = h.const_data_ptr<A>();
-  const int64_t mixes = p.channels * p.pairs;
+  Tensor rows = in.like({kParts<T>, chunk, p.pairs, p.rows, p.width_stride});
+  const T* const h_data = h.const_data_ptr<T>();
+  T* const grad_h_data = grad_h.mutable_data_ptr<T>();
 
-  const auto bytes = [&](auto r, auto s) { return row_grads_bytes<r(), s(), A>(p.pairs, p.channels); };
-  with_tile<A>(bytes, [&](auto r, auto s) {
-    const int64_t groups = tiles_of(p.width, kTilesPerBlock * 16 * s());
-    const int64_t blocks = pair_blocks<r(), s()>(p.batch, p.rows, p.width);
-    Tensor mix_share = in.workspace({blocks, mixes + p.channels});
-    Tensor bias_share = in.workspace({p.batch, groups, p.rows});
-    const A* const mix_shares = mix_share.const_data_ptr<A>();
-    const RowGrads<T> row_grads{grad_fused.const_data_ptr<T>(), grad_pairs.const_data_ptr<T>(), rows_data,
-                                mix_share.mutable_data_ptr<A>(), bias_share.mutable_data_ptr<A>()};
-    const bool is_short = p.length <= kShortLength;
-    const int tile_rows = is_short ? 16 : 64;
-    for (int64_t first = 0; first < p.batch; first += chunk) {
-      const int64_t samples = std::min(chunk, p.batch - first), token_tiles = samples * tiles_of(p.length, tile_rows);
-      launch(row_grads_kernel<r(), s(), T>, dim3(pair_blocks<r(), s()>(samples, p.rows, p.width)), dim3(kThreads),
-             bytes(r, s), stream, p, h_data, row_grads, first);
-      launch(is_short ? h_grads_kernel<1, T> : h_grads_kernel<4, T>,
-             dim3(token_tiles * (p.modalities - 1) * tiles_of(p.rows, 64)), dim3(kThreads), 0, stream, p, rows_data,
-             grad_h_data, first);
-      launch(is_short ? feature_grads_kernel<1, T> : feature_grads_kernel<4, T>,
-             dim3(token_tiles * p.modalities * tiles_of(p.features, 64)), dim3(kThreads), 0, stream, p, h_data,
-             rows_data, grad_h_data, grad_x, first);
-    }
-    sum_shares(mix_shares, blocks, mixes + p.channels, grads.pair_weight.mutable_data_ptr<T>(), mixes, stream);
-    sum_shares(mix_shares + mixes, blocks, mixes + p.channels, grads.pair_bias.mutable_data_ptr<T>(),
-               int64_t{p.channels}, stream);
-    sum_shares(bias_share.const_data_ptr<A>(), p.batch * groups, p.rows, grads.row_bias.mutable_data_ptr<T>(), p.rows,
-               stream);
-  });
+  const int64_t mixes = p.channels * p.pairs, warps = pair_blocks(p, p.batch) * (kTileThreads / kWarp);
+  Tensor mix_share = in.workspace({warps, mixes + p.channels});
+  Tensor bias_share = in.workspace({p.batch, tiles_of(p.width), p.rows});
+  const RowGrads<T> row_grads{grad_fused.const_data_ptr<T>(),  grad_pairs.const_data_ptr<T>(),
+                              rows.mutable_data_ptr<T>(),      chunk * p.pairs * p.rows * p.width_stride,
+                              mix_share.mutable_data_ptr<A>(), bias_share.mutable_data_ptr<A>()};
+  const int together = channels_together(p);
+  for (int64_t first = 0; first < p.batch; first += chunk) {
+    const int64_t samples = std::min(chunk, p.batch - first), token_tiles = samples * tiles_of(p.length);
+    launch(row_grads_kernel<T>, dim3(pair_blocks(p, samples)), dim3(kTileThreads), pair_bytes<T>(together), stream, p,
+           h_data, row_grads, first, together);
+    launch(h_grads_kernel<T>, dim3(token_tiles * (p.modalities - 1) * tiles_of(p.rows)), dim3(kTileThreads),
+           kProjectBytes<T>, stream, p, row_grads, grad_h_data, first);
+    launch(feature_grads_kernel<T>, dim3(token_tiles * p.modalities * tiles_of(p.features)), dim3(kTileThreads),
+           kFeatureBytes<T>, stream, p, h_data, row_grads, grad_h_data, grad_x, first);
+  }
+  const A* const mix_shares = mix_share.const_data_ptr<A>();
+  sum_shares(mix_shares, warps, mixes + p.channels, grads.pair_weight.mutable_data_ptr<T>(), mixes, stream);
+  sum_shares(mix_shares + mixes, warps, mixes + p.channels, grads.pair_bias.mutable_data_ptr<T>(), int64_t{p.channels},
+             stream);
+  sum_shares(bias_share.const_data_ptr<A>(), p.batch * tiles_of(p.width), p.rows, grads.row_bias.mutable_data_ptr<T>(),
+             p.rows, stream);
 
   constexpr int64_t kTokensPerPart = 512, kMaxParts = 32;
   const int64_t parts = std::clamp<int64_t>(p.tokens / kTokensPerPart, 1, kMaxParts);
   Tensor shares = in.workspace({parts, p.modalities - 1, p.rows, p.width});
-  launch(weight_grads_kernel<T>, dim3(tiles_of(p.rows, 64) * tiles_of(p.width, 64), p.modalities - 1, parts),
-         dim3(kThreads), 0, stream, p, grad_h_data, shares.mutable_data_ptr<A>(), (p.tokens + parts - 1) / parts);
+  launch(weight_grads_kernel<T>, dim3(tiles_of(p.rows) * tiles_of(p.width), p.modalities - 1, parts),
+         dim3(kTileThreads), kWeightBytes<T>, stream, p, grad_h_data, shares.mutable_data_ptr<A>(),
+         (p.tokens + parts - 1) / parts);
   sum_shares(shares.const_data_ptr<A>(), parts * (p.modalities - 1), p.rows * p.width,
              grads.row_weight.mutable_data_ptr<T>(), p.rows * p.width, stream);
 }

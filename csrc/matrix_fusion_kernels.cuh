@@ -1,14 +1,51 @@
-// Matrix fusion on the device. With h = z_m W_rᵀ / s per token, row i of a pair is Σ_l h[l, i] z_n[l, :]: tiles of
-// these rows of all pairs stay in a block, which takes activations, mixing and column means, and no k'×k' matrix
-// exists. What is hidden is not loaded.
+// Matrix fusion on the device. With h = z_m W_rᵀ / s per token, row i of a pair is Σ_l h[l, i] z_n[l, :]: a block has a
+// tile of these rows on tensor cores, pair after pair, and keeps the mixed channels of the tile in shared memory; no
+// k'×k' matrix exists and no pair row is written. What is hidden is not loaded.
+//
+// Forward, in elements of the features' type: x is read B L k (M - 1) times for h and B L k P times for the rows, of
+// which B L k M must come from memory and a sample's repeated reads follow each other; h is written once, B L q (M - 1)
+// per part, and read k' / 64 times per pair from the L2 cache; column sums, 4 B q (P + C) k' / 64 bytes, are written
+// and read. At B = 256, L = 50, k = 768, q = 64, M = C = 3 in bfloat16: 59 MB of x at least, 79 MB if x_1 is not cached
+// between the two kernels that read it, 3 MB for h and 5 MB for the sums. Products: 2 B L k' q (M - 1 + P) = 6.3 GFLOP,
+// the minimum of the factored form; whole tiles make it 8 (L to 64, k' to 800).
 #pragma once
-#include "common/gathered_product.cuh"
+#include "common/augmented_rows.cuh"
 #include "matrix_fusion.h"
 
 namespace msacore::matrix_fusion {
 
 constexpr int kThreads = 256, kMaxModalities = 32;
-constexpr int kTilesPerBlock = 4;  // column tiles that one block takes
+constexpr int kLongStages = 4;  // of products over many steps
+
+// For tensor cores, what is computed on the way is kept as a sum of numbers of the features' type, as many as keep the
+// errors within those of torch: h and the gradients of pair rows, and the gradients of h, which are summed over tokens.
+template <typename T>
+constexpr int kParts = std::is_same_v<T, Half> ? 2 : 1;
+template <typename T>
+constexpr int kGradParts = is_16_bit<T> ? 2 : 1;
+
+// Stores neighbours in parts that lie `stride` apart.
+template <int Parts, typename T, typename A>
+__device__ __forceinline__ void store_parts(T* to, int64_t stride, A first, A second) {
+#pragma unroll
+  for (int part = 0; part < Parts; ++part) {
+    const Vector<T, 2> kept{static_cast<T>(first), static_cast<T>(second)};
+    store(to + part * stride, kept);
+    first -= static_cast<A>(kept.at[0]);
+    second -= static_cast<A>(kept.at[1]);
+  }
+}
+
+template <typename T>
+constexpr int kBlocks = sizeof(T) == 2   ? 4
+                        : sizeof(T) == 4 ? 3
+                                         : 2;  // on a multiprocessor, at least
+template <typename T>
+constexpr int kPairKernelBlocks = sizeof(T) == 2   ? 3
+                                  : sizeof(T) == 4 ? 2
+                                                   : 1;
+
+__host__ __device__ inline int64_t tiles_of(int64_t extent) { return (extent + kTile - 1) / kTile; }
 
 // Sizes, and the arguments that say what is visible. A token is b · L + l.
 template <typename T>
@@ -17,31 +54,49 @@ struct Problem {
   const T* x[kMaxModalities];  // [B, L, k] each
   const bool *mask, *available;
   const T *row_weight, *row_bias, *pair_weight, *pair_bias;
-  const A* scale;  // [B·L]: 1 / s_b, 0 where masked
+  const T* weights;  // `row_weight` in rows of width_stride: zeros behind k'
+  const A* scale;    // [B·L]: 1 / s_b, 0 where masked
   int64_t batch, length, tokens, features, width, rows;
+  int64_t width_stride, row_stride;  // k' and q up to whole 16 bytes
   int modalities, pairs, channels;
-  bool augment;
+  bool augment, aligned;  // `aligned`: rows of x begin at multiples of 16 bytes
   Activation activation;
 
   __device__ __forceinline__ bool visible(int m, int64_t b) const {
     return !available || available[b * modalities + m];
   }
-  __device__ __forceinline__ bool visible_token(int m, int64_t token) const {
-    if (!available) return true;
-    return visible(m, static_cast<uint32_t>(token) / static_cast<uint32_t>(length));
-  }
-  // z_m of a token, zero where hidden; `seen` says whether the token's sample has modality m.
-  __device__ __forceinline__ A z(int m, int64_t token, int64_t j, bool seen) const {
-    if (j >= width || (mask && !mask[token])) return 0;
-    if (j == features) return 1;
-    return seen ? static_cast<A>(x[m][token * features + j]) : A(0);
-  }
-  __device__ __forceinline__ A weight(int64_t i, int64_t j) const {
-    return i < rows && j < width ? static_cast<A>(row_weight[i * width + j]) : A(0);
-  }
   __device__ __forceinline__ int pair(int m, int n) const { return m * modalities - m * (m + 1) / 2 + n - m - 1; }
   __device__ __forceinline__ bool present(int m, int n, int64_t b) const {
     return augment || (visible(m, b) && visible(n, b));
+  }
+  // h, or its gradients, of modality m from `token` and row i on.
+  __device__ __forceinline__ Matrix<T> tokens_from(const T* h, int part, int m, int64_t token, int64_t count,
+                                                   int64_t i) const {
+    return {h + ((int64_t{part} * (modalities - 1) + m) * tokens + token) * row_stride + i, row_stride, count,
+            row_stride - i};
+  }
+  // Elements of one part of h.
+  __device__ __forceinline__ int64_t h_size() const { return (modalities - 1) * tokens * row_stride; }
+  // The weights from row i and column j on.
+  __device__ __forceinline__ Matrix<T> weights_from(int64_t i, int64_t j) const {
+    return {weights + i * width_stride + j, width_stride, rows - i, width_stride - j};
+  }
+};
+
+// z_m of `count` tokens from `first` on, from column `column0` on: an operand of a product.
+template <typename T>
+struct Tokens {
+  using Element = T;
+  const Problem<T>& p;
+  int m;
+  int64_t first, count, column0;
+
+  __device__ __forceinline__ void copy16(T* to, int64_t row, int64_t column) const {
+    const int64_t token = first + row, j = column0 + column;
+    const bool valid = row < count && !(p.mask && !p.mask[token]);
+    const bool seen =
+        valid && (!p.available || p.visible(m, static_cast<uint32_t>(token) / static_cast<uint32_t>(p.length)));
+    copy_augmented(to, p.x[m], token, j, p.features, seen, valid && p.augment, p.aligned);
   }
 };
 
@@ -66,182 +121,238 @@ __device__ __forceinline__ A derivative(Activation activation, A x) {
   return gate + x * gate * (1 - gate) * A(1.5957691216057308) * (1 + A(3 * 0.044715) * x * x);
 }
 
-// scale [B·L], a warp per sample
-template <typename A>
-__global__ void __launch_bounds__(kThreads, 4)
-    scale_kernel(const bool* __restrict__ mask, A* __restrict__ scale, int64_t batch, int64_t length) {
-  for (int64_t b = grid_thread() / kWarp; b < batch; b += grid_threads() / kWarp) {
-    int count = 0;
-    for (int64_t l = lane_id(); l < length; l += kWarp) count += !mask || mask[b * length + l];
-    count = warp_sum(count);
-    for (int64_t l = lane_id(); l < length; l += kWarp) {
-      const bool valid = !mask || mask[b * length + l];
-      scale[b * length + l] = valid ? A(1) / static_cast<A>(count) : A(0);
-    }
-  }
-}
-
-// h[m, token, i] = scale[token] Σ_j z_m[token, j] W[i, j], zero where masked; h [M-1, B·L, q]
+// scale [B·L], a warp per sample, and the padded weights
 template <typename T>
-__global__ void __launch_bounds__(kThreads, 2) project_kernel(Problem<T> p, acc_t<T>* __restrict__ h) {
+__global__ void __launch_bounds__(kThreads, 4)
+    prepare_kernel(const __grid_constant__ Problem<T> p, acc_t<T>* __restrict__ scale, T* __restrict__ weights) {
   using A = acc_t<T>;
-  using Tile = GatheredProduct<A, 4, 4>;
-  MSACORE_SHARED(stage, typename Tile::Stage);
-  const int m = static_cast<int>(blockIdx.z);
-  const int64_t token0 = int64_t{blockIdx.x} * Tile::kRows, i0 = int64_t{blockIdx.y} * Tile::kColumns;
-  Tile tile;
-  tile.template add<Along::kDepth, Along::kDepth>(
-      stage, p.width,
-      [&](int r, int64_t j) {
-        const int64_t token = token0 + r;
-        return token < p.tokens ? p.z(m, token, j, p.visible_token(m, token)) : A(0);
-      },
-      [&](int64_t j, int c) { return p.weight(i0 + c, j); });
-#pragma unroll
-  for (int r = 0; r < 4; ++r) {
-    const int64_t token = token0 + tile.row(r);
-    const A scale = token < p.tokens ? p.scale[token] : A(0);
-#pragma unroll
-    for (int s = 0; s < 4; ++s) {
-      const int64_t i = i0 + tile.column(s);
-      if (token < p.tokens && i < p.rows)
-        h[(m * p.tokens + token) * p.rows + i] = scale == 0 ? 0 : tile.sum[r][s] * scale;
+  for (int64_t b = grid_thread() / kWarp; b < p.batch; b += grid_threads() / kWarp) {
+    int count = 0;
+    for (int64_t l = lane_id(); l < p.length; l += kWarp) count += !p.mask || p.mask[b * p.length + l];
+    count = warp_sum(count);
+    for (int64_t l = lane_id(); l < p.length; l += kWarp) {
+      const bool valid = !p.mask || p.mask[b * p.length + l];
+      scale[b * p.length + l] = valid ? A(1) / static_cast<A>(count) : A(0);
     }
+  }
+  for (int64_t at = grid_thread(); at < p.rows * p.width_stride; at += grid_threads()) {
+    const int64_t i = at / p.width_stride, j = at - i * p.width_stride;
+    weights[at] = j < p.width ? p.row_weight[i * p.width + j] : T(0.0f);
   }
 }
 
-// What a block of the pair kernels works on: sample b, rows from i0, some column tiles.
-template <typename Tile>
+template <typename T>
+constexpr int kProjectBytes = kTileBytes<T, T, acc_t<T>, true, true, kLongStages>;
+
+// h[m, token, i] = scale[token] Σ_j z_m[token, j] W[i, j], zero where masked; h [parts, M-1, B·L, q] in rows of
+// row_stride. Grid [token tiles, row tiles, M-1].
+template <typename T>
+__global__ void __launch_bounds__(kTileThreads, kBlocks<T>)
+    project_kernel(const __grid_constant__ Problem<T> p, T* __restrict__ h) {
+  using A = acc_t<T>;
+  const int m = static_cast<int>(blockIdx.z);
+  const int64_t token0 = int64_t{blockIdx.x} * kTile, i0 = int64_t{blockIdx.y} * kTile, count = p.tokens - token0;
+  TileSums<A> c;
+  clear(c);
+  add_tile_product<true, true, kLongStages>(c, Tokens<T>{p, m, token0, count, 0}, p.weights_from(i0, 0), p.width, count,
+                                            p.rows - i0);
+  for_neighbours(c, [&](int row, int column, A first, A second) {
+    const int64_t i = i0 + column;
+    if (row >= count || i >= p.row_stride) return;
+    const A scale = p.scale[token0 + row];
+    store_parts<kParts<T>>(h + (m * p.tokens + token0 + row) * p.row_stride + i, p.h_size(),
+                           scale == 0 || i >= p.rows ? A(0) : first * scale,
+                           scale == 0 || i + 1 >= p.rows ? A(0) : second * scale);
+  });
+}
+
+// What a block of the pair kernels works on: `rows` from i0 and `columns` from j0 on, of sample b.
 struct Place {
-  int64_t b, i0, group, j_begin, j_end;
+  int64_t b, i0, j0;
+  int rows, columns;
+  uint32_t column_tile;
 
   template <typename T>
   __device__ Place(const Problem<T>& p, int64_t first_sample) {
-    const uint32_t groups = static_cast<uint32_t>(group_count(p.width));
-    const uint32_t row_tiles = static_cast<uint32_t>((p.rows + Tile::kRows - 1) / Tile::kRows);
-    group = blockIdx.x % groups;
-    const uint32_t rest = blockIdx.x / groups;
-    i0 = int64_t{rest % row_tiles} * Tile::kRows;
+    const uint32_t column_tiles = static_cast<uint32_t>(tiles_of(p.width));
+    const uint32_t row_tiles = static_cast<uint32_t>(tiles_of(p.rows));
+    column_tile = blockIdx.x % column_tiles;
+    const uint32_t rest = blockIdx.x / column_tiles;
+    j0 = int64_t{column_tile} * kTile;
+    i0 = int64_t{rest % row_tiles} * kTile;
     b = first_sample + rest / row_tiles;
-    j_begin = group * kTilesPerBlock * Tile::kColumns;
-    j_end = j_begin + kTilesPerBlock * Tile::kColumns;
-    if (j_end > p.width) j_end = p.width;
+    rows = static_cast<int>(p.rows - i0 < kTile ? p.rows - i0 : kTile);
+    columns = static_cast<int>(p.width - j0 < kTile ? p.width - j0 : kTile);
   }
-  __host__ __device__ static int64_t group_count(int64_t width) {
-    return (width + kTilesPerBlock * Tile::kColumns - 1) / (kTilesPerBlock * Tile::kColumns);
-  }
-};
-
-// The R·S elements of a tile that belong to this thread, for every pair, in shared memory.
-template <typename A, int kElements>
-struct Own {
-  A* data;
-  __device__ __forceinline__ A& at(int pair, int e) const {
-    return data[(pair * kElements + e) * kThreads + static_cast<int>(threadIdx.x)];
+  __device__ __forceinline__ bool inside(int down, int across, int i) const {
+    return tile_row(down, i) < rows && tile_column(across, i) < columns;
   }
 };
 
-// W_r G_p + c for the tile at rows i0, columns j0 of sample b; 0 outside and for absent pairs.
-template <typename Tile, typename T, typename A, int kElements>
-__device__ __forceinline__ void pair_rows(const Problem<T>& p, const A* __restrict__ h, int64_t b, int64_t i0,
-                                          int64_t j0, typename Tile::Stage& stage, const Own<A, kElements>& own) {
-  constexpr int R = Tile::kRows / 16, S = Tile::kColumns / 16;
-  const int64_t first = b * p.length;
-  for (int m = 0; m + 1 < p.modalities; ++m) {
-    for (int n = m + 1; n < p.modalities; ++n) {
-      const int pair = p.pair(m, n);
-      const bool present = p.present(m, n, b), seen = p.visible(n, b);
-      Tile tile;
-      if (present) {
-        tile.template add<Along::kOther, Along::kOther>(
-            stage, p.length,
-            [&](int r, int64_t l) { return i0 + r < p.rows ? h[(m * p.tokens + first + l) * p.rows + i0 + r] : A(0); },
-            [&](int64_t l, int c) { return p.z(n, first + l, j0 + c, seen); });
-      }
-#pragma unroll
-      for (int r = 0; r < R; ++r) {
-        const int64_t i = i0 + tile.row(r);
-        const A bias = i < p.rows ? static_cast<A>(p.row_bias[i]) : A(0);
-#pragma unroll
-        for (int s = 0; s < S; ++s) {
-          const bool inside = present && i < p.rows && j0 + tile.column(s) < p.width;
-          own.at(pair, r * S + s) = inside ? tile.sum[r][s] + bias : A(0);
-        }
-      }
-    }
-  }
-}
+template <typename T>
+constexpr int kPairBytes = kTileBytes<T, T, acc_t<T>, false, false>;
 
-// Sum over the 16 threads that share a row of a tile.
-template <typename A>
-__device__ __forceinline__ A row_sum(A value) {
-  return warp_reduce<16>(value, Sum{});
-}
-
-template <int R, int S, typename A>
-size_t means_bytes(int64_t pairs, int64_t channels) {
-  return (pairs * R * S * kThreads + (pairs + channels) * 16 * R) * sizeof(A);
-}
-
-// Sums over the columns of one group of χ_p R_p and S: sums [groups, B, P + C, q]
-template <int R, int S, typename T>
-__global__ void __launch_bounds__(kThreads, 2)
-    means_kernel(Problem<T> p, const acc_t<T>* __restrict__ h, acc_t<T>* __restrict__ sums) {
+// Dynamic shared memory of the pair kernels behind the product's stages: a number per row, and for some channels the
+// elements of the tile, each of which only its thread uses.
+template <typename T>
+struct PairMemory {
   using A = acc_t<T>;
-  using Tile = GatheredProduct<A, R, S>;
-  MSACORE_SHARED(stage, typename Tile::Stage);
-  const Own<A, R * S> own{dynamic_shared<A>()};
-  A* const total = own.data + p.pairs * R * S * kThreads;  // [P + C, rows of the tile], each kept by one thread
-  const Place<Tile> place(p, 0);
-  const bool keeper = threadIdx.x % 16 == 0;
-  for (int x = 0; keeper && x < p.pairs + p.channels; ++x)
-    for (int r = 0; r < R; ++r) total[x * Tile::kRows + Tile::row(r)] = 0;
-  for (int64_t j0 = place.j_begin; j0 < place.j_end; j0 += Tile::kColumns) {
-    pair_rows<Tile>(p, h, place.b, place.i0, j0, stage, own);
-    for (int x = 0; x < p.pairs; ++x) {
+  static constexpr int kTogether = kPer16<A>;
+  static constexpr int kBytes = kPairBytes<T> + kTile * sizeof(A), kChannelBytes = kTile * kTile * sizeof(A);
+
+  __device__ A* rows() const { return reinterpret_cast<A*>(dynamic_shared<unsigned char>() + kPairBytes<T>); }
+  __device__ A* at(int channel, int down, int across, int i) const {
+    const int group = ((down * 4 + across) * 4 + i) / kTogether;
+    return rows() + kTile + channel * kTile * kTile + (group * kTileThreads + thread_in_block()) * kTogether;
+  }
+
+  // Calls body(values, down, across, i) with kTogether values of a channel after the other.
+  template <typename Body>
+  __device__ __forceinline__ void for_each(int channel, const Body& body) const {
 #pragma unroll
-      for (int r = 0; r < R; ++r) {
-        A sum = 0;
+    for (int down = 0; down < 2; ++down)
 #pragma unroll
-        for (int s = 0; s < S; ++s) {
-          A& value = own.at(x, r * S + s);
-          value = activate(p.activation, value);
-          sum += value;
+      for (int across = 0; across < 4; ++across)
+#pragma unroll
+        for (int i = 0; i < 4; i += kTogether) body(at(channel, down, across, i), down, across, i);
+  }
+};
+
+// c ← W_r G_p + c 1ᵀ of the pair (m, n) at a tile, zero outside and for absent pairs. Called by all threads.
+template <typename T>
+__device__ __forceinline__ void pair_rows(TileSums<acc_t<T>>& c, const Problem<T>& p, const T* __restrict__ h,
+                                          const Place& place, int m, int n) {
+  using A = acc_t<T>;
+  clear(c);
+  const bool present = p.present(m, n, place.b);
+  if (present) {
+    const int64_t first = place.b * p.length;
+#pragma unroll 1
+    for (int part = 0; part < kParts<T>; ++part)
+      add_tile_product<false, false>(c, p.tokens_from(h, part, m, first, p.length, place.i0),
+                                     Tokens<T>{p, n, first, p.length, place.j0}, p.length, place.rows, place.columns);
+  }
+#pragma unroll
+  for (int down = 0; down < 2; ++down)
+#pragma unroll
+    for (int i = 0; i < 4; ++i) {
+      const int row = tile_row(down, i);
+      const A bias = row < place.rows ? static_cast<A>(p.row_bias[place.i0 + row]) : A(0);
+#pragma unroll
+      for (int across = 0; across < 4; ++across) {
+        const bool inside = present && place.inside(down, across, i);
+        A& value = c[down][across][i];
+        value = inside ? value + bias : A(0);
+      }
+    }
+}
+
+template <typename A>
+__device__ __forceinline__ void activate_all(Activation activation, TileSums<A>& c) {
+#pragma unroll
+  for (int down = 0; down < 2; ++down)
+#pragma unroll
+    for (int across = 0; across < 4; ++across)
+#pragma unroll
+      for (int i = 0; i < 4; ++i) c[down][across][i] = activate(activation, c[down][across][i]);
+}
+
+// Calls body(m, n, pair) for every pair.
+template <typename T, typename Body>
+__device__ __forceinline__ void for_pairs(const Problem<T>& p, const Body& body) {
+  int pair = 0;
+  for (int m = 0; m + 1 < p.modalities; ++m)
+    for (int n = m + 1; n < p.modalities; ++n) body(m, n, pair++);
+}
+
+// Adds a pair's share V[c, p] χ_p R_p to `count` channels from `first` on, which begin with e[c] at the first pair.
+template <typename T>
+__device__ __forceinline__ void mix(const PairMemory<T>& memory, const Problem<T>& p, int first, int count, int pair,
+                                    const TileSums<acc_t<T>>& c) {
+  using A = acc_t<T>;
+  constexpr int kTogether = PairMemory<T>::kTogether;
+  for (int channel = 0; channel < count; ++channel) {
+    const A weight = static_cast<A>(p.pair_weight[(first + channel) * p.pairs + pair]);
+    const A bias = static_cast<A>(p.pair_bias[first + channel]);
+    memory.for_each(channel, [&](A* at, int down, int across, int i) {
+      Vector<A, kTogether> mixed;
+      if (pair > 0) mixed = load<kTogether>(at);
+#pragma unroll
+      for (int e = 0; e < kTogether; ++e)
+        mixed.at[e] = (pair > 0 ? mixed.at[e] : bias) + weight * c[down][across][i + e];
+      store(at, mixed);
+    });
+  }
+}
+
+// A thread's sums over the rows of a tile that it has elements of: of row tile_row(r / 2, r % 2 * 2).
+template <typename A>
+using RowSums = A[4];
+
+template <typename A>
+__device__ __forceinline__ void add_rows(RowSums<A>& sums, const TileSums<A>& c) {
+#pragma unroll
+  for (int down = 0; down < 2; ++down)
+#pragma unroll
+    for (int across = 0; across < 4; ++across)
+#pragma unroll
+      for (int i = 0; i < 4; ++i) sums[down * 2 + i / 2] += c[down][across][i];
+}
+
+// to[row] ← the sum over all threads, for the first `count` rows. Called by all threads; `shared` is [kTile].
+template <typename A>
+__device__ __forceinline__ void write_rows(RowSums<A>& sums, A* shared, A* to, int count) {
+  const bool first = lane_id() % 4 == 0, left = warp_id() % 2 == 0;
+#pragma unroll
+  for (int r = 0; r < 4; ++r) sums[r] = warp_reduce<4>(sums[r], Sum{});
+  __syncthreads();  // the readers of an earlier call are done
+#pragma unroll
+  for (int r = 0; r < 4; ++r)
+    if (first && !left) shared[tile_row(r / 2, r % 2 * 2)] = sums[r];
+  __syncthreads();
+#pragma unroll
+  for (int r = 0; r < 4; ++r) {
+    const int row = tile_row(r / 2, r % 2 * 2);
+    if (first && left && row < count) to[row] = sums[r] + shared[row];
+  }
+}
+
+// Sums over the columns of one tile of χ_p R_p and S: sums [column tiles, B, P + C, q]. `together` channels at a time.
+template <typename T>
+__global__ void __launch_bounds__(kTileThreads, kPairKernelBlocks<T>)
+    means_kernel(const __grid_constant__ Problem<T> p, const T* __restrict__ h, acc_t<T>* __restrict__ sums,
+                 int together) {
+  using A = acc_t<T>;
+  const PairMemory<T> memory;
+  const Place place(p, 0);
+  A* const to = sums + (place.column_tile * p.batch + place.b) * (p.pairs + p.channels) * p.rows + place.i0;
+  int first = 0;
+  do {
+    const int count = p.channels - first < together ? p.channels - first : together;
+    for_pairs(p, [&](int m, int n, int pair) {
+      TileSums<A> c;
+      pair_rows(c, p, h, place, m, n);
+      activate_all(p.activation, c);
+      mix(memory, p, first, count, pair, c);
+      if (first > 0) return;
+      RowSums<A> row_sums{};
+      add_rows(row_sums, c);
+      write_rows(row_sums, memory.rows(), to + pair * p.rows, place.rows);
+    });
+    for (int channel = 0; channel < count; ++channel) {
+      RowSums<A> row_sums{};
+      memory.for_each(channel, [&](A* at, int down, int across, int i) {
+        const auto mixed = load<PairMemory<T>::kTogether>(at);
+#pragma unroll
+        for (int e = 0; e < PairMemory<T>::kTogether; ++e) {
+          const bool inside = tile_column(across, i + e) < place.columns;
+          row_sums[down * 2 + (i + e) / 2] += inside ? activate(p.activation, mixed.at[e]) : A(0);
         }
-        sum = row_sum(sum);
-        if (keeper) total[x * Tile::kRows + Tile::row(r)] += sum;
-      }
+      });
+      write_rows(row_sums, memory.rows(), to + (p.pairs + first + channel) * p.rows, place.rows);
     }
-    for (int c = 0; c < p.channels; ++c) {
-      A mixed[R * S];
-      const A bias = static_cast<A>(p.pair_bias[c]);
-#pragma unroll
-      for (int e = 0; e < R * S; ++e) mixed[e] = bias;
-      for (int x = 0; x < p.pairs; ++x) {
-        const A weight = static_cast<A>(p.pair_weight[c * p.pairs + x]);
-#pragma unroll
-        for (int e = 0; e < R * S; ++e) mixed[e] += weight * own.at(x, e);
-      }
-#pragma unroll
-      for (int r = 0; r < R; ++r) {
-        A sum = 0;
-#pragma unroll
-        for (int s = 0; s < S; ++s)
-          sum += j0 + Tile::column(s) < p.width ? activate(p.activation, mixed[r * S + s]) : A(0);
-        sum = row_sum(sum);
-        if (keeper) total[(p.pairs + c) * Tile::kRows + Tile::row(r)] += sum;
-      }
-    }
-  }
-  for (int x = 0; keeper && x < p.pairs + p.channels; ++x) {
-    for (int r = 0; r < R; ++r) {
-      const int64_t i = place.i0 + Tile::row(r);
-      if (i < p.rows) {
-        sums[((place.group * p.batch + place.b) * (p.pairs + p.channels) + x) * p.rows + i] =
-            total[x * Tile::kRows + Tile::row(r)];
-      }
-    }
-  }
+    first += count;
+  } while (first < p.channels);
 }
 
 // Column means from the sums of the groups, in their order: pairs [B, P, q], fused [B, C, q]

@@ -10,6 +10,8 @@ from hypothesis import strategies as st
 import msacore
 from tests.cases.low_rank_fusion import low_rank_arguments
 from tests.cases.matrix_fusion import fusion_arguments
+from tests.cuda_on_host.dispatch import CudaOnHost
+from tests.opcase import outputs_of
 
 CPU, FLOAT64 = torch.device("cpu"), torch.float64
 small = st.integers(1, 5)
@@ -142,6 +144,21 @@ def test_a_fully_masked_sample_is_made_of_biases(augment: bool) -> None:
     torch.testing.assert_close(pairs, rows.expand(2, 3, 5))
     mixed = arguments["pair_weight"].sum(1)[:, None] * rows + arguments["pair_bias"][:, None]
     torch.testing.assert_close(fused, mixed.relu().expand(2, 2, 5))
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
+def test_cuda_code_takes_features_at_any_address(dtype: torch.dtype) -> None:
+    """Whole pieces of 16 bytes and single elements are copied to the same places."""
+    fusion = fusion_arguments(CPU, dtype, (2, 3, 16, 3, 5, 2), masked=True, missing=True)
+    low_rank = low_rank_arguments(CPU, dtype, 3, 2, 8, (16, 8), missing=True)
+    for function, arguments in (msacore.matrix_fusion, fusion), (msacore.low_rank_fusion, low_rank):
+        moved = dict(arguments)
+        for name in ("features", "factors"):
+            if name in moved:
+                moved[name] = [torch.cat([x.new_zeros(1), x.flatten()])[1:].view(x.shape) for x in moved[name]]
+        with CudaOnHost():
+            for a, b in zip(outputs_of(function(**moved)), outputs_of(function(**arguments)), strict=True):
+                assert torch.equal(a, b)
 
 
 def test_non_finite_features_reach_only_their_own_sample() -> None:

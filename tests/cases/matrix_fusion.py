@@ -51,7 +51,8 @@ def _samples(device: torch.device, dtype: torch.dtype) -> list[Sample]:
     def sample(name: str, *sizes: int, small: bool = True, on_host: bool = True, **options: Any) -> Sample:
         return Sample(name, fusion_arguments(device, dtype, sizes, **options), small, on_host)  # type: ignore[arg-type]
 
-    # On a GPU a block takes 64 tokens or 64 rows, and four tiles of 32 columns; above 16 tokens its backward differs.
+    # On a GPU a block takes 64 tokens, rows or columns, 16 to 32 tokens at a time, and as many channels as fit into its
+    # shared memory; features whose width is a multiple of 16 bytes are copied in pieces of that size.
     big, tiles = dict(small=False, on_host=False), dict(small=False)
 
     return [
@@ -77,6 +78,9 @@ def _samples(device: torch.device, dtype: torch.dtype) -> list[Sample]:
         sample("several tiles", 5, 25, 130, 3, 65, 2, masked=True, missing=True, **tiles),
         sample("several tiles, complete", 7, 11, 70, 2, 33, 3, **tiles),
         sample("several tiles, gelu", 3, 18, 40, 3, 17, 3, missing=True, activation="gelu", **tiles),
+        sample("several tiles, whole pieces", 4, 37, 72, 3, 24, 2, masked=True, missing=True, **tiles),
+        sample("several tiles of tokens", 3, 67, 24, 2, 18, 2, masked=True, missing=True, augment=False, **tiles),
+        sample("many channels", 3, 3, 8, 3, 5, 11, masked=True, missing=True, activation="gelu", **tiles),
         sample("several tiles, pooled", 9, 1, 140, 4, 33, 3, pooled=True, masked=True, missing=True, **tiles),
     ]
 
