@@ -21,15 +21,22 @@ struct Operands {
     check(s.modalities <= kMaxModalities, op, "expected `features` to hold at most ", kMaxModalities,
           " modalities on a GPU, got ", s.modalities);
     check(s.rank < 1 << 16, op, "expected `rank_weight` to hold at most 65535 ranks on a GPU, got ", s.rank);
+    const auto aligned = [](const T* rows, int64_t width) {
+      return width % kPer16<T> == 0 && reinterpret_cast<uintptr_t>(rows) % 16 == 0;
+    };
+    problem.factors_aligned = true;
     for (int64_t m = 0; m < s.modalities; ++m) {
       problem.x[m] = own<T>(in.features[m]);
       problem.factors[m] = own<T>(in.factors[m]);
       problem.features[m] = s.features[m];
+      problem.aligned[m] = aligned(problem.x[m], s.features[m]);
+      problem.factors_aligned = problem.factors_aligned && aligned(problem.factors[m], s.width);
     }
     problem.rank_weight = own<T>(in.rank_weight);
     problem.bias = own<T>(in.bias);
     problem.available = in.available ? own<bool>(*in.available) : nullptr;
     problem.batch = s.batch, problem.rank = s.rank, problem.width = s.width;
+    problem.width_stride = (s.width + kPer16<acc_t<T>> - 1) / kPer16<acc_t<T>> * kPer16<acc_t<T>>;
     problem.modalities = static_cast<int>(s.modalities);
   }
   template <typename Value>
@@ -54,8 +61,8 @@ std::tuple<Tensor, Tensor> forward_cuda(const std::vector<Tensor>& features, con
     using T = typename decltype(tag)::type;
     const Operands<T> operands(op, in, s);
     acc_t<T>* const a = projections.mutable_data_ptr<acc_t<T>>();
-    launch(project_kernel<T>, dim3(tiles_of(s.batch, 64) * tiles_of(s.width, 64), s.rank, s.modalities), dim3(kThreads),
-           0, device.stream, operands.problem, a);
+    launch(project_kernel<T>, dim3(tiles_of(s.batch) * tiles_of(s.width), s.rank, s.modalities), dim3(kTileThreads),
+           kProjectBytes<T>, device.stream, operands.problem, a);
     launch(combine_kernel<T>, grid_for(s.batch * s.width, kThreads), dim3(kThreads), 0, device.stream, operands.problem,
            a, out.mutable_data_ptr<T>());
   });
@@ -66,13 +73,13 @@ template <typename T>
 void backward(const Problem<T>& p, const Tensor& grad_out, const Tensor& projections, const Gradients<T>& grads,
               GradTensors& results, cudaStream_t stream) {
   using A = acc_t<T>;
-  const int64_t count = p.batch * p.width;
+  const int64_t count = p.batch * p.width_stride;
   const int64_t widest = *std::max_element(p.features, p.features + p.modalities);
   const auto workspace = [&](std::initializer_list<int64_t> sizes) {
     return torch::stable::new_empty(projections, sizes);
   };
   const unsigned blocks = grid_for((count + 3) / 4, kThreads).x;
-  Tensor shares = workspace({blocks, p.rank}), grad_a = workspace({p.modalities, p.rank, p.batch, p.width});
+  Tensor shares = workspace({blocks, p.rank}), grad_a = workspace({p.modalities, p.rank, p.batch, p.width_stride});
   const T* const grad = grad_out.const_data_ptr<T>();
   A* const grad_projections = grad_a.mutable_data_ptr<A>();
   launch(combine_backward_kernel<T>, dim3(blocks, p.rank), dim3(kThreads), 0, stream, p, grad,
@@ -80,10 +87,10 @@ void backward(const Problem<T>& p, const Tensor& grad_out, const Tensor& project
   sum_shares(shares.const_data_ptr<A>(), int64_t{blocks}, p.rank, results.rank_weight.mutable_data_ptr<T>(), p.rank,
              stream);
   sum_shares(grad, p.batch, p.width, results.bias.mutable_data_ptr<T>(), p.width, stream);
-  launch(factor_grads_kernel<T>, dim3(tiles_of(widest + 1, 64) * tiles_of(p.width, 64), p.rank, p.modalities),
-         dim3(kThreads), 0, stream, p, grad_projections, grads);
-  launch(feature_grads_kernel<T>, dim3(tiles_of(p.batch, 64) * tiles_of(widest, 64), 1, p.modalities), dim3(kThreads),
-         0, stream, p, grad_projections, grads, widest);
+  launch(factor_grads_kernel<T>, dim3(tiles_of(widest + 1) * tiles_of(p.width), p.rank, p.modalities),
+         dim3(kTileThreads), kFactorBytes<T>, stream, p, grad_projections, grads, widest);
+  launch(feature_grads_kernel<T>, dim3(tiles_of(p.batch) * tiles_of(widest), 1, p.modalities), dim3(kTileThreads),
+         kFeatureBytes<T>, stream, p, grad_projections, grads, widest);
 }
 
 std::tuple<std::vector<Tensor>, std::vector<Tensor>, Tensor, Tensor> backward_cuda(

@@ -53,6 +53,7 @@ def _samples(device: torch.device, dtype: torch.dtype) -> list[Sample]:
         sample("no features", 3, 2, 2, (0, 2), missing=True, small=False),
         sample("large", 301, 5, 67, (70, 33, 129), missing=True, small=False),
         sample("large and complete", 65, 4, 128, (128, 60, 30), small=False),
+        sample("large, whole pieces", 70, 2, 72, (136, 64), missing=True, small=False),
     ]
 
 
