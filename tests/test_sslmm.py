@@ -15,8 +15,8 @@ from examples.msa.synthetic import synthetic
 from examples.sslmm.__main__ import main
 from examples.sslmm.config import ABLATIONS, Config, ablated
 from examples.sslmm.evaluate import Cell, Grid, run_cell
-from examples.sslmm.losses import drop_one_modality, hide_nodes, ramp_up, supervised_loss
-from examples.sslmm.model import SSLMM, Batch, Dropout
+from examples.sslmm.losses import drop_one_modality, ramp_up, supervised_loss
+from examples.sslmm.model import Dropout
 from examples.sslmm.train import Trainer
 
 QUICK = Config(width=8, steps=2, pretrain_epochs=2, finetune_epochs=3, teacher_passes=2, conversations=4)
@@ -117,7 +117,6 @@ def test_each_ablation_changes_the_run(corpus: Corpus) -> None:
         {"send": "never"},
         {"window": 0},
         {"noise": 0.5},
-        {"hide_share": 0.9},
         {"mask_share": 0.2},
         {"contrast_weight": 0.0},
         {"view_weight": 0.5},
@@ -138,15 +137,6 @@ def test_dropping_a_modality_always_leaves_one() -> None:
         assert not (left & ~observed).any()
 
 
-def test_hidden_nodes_have_the_asked_share_and_were_observed() -> None:
-    observed = torch.rand(2000, 3) < 0.5
-    left = hide_nodes(observed, 0.3)
-    assert not (left & ~observed).any()
-    assert left.sum() / observed.sum() == pytest.approx(0.7, abs=0.04)
-    assert torch.equal(hide_nodes(observed, 0.0), observed)
-    assert not hide_nodes(observed, 1.0).any()
-
-
 def test_dropout_keeps_the_mean_and_is_off_in_evaluation() -> None:
     layer, x = Dropout(0.3), torch.ones(1000, 33)
     y = layer(x)
@@ -158,30 +148,6 @@ def test_dropout_keeps_the_mean_and_is_off_in_evaluation() -> None:
     assert torch.equal(layer(x), first)
     assert layer.eval()(x) is x
     assert Dropout(0.0)(x) is x
-
-
-def test_the_second_propagation_starts_from_the_rebuilt_features() -> None:
-    model = SSLMM((12, 5), QUICK).double().eval()
-    observed = torch.tensor([[1, 0], [0, 1], [1, 1], [1, 0]], dtype=torch.bool)
-    batch = Batch([torch.randn(4, d).double() for d in (12, 5)], observed, torch.tensor([0, 4]))
-    own = model.encode(batch)
-    first = model.propagation(own, batch.offsets, available=observed)
-    encoded = [encoder(x) for encoder, x in zip(model.encoders, model.reconstruct(first), strict=True)]
-    filled = torch.where(observed[..., None], own, torch.stack(encoded, 1))
-    out = model(batch)
-    torch.testing.assert_close(out.nodes, first)
-    torch.testing.assert_close(out.fused, model.propagation(filled, batch.offsets).flatten(1))
-    without = SSLMM((12, 5), replace(QUICK, reconstruction="none")).double().eval()
-    without.load_state_dict(model.state_dict())
-    torch.testing.assert_close(without(batch).fused, first.flatten(1))
-
-
-def test_reconstruction_has_work_where_each_utterance_keeps_one_of_two_modalities(corpus: Corpus) -> None:
-    two = corpus.keep_modalities(["text", "audio"])
-    default, without = _trainer(two), _trainer(two, replace(QUICK, reconstruction="none"))
-    assert (default.observed.sum(1) == 1).all()
-    assert default.fit().history["finetune"][0]["reconstruction"] > 0
-    assert "reconstruction" not in without.fit().history["finetune"][0]
 
 
 def test_supervised_loss_is_the_mean_over_labelled() -> None:

@@ -37,10 +37,8 @@ class Config:
         teacher_passes: Dropout passes of the teacher per step.
         teacher_decay: Highest decay of the teacher's moving average.
         noise: Deviation of Gaussian noise on the student's features.
-        hide_share: Stage B: share of the observed nodes hidden from the student, even an utterance's last one.
-        reconstruction: Targets of stage B: ``"observed"`` (nodes hidden on purpose), ``"oracle"`` (the clean
-            features that the simulation hid) or ``"none"``. Unless ``"none"``, missing features are rebuilt and
-            propagated a second time before the prediction.
+        reconstruction: Targets of stage B: ``"observed"`` (modalities dropped on purpose), ``"oracle"`` (the clean
+            features that the simulation hid) or ``"none"``.
         reconstruction_weight: Its weight.
     """
 
@@ -70,7 +68,6 @@ class Config:
     teacher_passes: int = 2
     teacher_decay: float = 0.99
     noise: float = 0.1
-    hide_share: float = 0.3
     reconstruction: str = "observed"
     reconstruction_weight: float = 0.3
 

@@ -21,11 +21,6 @@ def drop_one_modality(observed: Tensor) -> Tensor:
     return observed & ~(last & (observed.sum(1, keepdim=True) >= 2))
 
 
-def hide_nodes(observed: Tensor, share: float) -> Tensor:
-    """Hide each observed node with chance ``share``; an utterance may keep only its neighbours. bool ``[N, M]``."""
-    return observed & (torch.rand(observed.shape, device=observed.device) >= share)
-
-
 def reconstruction_error(built: list[Tensor], features: list[Tensor], where: Tensor) -> Tensor:
     """Σ_m (1/d_m) Σ_{i: where} ‖x̂ − x‖² / number of utterances (the form of GCNet); only ``where`` is read."""
     total = built[0].new_zeros(())

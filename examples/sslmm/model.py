@@ -6,7 +6,6 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor, nn
 
 import msacore
@@ -36,14 +35,7 @@ class Batch:
 
 @dataclass(frozen=True)
 class Output:
-    """Of N utterances.
-
-    Args:
-        nodes: After the first propagation, ``[N, M, width]``.
-        fused: After the last, ``[N, M · width]``.
-        prediction: Sentiment, ``[N]``.
-        rank: Score of the ranking head, ``[N]``.
-    """
+    """``nodes`` after propagation ``[N, M, width]``, ``fused`` ``[N, M · width]``; ``prediction``, ``rank`` ``[N]``."""
 
     nodes: Tensor
     fused: Tensor
@@ -71,16 +63,14 @@ class SSLMM(nn.Module):
 
     A missing modality starts as its mask token and receives what its neighbours and the other modalities of the
     utterance send (METHODS: nodes per utterance and modality as in MMGCN, teleport as in APPNP, reconstruction as in
-    GCNet). With reconstruction its features are rebuilt from what it received, and a second propagation starts from
-    them instead of the mask token. The read-out concatenates the nodes of an utterance.
+    GCNet). The read-out concatenates the nodes of an utterance.
     """
 
     def __init__(self, dims: Sequence[int], config: Config) -> None:
         super().__init__()
         width = config.width
         self.config = config
-        self.encoders = nn.ModuleList(nn.Linear(d, width) for d in dims)
-        self.norms = nn.ModuleList(nn.LayerNorm(width) for _ in dims)
+        self.encoders = nn.ModuleList(nn.Sequential(nn.Linear(d, width), nn.LayerNorm(width)) for d in dims)
         self.dropout = Dropout(config.dropout)
         self.mask_token = nn.Parameter(torch.randn(len(dims), width) * 0.02)
         self.remask_token = nn.Parameter(torch.zeros(width))
@@ -110,28 +100,14 @@ class SSLMM(nn.Module):
 
     def read(self, own: Tensor, batch: Batch) -> Output:
         """Propagate and predict from what :meth:`encode` gave; every call drops out anew."""
-        nodes = last = self.propagation(self.dropout(own), batch.offsets, available=batch.observed)
-        if self.config.reconstruction != "none":
-            filled = torch.where(batch.observed[..., None], own, self._embed_rebuilt(nodes))
-            last = self.propagation(self.dropout(filled), batch.offsets)
-        fused = last.flatten(1)
+        nodes = self.propagation(self.dropout(own), batch.offsets, available=batch.observed)
+        fused = nodes.flatten(1)
         hidden = self.head(fused)
         return Output(nodes, fused, self.sentiment(hidden)[:, 0], self.ranking(hidden)[:, 0])
 
     def reconstruct(self, nodes: Tensor) -> list[Tensor]:
         """Features of every modality from its nodes: per modality ``[N, d_m]``."""
         return [decoder(nodes[:, m]) for m, decoder in enumerate(self.decoders)]
-
-    def _embed_rebuilt(self, nodes: Tensor) -> Tensor:
-        """Rebuilt features, encoded, ``[N, M, width]``. Not normalised: an uncertain rebuild is short and stays so.
-
-        Decoder and encoder are linear, so their product stands for both and no features are written.
-        """
-        embedded = []
-        for m, (encoder, decoder) in enumerate(zip(self.encoders, self.decoders, strict=True)):
-            weight = encoder.weight @ decoder.weight
-            embedded.append(F.linear(nodes[:, m], weight, encoder(decoder.bias)))
-        return torch.stack(embedded, 1)
 
     def reconstruct_masked(self, nodes: Tensor, masked: Tensor, offsets: Tensor) -> list[Tensor]:
         """As :meth:`reconstruct`, from masked nodes that are masked again first: only neighbours can fill them."""
@@ -150,11 +126,11 @@ class SSLMM(nn.Module):
     def encode(self, batch: Batch, noise: float = 0.0) -> Tensor:
         """Nodes before propagation, ``[N, M, width]``: encoded features, or the mask token where hidden."""
         nodes = []
-        for m, (encoder, norm, x) in enumerate(zip(self.encoders, self.norms, batch.features, strict=True)):
+        for m, (encoder, x) in enumerate(zip(self.encoders, batch.features, strict=True)):
             seen = batch.observed[:, m, None]
             # A select before the first product: a hidden NaN would otherwise reach the weights' gradient as 0 · NaN.
             x = torch.where(seen, x, 0)
             if noise:
                 x = x + noise * torch.randn_like(x)
-            nodes.append(torch.where(seen, norm(encoder(x)), self.mask_token[m]))
+            nodes.append(torch.where(seen, encoder(x), self.mask_token[m]))
         return torch.stack(nodes, 1)

@@ -16,7 +16,7 @@ from examples.msa.checkpoint import load_checkpoint, rng_state, save_checkpoint,
 from examples.msa.corpus import SPLITS, Corpus
 
 from .config import Config
-from .losses import consistency_loss, hide_nodes, pretraining_loss, reconstruction_error, supervised_loss
+from .losses import consistency_loss, drop_one_modality, pretraining_loss, reconstruction_error, supervised_loss
 from .model import SSLMM, Batch
 
 
@@ -165,7 +165,7 @@ class Trainer:
         if config.unlabelled == "none" and config.reconstruction != "observed":
             strong, harder = natural, batch.observed
         else:
-            harder = hide_nodes(batch.observed, config.hide_share)
+            harder = drop_one_modality(batch.observed)
             strong = self.model(batch.seeing(harder), noise=config.noise)
         if config.unlabelled != "none":
             self._update_teacher()
