@@ -1,5 +1,6 @@
-// Low-rank fusion on the CPU. The projections a_mr = [x_m; 1] factors_m[r] are products of one rank each and are kept
-// for the backward pass; everything between them is one pass over rows.
+// Low-rank fusion on the CPU. Tiles of rows stay in cache: for each rank the projections a_mr = [x_m; 1] factors_m[r],
+// which are kept for the backward pass, and then what is made of them. Threads share the ranks, and rows where ranks do
+// not go round; what several of them add to is summed at the end, in order.
 #include "low_rank_fusion.h"
 
 #include <torch/csrc/stable/library.h>
@@ -12,101 +13,84 @@
 #include <vector>
 
 #include "common/product.h"
-#include "common/simd.h"
+#include "low_rank_fusion_rows.h"
 
 namespace msacore::low_rank_fusion {
 namespace {
 
-// out[b] = bias + Σ_r rank_weight[r] Π_m a[m, r, b] for rows begin … end.   a [M, r, B, h]
-template <typename A>
-MSACORE_SIMD void combine(const A* __restrict__ a, const A* __restrict__ rank_weight, const A* __restrict__ bias,
-                          A* __restrict__ out, A* __restrict__ product, int64_t modalities, int64_t rank, int64_t batch,
-                          int64_t width, int64_t begin, int64_t end) {
-  for (int64_t b = begin; b < end; ++b) {
-    A* __restrict__ row = out + (b - begin) * width;
-    for (int64_t j = 0; j < width; ++j) row[j] = bias[j];
-    for (int64_t r = 0; r < rank; ++r) {
-      for (int64_t j = 0; j < width; ++j) product[j] = rank_weight[r];
-      for (int64_t m = 0; m < modalities; ++m) {
-        const A* __restrict__ factor = a + ((m * rank + r) * batch + b) * width;
-        for (int64_t j = 0; j < width; ++j) product[j] *= factor[j];
-      }
-      for (int64_t j = 0; j < width; ++j) row[j] += product[j];
-    }
+struct Range {
+  int64_t begin, end;
+};
+
+// The parts of the ranks and of the rows that threads work on.
+struct Parts {
+  int64_t ranks, rows;
+  int64_t rank, batch;
+
+  explicit Parts(const Sizes& s) : ranks(1), rows(1), rank(s.rank), batch(s.batch) {
+    constexpr int64_t kThreadPays = int64_t{1} << 19, kFewRows = 32;  // multiplications and rows for each thread
+    const int64_t widths = std::accumulate(s.features.begin(), s.features.end(), s.modalities);
+    const int64_t threads = std::clamp<int64_t>(batch * rank * s.width * widths / kThreadPays, 1,
+                                                static_cast<int64_t>(torch::stable::get_num_threads()));
+    ranks = std::gcd(std::max<int64_t>(1, rank), threads);
+    rows = std::clamp<int64_t>(batch / kFewRows, 1, threads / ranks);
   }
-}
 
-// For one rank: grad_a[m] = weight · grad_out · Π_{n ≠ m} a[n], and the gradient of the weight.   a, grad_a: members of
-// modality m start at m · stride and are [B, h]
-template <typename A>
-MSACORE_SIMD double combine_backward(const A* __restrict__ a, const A* __restrict__ grad_out, A* __restrict__ grad_a,
-                                     A weight, int64_t modalities, int64_t stride, int64_t batch, int64_t width) {
-  double grad_weight = 0;
-  for (int64_t b = 0; b < batch; ++b) {
-    const A* __restrict__ g = grad_out + b * width;
-    for (int64_t m = 0; m < modalities; ++m) {
-      A* __restrict__ target = grad_a + m * stride + b * width;
-      for (int64_t j = 0; j < width; ++j) target[j] = g[j];
-      for (int64_t n = 0; n < modalities; ++n) {
-        if (n == m) continue;
-        const A* __restrict__ factor = a + n * stride + b * width;
-        for (int64_t j = 0; j < width; ++j) target[j] *= factor[j];
+  // Calls body(rank_part, ranks, row_part, rows) for every part.
+  template <typename Body>
+  void each(Body&& body) const {
+    torch::stable::parallel_for(0, ranks * rows, 1, [&](int64_t begin, int64_t end) {
+      for (int64_t part = begin; part < end; ++part) {
+        const int64_t i = part / rows, j = part % rows;
+        body(i, Range{rank * i / ranks, rank * (i + 1) / ranks}, j, Range{batch * j / rows, batch * (j + 1) / rows});
       }
-      if (m == 0) {
-        const A* __restrict__ own = a + b * width;
-        A dot = 0;
-#pragma omp simd reduction(+ : dot)
-        for (int64_t j = 0; j < width; ++j) dot += target[j] * own[j];
-        grad_weight += dot;
-      }
-      for (int64_t j = 0; j < width; ++j) target[j] *= weight;
-    }
+    });
   }
-  return grad_weight;
-}
+};
 
-template <typename A>
-MSACORE_SIMD void add_to_rows(const Block<A>& rows, const A* __restrict__ extra) {
-  for (int64_t i = 0; i < rows.rows; ++i)
-    for (int64_t j = 0; j < rows.cols; ++j) rows.row(i)[j] += extra[j];
-}
+// How many members of `size` numbers are worth a thread.
+int64_t grain(int64_t size) { return std::max<int64_t>(1, 32768 / std::max<int64_t>(1, size)); }
 
-template <typename A>
-MSACORE_SIMD void column_sums(const A* __restrict__ rows, int64_t count, int64_t width, double* __restrict__ sum) {
-  std::fill_n(sum, width, 0.0);
-  for (int64_t i = 0; i < count; ++i)
-    for (int64_t j = 0; j < width; ++j) sum[j] += rows[i * width + j];
-}
-
-// Arguments in their accumulation type, the features with zeros where a modality is missing.
+// Arguments in their accumulation type: features with their 1 and with zeros where a modality is missing, factors with
+// rows padded to whole panels.
 template <typename T>
 struct Operands {
   using A = acc_t<T>;
   std::vector<Tensor> keep;
   Scratch scratch;
-  std::vector<Block<const A>> x;
-  std::vector<const A*> factors;
-  std::vector<char> complete;  // no sample lacks this modality
+  std::vector<Block<const A>> x;  // [B, d_m + 1]
+  std::vector<const A*> factors;  // [r, d_m + 1, width]
+  int64_t width;
+  bool in_place;  // rows of results and of the caller's tensors are alike
   const A *rank_weight, *bias;
   const bool* available = nullptr;
 
-  Operands(const Inputs& in, const Sizes& s) {
+  Operands(const Inputs& in, const Sizes& s)
+      : width(padded(s.width)), in_place(std::is_same_v<T, A> && width == s.width) {
     if (in.available) available = own<bool>(contiguous_as(*in.available));
-    rank_weight = parameter(in.rank_weight);
-    bias = parameter(in.bias);
+    rank_weight = own<A>(contiguous_as(in.rank_weight, acc_dtype(in.rank_weight.scalar_type())));
+    bias = own<A>(contiguous_as(in.bias, acc_dtype(in.bias.scalar_type())));
     for (int64_t m = 0; m < s.modalities; ++m) {
-      factors.push_back(parameter(in.factors[m]));
-      const T* feature = own<T>(contiguous_as(in.features[m]));
-      complete.push_back(true);
-      for (int64_t b = 0; b < s.batch; ++b) complete[m] = complete[m] && has(b, m, s);
-      x.push_back({visible(feature, m, s), s.batch, s.features[m], s.features[m]});
+      x.push_back(with_one(own<T>(contiguous_as(in.features[m])), m, s));
+      factors.push_back(padded_rows(own<T>(contiguous_as(in.factors[m])), s.rank * (s.features[m] + 1), s.width));
     }
   }
   bool has(int64_t b, int64_t m, const Sizes& s) const { return !available || available[b * s.modalities + m]; }
+  const A* factor(int64_t m, int64_t r) const { return factors[m] + r * x[m].cols * width; }
 
-  // factors_m[r] without its last row, [d_m, h]; the last row follows it.
-  Block<const A> factor(int64_t m, int64_t r, const Sizes& s) const {
-    return {factors[m] + r * (s.features[m] + 1) * s.width, s.features[m], s.width, s.width};
+  // Rows [count, columns] with zeros up to the width.
+  template <typename Value>
+  const A* padded_rows(const Value* rows, int64_t count, int64_t columns) {
+    if constexpr (std::is_same_v<Value, A>)
+      if (width == columns) return rows;
+    A* packed = scratch.take<A>(count * width);
+    torch::stable::parallel_for(0, count, grain(width), [&](int64_t begin, int64_t end) {
+      for (int64_t i = begin; i < end; ++i) {
+        convert(rows + i * columns, packed + i * width, columns);
+        std::fill(packed + i * width + columns, packed + (i + 1) * width, A(0));
+      }
+    });
+    return packed;
   }
 
  private:
@@ -115,59 +99,68 @@ struct Operands {
     keep.push_back(std::move(t));
     return keep.back().template const_data_ptr<Value>();
   }
-  const A* parameter(const Tensor& t) { return own<A>(contiguous_as(t, acc_dtype(t.scalar_type()))); }
-  const A* visible(const T* feature, int64_t m, const Sizes& s) {
-    if constexpr (std::is_same_v<T, A>)
-      if (complete[m]) return feature;
+  Block<const A> with_one(const T* feature, int64_t m, const Sizes& s) {
     const int64_t d = s.features[m];
-    A* packed = scratch.take<A>(s.batch * d);
+    A* packed = scratch.take<A>(s.batch * (d + 1));
     for (int64_t b = 0; b < s.batch; ++b) {
+      A* row = packed + b * (d + 1);
       if (has(b, m, s))
-        convert(feature + b * d, packed + b * d, d);
+        convert(feature + b * d, row, d);
       else
-        std::fill_n(packed + b * d, d, A(0));
+        std::fill_n(row, d, A(0));
+      row[d] = 1;
     }
-    return packed;
+    return {packed, s.batch, d + 1, d + 1};
   }
 };
 
-// How many tasks of so many multiplications are worth a thread.
-int64_t grain(int64_t work) { return std::max<int64_t>(1, 65536 / std::max<int64_t>(1, work)); }
-
-// Calls body(m, begin, end) with rows begin … end of the batch, for every modality and every part of `rows` rows. The
-// modalities of a part follow each other: widths differ, and each thread gets neighbouring tasks.
+// Calls body(begin, rows) for the tiles of a range of rows.
 template <typename Body>
-void each_part(const Sizes& s, int64_t rows, Body&& body) {
-  const int64_t parts = (s.batch + rows - 1) / rows;
-  const int64_t widest = *std::max_element(s.features.begin(), s.features.end());
-  torch::stable::parallel_for(0, s.modalities * parts, grain(rows * s.rank * s.width * widest),
-                              [&](int64_t first, int64_t last) {
-                                for (int64_t task = first; task < last; ++task) {
-                                  const int64_t begin = task / s.modalities * rows;
-                                  body(task % s.modalities, begin, std::min(s.batch, begin + rows));
-                                }
-                              });
+void each_tile(const Range& rows, Body&& body) {
+  for (int64_t b = rows.begin; b < rows.end; b += kTileRows) body(b, std::min(kTileRows, rows.end - b));
 }
 
-// Rows of a part: all of a small batch, so that it stays on one thread per modality.
-int64_t part_rows(const Sizes& s) { return std::clamp<int64_t>((s.batch + 7) / 8, 32, 256); }
+// Adds members 1 … of `parts`, of `size` numbers each, to member 0, for numbers begin … end.
+template <typename A>
+void add_parts(A* parts, int64_t count, int64_t size, int64_t begin, int64_t end) {
+  for (int64_t i = 1; i < count; ++i) add(parts + i * size + begin, parts + begin, end - begin);
+}
 
 template <typename T>
 void forward(const Operands<T>& in, const Sizes& s, T* out, acc_t<T>* projections) {
   using A = acc_t<T>;
-  each_part(s, part_rows(s), [&](int64_t m, int64_t begin, int64_t end) {
-    for (int64_t r = 0; r < s.rank; ++r) {
-      const Block<const A> factor = in.factor(m, r, s);
-      const Block<A> a{projections + ((m * s.rank + r) * s.batch + begin) * s.width, end - begin, s.width, s.width};
-      multiply(a, in.x[m].rows_from(begin, end - begin), factor);
-      add_to_rows(a, factor.row(factor.rows));
-    }
+  const int64_t width = in.width;
+  const bool direct = width == s.width;  // tiles are written where they are kept
+  const Parts parts(s);
+  Scratch scratch;
+  A* sums = scratch.take<A>(parts.ranks * s.batch * width);
+  parts.each([&](int64_t i, const Range& ranks, int64_t, const Range& rows) {
+    Scratch local;
+    A* tile = direct ? nullptr : local.take<A>(s.modalities * kTileRows * width);
+    A* sum = sums + i * s.batch * width;
+    std::fill(sum + rows.begin * width, sum + rows.end * width, A(0));
+    each_tile(rows, [&](int64_t b, int64_t count) {
+      for (int64_t r = ranks.begin; r < ranks.end; ++r) {
+        const int64_t stride = direct ? s.rank * s.batch * width : kTileRows * width;
+        A* a = direct ? projections + (r * s.batch + b) * width : tile;
+        for (int64_t m = 0; m < s.modalities; ++m) {
+          const Block<const A> x = in.x[m].rows_from(b, count);
+          small_product<A>({count, width, x.cols, x.data, x.row_stride, 1, in.factor(m, r), kPanel, width,
+                            a + m * stride, width, false});
+          for (int64_t row = 0; !direct && row < count; ++row)
+            std::copy_n(a + m * stride + row * width, s.width,
+                        projections + ((m * s.rank + r) * s.batch + b + row) * s.width);
+        }
+        combine(Tile<A>{a, s.modalities, stride, count, width}, in.rank_weight[r], sum + b * width, width);
+      }
+    });
   });
-  torch::stable::parallel_for(0, s.batch, grain(2 * s.modalities * s.rank * s.width), [&](int64_t begin, int64_t end) {
-    Scratch scratch;
-    A *rows = scratch.take<A>((end - begin) * s.width), *product = scratch.take<A>(s.width);
-    combine(projections, in.rank_weight, in.bias, rows, product, s.modalities, s.rank, s.batch, s.width, begin, end);
-    convert(rows, out + begin * s.width, (end - begin) * s.width);
+  torch::stable::parallel_for(0, s.batch, grain(parts.ranks * width), [&](int64_t begin, int64_t end) {
+    add_parts(sums, parts.ranks, s.batch * width, begin * width, end * width);
+    for (int64_t b = begin; b < end; ++b) {
+      add(in.bias, sums + b * width, s.width);
+      convert(sums + b * width, out + b * s.width, s.width);
+    }
   });
 }
 
@@ -195,58 +188,93 @@ struct Gradients {
 };
 
 template <typename T>
-void backward(const Operands<T>& in, const Sizes& s, const T* grad_out_, const acc_t<T>* projections,
+void backward(Operands<T>& in, const Sizes& s, const T* grad_out_, const acc_t<T>* projections,
               const Gradients<T>& grads) {
   using A = acc_t<T>;
-  constexpr bool kInPlace = std::is_same_v<T, A>;
-  const int64_t count = s.batch * s.width;
+  const int64_t width = in.width;
+  const bool direct = width == s.width;
+  const Parts parts(s);
+  const A* grad_out = in.padded_rows(grad_out_, s.batch, s.width);
+
+  // For each modality: factors without the row of the 1, transposed; gradients of x, a member per part of the ranks,
+  // and of the factors, a member per part of the rows.
   Scratch scratch;
-  A* grad_out = scratch.take<A>(count);
-  convert(grad_out_, grad_out, count);
-  A* grad_a = scratch.take<A>(s.modalities * s.rank * count);  // [M, r, B, h]
-  const int64_t widths = std::accumulate(s.features.begin(), s.features.end(), int64_t(0));
-  torch::stable::parallel_for(0, s.rank, grain(count * widths), [&](int64_t first, int64_t last) {
-    Scratch local;
-    double* sums = local.take<double>(s.width);
-    A* product = kInPlace ? nullptr : local.take<A>(*std::max_element(s.features.begin(), s.features.end()) * s.width);
-    for (int64_t r = first; r < last; ++r) {
-      const int64_t stride = s.rank * count;
-      grads.rank_weight[r] =
-          static_cast<T>(combine_backward(projections + r * count, grad_out, grad_a + r * count, in.rank_weight[r],
-                                          s.modalities, stride, s.batch, s.width));
-      for (int64_t m = 0; m < s.modalities; ++m) {
-        const int64_t d = s.features[m];
-        const Block<const A> grad{grad_a + m * stride + r * count, s.batch, s.width, s.width};
-        T* target = grads.factors[m] + r * (d + 1) * s.width;
-        if constexpr (kInPlace) product = target;
-        multiply(Block<A>{product, d, s.width, s.width}, in.x[m].transposed(), grad);
-        if constexpr (!kInPlace) convert(product, target, d * s.width);
-        column_sums(grad.data, s.batch, s.width, sums);
-        convert(sums, target + d * s.width, s.width);
-      }
-    }
-  });
-  each_part(s, part_rows(s), [&](int64_t m, int64_t begin, int64_t end) {
+  std::vector<A*> transposed, grad_x, grad_factors;
+  const bool in_place = in.in_place && parts.rows == 1;
+  for (int64_t m = 0; m < s.modalities; ++m) {
     const int64_t d = s.features[m];
+    A* panels = scratch.take<A>(s.rank * padded(d) * s.width);
+    torch::stable::parallel_for(0, s.rank, grain(d * s.width), [&](int64_t begin, int64_t end) {
+      for (int64_t r = begin; r < end; ++r)
+        transpose_panels(in.factor(m, r), d, width, s.width, panels + r * padded(d) * s.width);
+    });
+    transposed.push_back(panels);
+    grad_x.push_back(scratch.take<A>(parts.ranks * s.batch * padded(d)));
+    if constexpr (std::is_same_v<T, A>)
+      if (in_place) grad_factors.push_back(grads.factors[m]);
+    if (!in_place) grad_factors.push_back(scratch.take<A>(parts.rows * s.rank * (d + 1) * width));
+  }
+  double* grad_weights = scratch.take<double>(parts.rows * s.rank);
+
+  parts.each([&](int64_t i, const Range& ranks, int64_t j, const Range& rows) {
     Scratch local;
-    T* target = grads.features[m] + begin * d;
-    A* product;
-    if constexpr (kInPlace)
-      product = target;
-    else
-      product = local.take<A>((end - begin) * d);
-    const Block<A> grad_x{product, end - begin, d, d};
-    if (s.rank == 0) std::fill_n(product, (end - begin) * d, A(0));
-    for (int64_t r = 0; r < s.rank; ++r) {
-      const Block<const A> grad{grad_a + ((m * s.rank + r) * s.batch + begin) * s.width, end - begin, s.width, s.width};
-      multiply(grad_x, grad, in.factor(m, r, s).transposed(), r > 0);
+    A* grad_a = local.take<A>(s.modalities * kTileRows * width);
+    A* tile = direct ? nullptr : local.take<A>(s.modalities * kTileRows * width);
+    std::fill(grad_weights + j * s.rank + ranks.begin, grad_weights + j * s.rank + ranks.end, 0.0);
+    for (int64_t m = 0; m < s.modalities; ++m) {
+      const int64_t columns = padded(s.features[m]), size = in.x[m].cols * width;
+      if (ranks.begin == ranks.end)
+        std::fill_n(grad_x[m] + (i * s.batch + rows.begin) * columns, (rows.end - rows.begin) * columns, A(0));
+      if (rows.begin == rows.end)
+        std::fill_n(grad_factors[m] + (j * s.rank + ranks.begin) * size, (ranks.end - ranks.begin) * size, A(0));
     }
-    if constexpr (!kInPlace) convert(product, target, (end - begin) * d);
-    for (int64_t b = begin; b < end; ++b)
-      if (!in.has(b, m, s)) std::fill_n(grads.features[m] + b * d, d, T(0));
+    for (int64_t r = ranks.begin; r < ranks.end; ++r)
+      each_tile(rows, [&](int64_t b, int64_t count) {
+        const int64_t stride = direct ? s.rank * s.batch * width : kTileRows * width;
+        const A* a = direct ? projections + (r * s.batch + b) * width : tile;
+        for (int64_t m = 0; !direct && m < s.modalities; ++m)
+          for (int64_t row = 0; row < count; ++row) {
+            A* padded_row = tile + m * stride + row * width;
+            std::copy_n(projections + ((m * s.rank + r) * s.batch + b + row) * s.width, s.width, padded_row);
+            std::fill(padded_row + s.width, padded_row + width, A(0));
+          }
+        grad_weights[j * s.rank + r] += combine_backward(Tile<A>{a, s.modalities, stride, count, width},
+                                                         in.rank_weight[r], grad_out + b * width, grad_a, width);
+        for (int64_t m = 0; m < s.modalities; ++m) {
+          const Block<const A> x = in.x[m].rows_from(b, count);
+          const int64_t columns = padded(s.features[m]);
+          const A* grad = grad_a + m * kTileRows * width;
+          small_product<A>({x.cols, width, count, x.data, 1, x.row_stride, grad, kPanel, width,
+                            grad_factors[m] + (j * s.rank + r) * x.cols * width, width, b > rows.begin});
+          small_product<A>({count, columns, s.width, grad, width, 1, transposed[m] + r * columns * s.width,
+                            kPanel * s.width, kPanel, grad_x[m] + (i * s.batch + b) * columns, columns,
+                            r > ranks.begin});
+        }
+      });
   });
-  double* sums = scratch.take<double>(s.width);
-  column_sums(grad_out, s.batch, s.width, sums);
+
+  for (int64_t m = 0; m < s.modalities; ++m) {
+    const int64_t d = s.features[m], columns = padded(d), size = (d + 1) * width;
+    torch::stable::parallel_for(0, s.batch, grain(parts.ranks * columns), [&](int64_t begin, int64_t end) {
+      add_parts(grad_x[m], parts.ranks, s.batch * columns, begin * columns, end * columns);
+      for (int64_t b = begin; b < end; ++b) {
+        if (in.has(b, m, s))
+          convert(grad_x[m] + b * columns, grads.features[m] + b * d, d);
+        else
+          std::fill_n(grads.features[m] + b * d, d, T(0));
+      }
+    });
+    if (in_place) continue;
+    torch::stable::parallel_for(0, s.rank, grain(parts.rows * size), [&](int64_t begin, int64_t end) {
+      add_parts(grad_factors[m], parts.rows, s.rank * size, begin * size, end * size);
+      for (int64_t row = begin * (d + 1); row < end * (d + 1); ++row)
+        convert(grad_factors[m] + row * width, grads.factors[m] + row * s.width, s.width);
+    });
+  }
+  add_parts(grad_weights, parts.rows, s.rank, 0, s.rank);
+  convert(grad_weights, grads.rank_weight, s.rank);
+  double* sums = scratch.take<double>(width);
+  column_sums(grad_out, s.batch, width, sums);
   convert(sums, grads.bias, s.width);
 }
 
@@ -267,7 +295,8 @@ std::tuple<std::vector<Tensor>, std::vector<Tensor>, Tensor, Tensor> backward_cp
       grads.features.push_back(results.features[m].mutable_data_ptr<T>());
       grads.factors.push_back(results.factors[m].mutable_data_ptr<T>());
     }
-    backward(Operands<T>(in, s), s, grad_out.const_data_ptr<T>(), projections.const_data_ptr<acc_t<T>>(), grads);
+    Operands<T> operands(in, s);
+    backward(operands, s, grad_out.const_data_ptr<T>(), projections.const_data_ptr<acc_t<T>>(), grads);
   });
   return results.in_order();
 }

@@ -26,6 +26,8 @@ MSACORE_INLINE void register_product(int64_t depth, const A* a, int64_t row_a, i
   constexpr int kWidth = kBytes / static_cast<int>(sizeof(A));
   Vector sum[kRows][kVectors];
 #pragma GCC unroll 16
+  for (int i = 0; i < kRows; ++i) __builtin_prefetch(c + i * row_c, 1);  // it may be in an outer cache
+#pragma GCC unroll 16
   for (int i = 0; i < kRows; ++i)
 #pragma GCC unroll 2
     for (int v = 0; v < kVectors; ++v) sum[i][v] = Vector{};
@@ -61,20 +63,25 @@ struct Product {
   bool add;
 };
 
+template <typename A, int kBytes, int kRows>
+MSACORE_INLINE void rows_product(const Product<A>& t, int64_t i, int64_t j) {
+  register_product<A, kBytes, kRows, RegisterBlock<A, kBytes>::kVectors>(
+      t.depth, t.a + i * t.row_a, t.row_a, t.step_a, t.b + j / kPanel * t.panel_b + j % kPanel, t.step_b,
+      t.c + i * t.row_c + j, t.row_c, t.add);
+}
+
 template <typename A, int kBytes>
 MSACORE_INLINE void product_body(const Product<A>& t) {
   using Block = RegisterBlock<A, kBytes>;
-  constexpr int kColumns = Block::kWidth * Block::kVectors;
-  for (int64_t j = 0; j < t.n; j += kColumns) {
-    const A* right = t.b + j / kPanel * t.panel_b + j % kPanel;
-    // Six rows at a time leave two of some sizes; two blocks of four then keep more sums in flight than one of two.
-    const int64_t left = t.m % Block::kRows, full = t.m - (left == 2 ? left + Block::kRows : left);
-    for (int64_t i = 0; i < full; i += Block::kRows)
-      register_product<A, kBytes, Block::kRows, Block::kVectors>(t.depth, t.a + i * t.row_a, t.row_a, t.step_a, right,
-                                                                 t.step_b, t.c + i * t.row_c + j, t.row_c, t.add);
-    for (int64_t i = full; i < t.m; i += 4)
-      register_product<A, kBytes, 4, Block::kVectors>(t.depth, t.a + i * t.row_a, t.row_a, t.step_a, right, t.step_b,
-                                                      t.c + i * t.row_c + j, t.row_c, t.add);
+  // Six rows at a time leave two or three of some sizes; two blocks of four then keep more sums in flight.
+  const int64_t left = t.m % Block::kRows;
+  const bool borrow = (left == 2 || left == 3) && t.m > Block::kRows;
+  const int64_t full = t.m - left - (borrow ? Block::kRows : 0);
+  for (int64_t j = 0; j < t.n; j += Block::kWidth * Block::kVectors) {
+    int64_t i = 0;
+    for (; i < full; i += Block::kRows) rows_product<A, kBytes, Block::kRows>(t, i, j);
+    for (; i + 4 <= t.m; i += 4) rows_product<A, kBytes, 4>(t, i, j);
+    for (; i < t.m; ++i) rows_product<A, kBytes, 1>(t, i, j);
   }
 }
 
@@ -93,7 +100,7 @@ void product_baseline(const Product<A>& t) {
   product_body<A, 16>(t);
 }
 
-// c [m, n] (+)= a [m, depth] · b [depth, n], m and n multiples of kPanel. Element (i, p) of a is a[i·row_a + p·step_a];
+// c [m, n] (+)= a [m, depth] · b [depth, n], n a multiple of kPanel. Element (i, p) of a is a[i·row_a + p·step_a];
 // b comes as panels of kPanel columns, `panel_b` apart, whose rows are `step_b` apart.
 template <typename A>
 void small_product(const Product<A>& t) {
