@@ -1,6 +1,7 @@
-// Low-rank fusion on the CPU. Tiles of rows stay in cache: for each rank the projections a_mr = [x_m; 1] factors_m[r],
-// which are kept for the backward pass, and then what is made of them. Threads share the ranks, and rows where ranks do
-// not go round; what several of them add to is summed at the end, in order.
+// Low-rank fusion on the CPU. Tiles of rows stay in cache: for each rank the projections a_mr = [x_m; 1] factors_m[r]
+// and what is made of them. The backward pass computes them again, which costs less than fresh memory for all of them.
+// Threads share the ranks, and rows where ranks do not go round; what several of them add to is summed at the end, in
+// order.
 #include "low_rank_fusion.h"
 
 #include <torch/csrc/stable/library.h>
@@ -78,6 +79,16 @@ struct Operands {
   bool has(int64_t b, int64_t m, const Sizes& s) const { return !available || available[b * s.modalities + m]; }
   const A* factor(int64_t m, int64_t r) const { return factors[m] + r * x[m].cols * width; }
 
+  // The projections of rows b … of rank r, into `tile` [M, kTileRows, width].
+  Tile<A> project(int64_t r, int64_t b, int64_t rows, A* tile) const {
+    for (size_t m = 0; m < x.size(); ++m) {
+      const Block<const A> rows_of = x[m].rows_from(b, rows);
+      small_product<A>({rows, width, rows_of.cols, rows_of.data, rows_of.row_stride, 1, factor(m, r), kPanel, width,
+                        tile + m * kTileRows * width, width, false});
+    }
+    return {tile, static_cast<int64_t>(x.size()), width, rows};
+  }
+
   // Rows [count, columns] with zeros up to the width.
   template <typename Value>
   const A* padded_rows(const Value* rows, int64_t count, int64_t columns) {
@@ -127,33 +138,21 @@ void add_parts(A* parts, int64_t count, int64_t size, int64_t begin, int64_t end
 }
 
 template <typename T>
-void forward(const Operands<T>& in, const Sizes& s, T* out, acc_t<T>* projections) {
+void forward(const Operands<T>& in, const Sizes& s, T* out) {
   using A = acc_t<T>;
   const int64_t width = in.width;
-  const bool direct = width == s.width;  // tiles are written where they are kept
   const Parts parts(s);
   Scratch scratch;
   A* sums = scratch.take<A>(parts.ranks * s.batch * width);
   parts.each([&](int64_t i, const Range& ranks, int64_t, const Range& rows) {
     Scratch local;
-    A* tile = direct ? nullptr : local.take<A>(s.modalities * kTileRows * width);
+    A* tile = local.take<A>(s.modalities * kTileRows * width);
     A* sum = sums + i * s.batch * width;
     std::fill(sum + rows.begin * width, sum + rows.end * width, A(0));
-    each_tile(rows, [&](int64_t b, int64_t count) {
-      for (int64_t r = ranks.begin; r < ranks.end; ++r) {
-        const int64_t stride = direct ? s.rank * s.batch * width : kTileRows * width;
-        A* a = direct ? projections + (r * s.batch + b) * width : tile;
-        for (int64_t m = 0; m < s.modalities; ++m) {
-          const Block<const A> x = in.x[m].rows_from(b, count);
-          small_product<A>({count, width, x.cols, x.data, x.row_stride, 1, in.factor(m, r), kPanel, width,
-                            a + m * stride, width, false});
-          for (int64_t row = 0; !direct && row < count; ++row)
-            std::copy_n(a + m * stride + row * width, s.width,
-                        projections + ((m * s.rank + r) * s.batch + b + row) * s.width);
-        }
-        combine(Tile<A>{a, s.modalities, stride, count, width}, in.rank_weight[r], sum + b * width, width);
-      }
-    });
+    for (int64_t r = ranks.begin; r < ranks.end; ++r)
+      each_tile(rows, [&](int64_t b, int64_t count) {
+        combine(in.project(r, b, count, tile), in.rank_weight[r], sum + b * width);
+      });
   });
   torch::stable::parallel_for(0, s.batch, grain(parts.ranks * width), [&](int64_t begin, int64_t end) {
     add_parts(sums, parts.ranks, s.batch * width, begin * width, end * width);
@@ -164,21 +163,14 @@ void forward(const Operands<T>& in, const Sizes& s, T* out, acc_t<T>* projection
   });
 }
 
-std::tuple<Tensor, Tensor> forward_cpu(const std::vector<Tensor>& features, const std::vector<Tensor>& factors,
-                                       const Tensor& rank_weight, const Tensor& bias,
-                                       const std::optional<Tensor>& available) {
-  constexpr const char* op = "low_rank_fusion";
-  const Inputs in{features, factors, rank_weight, bias, available};
-  const Sizes s = check_inputs(op, in);
-  const ScalarType dtype = features[0].scalar_type();
-  Tensor out = torch::stable::new_empty(features[0], {s.batch, s.width});
-  Tensor projections =
-      torch::stable::new_empty(features[0], {s.modalities, s.rank, s.batch, s.width}, acc_dtype(dtype));
-  dispatch_floating(dtype, op, [&](auto tag) {
+Tensor forward(const char* op, const Inputs& in, const Sizes& s) {
+  const Tensor& first = in.features[0];
+  Tensor out = torch::stable::new_empty(first, {s.batch, s.width});
+  dispatch_floating(first.scalar_type(), op, [&](auto tag) {
     using T = typename decltype(tag)::type;
-    forward(Operands<T>(in, s), s, out.mutable_data_ptr<T>(), projections.mutable_data_ptr<acc_t<T>>());
+    forward(Operands<T>(in, s), s, out.mutable_data_ptr<T>());
   });
-  return {out, projections};
+  return out;
 }
 
 template <typename T>
@@ -188,11 +180,9 @@ struct Gradients {
 };
 
 template <typename T>
-void backward(Operands<T>& in, const Sizes& s, const T* grad_out_, const acc_t<T>* projections,
-              const Gradients<T>& grads) {
+void backward(Operands<T>& in, const Sizes& s, const T* grad_out_, const Gradients<T>& grads) {
   using A = acc_t<T>;
   const int64_t width = in.width;
-  const bool direct = width == s.width;
   const Parts parts(s);
   const A* grad_out = in.padded_rows(grad_out_, s.batch, s.width);
 
@@ -219,7 +209,7 @@ void backward(Operands<T>& in, const Sizes& s, const T* grad_out_, const acc_t<T
   parts.each([&](int64_t i, const Range& ranks, int64_t j, const Range& rows) {
     Scratch local;
     A* grad_a = local.take<A>(s.modalities * kTileRows * width);
-    A* tile = direct ? nullptr : local.take<A>(s.modalities * kTileRows * width);
+    A* tile = local.take<A>(s.modalities * kTileRows * width);
     std::fill(grad_weights + j * s.rank + ranks.begin, grad_weights + j * s.rank + ranks.end, 0.0);
     for (int64_t m = 0; m < s.modalities; ++m) {
       const int64_t columns = padded(s.features[m]), size = in.x[m].cols * width;
@@ -230,16 +220,8 @@ void backward(Operands<T>& in, const Sizes& s, const T* grad_out_, const acc_t<T
     }
     for (int64_t r = ranks.begin; r < ranks.end; ++r)
       each_tile(rows, [&](int64_t b, int64_t count) {
-        const int64_t stride = direct ? s.rank * s.batch * width : kTileRows * width;
-        const A* a = direct ? projections + (r * s.batch + b) * width : tile;
-        for (int64_t m = 0; !direct && m < s.modalities; ++m)
-          for (int64_t row = 0; row < count; ++row) {
-            A* padded_row = tile + m * stride + row * width;
-            std::copy_n(projections + ((m * s.rank + r) * s.batch + b + row) * s.width, s.width, padded_row);
-            std::fill(padded_row + s.width, padded_row + width, A(0));
-          }
-        grad_weights[j * s.rank + r] += combine_backward(Tile<A>{a, s.modalities, stride, count, width},
-                                                         in.rank_weight[r], grad_out + b * width, grad_a, width);
+        grad_weights[j * s.rank + r] +=
+            combine_backward(in.project(r, b, count, tile), in.rank_weight[r], grad_out + b * width, grad_a);
         for (int64_t m = 0; m < s.modalities; ++m) {
           const Block<const A> x = in.x[m].rows_from(b, count);
           const int64_t columns = padded(s.features[m]);
@@ -278,17 +260,9 @@ void backward(Operands<T>& in, const Sizes& s, const T* grad_out_, const acc_t<T
   convert(sums, grads.bias, s.width);
 }
 
-std::tuple<std::vector<Tensor>, std::vector<Tensor>, Tensor, Tensor> backward_cpu(
-    const Tensor& grad_out_, const Tensor& projections_, const std::vector<Tensor>& features,
-    const std::vector<Tensor>& factors, const Tensor& rank_weight, const Tensor& bias,
-    const std::optional<Tensor>& available) {
-  constexpr const char* op = "low_rank_fusion_backward";
-  const Inputs in{features, factors, rank_weight, bias, available};
-  const Sizes s = check_inputs(op, in);
-  check_saved(op, grad_out_, projections_, s, features[0]);
-  const Tensor grad_out = contiguous_as(grad_out_), projections = contiguous_as(projections_);
-  GradTensors results(s, features[0]);
-  dispatch_floating(features[0].scalar_type(), op, [&](auto tag) {
+void backward(const char* op, const Inputs& in, const Sizes& s, const Tensor& grad_out_, GradTensors& results) {
+  const Tensor grad_out = contiguous_as(grad_out_);
+  dispatch_floating(grad_out.scalar_type(), op, [&](auto tag) {
     using T = typename decltype(tag)::type;
     Gradients<T> grads{{}, {}, results.rank_weight.mutable_data_ptr<T>(), results.bias.mutable_data_ptr<T>()};
     for (int64_t m = 0; m < s.modalities; ++m) {
@@ -296,10 +270,11 @@ std::tuple<std::vector<Tensor>, std::vector<Tensor>, Tensor, Tensor> backward_cp
       grads.factors.push_back(results.factors[m].mutable_data_ptr<T>());
     }
     Operands<T> operands(in, s);
-    backward(operands, s, grad_out.const_data_ptr<T>(), projections.const_data_ptr<acc_t<T>>(), grads);
+    backward(operands, s, grad_out.const_data_ptr<T>(), grads);
   });
-  return results.in_order();
 }
+
+using Operators = LowRankOperators<forward, backward>;
 
 }  // namespace
 }  // namespace msacore::low_rank_fusion
@@ -307,13 +282,13 @@ std::tuple<std::vector<Tensor>, std::vector<Tensor>, Tensor, Tensor> backward_cp
 STABLE_TORCH_LIBRARY_FRAGMENT(msacore, m) {
   m.def(
       "low_rank_fusion(Tensor[] features, Tensor[] factors, Tensor rank_weight, Tensor bias, Tensor? available) -> "
-      "(Tensor, Tensor)");
+      "Tensor");
   m.def(
-      "low_rank_fusion_backward(Tensor grad_out, Tensor projections, Tensor[] features, Tensor[] factors, Tensor "
+      "low_rank_fusion_backward(Tensor grad_out, Tensor[] features, Tensor[] factors, Tensor "
       "rank_weight, Tensor bias, Tensor? available) -> (Tensor[], Tensor[], Tensor, Tensor)");
 }
 
 STABLE_TORCH_LIBRARY_IMPL(msacore, CPU, m) {
-  m.impl("low_rank_fusion", TORCH_BOX(&msacore::low_rank_fusion::forward_cpu));
-  m.impl("low_rank_fusion_backward", TORCH_BOX(&msacore::low_rank_fusion::backward_cpu));
+  m.impl("low_rank_fusion", TORCH_BOX(&msacore::low_rank_fusion::Operators::low_rank_fusion));
+  m.impl("low_rank_fusion_backward", TORCH_BOX(&msacore::low_rank_fusion::Operators::low_rank_fusion_backward));
 }

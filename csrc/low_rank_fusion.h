@@ -51,16 +51,6 @@ inline Sizes check_inputs(const char* op, const Inputs& in) {
   return s;
 }
 
-inline void check_saved(const char* op, const Tensor& grad_out, const Tensor& projections, const Sizes& s,
-                        const Tensor& like) {
-  check_dtype(grad_out, op, "grad_out", like.scalar_type());
-  check_shape(grad_out, op, "grad_out", {s.batch, s.width}, "[B, h]");
-  check_device(grad_out, op, "grad_out", like);
-  check_dtype(projections, op, "projections", acc_dtype(like.scalar_type()));
-  check_shape(projections, op, "projections", {s.modalities, s.rank, s.batch, s.width}, "[M, r, B, h]");
-  check_device(projections, op, "projections", like);
-}
-
 // What the gradient operator returns, before it is computed.
 struct GradTensors {
   std::vector<Tensor> features, factors;
@@ -76,6 +66,32 @@ struct GradTensors {
 
   std::tuple<std::vector<Tensor>, std::vector<Tensor>, Tensor, Tensor> in_order() const {
     return {features, factors, rank_weight, bias};
+  }
+};
+
+// The operators of a device: `forward` and `backward` get arguments that were checked.
+template <Tensor (*forward)(const char* op, const Inputs&, const Sizes&),
+          void (*backward)(const char* op, const Inputs&, const Sizes&, const Tensor& grad_out, GradTensors&)>
+struct LowRankOperators {
+  static Tensor low_rank_fusion(const std::vector<Tensor>& features, const std::vector<Tensor>& factors,
+                                const Tensor& rank_weight, const Tensor& bias, const std::optional<Tensor>& available) {
+    constexpr const char* op = "low_rank_fusion";
+    const Inputs in{features, factors, rank_weight, bias, available};
+    return forward(op, in, check_inputs(op, in));
+  }
+
+  static std::tuple<std::vector<Tensor>, std::vector<Tensor>, Tensor, Tensor> low_rank_fusion_backward(
+      const Tensor& grad_out, const std::vector<Tensor>& features, const std::vector<Tensor>& factors,
+      const Tensor& rank_weight, const Tensor& bias, const std::optional<Tensor>& available) {
+    constexpr const char* op = "low_rank_fusion_backward";
+    const Inputs in{features, factors, rank_weight, bias, available};
+    const Sizes s = check_inputs(op, in);
+    check_dtype(grad_out, op, "grad_out", features[0].scalar_type());
+    check_shape(grad_out, op, "grad_out", {s.batch, s.width}, "[B, h]");
+    check_device(grad_out, op, "grad_out", features[0]);
+    GradTensors grads(s, features[0]);
+    backward(op, in, s, grad_out, grads);
+    return grads.in_order();
   }
 };
 

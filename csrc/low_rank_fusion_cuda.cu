@@ -46,35 +46,36 @@ struct Operands {
   }
 };
 
-std::tuple<Tensor, Tensor> forward_cuda(const std::vector<Tensor>& features, const std::vector<Tensor>& factors,
-                                        const Tensor& rank_weight, const Tensor& bias,
-                                        const std::optional<Tensor>& available) {
-  constexpr const char* op = "low_rank_fusion";
-  const Inputs in{features, factors, rank_weight, bias, available};
-  const Sizes s = check_inputs(op, in);
-  const OnDeviceOf device(features[0]);
-  const ScalarType dtype = features[0].scalar_type();
-  Tensor out = torch::stable::new_empty(features[0], {s.batch, s.width});
-  Tensor projections =
-      torch::stable::new_empty(features[0], {s.modalities, s.rank, s.batch, s.width}, acc_dtype(dtype));
-  dispatch_floating(dtype, op, [&](auto tag) {
+// The projections of all modalities and ranks.
+template <typename T>
+Tensor project(const Problem<T>& p, const Tensor& like, cudaStream_t stream) {
+  Tensor a = torch::stable::new_empty(like, {p.modalities, p.rank, p.batch, p.width}, acc_dtype(like.scalar_type()));
+  launch(project_kernel<T>, dim3(tiles_of(p.batch) * tiles_of(p.width), p.rank, p.modalities), dim3(kTileThreads),
+         kProjectBytes<T>, stream, p, a.mutable_data_ptr<acc_t<T>>());
+  return a;
+}
+
+Tensor forward(const char* op, const Inputs& in, const Sizes& s) {
+  const Tensor& first = in.features[0];
+  const OnDeviceOf device(first);
+  Tensor out = torch::stable::new_empty(first, {s.batch, s.width});
+  dispatch_floating(first.scalar_type(), op, [&](auto tag) {
     using T = typename decltype(tag)::type;
     const Operands<T> operands(op, in, s);
-    acc_t<T>* const a = projections.mutable_data_ptr<acc_t<T>>();
-    launch(project_kernel<T>, dim3(tiles_of(s.batch) * tiles_of(s.width), s.rank, s.modalities), dim3(kTileThreads),
-           kProjectBytes<T>, device.stream, operands.problem, a);
+    const Tensor a = project(operands.problem, first, device.stream);
     launch(combine_kernel<T>, grid_for(s.batch * s.width, kThreads), dim3(kThreads), 0, device.stream, operands.problem,
-           a, out.mutable_data_ptr<T>());
+           a.const_data_ptr<acc_t<T>>(), out.mutable_data_ptr<T>());
   });
-  return {out, projections};
+  return out;
 }
 
 template <typename T>
-void backward(const Problem<T>& p, const Tensor& grad_out, const Tensor& projections, const Gradients<T>& grads,
-              GradTensors& results, cudaStream_t stream) {
+void backward(const Problem<T>& p, const Tensor& grad_out, const Gradients<T>& grads, GradTensors& results,
+              cudaStream_t stream) {
   using A = acc_t<T>;
   const int64_t count = p.batch * p.width_stride;
   const int64_t widest = *std::max_element(p.features, p.features + p.modalities);
+  const Tensor projections = project(p, grad_out, stream);
   const auto workspace = [&](std::initializer_list<int64_t> sizes) {
     return torch::stable::new_empty(projections, sizes);
   };
@@ -93,18 +94,10 @@ void backward(const Problem<T>& p, const Tensor& grad_out, const Tensor& project
          kFeatureBytes<T>, stream, p, grad_projections, grads, widest);
 }
 
-std::tuple<std::vector<Tensor>, std::vector<Tensor>, Tensor, Tensor> backward_cuda(
-    const Tensor& grad_out_, const Tensor& projections_, const std::vector<Tensor>& features,
-    const std::vector<Tensor>& factors, const Tensor& rank_weight, const Tensor& bias,
-    const std::optional<Tensor>& available) {
-  constexpr const char* op = "low_rank_fusion_backward";
-  const Inputs in{features, factors, rank_weight, bias, available};
-  const Sizes s = check_inputs(op, in);
-  check_saved(op, grad_out_, projections_, s, features[0]);
-  const OnDeviceOf device(features[0]);
-  const Tensor grad_out = torch::stable::contiguous(grad_out_), projections = torch::stable::contiguous(projections_);
-  GradTensors results(s, features[0]);
-  dispatch_floating(features[0].scalar_type(), op, [&](auto tag) {
+void backward(const char* op, const Inputs& in, const Sizes& s, const Tensor& grad_out_, GradTensors& results) {
+  const OnDeviceOf device(grad_out_);
+  const Tensor grad_out = torch::stable::contiguous(grad_out_);
+  dispatch_floating(grad_out.scalar_type(), op, [&](auto tag) {
     using T = typename decltype(tag)::type;
     const Operands<T> operands(op, in, s);
     Gradients<T> grads{};
@@ -112,15 +105,16 @@ std::tuple<std::vector<Tensor>, std::vector<Tensor>, Tensor, Tensor> backward_cu
       grads.features[m] = results.features[m].mutable_data_ptr<T>();
       grads.factors[m] = results.factors[m].mutable_data_ptr<T>();
     }
-    backward(operands.problem, grad_out, projections, grads, results, device.stream);
+    backward(operands.problem, grad_out, grads, results, device.stream);
   });
-  return results.in_order();
 }
+
+using Operators = LowRankOperators<forward, backward>;
 
 }  // namespace
 }  // namespace msacore::low_rank_fusion
 
 MSACORE_CUDA_LIBRARY(m) {
-  m.impl("low_rank_fusion", TORCH_BOX(&msacore::low_rank_fusion::forward_cuda));
-  m.impl("low_rank_fusion_backward", TORCH_BOX(&msacore::low_rank_fusion::backward_cuda));
+  m.impl("low_rank_fusion", TORCH_BOX(&msacore::low_rank_fusion::Operators::low_rank_fusion));
+  m.impl("low_rank_fusion_backward", TORCH_BOX(&msacore::low_rank_fusion::Operators::low_rank_fusion_backward));
 }

@@ -11,18 +11,19 @@ constexpr int64_t kTileRows = 128;  // of a tile: its projections of all modalit
 
 inline int64_t padded(int64_t count) { return (count + kPanel - 1) / kPanel * kPanel; }
 
-// The projections of a tile for one rank: member m is [rows, width], `step` numbers per row.
+// The projections of a tile for one rank: a[m] is [rows, width], kTileRows · width numbers apart.
 template <typename A>
 struct Tile {
-  const A* data;
-  int64_t modalities, stride, rows, step;
+  const A* a;
+  int64_t modalities, width, rows;
 
-  MSACORE_INLINE const A* at(int64_t m, int64_t b, int64_t j) const { return data + m * stride + b * step + j; }
+  MSACORE_INLINE const A* at(int64_t m, int64_t b, int64_t j) const { return a + (m * kTileRows + b) * width + j; }
 };
 
 // sum[b] += weight · Π_m a[m, b]
 template <typename A>
-MSACORE_SIMD void combine(const Tile<A>& a, A weight, A* __restrict__ sum, int64_t width) {
+MSACORE_SIMD void combine(const Tile<A>& a, A weight, A* __restrict__ sum) {
+  const int64_t width = a.width;
   for (int64_t b = 0; b < a.rows; ++b)
     for (int64_t j = 0; j < width; j += kPanel) {
       A product[kPanel];
@@ -36,11 +37,11 @@ MSACORE_SIMD void combine(const Tile<A>& a, A weight, A* __restrict__ sum, int64
     }
 }
 
-// grad_a[m, b] = weight · grad_out[b] · Π_{n ≠ m} a[n, b]; returns the gradient of the weight.  grad_a [M, kTileRows,
-// width]
+// grad_a[m, b] = weight · grad_out[b] · Π_{n ≠ m} a[n, b], laid out as a; returns the gradient of the weight.
 template <typename A>
-MSACORE_SIMD double combine_backward(const Tile<A>& a, A weight, const A* __restrict__ grad_out, A* __restrict__ grad_a,
-                                     int64_t width) {
+MSACORE_SIMD double combine_backward(const Tile<A>& a, A weight, const A* __restrict__ grad_out,
+                                     A* __restrict__ grad_a) {
+  const int64_t width = a.width;
   double grad_weight = 0;
   for (int64_t b = 0; b < a.rows; ++b) {
     A dots[kPanel] = {};

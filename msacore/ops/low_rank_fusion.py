@@ -13,10 +13,6 @@ _low_rank_fusion = torch.ops.msacore.low_rank_fusion.default
 _low_rank_fusion_backward = torch.ops.msacore.low_rank_fusion_backward.default
 
 
-def _acc_dtype(dtype: torch.dtype) -> torch.dtype:
-    return torch.float64 if dtype == torch.float64 else torch.float32
-
-
 def _check_inputs(
     op: str,
     features: Sequence[Tensor],
@@ -52,17 +48,14 @@ def _check_inputs(
 @torch.library.register_fake("msacore::low_rank_fusion")
 def _(
     features: list[Tensor], factors: list[Tensor], rank_weight: Tensor, bias: Tensor, available: Tensor | None
-) -> tuple[Tensor, Tensor]:
+) -> Tensor:
     _check_inputs("low_rank_fusion", features, factors, rank_weight, bias, available)
-    first, batch, width = features[0], features[0].shape[0], bias.shape[0]
-    projections = (len(features), rank_weight.shape[0], batch, width)
-    return first.new_empty(batch, width), first.new_empty(projections, dtype=_acc_dtype(first.dtype))
+    return features[0].new_empty(features[0].shape[0], bias.shape[0])
 
 
 @torch.library.register_fake("msacore::low_rank_fusion_backward")
 def _(
     grad_out: Tensor,
-    projections: Tensor,
     features: list[Tensor],
     factors: list[Tensor],
     rank_weight: Tensor,
@@ -75,29 +68,24 @@ def _(
     check_dtype(op, "grad_out", grad_out, first.dtype)
     check_shape(op, "grad_out", grad_out, (batch, width), "[B, h]")
     check_device(op, "grad_out", grad_out, first)
-    shape = (len(features), rank_weight.shape[0], batch, width)
-    check_dtype(op, "projections", projections, _acc_dtype(first.dtype))
-    check_shape(op, "projections", projections, shape, "[M, r, B, h]")
-    check_device(op, "projections", projections, first)
     grads = [[t.new_empty(t.shape) for t in group] for group in (features, factors, (rank_weight, bias))]
     return grads[0], grads[1], grads[2][0], grads[2][1]
 
 
-def _setup_context(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, Tensor]) -> None:
+def _setup_context(ctx: Any, inputs: tuple[Any, ...], output: Tensor) -> None:
     features, factors, *others = inputs
     ctx.modalities = len(features)
-    ctx.mark_non_differentiable(output[1])
-    ctx.save_for_backward(output[1], *features, *factors, *others)
+    ctx.save_for_backward(*features, *factors, *others)
 
 
-def _backward(ctx: Any, grad_out: Tensor, _: Any) -> tuple[Any, ...]:
-    projections, *tensors = ctx.saved_tensors
+def _backward(ctx: Any, grad_out: Tensor) -> tuple[Any, ...]:
+    tensors = ctx.saved_tensors
     features, factors, others = (
         tensors[: ctx.modalities],
         tensors[ctx.modalities : 2 * ctx.modalities],
         tensors[2 * ctx.modalities :],
     )
-    grads = _low_rank_fusion_backward(grad_out, projections, features, factors, *others)
+    grads = _low_rank_fusion_backward(grad_out, features, factors, *others)
     return *grads, None
 
 
@@ -134,7 +122,7 @@ def low_rank_fusion(
 
     Note:
         Features that ``available`` hides are never read, and their gradient is zero. Differentiable once in every
-        floating argument; keeps the M·r projections ``[B, h]`` for the backward pass. Accumulates in float32 for 16-bit
+        floating argument; keeps its arguments alone, the backward pass projects again. Accumulates in float32 for 16-bit
         types. Under autocast, arguments of mixed dtypes are cast to the features' dtype. Deterministic. No host
         synchronisation; safe in CUDA graphs. The low-rank multimodal fusion of Liu et al., 2018 (docs/ops.md).
 
@@ -145,4 +133,4 @@ def low_rank_fusion(
         tensor([[9.]])
     """
     inputs, parameters = cast_under_autocast(list(features), [*factors, rank_weight, bias])
-    return _eager(inputs, parameters[:-2], *parameters[-2:], available)[0]
+    return _eager(inputs, parameters[:-2], *parameters[-2:], available)
