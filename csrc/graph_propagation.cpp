@@ -9,6 +9,7 @@
 #include <vector>
 
 #include "common/dispatch.h"
+#include "common/huge_pages.h"
 #include "common/simd.h"
 #include "graph_propagation.h"
 
@@ -173,8 +174,8 @@ void half_step(const Input& input, const A* h, const A* x, A* out, A keep, A alp
 Tensor forward(const char* op, const Tensor& x_, const HalfSteps& half_steps, double alpha) {
   const Tensor x = accumulation_copy(x_);
   if (x.numel() == 0 || half_steps.empty()) return torch::stable::clone(torch::stable::contiguous(x_));
-  Tensor state = torch::stable::empty_like(x);
-  Tensor other = half_steps.size() > 1 ? torch::stable::empty_like(x) : state;
+  Tensor state = on_huge_pages(torch::stable::empty_like(x));
+  Tensor other = half_steps.size() > 1 ? on_huge_pages(torch::stable::empty_like(x)) : state;
   dispatch_floating(x.scalar_type(), op, [&](auto tag) {
     using A = acc_t<typename decltype(tag)::type>;
     const A a = static_cast<A>(alpha), *start = x.const_data_ptr<A>(), *h = start;
@@ -235,7 +236,7 @@ std::vector<Tensor> backward(const char* op, const Tensor& grad_out_, const Tens
   check_dtype(grad_out_, op, "grad_out", x_.scalar_type());
   check_device(grad_out_, op, "grad_out", x_);
   const Tensor x = accumulation_copy(x_), grad_out = accumulation_copy(grad_out_);
-  std::vector<Tensor> grads{torch::stable::empty_like(x)};
+  std::vector<Tensor> grads{on_huge_pages(torch::stable::empty_like(x))};
   for (const Input* input : graphs)
     grads.push_back(torch::stable::new_zeros(x, {weight_grad && input->graph.weight ? input->sizes.edges : 0}));
   if (half_steps.empty()) {

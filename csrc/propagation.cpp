@@ -10,6 +10,7 @@
 #include <vector>
 
 #include "common/dispatch.h"
+#include "common/huge_pages.h"
 #include "common/simd.h"
 #include "conversation.h"
 #include "window_tile.h"
@@ -234,7 +235,7 @@ Tensor over_conversations(const char* op, const std::string& name, const Tensor&
   const std::optional<Tensor> gate = contiguous(gate_);
   const Call call{s, offsets.const_data_ptr<int64_t>(), pointer(gate), past, future, steps, alpha, send};
   check_offset_values(op, call.offsets, s);
-  Tensor out = torch::stable::new_empty(h, {s.utterances, s.modalities, s.width});
+  Tensor out = on_huge_pages(torch::stable::new_empty(h, {s.utterances, s.modalities, s.width}));
   if (out.numel() == 0) return out;
   dispatch_floating(h.scalar_type(), op, [&](auto tag) {
     using T = typename decltype(tag)::type;
@@ -281,7 +282,7 @@ Tensor modality_mean_cpu(const Tensor& h_, const std::optional<Tensor>& senders_
   const WindowSizes s = check_states(op, kForward ? "h" : "grad_out", h_, "senders", senders_);
   const Tensor h = torch::stable::contiguous(h_);
   const std::optional<Tensor> senders = contiguous(senders_);
-  Tensor out = torch::stable::new_empty(h, {s.utterances, s.modalities, s.width});
+  Tensor out = on_huge_pages(torch::stable::new_empty(h, {s.utterances, s.modalities, s.width}));
   if (out.numel() == 0) return out;
   dispatch_floating(h.scalar_type(), op, [&](auto tag) {
     using T = typename decltype(tag)::type;
