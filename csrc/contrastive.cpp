@@ -234,8 +234,7 @@ std::tuple<Tensor, Tensor, Tensor, Tensor> info_nce_backward_cpu(
   const InfoNceInputs in = contiguous(given);
   const Tensor grad = torch::stable::contiguous(grad_out), rows = torch::stable::contiguous(row_stats),
                columns = torch::stable::contiguous(column_stats);
-  Tensor grad_anchors = torch::stable::new_empty(anchors, {s.anchors, s.width});
-  Tensor grad_candidates = torch::stable::new_empty(anchors, {candidates ? s.candidates : 0, s.width});
+  Tensor grad_anchors, grad_candidates;
   Tensor grad_temperature =
       learned_temperature ? torch::stable::new_empty(*learned_temperature, {}) : torch::stable::new_empty(anchors, {0});
   Tensor grad_weights = torch::stable::new_zeros(anchors, {weights ? s.anchors : 0, weights ? s.candidates : 0});
@@ -245,6 +244,10 @@ std::tuple<Tensor, Tensor, Tensor, Tensor> info_nce_backward_cpu(
     Problem<T> problem(op, in, s, options);
     problem.backward(grad.const_data_ptr<A>(), rows.const_data_ptr<A>(), columns.const_data_ptr<A>(),
                      weights ? grad_weights.mutable_data_ptr<T>() : nullptr);
+    // After the sweep: the memory of the panels, no longer needed, serves the results.
+    for (Side<A>& side : problem.sides) side.panels = Buffer<A>();
+    grad_anchors = torch::stable::new_empty(anchors, {s.anchors, s.width});
+    grad_candidates = torch::stable::new_empty(anchors, {candidates ? s.candidates : 0, s.width});
     const double slope =
         problem.project(grad_anchors.mutable_data_ptr<T>(), grad_candidates.mutable_data_ptr<T>(), !candidates);
     if (!learned_temperature) return;

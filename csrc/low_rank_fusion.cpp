@@ -113,14 +113,16 @@ struct Operands {
   Block<const A> with_one(const T* feature, int64_t m, const Sizes& s) {
     const int64_t d = s.features[m];
     A* packed = scratch.take<A>(s.batch * (d + 1));
-    for (int64_t b = 0; b < s.batch; ++b) {
-      A* row = packed + b * (d + 1);
-      if (has(b, m, s))
-        convert(feature + b * d, row, d);
-      else
-        std::fill_n(row, d, A(0));
-      row[d] = 1;
-    }
+    torch::stable::parallel_for(0, s.batch, grain(d), [&](int64_t begin, int64_t end) {
+      for (int64_t b = begin; b < end; ++b) {
+        A* row = packed + b * (d + 1);
+        if (has(b, m, s))
+          convert(feature + b * d, row, d);
+        else
+          std::fill_n(row, d, A(0));
+        row[d] = 1;
+      }
+    });
     return {packed, s.batch, d + 1, d + 1};
   }
 };

@@ -11,7 +11,7 @@ import numpy as np
 import pytest
 import torch
 
-from bench import kcenter, report
+from bench import kcenter, report, summary
 from bench.__main__ import benchmarks
 from bench.device import Canary, Cpu
 from bench.harness import (
@@ -213,6 +213,28 @@ def test_files_hold_every_row_with_machine_and_commit(tmp_path: Path) -> None:
     assert json.loads((tmp_path / "t.json").read_text())["rows"][0]["measurements"][1]["ratio"] == 4
     table = report.markdown(rows, growth, about).splitlines()
     assert len({line.count("|") for line in table if line.startswith("|")}) == 1
+
+
+def test_the_summary_takes_rows_and_peers_that_exist() -> None:
+    known = benchmarks()
+    for operator, shape, peers in summary.HEADLINES:
+        assert any(s.name.startswith(shape) for s in known[operator].shapes), (operator, shape)
+        assert set(peers) <= {p.name for p in known[operator].providers}, (operator, peers)
+
+
+def test_the_summary_sets_runs_side_by_side() -> None:
+    operator, shape, peers = summary.HEADLINES[0]
+
+    def run(ratio: float | None) -> dict[str, Any]:
+        ours = dict(provider="msacore", total_ms=65.14, forward_ms=20.0, extra_mb=9.0, share=0.72, ratio=1.0)
+        peer = dict(provider=peers[0], total_ms=None, forward_ms=None, extra_mb=None, share=None, ratio=ratio)
+        return {"rows": [dict(operator=operator, shape=shape, measurements=[ours, peer])]}
+
+    line = summary.summary([run(25.4), run(None)]).splitlines()[2]
+    assert line.startswith(
+        f"| {operator} | {shape} | 65.1 / 65.1 | 72% / 72% | 9.00 / 9.00 | {peers[0]}: 25× / withheld"
+    )
+    assert line.endswith(f"{peers[1]}: – / – |")
 
 
 def test_a_row_that_ours_cannot_run_is_said_and_not_timed() -> None:

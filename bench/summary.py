@@ -1,0 +1,104 @@
+"""`python -m bench.summary RUN.json …`: the README's table, from what runs of `python -m bench --json` left."""
+
+import argparse
+import json
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+HEADLINES = (
+    ("info_nce", "supervised N=4096 d=128", ("torch, class sums", "pytorch-metric-learning SupConLoss")),
+    ("info_nce_symmetric", "two-sided N=4096 d=128", ("torch, two cross entropies",)),
+    ("hierarchical_contrastive_loss", "N=64 d=128", ("torch, nine terms",)),
+    ("hierarchical_contrastive_loss", "N=128 d=128", ("torch, nine terms",)),
+    ("hierarchical_contrastive_loss", "N=2048 d=128", ("torch, nine terms",)),
+    ("rank_n_contrast", "N=512 d=128", ("torch: sort, logcumsumexp", "cubic form")),
+    ("rank_n_contrast", "N=4096 d=128", ("torch: sort, logcumsumexp",)),
+    ("matrix_fusion", "B=64 L=50 k=512 q=64", ("torch, factored", "reference (stores k × k)")),
+    ("low_rank_fusion", "B=32 d=128 h=128 r=4", ("torch, batched products", "torch, as model collections")),
+    ("low_rank_fusion", "B=1024 d=128 h=128 r=16", ("torch, batched products", "torch, as model collections")),
+    (
+        "propagate",
+        "MOSI: 93×24×3 d=256 K=10",
+        ("torch.sparse addmm, transposes ready", 'torch.sparse.mm(…, "sum")'),
+    ),
+    (
+        "propagate",
+        "MOSEI: 3300×7×3 d=128 K=10",
+        ("torch.sparse addmm, transposes ready", 'torch.sparse.mm(…, "sum")'),
+    ),
+    ("window_mean", "MOSI: 93×24×3 d=256", ("torch, avg_pool1d",)),
+    ("modality_mean", "MOSI: 93×24×3 d=256", ("torch, sum less own",)),
+    (
+        "graph_propagate",
+        "n=20k E=400k d=128 K=1",
+        ("torch.sparse addmm, transposes ready", "gather, index_add"),
+    ),
+    *(
+        (
+            "kcenter",
+            shape,
+            (
+                "torch, matrix–vector per pick",
+                "torch, pairwise_distance per pick (anomalib)",
+                "torch, cdist per pick (DISTIL)",
+            ),
+        )
+        for shape in (
+            "N=16326 d=256 budget=200",
+            "N=100000 d=256 budget=200 Gaussian",
+            "N=100000 d=256 budget=200 clustered",
+        )
+    ),
+)
+
+Figures = dict[str, Any]
+
+
+def _find(run: Figures, operator: str, shape: str, provider: str) -> Figures | None:
+    for row in run["rows"]:
+        if row["operator"] == operator and row["shape"].startswith(shape):
+            return next((m for m in row["measurements"] if m["provider"] == provider), None)
+    return None
+
+
+def _short(value: float | None) -> str:
+    if value is None:
+        return "–"
+    return f"{value:.0f}" if value >= 100 else f"{value:.1f}" if value >= 10 else f"{value:.2f}"
+
+
+def _ratio(found: Figures | None) -> str:
+    if found is None:
+        return "–"
+    ratio = found["ratio"]
+    return "withheld" if ratio is None else f"{ratio:.0f}×" if ratio >= 20 else f"{ratio:.1f}×"
+
+
+def summary(runs: Sequence[Figures]) -> str:
+    """A line per headline: our time, share of the limit, memory and every peer's time over ours, run by run."""
+    names = "one run" if len(runs) == 1 else f"{len(runs)} runs"
+    lines = [
+        f"| operator | shape | ours, ms | of the limit | extra MB | against, time over ours in {names} |",
+        "|---|---|--:|--:|--:|---|",
+    ]
+    for operator, shape, peers in HEADLINES:
+        ours = [_find(run, operator, shape, "msacore") or {} for run in runs]
+        times = " / ".join(_short(o.get("total_ms") or o.get("forward_ms")) for o in ours)
+        shares = " / ".join("–" if o.get("share") is None else f"{o['share']:.0%}" for o in ours)
+        memory = " / ".join(_short(o.get("extra_mb")) for o in ours)
+        against = "; ".join(
+            f"{peer}: " + " / ".join(_ratio(_find(run, operator, shape, peer)) for run in runs) for peer in peers
+        )
+        lines.append(f"| {operator} | {shape} | {times} | {shares} | {memory} | {against} |")
+    return "\n".join(lines)
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(prog="python -m bench.summary", description=__doc__)
+    parser.add_argument("runs", nargs="+", type=Path, metavar="RUN.json")
+    print(summary([json.loads(path.read_text()) for path in parser.parse_args().runs]))
+
+
+if __name__ == "__main__":
+    main()
