@@ -122,8 +122,8 @@ def low_rank_fusion(
 
     Note:
         Features that ``available`` hides are never read, and their gradient is zero. Differentiable once in every
-        floating argument; keeps its arguments alone, the backward pass projects again. Accumulates in float32 for 16-bit
-        types. Under autocast, arguments of mixed dtypes are cast to the features' dtype. Deterministic. No host
+        floating argument; keeps its arguments alone, the backward pass projects again. Accumulates in float32 for
+        16-bit types. Under autocast, arguments of mixed dtypes are cast to the features' dtype. Deterministic. No host
         synchronisation; safe in CUDA graphs. The low-rank multimodal fusion of Liu et al., 2018 (docs/ops.md).
 
     Example:
