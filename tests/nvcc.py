@@ -41,7 +41,7 @@ def report(source: Path) -> str:
     if not cached.exists():
         done = subprocess.run(command, capture_output=True, text=True)
         if done.returncode != 0:
-            return f"error:\n{done.stderr[:4000]}"
+            return f"error:\n{done.stderr[-4000:]}"
         CACHE.mkdir(parents=True, exist_ok=True)
         unfinished = cached.with_suffix(f".{os.getpid()}")
         unfinished.write_text(done.stderr)
