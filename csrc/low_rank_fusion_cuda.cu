@@ -49,7 +49,8 @@ struct Operands {
 // The projections of all modalities and ranks.
 template <typename T>
 Tensor project(const Problem<T>& p, const Tensor& like, cudaStream_t stream) {
-  Tensor a = torch::stable::new_empty(like, {p.modalities, p.rank, p.batch, p.width}, acc_dtype(like.scalar_type()));
+  const std::vector<int64_t> sizes{p.modalities, p.rank, p.batch, p.width};
+  Tensor a = torch::stable::new_empty(like, sizes, acc_dtype(like.scalar_type()));
   launch(project_kernel<T>, dim3(tiles_of(p.batch) * tiles_of(p.width), p.rank, p.modalities), dim3(kTileThreads),
          kProjectBytes<T>, stream, p, a.mutable_data_ptr<acc_t<T>>());
   return a;
