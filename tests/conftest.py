@@ -32,7 +32,7 @@ def _seeded() -> None:
 
 @pytest.hookimpl(tryfirst=True)
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
-    """The host runs of CUDA code leave out the samples that are too much for them."""
+    """The host runs of CUDA code leave out the samples that are too much for them; sanitizers run first."""
     from tests import cases
 
     cpu, dtype = torch.device("cpu"), torch.float32
@@ -45,3 +45,4 @@ def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
         return "sample" not in params or (params["case"].name, params["sample"]) not in too_much
 
     items[:] = [item for item in items if runs(item)]
+    items.sort(key=lambda item: not item.name.startswith("test_sanitizers"))  # long ones first: no worker ends alone
