@@ -1,11 +1,11 @@
 // Low-rank fusion on the device: products in tiles on tensor cores, one pass over elements between them. The features
 // of a missing modality are not loaded.
 //
-// Forward: the projections, 4 M r B h bytes, are written and read, and kept for the backward pass; features are read
-// h r / 64 times, factors B / 64 times, mostly from the L2 cache. Backward: gradients of the projections are written
-// once and read twice. At B = 1024, d = h = 128, r = 16, M = 3 in 16 bits: 25 MB of projections, against 2.6 MB of
-// features, factors and results. Multiplications: 2 B h r Σ (d_m + 1), 1.6 GFLOP, which is the minimum, forward, and
-// twice that backward; tiles of 64 make 129 rows of the gradients of factors 192.
+// Forward: the projections, 4 M r B h bytes, are written and read; features are read h r / 64 times, factors B / 64
+// times, mostly from the L2 cache. Backward: the projections are computed again, their gradients written once and read
+// twice. At B = 1024, d = h = 128, r = 16, M = 3 in 16 bits: 25 MB of projections, against 2.6 MB of features, factors
+// and results. Multiplications: 2 B h r Σ (d_m + 1), 1.6 GFLOP, which is the minimum, forward, and three times that
+// backward, where the minimum is twice; tiles of 64 make 129 rows of the gradients of factors 192.
 #pragma once
 #include "common/augmented_rows.cuh"
 
