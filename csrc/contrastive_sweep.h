@@ -13,8 +13,6 @@
 
 namespace msacore::contrastive {
 
-inline int64_t padded(int64_t n) { return (n + kPanel - 1) / kPanel * kPanel; }
-
 // unit [rows, stride] ← x / |x|, and the same transposed in panels of kPanel rows; rows that take no part stay unread
 // and become zero, as do zero rows. Handles rows begin … end, multiples of kPanel.
 template <typename T, typename A>

@@ -65,7 +65,7 @@ struct Problem {
     }
     sides.reserve(embeddings.size());
     for (const Tensor& t : embeddings) sides.emplace_back(n, t.size(1));
-    const int64_t panels = contrastive::padded(n) / kPanel;
+    const int64_t panels = padded(n) / kPanel;
     torch::stable::parallel_for(0, panels * static_cast<int64_t>(sides.size()),
                                 Side<A>::grain(kPanel * sides.front().width), [&](int64_t begin, int64_t end) {
                                   for (int64_t i = begin; i < end; ++i) {

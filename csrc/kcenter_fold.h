@@ -15,8 +15,6 @@ namespace msacore::kcenter {
 constexpr int64_t kTileRows = 96, kTileCenters = 128;
 constexpr int64_t kDirect = 2;  // up to this many centres the exact distances cost less than the filter
 
-inline int64_t padded(int64_t n) { return (n + kPanel - 1) / kPanel * kPanel; }
-
 // Centres ready for the filter: panels of 16 [d, 16], zeros where there is no centre, and half their squared norms.
 struct PackedCenters {
   std::vector<float> panels;

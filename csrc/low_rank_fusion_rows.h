@@ -9,8 +9,6 @@ namespace msacore::low_rank_fusion {
 
 constexpr int64_t kTileRows = 128;  // of a tile: its projections of all modalities stay in a core's cache
 
-inline int64_t padded(int64_t count) { return (count + kPanel - 1) / kPanel * kPanel; }
-
 // The projections of a tile for one rank: a[m] is [rows, width], kTileRows · width numbers apart.
 template <typename A>
 struct Tile {

@@ -9,6 +9,8 @@ namespace msacore {
 
 constexpr int64_t kPanel = 16;  // sizes are padded to multiples of this
 
+inline int64_t padded(int64_t n) { return (n + kPanel - 1) / kPanel * kPanel; }
+
 // Rows × vectors of the result that stay in registers; kBytes is the width of a vector register.
 template <typename A, int kBytes>
 struct RegisterBlock {
