@@ -52,18 +52,39 @@ def test_values_and_gradients_are_as_accurate_as_torch(
         return
     arguments = _arguments(case, sample, device, dtype)
     outputs, grads = run(case, case.op, arguments)
-    expected, expected_grads = run(case, case.reference, to_dtype(arguments, FLOAT64))
-    yardstick, yardstick_grads = run(case, case.reference, arguments)
     for output in outputs:
         assert output.is_contiguous()
         assert output.device.type == device.type
         assert output.dtype == (FLOAT32 if case.loss and dtype.itemsize == 2 else dtype)
+    assert all(grad.dtype == dtype for grad in grads)
+    _assert_accurate(case, arguments, outputs, grads)
+
+
+def _assert_accurate(case: OpCase, arguments: dict[str, Any], outputs: list[Tensor], grads: list[Tensor]) -> None:
+    expected, expected_grads = run(case, case.reference, to_dtype(arguments, FLOAT64))
+    yardstick, yardstick_grads = run(case, case.reference, arguments)
     for i, (ours, ref, same) in enumerate(zip(outputs, expected, yardstick, strict=True)):
         assert_as_accurate_as_torch(ours, ref, same, f"output {i}")
     _, wanted = leaves(case, arguments)
     for (path, _), ours, ref, same in zip(wanted, grads, expected_grads, yardstick_grads, strict=True):
-        assert ours.dtype == dtype
         assert_as_accurate_as_torch(ours, ref, same, f"gradient of {path}")
+
+
+@each_sample
+def test_threads_share_the_work(case: OpCase, sample: str) -> None:
+    """Values stay right and bits repeat, however many threads there are."""
+    arguments = _arguments(case, sample, CPU, FLOAT32)
+    before = torch.get_num_threads()
+    try:
+        for threads in (2, 4, 7):
+            torch.set_num_threads(threads)
+            outputs, grads = run(case, case.op, arguments)
+            again, grads_again = run(case, case.op, arguments)
+            _assert_accurate(case, arguments, outputs, grads)
+            for a, b in zip([*outputs, *grads], [*again, *grads_again], strict=True):
+                assert torch.equal(a, b)
+    finally:
+        torch.set_num_threads(before)
 
 
 @each_small_sample
