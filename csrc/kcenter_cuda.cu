@@ -11,35 +11,38 @@
 namespace msacore::kcenter {
 namespace {
 
-constexpr int64_t kChunkRows = 65536;    // packed in one go: workspace for them is all that grows with the rows
+#ifdef __CUDACC__
+constexpr int64_t kChunkRows = 131072;  // packed in one go: workspace for them is all that grows with the rows
+#else
+constexpr int64_t kChunkRows = 1024;  // few, so that small pools already take several
+#endif
 constexpr int64_t kMatrixLimit = 16384;  // candidates whose distances are all found before the picks
 
 int64_t tiles(int64_t n) { return (n + kTile - 1) / kTile; }
 
 // Rows or centres in the filter's form, and the workspace they live in.
 struct PackedTensor {
-  Tensor panels, norm;
+  Tensor rows, ball;
   Packed view;
 
   PackedTensor(const Tensor& like, int64_t count, int64_t width)
-      : panels(torch::stable::new_empty(like, {tiles(count) * kTile, padded(width)}, ScalarType::Float)),
-        norm(torch::stable::new_empty(like, {tiles(count) * kTile}, ScalarType::Float)),
-        view{panels.mutable_data_ptr<float>(), norm.mutable_data_ptr<float>(), count, padded(width)} {}
-  static int64_t padded(int64_t width) { return (width + kDepth - 1) / kDepth * kDepth; }
+      : rows(torch::stable::new_empty(like, {count, padded(width)}, ScalarType::Half)),
+        ball(torch::stable::new_empty(like, {tiles(count) * kTile, 2}, ScalarType::Float)),
+        view{rows.mutable_data_ptr<Half>(), reinterpret_cast<Ball*>(ball.mutable_data_ptr<float>()), count,
+             padded(width)} {}
+  static int64_t padded(int64_t width) { return (width + kPer16<Half> - 1) / kPer16<Half> * kPer16<Half>; }
 };
 
 template <bool kCosine, typename In>
 void pack(const Source<In>& from, const double* shift, double scale, const Packed& out, cudaStream_t stream) {
-  launch(pack_kernel<kCosine, In>, dim3(std::min(tiles(out.count), kMaxBlocks)), dim3(kThreads), 0, stream, from, shift,
-         scale, out);
+  launch(pack_kernel<kCosine, In>, grid_for(out.count * kWarp, kThreads), dim3(kThreads), 0, stream, from, shift, scale,
+         out);
 }
 
 // Packs the centres, then the rows chunk by chunk, and calls compare(comparison, first row) for each chunk.
 template <bool kCosine, typename T, typename Compare>
 void for_each_chunk(const Tensor& pool, const int64_t* rows, const double* centers, const double* shift, double scale,
                     const Sizes& s, cudaStream_t stream, const Compare& compare) {
-  // Rounding to float32, a product summed in any order, three additions: (d + 6) u (‖x‖ + ‖c‖)² on either side.
-  const Filter filter{scale, static_cast<float>(2.0 * static_cast<double>(s.width + 16) * 5.97e-8)};
   const PackedTensor packed_centers(pool, s.centers, s.width);
   const PackedTensor packed_rows(pool, std::min(s.rows, kChunkRows), s.width);
   pack<kCosine>(Source<double>{centers, nullptr, s.centers, s.width}, shift, scale, packed_centers.view, stream);
@@ -48,7 +51,7 @@ void for_each_chunk(const Tensor& pool, const int64_t* rows, const double* cente
     chunk.count = std::min(s.rows - begin, kChunkRows);
     const Source<T> from{pool.const_data_ptr<T>(), rows + begin, s.samples, s.width};
     pack<kCosine>(from, shift, scale, chunk, stream);
-    compare(Comparison<T>{from, centers, chunk, packed_centers.view, filter}, begin);
+    compare(Comparison<T>{from, centers, chunk, packed_centers.view, Filter(scale, s.width)}, begin);
   }
 }
 
@@ -82,8 +85,8 @@ std::tuple<Tensor, Tensor> fold_cuda(const Tensor& pool_, const Tensor& rows_, c
     for_each_chunk<kCosine, T>(
         pool, rows.const_data_ptr<int64_t>(), centers.const_data_ptr<double>(), shift.const_data_ptr<double>(), scale,
         s, device.stream, [&](const Comparison<T>& comparison, int64_t begin) {
-          launch(fold_kernel<kCosine, T>, blocks_for(comparison.x), dim3(kThreads), 0, device.stream, comparison,
-                 start.const_data_ptr<int64_t>() + begin, delta.const_data_ptr<double>() + begin,
+          launch(fold_kernel<kCosine, T>, blocks_for(comparison.x), dim3(kTileThreads), kProductBytes, device.stream,
+                 comparison, start.const_data_ptr<int64_t>() + begin, delta.const_data_ptr<double>() + begin,
                  owner.const_data_ptr<int64_t>() + begin, delta_out.mutable_data_ptr<double>() + begin,
                  owner_out.mutable_data_ptr<int64_t>() + begin);
         });
@@ -103,12 +106,12 @@ Tensor count_cuda(const Tensor& pool_, const Tensor& rows_, const Tensor& center
   dispatch(pool.scalar_type(), op, metric, [&](auto tag, auto cosine) {
     using T = typename decltype(tag)::type;
     constexpr bool kCosine = decltype(cosine)::value;
-    for_each_chunk<kCosine, T>(pool, rows.const_data_ptr<int64_t>(), centers.const_data_ptr<double>(),
-                               shift.const_data_ptr<double>(), scale, s, device.stream,
-                               [&](const Comparison<T>& comparison, int64_t begin) {
-                                 launch(count_kernel<kCosine, T>, blocks_for(comparison.x), dim3(kThreads), 0,
-                                        device.stream, comparison, radius, out.mutable_data_ptr<int64_t>() + begin);
-                               });
+    for_each_chunk<kCosine, T>(
+        pool, rows.const_data_ptr<int64_t>(), centers.const_data_ptr<double>(), shift.const_data_ptr<double>(), scale,
+        s, device.stream, [&](const Comparison<T>& comparison, int64_t begin) {
+          launch(count_kernel<kCosine, T>, blocks_for(comparison.x), dim3(kTileThreads), kProductBytes, device.stream,
+                 comparison, radius, out.mutable_data_ptr<int64_t>() + begin);
+        });
   });
   return out;
 }

@@ -1,5 +1,7 @@
 """The selection kernels against the plain formulas, in every dtype, at ties, and on bad input."""
 
+import math
+
 import pytest
 import torch
 
@@ -63,6 +65,55 @@ def test_fold_is_exact_for_any_magnitude_and_offset(magnitude: float, offset: fl
     distances = reference.distances(x, centers)
     torch.testing.assert_close(delta, distances.amin(1), rtol=1e-13, atol=0)
     assert torch.equal(owner, distances.argmin(1))
+
+
+def _alike(case: str) -> tuple[torch.Tensor, torch.Tensor]:
+    """Rows and centres whose distances differ by less than a filter of any 16- or 32-bit type can tell."""
+    x = draw(130, 24).float()
+    if case == "one centre, shaken":
+        x[:] += 40
+        return x, x[0].double() + draw(100, 24, seed=1) * 1e-6
+    if case == "equal up to the order of components":
+        x[:] = x[:, :1]  # rows on the diagonal, so that a permuted centre is as far
+        return x, torch.stack([draw(24, seed=1).roll(i) for i in range(100)])
+    if case == "a few huge rows":
+        x[3::7] *= 3e9
+        x[5] = 0
+    if case == "rows below any 16-bit number":
+        x[1:] *= 1e-12
+    return x, x[:100].double() + x[:100].double().abs() * draw(100, 24, seed=1) * 1e-5
+
+
+_ALIKE = [
+    "one centre, shaken",
+    "equal up to the order of components",
+    "a few huge rows",
+    "rows below any 16-bit number",
+    "centres beside rows",
+]
+
+
+@METRICS
+@pytest.mark.parametrize("case", _ALIKE)
+def test_distances_closer_than_the_filter_can_tell_are_told_apart(case: str, metric: str) -> None:
+    x, centers = _alike(case)
+    infinite = torch.full((len(x),), torch.inf, dtype=torch.float64)
+    rows, number = torch.arange(len(x)), kcenter.METRICS[metric]
+
+    def fold(some: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+        scale = 2.0 ** -math.frexp(float(x.abs().max()))[1]
+        return kcenter.fold(
+            x, rows, rows * 0, some, x.double().mean(0), infinite, rows * 0 - 1, scale=scale, metric=number
+        )
+
+    # A single centre leaves nothing to filter: each distance on its own tells the least, the owner and the counts.
+    each = torch.stack([fold(centers[j : j + 1])[0] for j in range(len(centers))], 1)
+    delta, owner = fold(centers)
+    assert torch.equal(delta, each.amin(1))
+    assert torch.equal(owner, each.argmin(1))
+    for radius in (float(each[7, 9]), float(each[0].median()), float(each.max())):
+        counts = kcenter.count(x, rows, centers, x.double().mean(0), radius=radius, scale=2.0**-3, metric=number)
+        assert torch.equal(counts, (each <= radius).sum(1))
 
 
 def test_fold_takes_the_centres_a_row_lacks() -> None:

@@ -18,6 +18,7 @@ from tests.test_cuda_shim import SCHEDULES
 # With the fixture below these run the CUDA code.
 from tests.test_kcenter import (  # noqa: F401
     test_count_equals_the_plain_count,
+    test_distances_closer_than_the_filter_can_tell_are_told_apart,
     test_fold_finds_the_nearest_centre,
     test_fold_is_exact_for_any_magnitude_and_offset,
     test_fold_takes_the_centres_a_row_lacks,
@@ -85,7 +86,7 @@ def test_rank_takes_any_double() -> None:
 
 
 def test_fold_takes_more_rows_than_are_packed_in_one_go() -> None:
-    x = draw(65_540, 1)
+    x = draw(1_030, 1)
     rows, none = torch.arange(len(x)).flip(0), torch.full((len(x),), -1)
     infinite = torch.full((len(x),), torch.inf, dtype=torch.float64)
     delta, owner = kcenter.fold(
