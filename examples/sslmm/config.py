@@ -17,6 +17,8 @@ class Config:
         window: Neighbouring utterances on either side that an utterance hears.
         variant: Propagation: ``"linear"``, ``"gcnii"`` or ``"gated"``.
         send: When missing nodes send: ``"after_fill"`` or ``"never"``.
+        readout: What the head reads: ``"nodes"`` (after propagation) or ``"products"`` (also, before propagation, a
+            low-rank product of every two modalities).
         dropout: Of encoders and head.
         learning_rate: Of Adam, both stages.
         weight_decay: Of Adam, both stages.
@@ -26,6 +28,7 @@ class Config:
         patience: Stage B stops after so many epochs without a better validation error.
         mask_share: Stage A: share of the observed nodes that are masked and reconstructed.
         sce_power: Exponent of the scaled cosine error.
+        node_weight: Stage A: weight of rebuilding masked nodes.
         modality_weight: Stage A: weight of rebuilding a dropped modality.
         contrast_weight: Stage A: weight of contrasting the modalities of an utterance.
         view_weight: Stage A: weight of contrasting two views of an utterance; 0 leaves it out, it did not help.
@@ -48,6 +51,7 @@ class Config:
     window: int = 2
     variant: str = "linear"
     send: str = "after_fill"
+    readout: str = "products"
     dropout: float = 0.3
     learning_rate: float = 1e-3
     weight_decay: float = 1e-4
@@ -57,6 +61,7 @@ class Config:
     patience: int = 15
     mask_share: float = 0.5
     sce_power: float = 2.0
+    node_weight: float = 1.0
     modality_weight: float = 1.0
     contrast_weight: float = 0.5
     view_weight: float = 0.0
@@ -75,6 +80,7 @@ class Config:
 CHOICES = {
     "variant": ("linear", "gcnii", "gated"),
     "send": ("after_fill", "never"),
+    "readout": ("nodes", "products"),
     "task": ("l1", "mse"),
     "unlabelled": ("mean_teacher", "rankup", "none"),
     "reconstruction": ("observed", "oracle", "none"),

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from collections.abc import Sequence
 
 import torch
 import torch.nn.functional as F
@@ -11,7 +12,7 @@ from torch import Tensor
 import msacore
 
 from .config import Config
-from .model import SSLMM, Batch, Output
+from .model import SSLMM, Batch, Output, rows_of
 
 
 def drop_one_modality(observed: Tensor) -> Tensor:
@@ -21,49 +22,51 @@ def drop_one_modality(observed: Tensor) -> Tensor:
     return observed & ~(last & (observed.sum(1, keepdim=True) >= 2))
 
 
-def reconstruction_error(built: list[Tensor], features: list[Tensor], where: Tensor) -> Tensor:
+def reconstruction_error(built: list[Tensor], features: Sequence[Tensor], where: Tensor) -> Tensor:
     """Σ_m (1/d_m) Σ_{i: where} ‖x̂ − x‖² / number of utterances (the form of GCNet); only ``where`` is read."""
     total = built[0].new_zeros(())
-    for m, (prediction, target) in enumerate(zip(built, features, strict=True)):
-        seen = where[:, m, None]
-        gap = torch.where(seen, prediction - torch.where(seen, target, 0), 0)
-        total = total + gap.square().mean(1).sum()
-    return total / where.shape[0]
+    for m, (prediction, x) in enumerate(zip(built, features, strict=True)):
+        total = total + (prediction - x.index_select(0, rows_of(where, m))).square().mean(1).sum()
+    return total / len(where)
 
 
-def scaled_cosine_error(built: list[Tensor], features: list[Tensor], where: Tensor, power: float) -> Tensor:
+def scaled_cosine_error(built: list[Tensor], features: Sequence[Tensor], where: Tensor, power: float) -> Tensor:
     """Mean over masked nodes of (1 − cos(x̂, x))^power (GraphMAE)."""
     total, count = built[0].new_zeros(()), where.sum().clamp(min=1)
-    for m, (prediction, target) in enumerate(zip(built, features, strict=True)):
-        seen = where[:, m, None]
-        cosine = F.cosine_similarity(prediction, torch.where(seen, target, 0), dim=1)
-        total = total + torch.where(seen[:, 0], (1 - cosine).clamp(min=0) ** power, 0).sum()
+    for m, (prediction, x) in enumerate(zip(built, features, strict=True)):
+        cosine = F.cosine_similarity(prediction, x.index_select(0, rows_of(where, m)), dim=1)
+        total = total + ((1 - cosine).clamp(min=0) ** power).sum()
     return total / count
 
 
 def pretraining_loss(model: SSLMM, batch: Batch) -> dict[str, Tensor]:
     """Stage A, without labels: masked nodes, a dropped modality, two views and the modalities against each other."""
-    config = model.config
-    masked = batch.observed & (torch.rand(batch.observed.shape, device=batch.observed.device) < config.mask_share)
-    view = model(batch.seeing(batch.observed & ~masked))
-    built = model.reconstruct_masked(view.nodes, masked, batch.offsets)
-    losses = {"nodes": scaled_cosine_error(built, list(batch.features), masked, config.sce_power)}
+    config, losses, own = model.config, {}, model.encode(batch)
 
-    harder = drop_one_modality(batch.observed)
-    dropped = model(batch.seeing(harder))
-    losses["modality"] = config.modality_weight * reconstruction_error(
-        model.reconstruct(dropped.nodes), list(batch.features), batch.observed & ~harder
-    )
+    def nodes_of(observed: Tensor) -> Tensor:
+        return model.propagate(model.dropout(model.hide(own, observed)), batch.seeing(observed))
 
+    if config.node_weight or config.view_weight:
+        masked = batch.observed & (torch.rand(batch.observed.shape, device=batch.observed.device) < config.mask_share)
+        view = nodes_of(batch.observed & ~masked)
+    if config.modality_weight or config.view_weight:
+        harder = drop_one_modality(batch.observed)
+        dropped = nodes_of(harder)
+    if config.node_weight:
+        built = model.reconstruct_masked(view, masked, batch.offsets)
+        losses["nodes"] = config.node_weight * scaled_cosine_error(built, batch.features, masked, config.sce_power)
+    if config.modality_weight:
+        lost = batch.observed & ~harder
+        error = reconstruction_error(model.reconstruct(dropped, lost), batch.features, lost)
+        losses["modality"] = config.modality_weight * error
     if config.view_weight:
         losses["views"] = config.view_weight * msacore.info_nce(
-            model.contrast(view.fused),
-            model.contrast(dropped.fused),
+            model.contrast(view.flatten(1)),
+            model.contrast(dropped.flatten(1)),
             temperature=config.contrast_temperature,
             symmetric=True,
         )
     # Before propagation: afterwards the modalities of an utterance have told each other, and nothing is left to learn.
-    own = model.encode(batch)
     modalities = batch.observed.shape[1]
     cross = own.new_zeros(())
     for m in range(modalities):

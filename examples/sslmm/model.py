@@ -4,12 +4,13 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass
+from itertools import combinations
 
 import torch
 from torch import Tensor, nn
 
 import msacore
-from msacore.nn import AlternatingPropagation
+from msacore.nn import AlternatingPropagation, LowRankFusion
 
 from .config import Config
 
@@ -35,12 +36,16 @@ class Batch:
 
 @dataclass(frozen=True)
 class Output:
-    """``nodes`` after propagation ``[N, M, width]``, ``fused`` ``[N, M · width]``; ``prediction``, ``rank`` ``[N]``."""
+    """``nodes`` after propagation, ``[N, M, width]``; ``prediction`` and ``rank``, ``[N]``."""
 
     nodes: Tensor
-    fused: Tensor
     prediction: Tensor
     rank: Tensor
+
+
+def rows_of(where: Tensor, modality: int) -> Tensor:
+    """Numbers of the rows that ``where`` (bool ``[N, M]``) marks for one modality, int64."""
+    return where[:, modality].nonzero()[:, 0]
 
 
 class Dropout(nn.Module):
@@ -63,7 +68,10 @@ class SSLMM(nn.Module):
 
     A missing modality starts as its mask token and receives what its neighbours and the other modalities of the
     utterance send (METHODS: nodes per utterance and modality as in MMGCN, teleport as in APPNP, reconstruction as in
-    GCNet). The read-out concatenates the nodes of an utterance.
+    GCNet). The read-out concatenates the nodes of an utterance. Propagation averages, so what an utterance alone says,
+    and what only two modalities together say, is faint in them; ``readout="products"`` puts a low-rank product of
+    every two modalities beside them. Products take the nodes from before propagation, of modalities in view: where one
+    of two is missing the other stands alone, as a product with a guess would tell nothing.
     """
 
     def __init__(self, dims: Sequence[int], config: Config) -> None:
@@ -82,11 +90,13 @@ class SSLMM(nn.Module):
             window=(config.window, config.window),
             send=config.send,
         )
-        fused = len(dims) * width
-        self.head = nn.Sequential(nn.GELU(), Dropout(config.dropout), nn.Linear(fused, width), nn.GELU())
+        self.pairs = list(combinations(range(len(dims)), 2)) if config.readout == "products" else []
+        self.products = nn.ModuleList(LowRankFusion((width, width), width) for _ in self.pairs)
+        read = (len(dims) + len(self.pairs)) * width
+        self.head = nn.Sequential(nn.GELU(), Dropout(config.dropout), nn.Linear(read, width), nn.GELU())
         self.sentiment = nn.Linear(width, 1)
         self.ranking = nn.Linear(width, 1)
-        self.contrast = nn.Linear(fused, width)
+        self.contrast = nn.Linear(len(dims) * width, width)
         self.decoders = nn.ModuleList(nn.Linear(width, d) for d in dims)
 
     def forward(self, batch: Batch, noise: float = 0.0) -> Output:
@@ -98,16 +108,39 @@ class SSLMM(nn.Module):
         """
         return self.read(self.encode(batch, noise), batch)
 
+    def encode(self, batch: Batch, noise: float = 0.0) -> Tensor:
+        """Nodes before propagation, ``[N, M, width]``: encoded features, or the mask token where hidden."""
+        nodes = []
+        for m, (encoder, x) in enumerate(zip(self.encoders, batch.features, strict=True)):
+            # Hidden rows are never read: a hidden NaN would otherwise reach the weights' gradient as 0 · NaN.
+            rows = rows_of(batch.observed, m)
+            x = x.index_select(0, rows)
+            if noise:
+                x = x + noise * torch.randn_like(x)
+            nodes.append(self.mask_token[m].expand(len(batch.observed), -1).index_copy(0, rows, encoder(x)))
+        return torch.stack(nodes, 1)
+
+    def hide(self, own: Tensor, observed: Tensor) -> Tensor:
+        """What :meth:`encode` gave, with more of it hidden."""
+        return torch.where(observed[..., None], own, self.mask_token)
+
+    def propagate(self, own: Tensor, batch: Batch) -> Tensor:
+        """Nodes after propagation, ``[N, M, width]``."""
+        return self.propagation(own, batch.offsets, available=batch.observed)
+
     def read(self, own: Tensor, batch: Batch) -> Output:
         """Propagate and predict from what :meth:`encode` gave; every call drops out anew."""
-        nodes = self.propagation(self.dropout(own), batch.offsets, available=batch.observed)
-        fused = nodes.flatten(1)
-        hidden = self.head(fused)
-        return Output(nodes, fused, self.sentiment(hidden)[:, 0], self.ranking(hidden)[:, 0])
+        own = self.dropout(own)
+        nodes = self.propagate(own, batch)
+        parts = [nodes.flatten(1)]
+        for product, (m, n) in zip(self.products, self.pairs, strict=True):
+            parts.append(product([own[:, m], own[:, n]], available=batch.observed[:, [m, n]]))
+        hidden = self.head(torch.cat(parts, 1))
+        return Output(nodes, self.sentiment(hidden)[:, 0], self.ranking(hidden)[:, 0])
 
-    def reconstruct(self, nodes: Tensor) -> list[Tensor]:
-        """Features of every modality from its nodes: per modality ``[N, d_m]``."""
-        return [decoder(nodes[:, m]) for m, decoder in enumerate(self.decoders)]
+    def reconstruct(self, nodes: Tensor, where: Tensor) -> list[Tensor]:
+        """Features of the nodes that ``where`` (bool ``[N, M]``) marks: per modality ``[rows of it, d_m]``."""
+        return [decoder(nodes[:, m].index_select(0, rows_of(where, m))) for m, decoder in enumerate(self.decoders)]
 
     def reconstruct_masked(self, nodes: Tensor, masked: Tensor, offsets: Tensor) -> list[Tensor]:
         """As :meth:`reconstruct`, from masked nodes that are masked again first: only neighbours can fill them."""
@@ -121,16 +154,4 @@ class SSLMM(nn.Module):
             alpha=self.config.alpha,
             send=self.config.send,
         )
-        return self.reconstruct(filled)
-
-    def encode(self, batch: Batch, noise: float = 0.0) -> Tensor:
-        """Nodes before propagation, ``[N, M, width]``: encoded features, or the mask token where hidden."""
-        nodes = []
-        for m, (encoder, x) in enumerate(zip(self.encoders, batch.features, strict=True)):
-            seen = batch.observed[:, m, None]
-            # A select before the first product: a hidden NaN would otherwise reach the weights' gradient as 0 · NaN.
-            x = torch.where(seen, x, 0)
-            if noise:
-                x = x + noise * torch.randn_like(x)
-            nodes.append(torch.where(seen, encoder(x), self.mask_token[m]))
-        return torch.stack(nodes, 1)
+        return self.reconstruct(filled, masked)

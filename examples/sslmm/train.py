@@ -76,7 +76,9 @@ class Trainer:
 
     def _new_optimiser(self) -> torch.optim.Optimizer:
         config = self.config
-        return torch.optim.Adam(self.model.parameters(), lr=config.learning_rate, weight_decay=config.weight_decay)
+        return torch.optim.Adam(
+            self.model.parameters(), lr=config.learning_rate, weight_decay=config.weight_decay, fused=True
+        )
 
     def fit(self, checkpoint: Path | None = None, every: int = 10, resume: bool = False) -> Fit:
         """Train from where the trainer stands and predict every utterance.
@@ -175,15 +177,14 @@ class Trainer:
             oracle = config.reconstruction == "oracle"
             where = ~batch.observed if oracle else batch.observed & ~harder
             nodes = natural.nodes if oracle else strong.nodes
-            error = reconstruction_error(self.model.reconstruct(nodes), list(batch.features), where)
+            error = reconstruction_error(self.model.reconstruct(nodes, where), batch.features, where)
             losses["reconstruction"] = config.reconstruction_weight * error
         return losses
 
     @torch.no_grad()
     def _update_teacher(self) -> None:
         decay = min(self.config.teacher_decay, 1 - 1 / (len(self.history["finetune"]) + 2))
-        for ours, theirs in zip(self.teacher.parameters(), self.model.parameters(), strict=True):
-            ours.lerp_(theirs, 1 - decay)
+        torch._foreach_lerp_(list(self.teacher.parameters()), list(self.model.parameters()), 1 - decay)
 
     def _keep_best(self) -> None:
         rows = torch.cat(self.conversations["valid"])
