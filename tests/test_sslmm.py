@@ -118,7 +118,10 @@ def test_each_ablation_changes_the_run(corpus: Corpus) -> None:
         {"window": 0},
         {"noise": 0.5},
         {"mask_share": 0.2},
+        {"readout": "nodes"},
         {"contrast_weight": 0.0},
+        {"node_weight": 0.0},
+        {"modality_weight": 0.0},
         {"view_weight": 0.5},
     ],
     ids=str,
@@ -230,7 +233,7 @@ def test_the_command_writes_a_report_with_every_number(tmp_path: Path, capsys: p
     ):
         assert words in page
     stored = json.loads((tmp_path / "report.json").read_text())
-    assert len(stored["data"]["cells"]) == (7 + 2 * 4 - 2) * 2
+    assert len(stored["data"]["cells"]) == (8 + 2 * 4 - 2) * 2
     assert stored["run"]["missing"]["sha256"]
     at = {
         (c["cell"]["method"], c["cell"]["rate"], c["cell"]["seed"]): c

@@ -53,12 +53,12 @@ class Config:
     send: str = "after_fill"
     readout: str = "products"
     dropout: float = 0.3
-    learning_rate: float = 1e-3
+    learning_rate: float = 2e-3
     weight_decay: float = 1e-4
     conversations: int = 16
     pretrain_epochs: int = 30
     finetune_epochs: int = 60
-    patience: int = 15
+    patience: int = 10
     mask_share: float = 0.5
     sce_power: float = 2.0
     node_weight: float = 1.0
@@ -91,7 +91,8 @@ ABLATIONS: dict[str, dict[str, object]] = {
     "SSLMM": {},
     "no pre-training": {"pretrain_epochs": 0},
     "no consistency": {"unlabelled": "none"},
-    "no reconstruction": {"reconstruction": "none"},
+    "no reconstruction": {"node_weight": 0.0, "modality_weight": 0.0, "reconstruction": "none"},
+    "no reconstruction in B": {"reconstruction": "none"},
     "supervised graph": {"pretrain_epochs": 0, "unlabelled": "none", "reconstruction": "none"},
 }
 

@@ -91,7 +91,7 @@ class SSLMM(nn.Module):
             send=config.send,
         )
         self.pairs = list(combinations(range(len(dims)), 2)) if config.readout == "products" else []
-        self.products = nn.ModuleList(LowRankFusion((width, width), width) for _ in self.pairs)
+        self.products = nn.ModuleList(LowRankFusion((width, width), width, rank=1) for _ in self.pairs)
         read = (len(dims) + len(self.pairs)) * width
         self.head = nn.Sequential(nn.GELU(), Dropout(config.dropout), nn.Linear(read, width), nn.GELU())
         self.sentiment = nn.Linear(width, 1)
