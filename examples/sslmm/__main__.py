@@ -92,7 +92,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     for method in args.methods:
         accuracy = column(results, "acc2_non0", method, args.rate, args.share)
         error = column(results, "mae", method, args.rate, args.share)
-        print(f"{method:18} neg/pos accuracy {sum(accuracy) / len(accuracy):.3f}  MAE {sum(error) / len(error):.3f}")
+        print(f"{method:22} neg/pos accuracy {sum(accuracy) / len(accuracy):.3f}  MAE {sum(error) / len(error):.3f}")
     print(f"report: {page}")
     return 0
 
