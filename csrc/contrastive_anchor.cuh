@@ -7,7 +7,16 @@
 
 namespace msacore::contrastive {
 
-__device__ __forceinline__ float power2(float x) { return exp2f(x); }
+// Of float: one instruction, which gives 0 where exp2f gives less than the smallest normal number.
+__device__ __forceinline__ float power2(float x) {
+#ifdef __CUDACC__
+  float y;
+  asm("ex2.approx.ftz.f32 %0, %1;" : "=f"(y) : "f"(x));
+  return y;
+#else
+  return exp2f(x);
+#endif
+}
 __device__ __forceinline__ double power2(double x) { return exp2(x); }
 
 // A scalar of any floating dtype on the device, or a number.
@@ -49,68 +58,121 @@ __device__ __forceinline__ bool is_choice(int64_t candidates, bool without_self)
 template <typename A>
 constexpr A kNothing = -std::numeric_limits<A>::infinity();
 
-// What an anchor knows of some of its candidates: largest exponent, Σ 2^(exponent - maximum), Σ weight, Σ weight ·
-// similarity.
+// The larger number; a NaN loses, for it reaches the sum of exponentials anyway.
+struct Larger {
+  __device__ __forceinline__ float operator()(float a, float b) const { return fmaxf(a, b); }
+  __device__ __forceinline__ double operator()(double a, double b) const { return fmax(a, b); }
+};
+
+// Of some candidates of an anchor: largest exponent, Σ 2^(exponent - maximum).
 template <typename A>
-struct Stats {
-  A maximum, sum, total, positive;
+struct Softmax {
+  A maximum, sum;
+};
+
+// Of some candidates of an anchor: Σ weight, Σ weight · similarity.
+template <typename A>
+struct Positives {
+  A total, similarity;
+
+  __device__ A mean() const { return total != 0 ? similarity / total : A(0); }
 };
 
 template <typename A>
-__device__ __forceinline__ void merge(Stats<A>& to, const Stats<A>& from) {
-  const A maximum = Max{}(to.maximum, from.maximum), shift = maximum == kNothing<A> ? A(0) : maximum;
+struct Stats {
+  Softmax<A> softmax;
+  Positives<A> positives;
+};
+
+template <typename A>
+__device__ __forceinline__ Softmax<A> no_softmax() {
+  return {kNothing<A>, 0};
+}
+template <typename A>
+__device__ __forceinline__ Stats<A> no_stats() {
+  return {no_softmax<A>(), {0, 0}};
+}
+
+template <typename A>
+__device__ __forceinline__ void merge(Softmax<A>& to, const Softmax<A>& from) {
+  const A maximum = Larger{}(to.maximum, from.maximum), shift = maximum == kNothing<A> ? A(0) : maximum;
   to.sum = to.sum * power2(to.maximum - shift) + from.sum * power2(from.maximum - shift);
   to.maximum = maximum;
-  to.total += from.total;
-  to.positive += from.positive;
 }
 
+template <typename A>
+__device__ __forceinline__ void merge(Positives<A>& to, const Positives<A>& from) {
+  to.total += from.total;
+  to.similarity += from.similarity;
+}
+
+template <typename A>
+__device__ __forceinline__ void merge(Stats<A>& to, const Stats<A>& from) {
+  merge(to.softmax, from.softmax);
+  merge(to.positives, from.positives);
+}
+
+template <typename A>
+__device__ __forceinline__ Softmax<double> in_double(const Softmax<A>& softmax) {
+  return {softmax.maximum, softmax.sum};
+}
+template <typename A>
+__device__ __forceinline__ Positives<double> in_double(const Positives<A>& positives) {
+  return {positives.total, positives.similarity};
+}
 template <typename A>
 __device__ __forceinline__ Stats<double> in_double(const Stats<A>& stats) {
-  return {stats.maximum, stats.sum, stats.total, stats.positive};
+  return {in_double(stats.softmax), in_double(stats.positives)};
 }
 
-// Statistics of `Count` pairs of each of the lanes that differ in the bits First … Last.
+// Over the lanes that differ in the bits First … Last.
+template <int First, int Last, typename A, typename Op>
+__device__ __forceinline__ A lanes_reduce(A value, Op op) {
+#pragma unroll
+  for (int step = Last; step >= First; step /= 2) value = op(value, __shfl_xor_sync(kAllLanes, value, step));
+  return value;
+}
+
+// Of `Count` candidates of each of those lanes.
 template <int First, int Last, int Count, typename A>
-__device__ __forceinline__ Stats<A> stats_of(const A (&exponent)[Count], const A (&weight)[Count],
-                                             const A (&similarity)[Count]) {
-  const auto reduce = [](A value, auto op) {
+__device__ __forceinline__ Softmax<A> softmax_of(const A (&exponent)[Count]) {
+  Softmax<A> softmax = no_softmax<A>();
 #pragma unroll
-    for (int step = Last; step >= First; step /= 2) value = op(value, __shfl_xor_sync(kAllLanes, value, step));
-    return value;
-  };
-  Stats<A> stats{kNothing<A>, 0, 0, 0};
+  for (int k = 0; k < Count; ++k) softmax.maximum = Larger{}(softmax.maximum, exponent[k]);
+  softmax.maximum = lanes_reduce<First, Last>(softmax.maximum, Larger{});
+  const A shift = softmax.maximum == kNothing<A> ? A(0) : softmax.maximum;
 #pragma unroll
-  for (int k = 0; k < Count; ++k) stats.maximum = Max{}(stats.maximum, exponent[k]);
-  stats.maximum = reduce(stats.maximum, Max{});
-  const A shift = stats.maximum == kNothing<A> ? A(0) : stats.maximum;
+  for (int k = 0; k < Count; ++k) softmax.sum += power2(exponent[k] - shift);
+  softmax.sum = lanes_reduce<First, Last>(softmax.sum, Sum{});
+  return softmax;
+}
+template <int First, int Last, int Count, typename A>
+__device__ __forceinline__ Positives<A> positives_of(const A (&weight)[Count], const A (&similarity)[Count]) {
+  Positives<A> positives{0, 0};
 #pragma unroll
   for (int k = 0; k < Count; ++k) {
-    stats.sum += power2(exponent[k] - shift);
-    stats.total += weight[k];
-    stats.positive += weight[k] * similarity[k];
+    positives.total += weight[k];
+    positives.similarity += weight[k] * similarity[k];
   }
-  stats.sum = reduce(stats.sum, Sum{});
-  stats.total = reduce(stats.total, Sum{});
-  stats.positive = reduce(stats.positive, Sum{});
-  return stats;
+  positives.total = lanes_reduce<First, Last>(positives.total, Sum{});
+  positives.similarity = lanes_reduce<First, Last>(positives.similarity, Sum{});
+  return positives;
 }
 
-// Writes what the backward pass needs of anchor i to stats [3, n]; returns its loss. `scale`: of exponents.
+// Writes what the backward pass needs of anchor i to stats [3, n]; returns its loss. `positive`: mean similarity of the
+// positives; `scale`: of exponents.
 template <typename A>
-__device__ __forceinline__ double finish_anchor(const Stats<double>& all, bool choice, double scale, A* stats,
-                                                int64_t n, int64_t i) {
-  const bool kept = all.total != 0;
-  const double positive = kept ? all.positive / all.total : 0;
+__device__ __forceinline__ double finish_anchor(const Softmax<double>& all, double total, double positive, bool choice,
+                                                double scale, A* stats, int64_t n, int64_t i) {
   double loss = 0, log_sum_exp = 0;
-  if (kept && choice) {
+  if (total != 0 && choice) {
     const double log = log2(all.sum);
     log_sum_exp = (all.maximum + log) * 0.6931471805599453;
     loss = (all.maximum - scale * positive + log) * 0.6931471805599453;
   }
   stats[i] = static_cast<A>(log_sum_exp);
   stats[n + i] = static_cast<A>(positive);
-  stats[2 * n + i] = static_cast<A>(all.total);
+  stats[2 * n + i] = static_cast<A>(total);
   return loss;
 }
 
@@ -151,11 +213,10 @@ __device__ __forceinline__ AnchorGradient<A> anchor_gradient(const A* stats, int
           static_cast<A>(gradient / stats[2 * n + i]), stats[n + i]};
 }
 
-// The gradient of the similarity of two rows that each may be the other's anchor.
+// What the softmax counts in the gradient of the similarity of two rows that each may be the other's anchor.
 template <typename A>
-__device__ __forceinline__ A similarity_gradient(const AnchorGradient<A>& a, const AnchorGradient<A>& b, A exponent,
-                                                 A weight) {
-  return a.share * power2(exponent - a.log) + b.share * power2(exponent - b.log) - weight * (a.attract + b.attract);
+__device__ __forceinline__ A softmax_gradient(const AnchorGradient<A>& a, const AnchorGradient<A>& b, A exponent) {
+  return a.share * power2(exponent - a.log) + b.share * power2(exponent - b.log);
 }
 
 }  // namespace msacore::contrastive

@@ -2,6 +2,7 @@
 #include <tuple>
 
 #include "contrastive.h"
+#include "contrastive_classes.cuh"
 #include "contrastive_launch.cuh"
 #include "info_nce_kernels.cuh"
 
@@ -30,6 +31,7 @@ struct Workspace {
   double *losses, *slopes;
   Scratch scratch;
   Terms<T, 1> terms;
+  std::optional<Classes> classes;  // where positives are sums over them
 
   // Backward, `row_stats` are those of the forward pass; `column_stats` is null where columns are no anchors.
   Workspace(const char* op, const InfoNceInputs& in, const InfoNceSizes& s, const InfoNceOptions& options,
@@ -79,6 +81,9 @@ struct Workspace {
     problem.weights = data_or_null<T>(in.weights);
     problem.both = options.symmetric;
     problem.exclude_self = options.exclude_self;
+    if (by_classes(problem.a.labels, s.anchors, s.candidates))
+      classes.emplace(problem.a.labels, s.anchors, problem.b.labels, s.candidates, in.anchors, stream);
+    problem.pairwise = problem.weights || (problem.a.labels && !classes);
     problem.gradient.out = grad_out;
     problem.gradient.weight = 1;
     problem.gradient.scale = problem.both ? 0.5 : 1;
@@ -99,8 +104,10 @@ void forward(const Workspace<T>& workspace, Tensor& loss, Tensor& row_stats, Ten
   const int64_t n = problem.a.n, column_anchors = problem.both ? problem.b.n : 0;
   double *const row_losses = workspace.losses, *const column_losses = row_losses + n;
   A *const rows = row_stats.mutable_data_ptr<A>(), *const columns = column_stats.mutable_data_ptr<A>();
-  sum_statistics(workspace.terms, 1, problem.both ? 2 : 1, Results<A>{rows, columns, 3, row_losses, column_losses, 1},
-                 row_stats, stream);
+  const AnchorResults<A> of_rows{rows, 3, row_losses, 1}, of_columns{columns, 3, column_losses, 1};
+  const unsigned directions = problem.both ? 2 : 1;
+  if (workspace.classes) workspace.classes->sum_positives(workspace.terms, 1, directions, of_rows, of_columns);
+  sum_statistics(workspace.terms, 1, directions, of_rows, of_columns, row_stats, stream);
   launch(finish_kernel<A>, dim3(1), dim3(kFinishThreads), 0, stream, row_losses, rows, n, column_losses, columns,
          column_anchors, problem.both, problem.gradient.mean, problem.gradient.per_anchor, loss.mutable_data_ptr<A>());
 }
@@ -147,6 +154,7 @@ void backward(const Workspace<T>& workspace, Tensor& grad_anchors, Tensor& grad_
   sum_gradients<2, KeptGradient<T>>(workspace.terms, 1, outputs, false,
                                     problem.weights ? grad_weights.mutable_data_ptr<T>() : nullptr, workspace.slopes,
                                     grad_anchors, stream);
+  if (workspace.classes) workspace.classes->add_gradients(workspace.terms, 1);
   const Projections<T, 2> projections{
       {{a, b, one_tensor, grad_anchors.mutable_data_ptr<T>()}, {b, b, false, grad_candidates.mutable_data_ptr<T>()}}};
   launch(project_kernel<T, 2>, dim3(grid_for(std::max(a.n, b.n), kRowThreads / kWarp).x, one_tensor ? 1 : 2),

@@ -23,11 +23,49 @@ __device__ __forceinline__ AnchorGradient<acc_t<T>> anchor_gradient(const Proble
   return anchor_gradient(own.stats, own.n, i, problem.gradient.of(i, own.counts[1]));
 }
 
+// Neighbours in one access; of 16 bits each nvcc would make two.
+template <typename G>
+__device__ __forceinline__ void store_pair(G* to, const Vector<G, 2>& pair) {
+#ifdef __CUDACC__
+  if constexpr (sizeof(pair) == 4) {
+    *reinterpret_cast<unsigned*>(to) = *reinterpret_cast<const unsigned*>(&pair);
+    return;
+  }
+#endif
+  store(to, pair);
+}
+
+// Pairwise positives: c ← c - weight · attraction, where c holds gradients of similarities.
+template <typename T>
+__device__ __forceinline__ void attract_pairs(const SimilarityTile<T>& tile, const AnchorGradient<acc_t<T>>* rows,
+                                              const AnchorGradient<acc_t<T>>* columns, TileSums<acc_t<T>>& c) {
+  for_pairs(c, [&](acc_t<T>& gradient, int i, int j) {
+    if (tile.takes_part(i, j)) gradient -= tile.weight(i, j) * (rows[i].attract + columns[j].attract);
+  });
+}
+
+// The gradients of the weights of the tile's pairs, from their similarities.
+template <typename T>
+__device__ __forceinline__ void weight_gradients(const SimilarityTile<T>& tile, const AnchorGradient<acc_t<T>>* rows,
+                                                 const AnchorGradient<acc_t<T>>* columns, TileSums<acc_t<T>>& c,
+                                                 T* grad_weights) {
+  using A = acc_t<T>;
+  const int64_t n = tile.problem.a.n, m = tile.problem.b.n;
+  const A inverse_temperature = static_cast<A>(1 / tile.problem.temperature.value());
+  for_pairs(c, [&](A similarity, int i, int j) {
+    if (tile.row + i >= n || tile.column + j >= m) return;
+    const A pull = tile.takes_part(i, j) ? rows[i].attract * (similarity - rows[i].positive) +
+                                               columns[j].attract * (similarity - columns[j].positive)
+                                         : A(0);
+    grad_weights[(tile.row + i) * m + tile.column + j] = static_cast<T>(-pull * inverse_temperature);
+  });
+}
+
 // Grid as for statistics_kernel. Writes the strips' gradients of the plain products of `unit` rows [terms, parts,
-// strip, b.rows], kept as K, and, for a single term and unless null, those of the weights and Σ gradient · similarity
-// of each tile.
+// strip, b.rows], kept as K, but for positives that are sums over classes; and, for a single term and unless null,
+// those of the weights and what each tile adds to Σ gradient · similarity over all pairs.
 template <typename T, typename K, int Most>
-__global__ void __launch_bounds__(kTileThreads, 3)
+__global__ void __launch_bounds__(kTileThreads, sizeof(T) == 8 ? 2 : 3)
     gradient_kernel(const __grid_constant__ Terms<T, Most> terms, int64_t first,
                     typename K::Number* __restrict__ strips, T* __restrict__ grad_weights,
                     double* __restrict__ slopes) {
@@ -41,48 +79,55 @@ __global__ void __launch_bounds__(kTileThreads, 3)
   MSACORE_SHARED(columns, AnchorGradient<A>[kTile]);
   const int64_t row = first + int64_t{blockIdx.y} * kTile, column = int64_t{blockIdx.x} * kTile;
   const int r = thread_in_block() % kTile;
+  double slope = 0;  // an anchor's positives count in the first tile of its row or column
   if (thread_in_block() < kTile) {
     rows[r] = anchor_gradient(problem, problem.a, problem.b, row + r);
+    if (column == 0) slope -= static_cast<double>(rows[r].share) * rows[r].positive;
   } else {
     columns[r] = anchor_gradient(problem, problem.b, problem.a, column + r);
+    if (row == 0) slope -= static_cast<double>(columns[r].share) * columns[r].positive;
   }
   TileSums<A> c;
-  similarity_tile(problem, row, column, a, b, c);
-  const SimilarityTile<T> tile{problem, a, b, row, column, c};
+  const SimilarityTile<T> tile = similarity_tile(problem, row, column, a, b, c);
+  if (grad_weights) weight_gradients(tile, rows, columns, c, grad_weights);
   const A scale = problem.temperature.template scale<A>();
-  const A inverse_temperature = static_cast<A>(1 / problem.temperature.value());
-  A slope = 0;
+  A softmax_slope = 0;
+  if (tile.whole) {
+    for_pairs(c, [&](A& value, int i, int j) {
+      const A gradient = softmax_gradient(rows[i], columns[j], value * scale);
+      softmax_slope += gradient * value;
+      value = gradient;
+    });
+  } else {
+    for_pairs(c, [&](A& value, int i, int j) {
+      const bool part = tile.takes_part(i, j);
+      const A gradient = part ? softmax_gradient(rows[i], columns[j], value * scale) : A(0);
+      softmax_slope += part ? gradient * value : A(0);
+      value = gradient;
+    });
+  }
+  if (problem.pairwise) {
+    attract_pairs(tile, rows, columns, c);
+  } else if (problem.diagonal() && tile.on_diagonal()) {
+    for_pairs(c, [&](A& gradient, int i, int j) {
+      if (i == j && tile.takes_part(i, j)) gradient -= rows[i].attract + columns[j].attract;
+    });
+  }
+  using Number = typename K::Number;
+  for_neighbours(c, [&](int i, int j, A first_gradient, A second_gradient) {
+    Number* to = strip + (int64_t{blockIdx.y} * kTile + i) * problem.b.rows + column + j;
+    A gradient[2] = {first_gradient * (a.factor[i] * b.factor[j]), second_gradient * (a.factor[i] * b.factor[j + 1])};
 #pragma unroll
-  for (int down = 0; down < 2; ++down)
-#pragma unroll
-    for (int across = 0; across < 4; ++across)
-#pragma unroll
-      for (int k = 0; k < 4; ++k) {
-        const int i = tile_row(down, k), j = tile_column(across, k);
-        const bool part = tile.takes_part(i, j);
-        A gradient = 0;
-        if (part) {
-          const A similarity = c[down][across][k], exponent = similarity * scale;
-          gradient = similarity_gradient(rows[i], columns[j], exponent, tile.weight(i, j));
-          slope += gradient * similarity;
-        }
-        if (grad_weights && row + i < problem.a.n && column + j < problem.b.n) {
-          const A pull = part ? rows[i].attract * (c[down][across][k] - rows[i].positive) +
-                                    columns[j].attract * (c[down][across][k] - columns[j].positive)
-                              : A(0);
-          grad_weights[(row + i) * problem.b.n + column + j] = static_cast<T>(-pull * inverse_temperature);
-        }
-        if (part) gradient *= a.factor[i] * b.factor[j];
-#pragma unroll
-        for (int p = 0; p < K::kParts; ++p) {
-          const auto kept = static_cast<typename K::Number>(gradient);
-          strip[p * strip_size + (int64_t{blockIdx.y} * kTile + i) * problem.b.rows + column + j] = kept;
-          gradient -= static_cast<A>(kept);
-        }
-      }
+    for (int p = 0; p < K::kParts; ++p, to += strip_size) {
+      const Vector<Number, 2> kept{{static_cast<Number>(gradient[0]), static_cast<Number>(gradient[1])}};
+      store_pair(to, kept);
+      gradient[0] -= static_cast<A>(kept.at[0]);
+      gradient[1] -= static_cast<A>(kept.at[1]);
+    }
+  });
   if (slopes) {
-    const double total = block_sum(static_cast<double>(slope));
-    if (thread_in_block() == 0) slopes[(row / kTile) * gridDim.x + blockIdx.x] = total;
+    slope = block_sum(slope + softmax_slope);
+    if (thread_in_block() == 0) slopes[(row / kTile) * gridDim.x + blockIdx.x] = slope;
   }
 }
 

@@ -1,7 +1,9 @@
 // Contrastive losses on CUDA: terms between sides, as on the CPU (contrastive_sweep.h), of which a launch takes several
 // at once. Rows are scaled once, then the similarities are computed in tiles, forward and again backward. Forward, a
 // tile leaves partial statistics of its rows and of its columns, which are merged in order. Backward, the gradients of
-// a strip of similarities are kept, for the products with the rows. Exponents are to base 2 here too.
+// a strip of similarities are kept, for the products with the rows. Positives that are the diagonal concern the tiles
+// on it alone; those of equal label are sums over classes (contrastive_classes_kernels.cuh) and concern none. Exponents
+// are to base 2 here too.
 #pragma once
 #include "common/tile_product.cuh"
 #include "contrastive_anchor.cuh"
@@ -97,8 +99,11 @@ struct Problem {
   Temperature temperature;
   const T* weights;  // [a.n, b.n] or null
   bool both, exclude_self;
+  bool pairwise;  // tiles weigh every pair: `weights`, or labels of few rows
   LossGradient<A> gradient;
 
+  __device__ bool diagonal() const { return !pairwise && !a.labels; }
+  bool by_classes() const { return !pairwise && a.labels; }
   __device__ bool choice(const Side<T>& other, int64_t i) const {
     return is_choice(other.counts[0], exclude_self && i < other.n && used(other.factor_of(i)));
   }
@@ -110,6 +115,24 @@ struct Terms {
   Problem<T> at[Most];
 };
 
+// Where statistics [3, n] and losses [n] of a direction go, `step` numbers per row and term apart. Positives come
+// first: until the loss is known, their mean similarity is in its place.
+template <typename A>
+struct AnchorResults {
+  A* stats;
+  int64_t stats_step;
+  double* losses;
+  int64_t losses_step;
+
+  __host__ __device__ AnchorResults of_term(int64_t term, int64_t n) const {
+    return {stats + term * stats_step * n, stats_step, losses + term * losses_step * n, losses_step};
+  }
+  __device__ void set_positives(int64_t n, int64_t i, double total, double mean) const {
+    stats[2 * n + i] = static_cast<A>(total);
+    losses[i] = mean;
+  }
+};
+
 // What a tile needs of its 64 rows and of its 64 columns, in shared memory.
 template <typename A>
 struct TileSide {
@@ -117,23 +140,24 @@ struct TileSide {
   int64_t label[kTile];
 };
 
+// Row first + r of a side; returns whether it takes part.
 template <typename T>
-__device__ __forceinline__ void load_tile_side(TileSide<acc_t<T>>& tile, const Side<T>& side, int64_t first, int r) {
+__device__ __forceinline__ bool load_tile_side(TileSide<acc_t<T>>& tile, const Side<T>& side, int64_t first, int r) {
   const int64_t i = first + r;
   tile.factor[r] = side.factor_of(i);
   tile.label[r] = side.labels && i < side.n ? side.labels[i] : -1;
+  return used(tile.factor[r]);
 }
 
-// Tile (row, column) of the similarities: the product, and what its threads ask of a pair.
+// Tile (row, column) of the similarities, and what its threads ask of a pair; i, j: within the tile.
 template <typename T>
 struct SimilarityTile {
   using A = acc_t<T>;
   const Problem<T>& problem;
   const TileSide<A>&a, &b;
   int64_t row, column;  // of the first pair
-  TileSums<A>& c;
+  bool whole;           // every pair takes part
 
-  // i, j: within the tile.
   __device__ bool takes_part(int i, int j) const {
     return used(a.factor[i]) && used(b.factor[j]) && !(problem.exclude_self && row + i == column + j);
   }
@@ -141,137 +165,213 @@ struct SimilarityTile {
     if (problem.weights) return static_cast<A>(problem.weights[(row + i) * problem.b.n + column + j]);
     return A(problem.a.labels ? a.label[i] == b.label[j] : row + i == column + j);
   }
+  __device__ bool on_diagonal() const { return row == column; }
 };
+
+// Calls body(similarity, i, j) for the pairs of this thread.
+template <typename C, typename Body>
+__device__ __forceinline__ void for_pairs(TileSums<C>& c, const Body& body) {
+#pragma unroll
+  for (int down = 0; down < 2; ++down)
+#pragma unroll
+    for (int across = 0; across < 4; ++across)
+#pragma unroll
+      for (int k = 0; k < 4; ++k) body(c[down][across][k], tile_row(down, k), tile_column(across, k));
+}
 
 template <typename T>
 constexpr int kSimilarityBytes = kTileBytes<T, T, acc_t<T>, true, true>;
 
 // c ← similarities of rows `row` … and columns `column` …; fills the two sides. Called by all threads.
 template <typename T>
-__device__ __forceinline__ void similarity_tile(const Problem<T>& problem, int64_t row, int64_t column,
-                                                TileSide<acc_t<T>>& a, TileSide<acc_t<T>>& b, TileSums<acc_t<T>>& c) {
+__device__ __forceinline__ SimilarityTile<T> similarity_tile(const Problem<T>& problem, int64_t row, int64_t column,
+                                                             TileSide<acc_t<T>>& a, TileSide<acc_t<T>>& b,
+                                                             TileSums<acc_t<T>>& c) {
   const int r = thread_in_block() % kTile;
-  if (thread_in_block() < kTile) {
-    load_tile_side(a, problem.a, row, r);
-  } else {
-    load_tile_side(b, problem.b, column, r);
-  }
+  const bool part =
+      thread_in_block() < kTile ? load_tile_side(a, problem.a, row, r) : load_tile_side(b, problem.b, column, r);
+  const bool whole = __syncthreads_and(part) && !(problem.exclude_self && row == column);
   const int64_t width = problem.a.width;
   clear(c);
   add_tile_product<true, true>(c, Matrix<T>{problem.a.unit + row * width, width, kTile, width},
                                Matrix<T>{problem.b.unit + column * width, width, kTile, width}, width);
-#pragma unroll
-  for (int down = 0; down < 2; ++down)
-#pragma unroll
-    for (int across = 0; across < 4; ++across)
-#pragma unroll
-      for (int i = 0; i < 4; ++i) c[down][across][i] *= a.factor[tile_row(down, i)] * b.factor[tile_column(across, i)];
+  for_pairs(c, [&](acc_t<T>& similarity, int i, int j) { similarity *= a.factor[i] * b.factor[j]; });
+  return {problem, a, b, row, column, whole};
 }
 
-// Grid [column tiles, row tiles of the strip that begins at `first`, terms]: partial statistics of the strip's rows
-// [terms, column tiles, strip] and, with `both`, of all columns [terms, row tiles, b.rows].
-template <typename T, int Most>
-__global__ void __launch_bounds__(kTileThreads, sizeof(T) == 8 ? 2 : 3)
-    statistics_kernel(const __grid_constant__ Terms<T, Most> terms, int64_t first,
-                      Stats<acc_t<T>>* __restrict__ of_rows, Stats<acc_t<T>>* __restrict__ of_columns) {
+// Partial statistics of anchors; those of positives are used where terms are pairwise, else null.
+template <typename A>
+struct Parts {
+  Softmax<A>* softmax;
+  Positives<A>* positives;
+};
+
+// In shared memory: what the warps of a tile find of its rows, or of its columns.
+template <typename Found>
+using TileStats = Found[2][kTile];
+
+template <typename Found>
+__device__ __forceinline__ Found merged(const TileStats<Found>& found, int r) {
+  Found both = found[0][r];
+  merge(both, found[1][r]);
+  return both;
+}
+
+// Positives of the tile's rows and, with `both`, of its columns.
+template <typename T>
+__device__ __forceinline__ void weigh_pairs(const SimilarityTile<T>& tile, const TileSums<acc_t<T>>& c,
+                                            TileStats<Positives<acc_t<T>>>& of_rows,
+                                            TileStats<Positives<acc_t<T>>>& of_columns) {
   using A = acc_t<T>;
-  const Problem<T>& problem = terms.at[blockIdx.z];
-  MSACORE_SHARED(a, TileSide<A>);
-  MSACORE_SHARED(b, TileSide<A>);
-  MSACORE_SHARED(row_stats, Stats<A>[2][kTile]);
-  MSACORE_SHARED(column_stats, Stats<A>[2][kTile]);
-  const int64_t row = first + int64_t{blockIdx.y} * kTile, column = int64_t{blockIdx.x} * kTile;
-  TileSums<A> c;
-  similarity_tile(problem, row, column, a, b, c);
-  const SimilarityTile<T> tile{problem, a, b, row, column, c};
-  const A scale = problem.temperature.template scale<A>();
 #pragma unroll
   for (int down = 0; down < 2; ++down)
 #pragma unroll
     for (int half = 0; half < 2; ++half) {
       const int i = tile_row(down, 2 * half);
-      A exponent[8], weight[8], similarity[8];
+      A weight[8], similarity[8];
 #pragma unroll
       for (int k = 0; k < 8; ++k) {
         const int j = tile_column(k / 2, k % 2);
         const bool part = tile.takes_part(i, j);
         similarity[k] = part ? c[down][k / 2][2 * half + k % 2] : A(0);
-        exponent[k] = part ? similarity[k] * scale : kNothing<A>;
         weight[k] = part ? tile.weight(i, j) : A(0);
       }
-      const Stats<A> stats = stats_of<1, 2>(exponent, weight, similarity);
-      if (lane_id() % 4 == 0) row_stats[warp_id() % 2][i] = stats;
+      const Positives<A> positives = positives_of<1, 2>(weight, similarity);
+      if (lane_id() % 4 == 0) of_rows[warp_id() % 2][i] = positives;
+    }
+  if (!tile.problem.both) return;
+#pragma unroll
+  for (int across = 0; across < 4; ++across)
+#pragma unroll
+    for (int side = 0; side < 2; ++side) {
+      const int j = tile_column(across, side);
+      A weight[4], similarity[4];
+#pragma unroll
+      for (int k = 0; k < 4; ++k) {
+        const int i = tile_row(k / 2, k % 2 * 2);
+        const bool part = tile.takes_part(i, j);
+        similarity[k] = part ? c[k / 2][across][k % 2 * 2 + side] : A(0);
+        weight[k] = part ? tile.weight(i, j) : A(0);
+      }
+      const Positives<A> positives = positives_of<4, 16>(weight, similarity);
+      if (lane_id() < 4) of_columns[warp_id() / 2][j] = positives;
+    }
+}
+
+// Grid [column tiles, row tiles of the strip that begins at `first`, terms]: partial statistics of the strip's rows
+// [terms, column tiles, strip] and, with `both`, of all columns [terms, row tiles, b.rows]; diagonal positives go
+// straight to the results.
+template <typename T, int Most>
+__global__ void __launch_bounds__(kTileThreads, sizeof(T) == 8 ? 2 : 3)
+    statistics_kernel(const __grid_constant__ Terms<T, Most> terms, int64_t first,
+                      const __grid_constant__ Parts<acc_t<T>> of_rows,
+                      const __grid_constant__ Parts<acc_t<T>> of_columns,
+                      const __grid_constant__ AnchorResults<acc_t<T>> rows,
+                      const __grid_constant__ AnchorResults<acc_t<T>> columns) {
+  using A = acc_t<T>;
+  const Problem<T>& problem = terms.at[blockIdx.z];
+  MSACORE_SHARED(a, TileSide<A>);
+  MSACORE_SHARED(b, TileSide<A>);
+  MSACORE_SHARED(row_softmax, TileStats<Softmax<A>>);
+  MSACORE_SHARED(column_softmax, TileStats<Softmax<A>>);
+  MSACORE_SHARED(row_positives, TileStats<Positives<A>>);
+  MSACORE_SHARED(column_positives, TileStats<Positives<A>>);
+  const int64_t row = first + int64_t{blockIdx.y} * kTile, column = int64_t{blockIdx.x} * kTile;
+  TileSums<A> c;
+  const SimilarityTile<T> tile = similarity_tile(problem, row, column, a, b, c);
+  if (problem.pairwise) {
+    weigh_pairs(tile, c, row_positives, column_positives);
+  } else if (problem.diagonal() && tile.on_diagonal()) {
+    for_pairs(c, [&](A similarity, int i, int j) {
+      if (i != j || row + i >= problem.a.n) return;
+      const bool part = tile.takes_part(i, j);
+      const auto set = [&](const AnchorResults<A>& results) {
+        results.of_term(blockIdx.z, problem.a.n).set_positives(problem.a.n, row + i, part, part ? similarity : A(0));
+      };
+      set(rows);
+      if (problem.both) set(columns);
+    });
+  }
+  const A scale = problem.temperature.template scale<A>();
+  for_pairs(c, [&](A& value, int, int) { value *= scale; });
+  if (!tile.whole) for_pairs(c, [&](A& value, int i, int j) { value = tile.takes_part(i, j) ? value : kNothing<A>; });
+#pragma unroll
+  for (int down = 0; down < 2; ++down)
+#pragma unroll
+    for (int half = 0; half < 2; ++half) {
+      A exponent[8];
+#pragma unroll
+      for (int k = 0; k < 8; ++k) exponent[k] = c[down][k / 2][2 * half + k % 2];
+      const Softmax<A> softmax = softmax_of<1, 2>(exponent);
+      if (lane_id() % 4 == 0) row_softmax[warp_id() % 2][tile_row(down, 2 * half)] = softmax;
     }
   if (problem.both) {
 #pragma unroll
     for (int across = 0; across < 4; ++across)
 #pragma unroll
       for (int side = 0; side < 2; ++side) {
-        const int j = tile_column(across, side);
-        A exponent[4], weight[4], similarity[4];
+        A exponent[4];
 #pragma unroll
-        for (int k = 0; k < 4; ++k) {
-          const int i = tile_row(k / 2, k % 2 * 2);
-          const bool part = tile.takes_part(i, j);
-          similarity[k] = part ? c[k / 2][across][k % 2 * 2 + side] : A(0);
-          exponent[k] = part ? similarity[k] * scale : kNothing<A>;
-          weight[k] = part ? tile.weight(i, j) : A(0);
-        }
-        const Stats<A> stats = stats_of<4, 16>(exponent, weight, similarity);
-        if (lane_id() < 4) column_stats[warp_id() / 2][j] = stats;
+        for (int k = 0; k < 4; ++k) exponent[k] = c[k / 2][across][k % 2 * 2 + side];
+        const Softmax<A> softmax = softmax_of<4, 16>(exponent);
+        if (lane_id() < 4) column_softmax[warp_id() / 2][tile_column(across, side)] = softmax;
       }
   }
   __syncthreads();
   const int r = thread_in_block() % kTile;
   if (thread_in_block() < kTile) {
-    Stats<A> stats = row_stats[0][r];
-    merge(stats, row_stats[1][r]);
-    of_rows[((int64_t{blockIdx.z} * gridDim.x + blockIdx.x) * gridDim.y + blockIdx.y) * kTile + r] = stats;
+    const int64_t at = ((int64_t{blockIdx.z} * gridDim.x + blockIdx.x) * gridDim.y + blockIdx.y) * kTile + r;
+    of_rows.softmax[at] = merged(row_softmax, r);
+    if (problem.pairwise) of_rows.positives[at] = merged(row_positives, r);
   } else if (problem.both) {
-    Stats<A> stats = column_stats[0][r];
-    merge(stats, column_stats[1][r]);
-    of_columns[(int64_t{blockIdx.z} * gridDim.y + blockIdx.y) * problem.b.rows + column + r] = stats;
+    const int64_t at = (int64_t{blockIdx.z} * gridDim.y + blockIdx.y) * problem.b.rows + column + r;
+    of_columns.softmax[at] = merged(column_softmax, r);
+    if (problem.pairwise) of_columns.positives[at] = merged(column_positives, r);
   }
 }
 
 // Merges partial statistics [terms, count, stride] in their order, for the rows first … first + n of a role; the last
-// merge writes what the backward pass needs, and the losses. Both lie `step` · own.n numbers per term apart.
+// merge completes the results.
 template <typename A>
 struct Merge {
-  const Stats<A>* partial;
+  Parts<A> partial;
   int64_t count, stride, first, n;
   bool begin, end;
-  Stats<double>* running;  // [terms, own.n]
-  A* stats;                // [3, own.n] of each term
-  int64_t stats_step;
-  double* losses;  // [own.n] of each term
-  int64_t losses_step;
+  Parts<double> running;  // [terms, own.n]
+  AnchorResults<A> results;
 };
 
 // Grid [blocks, directions, terms]. Where columns are no anchors their direction repeats that of the rows.
 template <typename T, int Most>
-__global__ void __launch_bounds__(kRowThreads, 4)
+__global__ void __launch_bounds__(kRowThreads, 3)
     merge_kernel(const __grid_constant__ Terms<T, Most> terms, const __grid_constant__ Merge<acc_t<T>> rows,
                  const __grid_constant__ Merge<acc_t<T>> columns) {
   using A = acc_t<T>;
   const Problem<T>& problem = terms.at[blockIdx.z];
   const bool of_columns = blockIdx.y == 1 && problem.both;
-  const Merge<A>&m = of_columns ? columns : rows, &to = blockIdx.y == 1 ? columns : rows;
+  const Merge<A>& m = of_columns ? columns : rows;
   const Side<T>&own = of_columns ? problem.b : problem.a, &other = of_columns ? problem.a : problem.b;
   const int64_t term = blockIdx.z;
-  const Stats<A>* const partial = m.partial + term * m.count * m.stride;
-  A* const stats = to.stats + term * to.stats_step * own.n;
-  double* const losses = to.losses + term * to.losses_step * own.n;
+  const AnchorResults<A> results = (blockIdx.y == 1 ? columns : rows).results.of_term(term, own.n);
+  // The sum over all tiles so far; after the last of them, the sum over all.
+  const auto merge_parts = [&](auto all, const auto* partial, auto* running, int64_t r) {
+    const int64_t at = term * own.n + m.first + r;
+    if (!m.begin) all = running[at];
+    for (int64_t k = 0; k < m.count; ++k) merge(all, in_double(partial[(term * m.count + k) * m.stride + r]));
+    if (!m.end) running[at] = all;
+    return all;
+  };
   for (int64_t r = grid_thread(); r < m.n; r += grid_threads()) {
     const int64_t i = m.first + r;
-    Stats<double> all = m.begin ? Stats<double>{kNothing<double>, 0, 0, 0} : m.running[term * own.n + i];
-    for (int64_t k = 0; k < m.count; ++k) merge(all, in_double(partial[k * m.stride + r]));
-    if (!m.end) {
-      m.running[term * own.n + i] = all;
-    } else {
-      losses[i] =
-          finish_anchor(all, problem.choice(other, i), problem.temperature.template scale<A>(), stats, own.n, i);
+    const Softmax<double> all = merge_parts(no_softmax<double>(), m.partial.softmax, m.running.softmax, r);
+    if (problem.pairwise) {
+      const Positives<double> none{0, 0};
+      const Positives<double> sum = merge_parts(none, m.partial.positives, m.running.positives, r);
+      results.set_positives(own.n, i, sum.total, sum.mean());
     }
+    if (m.end)
+      results.losses[i] = finish_anchor(all, results.stats[2 * own.n + i], results.losses[i], problem.choice(other, i),
+                                        problem.temperature.template scale<A>(), results.stats, own.n, i);
   }
 }
 

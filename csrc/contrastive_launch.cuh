@@ -32,7 +32,7 @@ inline int64_t strip_rows(int64_t rows, int64_t bytes, int64_t memory) {
   return std::min(rows, most * kTile);
 }
 
-// Partial statistics of a row tile of a term.
+// Partial statistics of a row tile of a term, at most.
 template <typename T>
 int64_t stats_bytes(const Problem<T>& term) {
   return (tiles(term.b.rows) * kTile + term.b.rows) * sizeof(Stats<acc_t<T>>);
@@ -44,55 +44,43 @@ int64_t gradient_bytes(const Problem<T>& term) {
   return term.b.rows * kTile * K::kParts * sizeof(typename K::Number);
 }
 
-// Where the statistics and losses of terms go, `step` numbers per row and term apart.
-template <typename A>
-struct Results {
-  A *row_stats, *column_stats;
-  int64_t stats_step;
-  double *row_losses, *column_losses;
-  int64_t losses_step;
-};
-
-// Fills the results of the first `count` terms, which are of one size; of `directions` 2 columns are anchors too.
+// Fills the results of the first `count` terms, which are of one size and whose sums over classes are there already; of
+// `directions` 2 columns are anchors too.
 template <typename T, int Most>
-void sum_statistics(const Terms<T, Most>& terms, unsigned count, unsigned directions, const Results<acc_t<T>>& results,
+void sum_statistics(const Terms<T, Most>& terms, unsigned count, unsigned directions,
+                    const AnchorResults<acc_t<T>>& row_results, const AnchorResults<acc_t<T>>& column_results,
                     const Tensor& like, cudaStream_t stream) {
   using A = acc_t<T>;
   const Side<T>&a = terms.at[0].a, &b = terms.at[0].b;
   const int64_t across = tiles(b.rows), columns = directions == 2 ? b.rows : 0;
   const int64_t strip = strip_rows(a.rows, stats_bytes(terms.at[0]) * count, kStatsBytes);
-  Stats<A>*row_parts, *column_parts;
-  Stats<double>* running;
+  const bool pairwise = std::any_of(terms.at, terms.at + count, [](const Problem<T>& p) { return p.pairwise; });
+  Merge<A> rows{}, others{};
+  Parts<double> running;
   const Scratch scratch(like, [&](Scratch& memory) {
-    memory.take(row_parts, count * across * strip);
-    memory.take(column_parts, count * tiles(strip) * columns);
-    memory.take(running, count * columns);
+    const auto take = [&](auto& parts, int64_t size) {
+      memory.take(parts.softmax, size);
+      memory.take(parts.positives, pairwise ? size : 0);
+    };
+    take(rows.partial, count * across * strip);
+    take(others.partial, count * tiles(strip) * columns);
+    take(running, count * columns);
   });
-  Merge<A> rows{};
-  rows.partial = row_parts;
   rows.count = across;
   rows.begin = rows.end = true;
-  rows.stats = results.row_stats;
-  rows.stats_step = results.stats_step;
-  rows.losses = results.row_losses;
-  rows.losses_step = results.losses_step;
-  Merge<A> others{};
-  others.partial = column_parts;
+  rows.results = row_results;
   others.stride = b.rows;
   others.n = columns ? b.n : 0;
   others.begin = true;
   others.running = running;
-  others.stats = results.column_stats;
-  others.stats_step = results.stats_step;
-  others.losses = results.column_losses;
-  others.losses_step = results.losses_step;
+  others.results = column_results;
   const auto merge = [&] {
     launch(merge_kernel<T, Most>, dim3(grid_for(std::max(rows.n, others.n), kRowThreads).x, directions, count),
            dim3(kRowThreads), 0, stream, terms, rows, others);
   };
   for_strips(a.rows, strip, [&](int64_t first, int64_t size) {
     launch(statistics_kernel<T, Most>, dim3(static_cast<unsigned>(across), tiles(size), count), dim3(kTileThreads),
-           kSimilarityBytes<T>, stream, terms, first, row_parts, column_parts);
+           kSimilarityBytes<T>, stream, terms, first, rows.partial, others.partial, row_results, column_results);
     rows.stride = size;
     rows.first = first;
     rows.n = std::min(size, a.n - first);

@@ -4,6 +4,7 @@
 
 #include <tuple>
 
+#include "contrastive_classes.cuh"
 #include "contrastive_launch.cuh"
 #include "hierarchical_contrastive_few_kernels.cuh"
 #include "hierarchical_contrastive_kernels.cuh"
@@ -70,6 +71,7 @@ struct Workspace {
   int64_t* counts;
   double* losses;
   Scratch scratch;
+  std::optional<contrastive::Classes> classes;  // where positives of equal label are sums over them
 
   Workspace(const Inputs& in, const Sizes& s, const Options& options, const A* stats, const Upstream<A>& upstream,
             cudaStream_t stream)
@@ -110,6 +112,8 @@ struct Workspace {
       sides.push_back(side);
       before += rows * width;
     }
+    if (options.intra_modal && contrastive::by_classes(labels, n, n))
+      classes.emplace(labels, n, labels, n, in.fused, stream);
     prepare({in.available ? in.available->const_data_ptr<bool>() : nullptr, s.modalities}, stream);
   }
 
@@ -157,6 +161,7 @@ struct Workspace {
     problem.temperature = {nullptr, contrastive::Temperature::kNumber, temperature};
     problem.both = !self;
     problem.exclude_self = self;
+    problem.pairwise = self && !classes;
     problem.gradient = upstream.of_tier(options, plan.tier, problem.both);
     return problem;
   }
@@ -185,11 +190,12 @@ void forward(Workspace<T>& workspace, const Sizes& s, Tensor& loss, Tensor& tier
   double* const loss_of = workspace.losses;
   workspace.for_groups(contrastive::stats_bytes<T>, contrastive::kStatsBytes,
                        [&](const Terms<T, kTermsAtOnce>& terms, int64_t first, unsigned count) {
-                         A* const rows = stat + first * 6 * n;
-                         double* const row_losses = loss_of + first * 2 * n;
-                         sum_statistics(terms, count, 2,
-                                        contrastive::Results<A>{rows, rows + 3 * n, 6, row_losses, row_losses + n, 2},
-                                        stats, stream);
+                         A* const stats_of = stat + first * 6 * n;
+                         double* const losses_of = loss_of + first * 2 * n;
+                         const contrastive::AnchorResults<A> rows{stats_of, 6, losses_of, 2},
+                             columns{stats_of + 3 * n, 6, losses_of + n, 2};
+                         if (workspace.classes) workspace.classes->sum_positives(terms, count, 2, rows, columns);
+                         sum_statistics(terms, count, 2, rows, columns, stats, stream);
                        });
   launch(tiers_kernel<A>, dim3(1), dim3(kFinishThreads), 0, stream, loss_of, stat, n,
          tiers_of(workspace.plans, workspace.options), loss.mutable_data_ptr<A>(), tiers.mutable_data_ptr<A>());
@@ -208,6 +214,7 @@ void backward(Workspace<T>& workspace, std::vector<Tensor>& grads, cudaStream_t 
                        [&](const Terms<T, kTermsAtOnce>& terms, int64_t first, unsigned count) {
                          contrastive::sum_gradients<kSidesAtOnce, KeptGradient<T>, T>(
                              terms, count, outputs, first > 0, nullptr, nullptr, grads.front(), stream);
+                         if (workspace.classes) workspace.classes->add_gradients(terms, count);
                        });
   for (size_t first = 0; first < grads.size(); first += kSidesAtOnce) {
     contrastive::Projections<T, kSidesAtOnce> projections{};

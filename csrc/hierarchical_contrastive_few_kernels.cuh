@@ -37,7 +37,7 @@ __global__ void __launch_bounds__(kRowThreads, 2)
   for (int i = thread_in_block(); i < in.n; i += kRowThreads) candidates += takes_part(i);
   candidates = block_sum(candidates);
   load_rows(own, in, own_side, first, takes_part, nothing);
-  Stats<A> stats[2] = {{contrastive::kNothing<A>, 0, 0, 0}, {contrastive::kNothing<A>, 0, 0, 0}};  // of two rows
+  Stats<A> stats[2] = {contrastive::no_stats<A>(), contrastive::no_stats<A>()};  // of two rows
   for (int column = 0; column < in.n; column += kFewCandidates) {
     load_rows(other, in, other_side, column, takes_part, nothing);
     A c[2][4];
@@ -55,7 +55,8 @@ __global__ void __launch_bounds__(kRowThreads, 2)
         exponent[k] = part ? similarity[k] * scale : contrastive::kNothing<A>;
         weight[k] = part ? pairs.weight(r, j) : A(0);
       }
-      merge(stats[half], contrastive::stats_of<1, 2>(exponent, weight, similarity));
+      merge(stats[half].softmax, contrastive::softmax_of<1, 2>(exponent));
+      merge(stats[half].positives, contrastive::positives_of<1, 2>(weight, similarity));
     }
   }
 #pragma unroll
@@ -67,11 +68,13 @@ __global__ void __launch_bounds__(kRowThreads, 2)
     LossSum sum{0, 0};
     const int r = lane_id(), i = first + r;
     if (r < kFewRows && i < in.n) {
-      Stats<double> all{contrastive::kNothing<double>, 0, 0, 0};
+      Stats<double> all = contrastive::no_stats<double>();
       for (int w = 0; w < kRowThreads / kWarp; ++w) merge(all, contrastive::in_double(of_warps[w][r]));
       const bool choice = contrastive::is_choice(candidates, term.self() && used(own.factor[r]));
-      sum.loss = contrastive::finish_anchor(all, choice, scale, to.stats + int64_t{3} * direction * in.n, in.n, i);
-      sum.anchors = all.total != 0;
+      const double total = all.positives.total;
+      sum.loss = contrastive::finish_anchor(all.softmax, total, all.positives.mean(), choice, scale,
+                                            to.stats + int64_t{3} * direction * in.n, in.n, i);
+      sum.anchors = total != 0;
     }
     sum.loss = warp_sum(sum.loss);
     sum.anchors = warp_sum(sum.anchors);
@@ -155,8 +158,9 @@ __global__ void __launch_bounds__(kRowThreads, 2)
           const int r = mma_row(i), j = few_candidate(tile, i);
           A gradient = 0;
           if (pairs.take_part(r, j))
-            gradient = other.factor[j] * contrastive::similarity_gradient(own_gradients[r], other_gradients[j],
-                                                                          c[tile][i] * scale, pairs.weight(r, j));
+            gradient = other.factor[j] *
+                       (contrastive::softmax_gradient(own_gradients[r], other_gradients[j], c[tile][i] * scale) -
+                        pairs.weight(r, j) * (own_gradients[r].attract + other_gradients[j].attract));
           of_similarities[r * kFewGradientStride + j] = gradient;
         }
       __syncthreads();
