@@ -55,6 +55,11 @@ __device__ __forceinline__ bool is_choice(int64_t candidates, bool without_self)
   return candidates - without_self != 1;
 }
 
+// While cosines of both signs stay in range of the exponent, `scale` can take the place of every maximum: one
+// exponential serves a pair's row and its column.
+__device__ __forceinline__ bool is_bounded(float scale) { return scale > 0 && 2 * scale < 120; }
+__device__ __forceinline__ bool is_bounded(double scale) { return scale > 0 && 2 * scale < 1000; }
+
 template <typename A>
 constexpr A kNothing = -std::numeric_limits<A>::infinity();
 
@@ -145,6 +150,14 @@ __device__ __forceinline__ Softmax<A> softmax_of(const A (&exponent)[Count]) {
   for (int k = 0; k < Count; ++k) softmax.sum += power2(exponent[k] - shift);
   softmax.sum = lanes_reduce<First, Last>(softmax.sum, Sum{});
   return softmax;
+}
+// The same, of powers 2^(exponent - maximum) for any `maximum` that these stay in range of.
+template <int First, int Last, int Count, typename A>
+__device__ __forceinline__ Softmax<A> sum_of_powers(const A (&power)[Count], A maximum) {
+  A sum = 0;
+#pragma unroll
+  for (int k = 0; k < Count; ++k) sum += power[k];
+  return {maximum, lanes_reduce<First, Last>(sum, Sum{})};
 }
 template <int First, int Last, int Count, typename A>
 __device__ __forceinline__ Positives<A> positives_of(const A (&weight)[Count], const A (&similarity)[Count]) {

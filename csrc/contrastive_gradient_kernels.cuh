@@ -79,31 +79,42 @@ __global__ void __launch_bounds__(kTileThreads, sizeof(T) == 8 ? 2 : 3)
   MSACORE_SHARED(columns, AnchorGradient<A>[kTile]);
   const int64_t row = first + int64_t{blockIdx.y} * kTile, column = int64_t{blockIdx.x} * kTile;
   const int r = thread_in_block() % kTile;
+  const A scale = problem.temperature.template scale<A>();
+  const bool bounded = is_bounded(scale);
   double slope = 0;  // an anchor's positives count in the first tile of its row or column
+  const auto load_anchor = [&](AnchorGradient<A>& to, const AnchorGradient<A>& anchor, bool first_tile) {
+    if (first_tile) slope -= static_cast<double>(anchor.share) * anchor.positive;
+    to = anchor;
+    if (bounded) to.share *= power2(scale - anchor.log);
+  };
   if (thread_in_block() < kTile) {
-    rows[r] = anchor_gradient(problem, problem.a, problem.b, row + r);
-    if (column == 0) slope -= static_cast<double>(rows[r].share) * rows[r].positive;
+    load_anchor(rows[r], anchor_gradient(problem, problem.a, problem.b, row + r), column == 0);
   } else {
-    columns[r] = anchor_gradient(problem, problem.b, problem.a, column + r);
-    if (row == 0) slope -= static_cast<double>(columns[r].share) * columns[r].positive;
+    load_anchor(columns[r], anchor_gradient(problem, problem.b, problem.a, column + r), row == 0);
   }
   TileSums<A> c;
   const SimilarityTile<T> tile = similarity_tile(problem, row, column, a, b, c);
   if (grad_weights) weight_gradients(tile, rows, columns, c, grad_weights);
-  const A scale = problem.temperature.template scale<A>();
   A softmax_slope = 0;
-  if (tile.whole) {
-    for_pairs(c, [&](A& value, int i, int j) {
-      const A gradient = softmax_gradient(rows[i], columns[j], value * scale);
+  const auto add_softmax = [&](const auto& gradient_of) {
+    const auto replace = [&](A& value, int i, int j) {
+      const A gradient = gradient_of(rows[i], columns[j], value * scale);
       softmax_slope += gradient * value;
       value = gradient;
+    };
+    if (tile.whole) {
+      for_pairs(c, replace);
+    } else {
+      for_pairs(c, [&](A& value, int i, int j) { tile.takes_part(i, j) ? replace(value, i, j) : void(value = 0); });
+    }
+  };
+  if (bounded) {
+    add_softmax([&](const AnchorGradient<A>& a, const AnchorGradient<A>& b, A exponent) {
+      return (a.share + b.share) * power2(exponent - scale);
     });
   } else {
-    for_pairs(c, [&](A& value, int i, int j) {
-      const bool part = tile.takes_part(i, j);
-      const A gradient = part ? softmax_gradient(rows[i], columns[j], value * scale) : A(0);
-      softmax_slope += part ? gradient * value : A(0);
-      value = gradient;
+    add_softmax([](const AnchorGradient<A>& a, const AnchorGradient<A>& b, A exponent) {
+      return softmax_gradient(a, b, exponent);
     });
   }
   if (problem.pairwise) {
