@@ -1,5 +1,5 @@
 // Low-rank fusion on the CPU. Tiles of rows stay in cache: for each rank the projections a_mr = [x_m; 1] factors_m[r]
-// and what is made of them. The backward pass computes them again, which costs less than fresh memory for all of them.
+// and what is made of them. The backward pass reads the projections again, or computes them where they were not kept.
 // Threads share the ranks, and rows where ranks do not go round; what several of them add to is summed at the end, in
 // order.
 #include "low_rank_fusion.h"
@@ -13,11 +13,14 @@
 #include <type_traits>
 #include <vector>
 
+#include "common/huge_pages.h"
 #include "common/product.h"
 #include "low_rank_fusion_rows.h"
 
 namespace msacore::low_rank_fusion {
 namespace {
+
+static_assert(kRowMultiple == kPanel, "kept projections are panels of the products");
 
 struct Range {
   int64_t begin, end;
@@ -76,17 +79,21 @@ struct Operands {
       factors.push_back(padded_rows(own<T>(contiguous_as(in.factors[m])), s.rank * (s.features[m] + 1), s.width));
     }
   }
+  // The place of the projections of rows b … of rank r: in `kept` [M, r, B, width] or, where that is null, in `tile`
+  // [M, kTileRows, width].
+  Tile<A> place(int64_t r, int64_t b, int64_t rows, A* kept, A* tile, const Sizes& s) const {
+    if (!kept) return {tile, s.modalities, width, rows, kTileRows * width};
+    return {kept + (r * s.batch + b) * width, s.modalities, width, rows, s.rank * s.batch * width};
+  }
   bool has(int64_t b, int64_t m, const Sizes& s) const { return !available || available[b * s.modalities + m]; }
   const A* factor(int64_t m, int64_t r) const { return factors[m] + r * x[m].cols * width; }
 
-  // The projections of rows b … of rank r, into `tile` [M, kTileRows, width].
-  Tile<A> project(int64_t r, int64_t b, int64_t rows, A* tile) const {
-    for (size_t m = 0; m < x.size(); ++m) {
-      const Block<const A> rows_of = x[m].rows_from(b, rows);
-      small_product<A>({rows, width, rows_of.cols, rows_of.data, rows_of.row_stride, 1, factor(m, r), kPanel, width,
-                        tile + m * kTileRows * width, width, false});
+  void project(int64_t r, int64_t b, const Tile<A>& to) const {
+    for (int64_t m = 0; m < to.modalities; ++m) {
+      const Block<const A> rows = x[m].rows_from(b, to.rows);
+      small_product<A>({rows.rows, width, rows.cols, rows.data, rows.row_stride, 1, factor(m, r), kPanel, width,
+                        to.at(m, 0, 0), width, false});
     }
-    return {tile, static_cast<int64_t>(x.size()), width, rows};
   }
 
   // Rows [count, columns] with zeros up to the width.
@@ -139,8 +146,14 @@ void add_parts(A* parts, int64_t count, int64_t size, int64_t begin, int64_t end
   for (int64_t i = 1; i < count; ++i) add(parts + i * size + begin, parts + begin, end - begin);
 }
 
+// `projections` or null
+template <typename A>
+A* if_kept(const Tensor& projections) {
+  return projections.numel() > 0 ? projections.mutable_data_ptr<A>() : nullptr;
+}
+
 template <typename T>
-void forward(const Operands<T>& in, const Sizes& s, T* out) {
+void forward(const Operands<T>& in, const Sizes& s, T* out, acc_t<T>* kept) {
   using A = acc_t<T>;
   const int64_t width = in.width;
   const Parts parts(s);
@@ -148,12 +161,14 @@ void forward(const Operands<T>& in, const Sizes& s, T* out) {
   A* sums = scratch.take<A>(parts.ranks * s.batch * width);
   parts.each([&](int64_t i, const Range& ranks, int64_t, const Range& rows) {
     Scratch local;
-    A* tile = local.take<A>(s.modalities * kTileRows * width);
+    A* tile = kept ? nullptr : local.take<A>(s.modalities * kTileRows * width);
     A* sum = sums + i * s.batch * width;
     std::fill(sum + rows.begin * width, sum + rows.end * width, A(0));
     for (int64_t r = ranks.begin; r < ranks.end; ++r)
       each_tile(rows, [&](int64_t b, int64_t count) {
-        combine(in.project(r, b, count, tile), in.rank_weight[r], sum + b * width);
+        const Tile<A> a = in.place(r, b, count, kept, tile, s);
+        in.project(r, b, a);
+        combine(a, in.rank_weight[r], sum + b * width);
       });
   });
   torch::stable::parallel_for(0, s.batch, grain(parts.ranks * width), [&](int64_t begin, int64_t end) {
@@ -165,14 +180,11 @@ void forward(const Operands<T>& in, const Sizes& s, T* out) {
   });
 }
 
-Tensor forward(const char* op, const Inputs& in, const Sizes& s) {
-  const Tensor& first = in.features[0];
-  Tensor out = torch::stable::new_empty(first, {s.batch, s.width});
-  dispatch_floating(first.scalar_type(), op, [&](auto tag) {
+void forward(const char* op, const Inputs& in, const Sizes& s, Tensor& out, Tensor& projections) {
+  dispatch_floating(out.scalar_type(), op, [&](auto tag) {
     using T = typename decltype(tag)::type;
-    forward(Operands<T>(in, s), s, out.mutable_data_ptr<T>());
+    forward(Operands<T>(in, s), s, out.mutable_data_ptr<T>(), if_kept<acc_t<T>>(on_huge_pages(projections)));
   });
-  return out;
 }
 
 template <typename T>
@@ -182,7 +194,7 @@ struct Gradients {
 };
 
 template <typename T>
-void backward(Operands<T>& in, const Sizes& s, const T* grad_out_, const Gradients<T>& grads) {
+void backward(Operands<T>& in, const Sizes& s, const T* grad_out_, acc_t<T>* kept, const Gradients<T>& grads) {
   using A = acc_t<T>;
   const int64_t width = in.width;
   const Parts parts(s);
@@ -211,7 +223,7 @@ void backward(Operands<T>& in, const Sizes& s, const T* grad_out_, const Gradien
   parts.each([&](int64_t i, const Range& ranks, int64_t j, const Range& rows) {
     Scratch local;
     A* grad_a = local.take<A>(s.modalities * kTileRows * width);
-    A* tile = local.take<A>(s.modalities * kTileRows * width);
+    A* tile = kept ? nullptr : local.take<A>(s.modalities * kTileRows * width);
     std::fill(grad_weights + j * s.rank + ranks.begin, grad_weights + j * s.rank + ranks.end, 0.0);
     for (int64_t m = 0; m < s.modalities; ++m) {
       const int64_t columns = padded(s.features[m]), size = in.x[m].cols * width;
@@ -222,8 +234,9 @@ void backward(Operands<T>& in, const Sizes& s, const T* grad_out_, const Gradien
     }
     for (int64_t r = ranks.begin; r < ranks.end; ++r)
       each_tile(rows, [&](int64_t b, int64_t count) {
-        grad_weights[j * s.rank + r] +=
-            combine_backward(in.project(r, b, count, tile), in.rank_weight[r], grad_out + b * width, grad_a);
+        const Tile<A> a = in.place(r, b, count, kept, tile, s);
+        if (!kept) in.project(r, b, a);
+        grad_weights[j * s.rank + r] += combine_backward(a, in.rank_weight[r], grad_out + b * width, grad_a);
         for (int64_t m = 0; m < s.modalities; ++m) {
           const Block<const A> x = in.x[m].rows_from(b, count);
           const int64_t columns = padded(s.features[m]);
@@ -262,7 +275,8 @@ void backward(Operands<T>& in, const Sizes& s, const T* grad_out_, const Gradien
   convert(sums, grads.bias, s.width);
 }
 
-void backward(const char* op, const Inputs& in, const Sizes& s, const Tensor& grad_out_, GradTensors& results) {
+void backward(const char* op, const Inputs& in, const Sizes& s, const Tensor& grad_out_, const Tensor& projections,
+              GradTensors& results) {
   const Tensor grad_out = contiguous_as(grad_out_);
   dispatch_floating(grad_out.scalar_type(), op, [&](auto tag) {
     using T = typename decltype(tag)::type;
@@ -272,7 +286,7 @@ void backward(const char* op, const Inputs& in, const Sizes& s, const Tensor& gr
       grads.factors.push_back(results.factors[m].mutable_data_ptr<T>());
     }
     Operands<T> operands(in, s);
-    backward(operands, s, grad_out.const_data_ptr<T>(), grads);
+    backward(operands, s, grad_out.const_data_ptr<T>(), if_kept<acc_t<T>>(projections), grads);
   });
 }
 
@@ -283,10 +297,11 @@ using Operators = LowRankOperators<forward, backward>;
 
 STABLE_TORCH_LIBRARY_FRAGMENT(msacore, m) {
   m.def(
-      "low_rank_fusion(Tensor[] features, Tensor[] factors, Tensor rank_weight, Tensor bias, Tensor? available) -> "
-      "Tensor");
+      "low_rank_fusion(Tensor[] features, Tensor[] factors, Tensor rank_weight, Tensor bias, Tensor? available, *, "
+      "bool "
+      "keep) -> (Tensor, Tensor)");
   m.def(
-      "low_rank_fusion_backward(Tensor grad_out, Tensor[] features, Tensor[] factors, Tensor "
+      "low_rank_fusion_backward(Tensor grad_out, Tensor projections, Tensor[] features, Tensor[] factors, Tensor "
       "rank_weight, Tensor bias, Tensor? available) -> (Tensor[], Tensor[], Tensor, Tensor)");
 }
 

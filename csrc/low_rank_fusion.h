@@ -18,9 +18,16 @@ struct Inputs {
   const std::optional<Tensor>& available;
 };
 
+// Rows of projections are padded to whole vectors of every device.
+constexpr int64_t kRowMultiple = 16;
+
 struct Sizes {
   int64_t batch, modalities, rank, width;  // B, M, r, h
   std::vector<int64_t> features;           // d_m
+
+  int64_t padded_width() const { return (width + kRowMultiple - 1) / kRowMultiple * kRowMultiple; }
+  // Of the projections [x_m; 1] factors_m[r] in the accumulation dtype, where those of `kept` modalities are kept.
+  std::vector<int64_t> projections(int64_t kept) const { return {kept, rank, batch, padded_width()}; }
 };
 
 inline Sizes check_inputs(const char* op, const Inputs& in) {
@@ -69,28 +76,46 @@ struct GradTensors {
   }
 };
 
-// The operators of a device: `forward` and `backward` get arguments that were checked.
-template <Tensor (*forward)(const char* op, const Inputs&, const Sizes&),
-          void (*backward)(const char* op, const Inputs&, const Sizes&, const Tensor& grad_out, GradTensors&)>
+// The operators of a device: `forward` and `backward` get arguments that were checked. They write and read
+// `projections`, which hold nothing where they are not kept.
+template <void (*forward)(const char* op, const Inputs&, const Sizes&, Tensor& out, Tensor& projections),
+          void (*backward)(const char* op, const Inputs&, const Sizes&, const Tensor& grad_out,
+                           const Tensor& projections, GradTensors&)>
 struct LowRankOperators {
-  static Tensor low_rank_fusion(const std::vector<Tensor>& features, const std::vector<Tensor>& factors,
-                                const Tensor& rank_weight, const Tensor& bias, const std::optional<Tensor>& available) {
+  static std::tuple<Tensor, Tensor> low_rank_fusion(const std::vector<Tensor>& features,
+                                                    const std::vector<Tensor>& factors, const Tensor& rank_weight,
+                                                    const Tensor& bias, const std::optional<Tensor>& available,
+                                                    bool keep) {
     constexpr const char* op = "low_rank_fusion";
     const Inputs in{features, factors, rank_weight, bias, available};
-    return forward(op, in, check_inputs(op, in));
+    const Sizes s = check_inputs(op, in);
+    Tensor out = torch::stable::new_empty(features[0], {s.batch, s.width});
+    constexpr int64_t kMostKept = int64_t{1} << 26;  // bytes
+    const ScalarType dtype = acc_dtype(out.scalar_type());
+    const int64_t size = dtype == ScalarType::Double ? sizeof(double) : sizeof(float);
+    if (s.modalities * s.rank * s.batch * s.padded_width() * size > kMostKept) keep = false;
+    Tensor projections = torch::stable::new_empty(features[0], s.projections(keep ? s.modalities : 0), dtype);
+    forward(op, in, s, out, projections);
+    return {out, projections};
   }
 
   static std::tuple<std::vector<Tensor>, std::vector<Tensor>, Tensor, Tensor> low_rank_fusion_backward(
-      const Tensor& grad_out, const std::vector<Tensor>& features, const std::vector<Tensor>& factors,
-      const Tensor& rank_weight, const Tensor& bias, const std::optional<Tensor>& available) {
+      const Tensor& grad_out, const Tensor& projections, const std::vector<Tensor>& features,
+      const std::vector<Tensor>& factors, const Tensor& rank_weight, const Tensor& bias,
+      const std::optional<Tensor>& available) {
     constexpr const char* op = "low_rank_fusion_backward";
     const Inputs in{features, factors, rank_weight, bias, available};
     const Sizes s = check_inputs(op, in);
     check_dtype(grad_out, op, "grad_out", features[0].scalar_type());
     check_shape(grad_out, op, "grad_out", {s.batch, s.width}, "[B, h]");
     check_device(grad_out, op, "grad_out", features[0]);
+    const bool kept = projections.dim() > 0 && projections.size(0) > 0;
+    check_dtype(projections, op, "projections", acc_dtype(features[0].scalar_type()));
+    check_shape(projections, op, "projections", {kept ? s.modalities : 0, s.rank, s.batch, s.padded_width()},
+                "[M or 0, r, B, h padded]");
+    check_device(projections, op, "projections", features[0]);
     GradTensors grads(s, features[0]);
-    backward(op, in, s, grad_out, grads);
+    backward(op, in, s, grad_out, torch::stable::contiguous(projections), grads);
     return grads.in_order();
   }
 };

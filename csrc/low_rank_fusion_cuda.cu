@@ -36,7 +36,7 @@ struct Operands {
     problem.bias = own<T>(in.bias);
     problem.available = in.available ? own<bool>(*in.available) : nullptr;
     problem.batch = s.batch, problem.rank = s.rank, problem.width = s.width;
-    problem.width_stride = (s.width + kPer16<acc_t<T>> - 1) / kPer16<acc_t<T>> * kPer16<acc_t<T>>;
+    problem.width_stride = s.padded_width();
     problem.modalities = static_cast<int>(s.modalities);
   }
   template <typename Value>
@@ -46,37 +46,32 @@ struct Operands {
   }
 };
 
-// The projections of all modalities and ranks.
+// Computes the projections of all modalities and ranks, into `kept` where that has room for them.
 template <typename T>
-Tensor project(const Problem<T>& p, const Tensor& like, cudaStream_t stream) {
-  const std::vector<int64_t> sizes{p.modalities, p.rank, p.batch, p.width};
-  Tensor a = torch::stable::new_empty(like, sizes, acc_dtype(like.scalar_type()));
+Tensor project(const Problem<T>& p, const Sizes& s, const Tensor& kept, cudaStream_t stream) {
+  Tensor a = kept.size(0) > 0 ? kept : torch::stable::new_empty(kept, s.projections(s.modalities));
   launch(project_kernel<T>, dim3(tiles_of(p.batch) * tiles_of(p.width), p.rank, p.modalities), dim3(kTileThreads),
          kProjectBytes<T>, stream, p, a.mutable_data_ptr<acc_t<T>>());
   return a;
 }
 
-Tensor forward(const char* op, const Inputs& in, const Sizes& s) {
-  const Tensor& first = in.features[0];
-  const OnDeviceOf device(first);
-  Tensor out = torch::stable::new_empty(first, {s.batch, s.width});
-  dispatch_floating(first.scalar_type(), op, [&](auto tag) {
+void forward(const char* op, const Inputs& in, const Sizes& s, Tensor& out, Tensor& projections) {
+  const OnDeviceOf device(out);
+  dispatch_floating(out.scalar_type(), op, [&](auto tag) {
     using T = typename decltype(tag)::type;
     const Operands<T> operands(op, in, s);
-    const Tensor a = project(operands.problem, first, device.stream);
+    const Tensor a = project(operands.problem, s, projections, device.stream);
     launch(combine_kernel<T>, grid_for(s.batch * s.width, kThreads), dim3(kThreads), 0, device.stream, operands.problem,
            a.const_data_ptr<acc_t<T>>(), out.mutable_data_ptr<T>());
   });
-  return out;
 }
 
 template <typename T>
-void backward(const Problem<T>& p, const Tensor& grad_out, const Gradients<T>& grads, GradTensors& results,
-              cudaStream_t stream) {
+void backward(const Problem<T>& p, const Tensor& grad_out, const Tensor& projections, const Gradients<T>& grads,
+              GradTensors& results, cudaStream_t stream) {
   using A = acc_t<T>;
   const int64_t count = p.batch * p.width_stride;
   const int64_t widest = *std::max_element(p.features, p.features + p.modalities);
-  const Tensor projections = project(p, grad_out, stream);
   const auto workspace = [&](std::initializer_list<int64_t> sizes) {
     return torch::stable::new_empty(projections, sizes);
   };
@@ -95,7 +90,8 @@ void backward(const Problem<T>& p, const Tensor& grad_out, const Gradients<T>& g
          kFeatureBytes<T>, stream, p, grad_projections, grads, widest);
 }
 
-void backward(const char* op, const Inputs& in, const Sizes& s, const Tensor& grad_out_, GradTensors& results) {
+void backward(const char* op, const Inputs& in, const Sizes& s, const Tensor& grad_out_, const Tensor& projections,
+              GradTensors& results) {
   const OnDeviceOf device(grad_out_);
   const Tensor grad_out = torch::stable::contiguous(grad_out_);
   dispatch_floating(grad_out.scalar_type(), op, [&](auto tag) {
@@ -106,7 +102,9 @@ void backward(const char* op, const Inputs& in, const Sizes& s, const Tensor& gr
       grads.features[m] = results.features[m].mutable_data_ptr<T>();
       grads.factors[m] = results.factors[m].mutable_data_ptr<T>();
     }
-    backward(operands.problem, grad_out, grads, results, device.stream);
+    const bool kept = projections.size(0) > 0;
+    const Tensor a = kept ? projections : project(operands.problem, s, projections, device.stream);
+    backward(operands.problem, grad_out, a, grads, results, device.stream);
   });
 }
 

@@ -2,10 +2,11 @@
 // of a missing modality are not loaded.
 //
 // Forward: the projections, 4 M r B h bytes, are written and read; features are read h r / 64 times, factors B / 64
-// times, mostly from the L2 cache. Backward: the projections are computed again, their gradients written once and read
-// twice. At B = 1024, d = h = 128, r = 16, M = 3 in 16 bits: 25 MB of projections, against 2.6 MB of features, factors
-// and results. Multiplications: 2 B h r Σ (d_m + 1), 1.6 GFLOP, which is the minimum, forward, and three times that
-// backward, where the minimum is twice; tiles of 64 make 129 rows of the gradients of factors 192.
+// times, mostly from the L2 cache. Backward: the projections are read or, where they were not kept, computed again;
+// their gradients are written once and read twice. At B = 1024, d = h = 128, r = 16, M = 3 in 16 bits: 25 MB of
+// projections, against 2.6 MB of features, factors and results. Multiplications: 2 B h r Σ (d_m + 1), 1.6 GFLOP, which
+// is the minimum, forward, and twice that backward (three times without kept projections); tiles of 64 make 129 rows of
+// the gradients of factors 192.
 #pragma once
 #include "common/augmented_rows.cuh"
 
@@ -29,19 +30,19 @@ struct Problem {
   const T *rank_weight, *bias;
   const bool* available;
   int64_t batch, rank, width;
-  int64_t width_stride;  // of the gradients of projections: h up to whole 16 bytes
+  int64_t width_stride;  // of projections and their gradients
   int modalities;
 
   __device__ __forceinline__ bool has(int64_t b, int m) const { return !available || available[b * modalities + m]; }
-  __device__ __forceinline__ int64_t member(int m, int64_t r) const { return (m * rank + r) * batch * width; }
+  __device__ __forceinline__ int64_t member(int m, int64_t r) const { return (m * rank + r) * batch * width_stride; }
   // factors_m[r] from row k and column j on
   __device__ __forceinline__ Matrix<T> factor(int m, int64_t r, int64_t k, int64_t j) const {
     const int64_t rows = features[m] + 1;
     return {factors[m] + (r * rows + k) * width + j, width, rows - k, width - j, factors_aligned};
   }
-  // The gradient of a[m, r], in rows of width_stride, from sample b and column j on
+  // The gradient of a[m, r] from sample b and column j on
   __device__ __forceinline__ Matrix<A> grad(const A* grad_a, int m, int64_t r, int64_t b, int64_t j) const {
-    return {grad_a + ((m * rank + r) * batch + b) * width_stride + j, width_stride, batch - b, width_stride - j};
+    return {grad_a + member(m, r) + b * width_stride + j, width_stride, batch - b, width_stride - j};
   }
 };
 
@@ -86,7 +87,7 @@ struct TilePlace {
 template <typename T>
 constexpr int kProjectBytes = kTileBytes<T, T, acc_t<T>, true, false>;
 
-// a[m, r] = [x_m; 1] factors_m[r], a [M, r, B, h]; a block's r and m are its y and z
+// a[m, r] = [x_m; 1] factors_m[r], a [M, r, B, width_stride] with zeros from h on; a block's r and m are its y and z
 template <typename T>
 __global__ void __launch_bounds__(kTileThreads, kBlocks<T>)
     project_kernel(const __grid_constant__ Problem<T> p, acc_t<T>* __restrict__ a) {
@@ -99,9 +100,10 @@ __global__ void __launch_bounds__(kTileThreads, kBlocks<T>)
   clear(c);
   add_tile_product<true, false>(c, Samples<T>{p, m, place.row0, 0}, p.factor(m, r, 0, place.column0), p.features[m] + 1,
                                 rows, columns);
-  A* const to = a + p.member(m, r) + place.row0 * p.width + place.column0;
+  A* const to = a + p.member(m, r) + place.row0 * p.width_stride + place.column0;
+  const int64_t stored = p.width_stride - place.column0;
   for_neighbours(c, [&](int row, int column, A left, A right) {
-    if (row < rows) store_neighbours(to + row * p.width + column, left, right, columns - column, p.width % 2 == 0);
+    if (row < rows) store_neighbours(to + row * p.width_stride + column, left, right, stored - column, true);
   });
 }
 
@@ -112,17 +114,18 @@ __global__ void __launch_bounds__(kThreads, 4)
   using A = acc_t<T>;
   const int64_t count = p.batch * p.width;
   for (int64_t at = grid_thread(); at < count; at += grid_threads()) {
-    A sum = static_cast<A>(p.bias[at % p.width]);
+    const int64_t b = at / p.width, j = at - b * p.width, from = b * p.width_stride + j;
+    A sum = static_cast<A>(p.bias[j]);
     for (int64_t r = 0; r < p.rank; ++r) {
       A product = static_cast<A>(p.rank_weight[r]);
-      for (int m = 0; m < p.modalities; ++m) product *= a[p.member(m, r) + at];
+      for (int m = 0; m < p.modalities; ++m) product *= a[p.member(m, r) + from];
       sum += product;
     }
     out[at] = static_cast<T>(sum);
   }
 }
 
-// grad_a[m, r] = rank_weight[r] · grad_out · Π_{n ≠ m} a[n, r] in rows of width_stride, and per block the share
+// grad_a[m, r] = rank_weight[r] · grad_out · Π_{n ≠ m} a[n, r], laid out as a, and per block the share
 // [blocks, r] of the gradient of rank_weight[r]; a block's r is its y.
 template <typename T>
 __global__ void __launch_bounds__(kThreads, 4)
@@ -134,15 +137,15 @@ __global__ void __launch_bounds__(kThreads, 4)
   const A weight = static_cast<A>(p.rank_weight[r]);
   A dot = 0;
   for (int64_t at = grid_thread(); at < count; at += grid_threads()) {
-    const int64_t b = at / p.width_stride, j = at - b * p.width_stride, from = b * p.width + j;
+    const int64_t b = at / p.width_stride, j = at - b * p.width_stride;
     const bool inside = j < p.width;
-    const A grad = inside ? static_cast<A>(grad_out[from]) : A(0);
+    const A grad = inside ? static_cast<A>(grad_out[b * p.width + j]) : A(0);
     for (int m = 0; m < p.modalities; ++m) {
       A others = grad;
       for (int n = 0; inside && n < p.modalities; ++n)
-        if (n != m) others *= a[p.member(n, r) + from];
-      if (inside && m == 0) dot += others * a[p.member(0, r) + from];
-      grad_a[(m * p.rank + r) * count + at] = weight * others;
+        if (n != m) others *= a[p.member(n, r) + at];
+      if (inside && m == 0) dot += others * a[p.member(0, r) + at];
+      grad_a[p.member(m, r) + at] = weight * others;
     }
   }
   dot = block_sum(dot);

@@ -9,13 +9,13 @@ namespace msacore::low_rank_fusion {
 
 constexpr int64_t kTileRows = 128;  // of a tile: its projections of all modalities stay in a core's cache
 
-// The projections of a tile for one rank: a[m] is [rows, width], kTileRows · width numbers apart.
+// The projections of a tile for one rank: those of modality m are [rows, width], `apart` numbers from the next one's.
 template <typename A>
 struct Tile {
-  const A* a;
-  int64_t modalities, width, rows;
+  A* a;
+  int64_t modalities, width, rows, apart;
 
-  MSACORE_INLINE const A* at(int64_t m, int64_t b, int64_t j) const { return a + (m * kTileRows + b) * width + j; }
+  MSACORE_INLINE A* at(int64_t m, int64_t b, int64_t j) const { return a + m * apart + b * width + j; }
 };
 
 // sum[b] += weight · Π_m a[m, b]
@@ -35,7 +35,8 @@ MSACORE_SIMD void combine(const Tile<A>& a, A weight, A* __restrict__ sum) {
     }
 }
 
-// grad_a[m, b] = weight · grad_out[b] · Π_{n ≠ m} a[n, b], laid out as a; returns the gradient of the weight.
+// grad_a[m, b] = weight · grad_out[b] · Π_{n ≠ m} a[n, b], in [M, kTileRows, width]; returns the gradient of the
+// weight.
 template <typename A>
 MSACORE_SIMD double combine_backward(const Tile<A>& a, A weight, const A* __restrict__ grad_out,
                                      A* __restrict__ grad_a) {

@@ -1,5 +1,6 @@
 """What is special about the fusion operators: identities, symmetries, masks and missing modalities."""
 
+from contextlib import nullcontext
 from itertools import combinations
 
 import pytest
@@ -223,3 +224,29 @@ def test_a_missing_modality_contributes_the_last_row_of_its_factors() -> None:
     left = left + arguments["factors"][0][:, -1:]
     expected = torch.einsum("r,rbh->bh", arguments["rank_weight"], left * arguments["factors"][1][:, -1:])
     torch.testing.assert_close(msacore.low_rank_fusion(**arguments, available=available), expected + arguments["bias"])
+
+
+@pytest.mark.parametrize("place", [nullcontext, CudaOnHost], ids=["cpu", "cuda on host"])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
+def test_low_rank_gradients_are_the_same_bits_with_and_without_kept_projections(dtype: torch.dtype, place) -> None:
+    arguments = low_rank_arguments(CPU, dtype, 70, 3, 19, (33, 20), missing=True)
+    tensors = [*arguments["features"], *arguments["factors"], arguments["rank_weight"], arguments["bias"]]
+    inputs = (tensors[:2], tensors[2:4], *tensors[4:], arguments["available"])
+    results = []
+    with place():
+        for keep in (True, False):
+            out, projections = torch.ops.msacore.low_rank_fusion(*inputs, keep=keep)
+            assert projections.shape == (2 if keep else 0, 3, 70, 32)
+            backward = torch.ops.msacore.low_rank_fusion_backward
+            results.append([out, *outputs_of(backward(torch.ones_like(out), projections, *inputs))])
+    for ours, ref in zip(*results, strict=True):
+        assert torch.equal(ours, ref)
+
+
+def test_low_rank_projections_beyond_the_limit_are_not_kept() -> None:
+    for batch, kept in (2**20, 1), (2**20 + 1, 0):
+        for device in "cpu", "meta":
+            features, factors = [torch.empty(batch, 0, device=device)], [torch.ones(1, 1, 1, device=device)]
+            weight, bias = torch.ones(1, device=device), torch.zeros(1, device=device)
+            _, projections = torch.ops.msacore.low_rank_fusion(features, factors, weight, bias, None, keep=True)
+            assert projections.shape == (kept, 1, batch, 16)

@@ -1,6 +1,7 @@
 """Low-rank fusion of modalities."""
 
 from collections.abc import Sequence
+from math import prod
 from typing import Any
 
 import torch
@@ -11,6 +12,17 @@ from msacore.ops._check import cast_under_autocast, check_device, check_dtype, c
 
 _low_rank_fusion = torch.ops.msacore.low_rank_fusion.default
 _low_rank_fusion_backward = torch.ops.msacore.low_rank_fusion_backward.default
+
+
+def _projections_shape(
+    modalities: int, features: Sequence[Tensor], rank_weight: Tensor, bias: Tensor
+) -> tuple[int | torch.SymInt, ...]:
+    """Rows are padded to whole vectors: ``Sizes::projections`` of csrc/low_rank_fusion.h."""
+    return modalities, rank_weight.shape[0], features[0].shape[0], (bias.shape[0] + 15) // 16 * 16
+
+
+def _acc_dtype(dtype: torch.dtype) -> torch.dtype:
+    return torch.float64 if dtype == torch.float64 else torch.float32
 
 
 def _check_inputs(
@@ -47,15 +59,26 @@ def _check_inputs(
 
 @torch.library.register_fake("msacore::low_rank_fusion")
 def _(
-    features: list[Tensor], factors: list[Tensor], rank_weight: Tensor, bias: Tensor, available: Tensor | None
-) -> Tensor:
+    features: list[Tensor],
+    factors: list[Tensor],
+    rank_weight: Tensor,
+    bias: Tensor,
+    available: Tensor | None,
+    *,
+    keep: bool,
+) -> tuple[Tensor, Tensor]:
     _check_inputs("low_rank_fusion", features, factors, rank_weight, bias, available)
-    return features[0].new_empty(features[0].shape[0], bias.shape[0])
+    first, dtype = features[0], _acc_dtype(features[0].dtype)
+    shape = _projections_shape(len(features), features, rank_weight, bias)
+    if not keep or prod(shape) * dtype.itemsize > 2**26:
+        shape = (0, *shape[1:])
+    return first.new_empty(first.shape[0], bias.shape[0]), first.new_empty(shape, dtype=dtype)
 
 
 @torch.library.register_fake("msacore::low_rank_fusion_backward")
 def _(
     grad_out: Tensor,
+    projections: Tensor,
     features: list[Tensor],
     factors: list[Tensor],
     rank_weight: Tensor,
@@ -68,24 +91,35 @@ def _(
     check_dtype(op, "grad_out", grad_out, first.dtype)
     check_shape(op, "grad_out", grad_out, (batch, width), "[B, h]")
     check_device(op, "grad_out", grad_out, first)
+    modalities = len(features) if projections.dim() > 0 and projections.shape[0] > 0 else 0
+    check_dtype(op, "projections", projections, _acc_dtype(first.dtype))
+    shape = _projections_shape(modalities, features, rank_weight, bias)
+    check_shape(op, "projections", projections, shape, "[M or 0, r, B, h padded]")
+    check_device(op, "projections", projections, first)
     grads = [[t.new_empty(t.shape) for t in group] for group in (features, factors, (rank_weight, bias))]
     return grads[0], grads[1], grads[2][0], grads[2][1]
 
 
-def _setup_context(ctx: Any, inputs: tuple[Any, ...], output: Tensor) -> None:
+def _setup_context(
+    ctx: Any, inputs: tuple[Any, ...], keyword_only_inputs: dict[str, Any], output: tuple[Tensor, Tensor]
+) -> None:
     features, factors, *others = inputs
     ctx.modalities = len(features)
-    ctx.save_for_backward(*features, *factors, *others)
+    ctx.mark_non_differentiable(output[1])
+    ctx.set_materialize_grads(False)
+    ctx.save_for_backward(output[1], *features, *factors, *others)
 
 
-def _backward(ctx: Any, grad_out: Tensor) -> tuple[Any, ...]:
-    tensors = ctx.saved_tensors
+def _backward(ctx: Any, grad_out: Tensor | None, _: Any) -> tuple[Any, ...]:
+    projections, *tensors = ctx.saved_tensors
     features, factors, others = (
         tensors[: ctx.modalities],
         tensors[ctx.modalities : 2 * ctx.modalities],
         tensors[2 * ctx.modalities :],
     )
-    grads = _low_rank_fusion_backward(grad_out, features, factors, *others)
+    if grad_out is None:
+        return [None] * ctx.modalities, [None] * ctx.modalities, None, None, None
+    grads = _low_rank_fusion_backward(grad_out, projections, features, factors, *others)
     return *grads, None
 
 
@@ -122,9 +156,10 @@ def low_rank_fusion(
 
     Note:
         Features that ``available`` hides are never read, and their gradient is zero. Differentiable once in every
-        floating argument; keeps its arguments alone, the backward pass projects again. Accumulates in float32 for
-        16-bit types. Under autocast, arguments of mixed dtypes are cast to the features' dtype. Deterministic. No host
-        synchronisation; safe in CUDA graphs. The low-rank multimodal fusion of Liu et al., 2018 (docs/ops.md).
+        floating argument; keeps the M·r projections ``[B, h]`` for the backward pass, or projects again where they
+        are more than 64 MiB. Accumulates in float32 for 16-bit types. Under autocast, arguments of mixed dtypes are
+        cast to the features' dtype. Deterministic. No host synchronisation; safe in CUDA graphs. The low-rank
+        multimodal fusion of Liu et al., 2018 (docs/ops.md).
 
     Example:
         >>> x, y = torch.tensor([[2.0]]), torch.tensor([[3.0]])
@@ -133,4 +168,5 @@ def low_rank_fusion(
         tensor([[9.]])
     """
     inputs, parameters = cast_under_autocast(list(features), [*factors, rank_weight, bias])
-    return _eager(inputs, parameters[:-2], *parameters[-2:], available)
+    keep = torch.is_grad_enabled() and any(t.requires_grad for t in (*inputs, *parameters))
+    return _eager(inputs, parameters[:-2], *parameters[-2:], available, keep=keep)[0]
