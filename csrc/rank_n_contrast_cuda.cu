@@ -3,7 +3,7 @@
 
 #include "common/scratch.cuh"
 #include "rank_n_contrast.h"
-#include "rank_n_contrast_kernels.cuh"
+#include "rank_n_contrast_scan.cuh"
 
 namespace msacore::rank_n_contrast {
 namespace {
@@ -20,39 +20,57 @@ unsigned tiles(int64_t count) { return static_cast<unsigned>((count + kTile - 1)
 template <typename T, typename Target>
 struct Workspace {
   using A = acc_t<T>;
-  using TargetType = Target;
-  Ranked<A, Target> ranked;
+  Ranked<T> ranked;
+  acc_t<Target>* target;
   int64_t strip;
-  A *distances, *gradient;
+  Near near;
+  A *distances, *sums;
   double *scans, *losses;
   Scratch scratch;
 
   Workspace(const Inputs& in, const Sizes& s, bool backward, cudaStream_t stream)
-      : ranked(ranked_of(s)), strip(strip_of(ranked)), scratch(in.embeddings, [&](Scratch& memory) {
+      : ranked(ranked_of(in, s)),
+        strip(strip_of(ranked)),
+        near(near_of(ranked.padded, strip)),
+        scratch(in.embeddings, [&](Scratch& memory) {
           memory.take(ranked.sample, ranked.count);
-          memory.take(ranked.target, ranked.count);
+          memory.take(target, ranked.count);
+          memory.take(ranked.mean, ranked.d);
           memory.take(ranked.rows, ranked.padded * ranked.width);
+          memory.take(ranked.square, ranked.padded);
           memory.take(ranked.unmasked, 1);
           memory.take(distances, strip * ranked.padded);
           memory.take(scans, strip * ranked.padded * 2);
           memory.take(losses, backward ? 0 : ranked.padded);
-          memory.take(gradient, backward ? ranked.padded * ranked.width : 0);
+          memory.take(sums, backward ? ranked.padded * ranked.width : 0);
+          memory.take(near.by_anchor, strip * near.samples);
+          memory.take(near.by_sample, ranked.padded * near.anchors);
         }) {
+    const bool* const mask = in.mask ? in.mask->const_data_ptr<bool>() : nullptr;
+    launch(embedding_mean_kernel<T>, dim3((ranked.d + kWarp - 1) / kWarp), dim3(kMeanThreads), 0, stream, mask, ranked);
     launch(rank_kernel<T, Target>, grid_for(ranked.padded, kThreads), dim3(kThreads), 0, stream,
-           in.embeddings.template const_data_ptr<T>(), in.targets.template const_data_ptr<Target>(),
-           in.mask ? in.mask->const_data_ptr<bool>() : nullptr, ranked);
+           in.targets.template const_data_ptr<Target>(), mask, ranked, target);
   }
 
-  static Ranked<A, Target> ranked_of(const Sizes& s) {
-    Ranked<A, Target> ranked{};
+  static Ranked<T> ranked_of(const Inputs& in, const Sizes& s) {
+    Ranked<T> ranked{};
+    ranked.embeddings = in.embeddings.template const_data_ptr<T>();
     ranked.count = s.samples;
     ranked.padded = int64_t{tiles(s.samples)} * kTile;
     ranked.d = s.width;
-    ranked.width = (s.width + kDepth - 1) / kDepth * kDepth;
+    ranked.depth = (s.width + kPer16<A> - 1) / kPer16<A> * kPer16<A>;
+    ranked.width = ranked.depth + kPer16<A>;
     return ranked;
   }
 
-  static int64_t strip_of(const Ranked<A, Target>& ranked) {
+  static Near near_of(int64_t samples, int64_t anchors) {
+    Near near{};
+    near.samples = samples / kWordBits;
+    near.anchors = anchors / kWordBits;
+    return near;
+  }
+
+  static int64_t strip_of(const Ranked<T>& ranked) {
     const int64_t bytes_per_tile = ranked.padded * kTile * (sizeof(A) + 2 * sizeof(double));
     return std::min(ranked.padded, kTile * std::max<int64_t>(1, kStripBytes / bytes_per_tile));
   }
@@ -62,10 +80,10 @@ struct Workspace {
   void for_strips(double temperature, const A* grad_out, cudaStream_t stream, Body&& body) {
     for (int64_t first = 0; first < ranked.padded; first += strip) {
       const int64_t size = std::min(strip, ranked.padded - first);
-      launch(distance_kernel<A>, dim3(tiles(ranked.padded), tiles(size)), dim3(kThreads), 0, stream, ranked.rows,
-             ranked.width, first, ranked.padded, distances);
-      launch(anchor_kernel<Backward, A, Target>, dim3(static_cast<unsigned>(size)), dim3(kThreads), 0, stream, ranked,
-             first, 1 / temperature, grad_out, distances, scans, losses);
+      launch(distance_kernel<T>, dim3(tiles(ranked.padded), tiles(size)), dim3(kTileThreads),
+             kTileBytes<A, A, A, true, true>, stream, ranked, first, distances, near);
+      launch(anchor_kernel<Backward, A, Target>, dim3(static_cast<unsigned>(size)), dim3(kThreads), 0, stream, target,
+             ranked.unmasked, ranked.padded, near, first, 1 / temperature, grad_out, distances, scans, losses);
       body(first, size);
     }
   }
@@ -116,19 +134,21 @@ Tensor backward_cuda(const Tensor& grad_out, const Tensor& embeddings, const Ten
     using T = typename decltype(tag)::type;
     using A = acc_t<T>;
     with_workspace<T>(op, in, s, true, device.stream, [&](auto& workspace) {
-      using Target = typename std::decay_t<decltype(workspace)>::TargetType;
       const auto& ranked = workspace.ranked;
       workspace.template for_strips<true>(
           temperature, grad_out.const_data_ptr<A>(), device.stream, [&](int64_t first, int64_t size) {
-            launch(pull_kernel<false, A>, dim3(tiles(ranked.width), tiles(ranked.padded)), dim3(kThreads), 0,
+            const auto grid = [&](int64_t samples) { return dim3(tiles(ranked.width), tiles(samples)); };
+            launch(pull_kernel<false, A>, grid(ranked.padded), dim3(kTileThreads), kTileBytes<A, A, A, false, false>,
                    device.stream, ranked.rows, ranked.width, workspace.distances, ranked.padded, 0, first, size,
-                   first > 0, workspace.gradient);
-            launch(pull_kernel<true, A>, dim3(tiles(ranked.width), tiles(size)), dim3(kThreads), 0, device.stream,
-                   ranked.rows, ranked.width, workspace.distances, ranked.padded, first, 0, ranked.padded, true,
-                   workspace.gradient);
+                   first > 0, workspace.sums);
+            launch(pull_kernel<true, A>, grid(size), dim3(kTileThreads), kTileBytes<A, A, A, true, false>,
+                   device.stream, ranked.rows, ranked.width, workspace.distances, ranked.padded, first, 0,
+                   ranked.padded, true, workspace.sums);
+            launch(near_kernel<T>, grid_for(ranked.count * kWarp, kThreads), dim3(kThreads), 0, device.stream, ranked,
+                   workspace.near, first, size, workspace.scans + ranked.padded, 2 * ranked.padded, workspace.sums);
           });
-      launch(scatter_kernel<T, Target>, grid_for(s.samples, kThreads / kWarp), dim3(kThreads), 0, device.stream, ranked,
-             workspace.gradient, grad.mutable_data_ptr<T>());
+      launch(scatter_kernel<T>, grid_for(s.samples, kThreads / kWarp), dim3(kThreads), 0, device.stream, ranked,
+             workspace.sums, grad.mutable_data_ptr<T>());
     });
   });
   return grad;

@@ -1,38 +1,66 @@
-// Rank-N-Contrast on CUDA. The samples are put in order of their targets once. Seen from an anchor, the label gap then
-// falls from both ends towards it, so the others with a gap of at least g are a prefix and a suffix: a sum over them is
-// read off two scans from outside in, at places found by bisection. The gradient takes two more from inside out. Sums
-// of exponentials are kept in float64 with their largest exponent apart, so that no range of similarities is too wide.
-//
-// Distances and the products with the gradient are made of differences, not expanded squares: near pairs stay exact.
+// Rank-N-Contrast on CUDA: samples in order of their targets, distances, and what factors of pairs pull at embeddings.
+// Both are tile products on tensor cores, of embeddings less their mean, which changes no difference. Near pairs, whose
+// difference such products would cancel away, are marked, kept out and taken by differences.
 #pragma once
-#include <limits>
-
-#include "common/device.cuh"
 #include "common/rows.cuh"
+#include "common/tile_product.cuh"
 
 namespace msacore::rank_n_contrast {
 
 constexpr int kThreads = 256, kWarps = kThreads / kWarp;
-constexpr int kTile = 64, kDepth = 16;  // of a block's tile of pairs, and of what it stages at once
-constexpr int kPerThread = 4;           // rows and columns of the tile that a thread owns
-constexpr int kScanItems = 4;           // of a thread
+constexpr int kMeanThreads = 1024, kMeanWarps = kMeanThreads / kWarp;
+constexpr int kWordBits = 32, kWordsPerTile = kTile / kWordBits;
 
-// The samples by rising target.
-template <typename A, typename Target>
+// The samples by rising target: unmasked ones in order, targets that are no numbers last; then the masked.
+template <typename T>
 struct Ranked {
+  using A = acc_t<T>;
+  const T* embeddings;    // [count, d], as they came
   int64_t count, padded;  // all samples, and that in whole tiles
-  int64_t d, width;       // of an embedding, and that padded with zeros
-  int64_t* sample;        // [count]: unmasked ones in order, targets that are no numbers last; then the masked
-  acc_t<Target>* target;  // [count]
-  A* rows;                // [padded, width]: embeddings, zeros from `unmasked` on
+  int64_t d, depth;       // of an embedding, and that padded with zeros to 16 bytes
+  int64_t width;          // that and 16 bytes more, the first element 1: a product with such rows sums the factors too
+  int64_t* sample;        // [count]: which one
+  A* mean;                // [d]: of the unmasked embeddings, 0 where that is no number
+  A* rows;                // [padded, width]: embeddings less the mean, zeros from `unmasked` on
+  A* square;              // [padded]: their squared norms
   int64_t* unmasked;      // how many
+
+  __device__ const T* embedding(int64_t place) const { return embeddings + sample[place] * d; }
 };
 
-// Blocks of 256 samples count those before each, then move their embeddings.
+// Grid [⌈d / 32⌉]: a lane owns a column, the warps share the rows.
+template <typename T>
+__global__ void __launch_bounds__(kMeanThreads, 1)
+    embedding_mean_kernel(const bool* __restrict__ mask, const __grid_constant__ Ranked<T> ranked) {
+  using A = acc_t<T>;
+  MSACORE_SHARED(partial, double[kMeanWarps][kWarp + 1]);
+  MSACORE_SHARED(counts, int[kMeanWarps]);
+  const int64_t c = int64_t{blockIdx.x} * kWarp + lane_id();
+  double sum = 0;
+  int count = 0;
+#pragma unroll 8
+  for (int64_t i = warp_id(); i < ranked.count; i += kMeanWarps) {
+    const bool unmasked = !mask || mask[i];
+    count += unmasked;
+    if (unmasked && c < ranked.d) sum += static_cast<double>(static_cast<A>(ranked.embeddings[i * ranked.d + c]));
+  }
+  partial[warp_id()][lane_id()] = sum;
+  if (lane_id() == 0) counts[warp_id()] = count;
+  __syncthreads();
+  if (warp_id() > 0) return;
+  for (int w = 1; w < kMeanWarps; ++w) {
+    sum += partial[w][lane_id()];
+    count += counts[w];
+  }
+  const double mean = sum / count;
+  if (c < ranked.d) ranked.mean[c] = mean - mean == 0 ? static_cast<A>(mean) : A(0);
+}
+
+// Blocks of 256 samples count those before each, then move their embeddings. target [count]: the targets in order.
 template <typename T, typename Target>
 __global__ void __launch_bounds__(kThreads, 4)
-    rank_kernel(const T* __restrict__ embeddings, const Target* __restrict__ targets, const bool* __restrict__ mask,
-                const __grid_constant__ Ranked<acc_t<T>, Target> ranked) {
+    rank_kernel(const Target* __restrict__ targets, const bool* __restrict__ mask,
+                const __grid_constant__ Ranked<T> ranked, acc_t<Target>* __restrict__ target) {
   using A = acc_t<T>;
   using Y = acc_t<Target>;
   enum Kind : int { kNumber, kNaN, kMasked };
@@ -68,224 +96,95 @@ __global__ void __launch_bounds__(kThreads, 4)
     kind[threadIdx.x] = own_kind;
     if (i < ranked.count) {
       ranked.sample[before] = i;
-      ranked.target[before] = own;
+      target[before] = own;
     }
     if (i == 0) *ranked.unmasked = unmasked;
     __syncthreads();
     for (int r = warp_id(); r < kThreads && first + r < ranked.padded; r += kWarps) {
       A* to = ranked.rows + place[r] * ranked.width;
-      const T* from = embeddings + (first + r) * ranked.d;
-      for (int64_t c = lane_id(); c < ranked.width; c += kWarp)
-        to[c] = kind[r] != kMasked && c < ranked.d ? static_cast<A>(from[c]) : A(0);
+      const T* from = ranked.embeddings + (first + r) * ranked.d;
+      A square = 0;
+      for (int64_t c = lane_id(); c < ranked.width; c += kWarp) {
+        A value = 0;
+        if (kind[r] != kMasked) value = c < ranked.d ? static_cast<A>(from[c]) - ranked.mean[c] : A(c == ranked.depth);
+        to[c] = value;
+        if (c < ranked.d) square += value * value;
+      }
+      square = warp_sum(square);
+      if (lane_id() == 0) ranked.square[place[r]] = square;
     }
   }
 }
 
-template <typename A>
-constexpr int kTileBlocks = sizeof(A) == 8 ? 2 : 4;  // of a multiprocessor: more would spill registers
+// Which pairs are near: a strip's anchors against all samples, a bit each, by anchor [strip, padded / 32] and by sample
+// [padded, strip / 32].
+struct Near {
+  unsigned *by_anchor, *by_sample;
+  int64_t samples, anchors;  // words of a row of either
 
-template <typename A>
-using Staged = A[kDepth][kTile + kPerThread];  // padded, so that the threads of a warp hit different banks
-
-// A thread's rows and columns within the tile.
-__device__ __forceinline__ int tile_row() { return thread_in_block() / (kTile / kPerThread) * kPerThread; }
-__device__ __forceinline__ int tile_column() { return thread_in_block() % (kTile / kPerThread) * kPerThread; }
-
-// to[k][r] ← from[r · stride + k]
-template <typename A>
-__device__ __forceinline__ void stage_transposed(Staged<A>& to, const A* __restrict__ from, int64_t stride) {
-  const int r = thread_in_block() / (kDepth / kPerThread), k = thread_in_block() % (kDepth / kPerThread) * kPerThread;
-  const auto values = load<kPerThread>(from + r * stride + k);
-#pragma unroll
-  for (int i = 0; i < kPerThread; ++i) to[k + i][r] = values.at[i];
-}
-
-// to[k][c] ← from[k · stride + c], zeros from `valid` on
-template <typename A>
-__device__ __forceinline__ void stage(Staged<A>& to, const A* __restrict__ from, int64_t stride, int64_t valid) {
-  const int k = thread_in_block() / (kTile / kPerThread), c = tile_column();
-  Vector<A, kPerThread> values{};
-  if (c < valid) values = load<kPerThread>(from + k * stride + c);
-  store(&to[k][c], values);
-}
-
-// Grid [column tiles, row tiles of the strip that begins at `first`]: distances [strip, padded].
-template <typename A>
-__global__ void __launch_bounds__(kThreads, kTileBlocks<A>)
-    distance_kernel(const A* __restrict__ rows, int64_t width, int64_t first, int64_t padded,
-                    A* __restrict__ distance) {
-  MSACORE_SHARED(left, Staged<A>);
-  MSACORE_SHARED(right, Staged<A>);
-  const int64_t row = int64_t{blockIdx.y} * kTile, column = int64_t{blockIdx.x} * kTile;
-  A sum[kPerThread][kPerThread] = {};
-  for (int64_t k = 0; k < width; k += kDepth) {
-    stage_transposed(left, rows + (first + row) * width + k, width);
-    stage_transposed(right, rows + column * width + k, width);
-    __syncthreads();
-#pragma unroll
-    for (int depth = 0; depth < kDepth; ++depth) {
-      const auto x = load<kPerThread>(&left[depth][tile_row()]), y = load<kPerThread>(&right[depth][tile_column()]);
-#pragma unroll
-      for (int i = 0; i < kPerThread; ++i)
-#pragma unroll
-        for (int j = 0; j < kPerThread; ++j) {
-          const A difference = x.at[i] - y.at[j];
-          sum[i][j] += difference * difference;
-        }
-    }
-    __syncthreads();
+  __device__ bool holds(int64_t anchor, int64_t sample) const {
+    return by_anchor[anchor * samples + sample / kWordBits] >> sample % kWordBits & 1;
   }
-#pragma unroll
-  for (int i = 0; i < kPerThread; ++i) {
-    Vector<A, kPerThread> values;
-#pragma unroll
-    for (int j = 0; j < kPerThread; ++j) values.at[j] = sqrt(sum[i][j]);
-    store(distance + (row + tile_row() + i) * padded + column + tile_column(), values);
-  }
-}
-
-constexpr double kNothing = -std::numeric_limits<double>::infinity();
-constexpr double kNoNumber = std::numeric_limits<double>::quiet_NaN();
-
-// sum · exp(top)
-struct LogSum {
-  double top, sum;
-
-  __device__ double logarithm() const { return sum > 0 || sum != sum ? top + log(sum) : kNothing; }
 };
 
-__device__ __forceinline__ LogSum merge(const LogSum& a, const LogSum& b) {
-  if (b.top == kNothing) return a;
-  if (a.top == kNothing) return b;
-  const double rise = b.top - a.top;
-  if (rise > 0) return {b.top, a.sum * exp(-rise) + b.sum};
-  return {a.top, a.sum + b.sum * exp(rise)};
-}
+// With ε for the error of <x, y> against ‖x‖² + ‖y‖², a distance d from products errs by ε (‖x‖² + ‖y‖²) / d² of
+// itself: no more than 4 ε where d² is at least this share of the squared norms. The mean of d² over all pairs is that
+// of the squared norms, so that few pairs are nearer unless embeddings lie in clusters.
+constexpr int kNearShare = 4;
+constexpr int kPairLanes = 8;  // that find the distance of a near pair
 
-__device__ __forceinline__ double log_add(double a, double b) { return merge({a, 1}, {b, 1}).logarithm(); }
+template <typename A>
+constexpr int kTileBlocks = sizeof(A) == 8 ? 2 : 3;  // of a multiprocessor: more would spill registers
 
-// put(r, log Σ_{k ≤ r} exp(value(k))) for r < count; called by a block.
-template <typename Value, typename Put>
-__device__ __forceinline__ void scan_logarithms(int64_t count, Value value, Put put) {
-  MSACORE_SHARED(partial, LogSum[kWarps]);
-  LogSum before{kNothing, 0};
-  for (int64_t start = 0; start < count; start += kThreads * kScanItems) {
-    const int64_t first = start + threadIdx.x * kScanItems;
-    double values[kScanItems];
-    LogSum inclusive{kNothing, 0};
-#pragma unroll
-    for (int k = 0; k < kScanItems; ++k) {
-      values[k] = first + k < count ? value(first + k) : kNothing;
-      inclusive = merge(inclusive, {values[k], 1});
-    }
-#pragma unroll
-    for (int step = 1; step < kWarp; step *= 2) {
-      const LogSum other{__shfl_up_sync(kAllLanes, inclusive.top, step),
-                         __shfl_up_sync(kAllLanes, inclusive.sum, step)};
-      if (lane_id() >= step) inclusive = merge(other, inclusive);
-    }
-    LogSum running{__shfl_up_sync(kAllLanes, inclusive.top, 1), __shfl_up_sync(kAllLanes, inclusive.sum, 1)};
-    if (lane_id() == 0) running = {kNothing, 0};
-    __syncthreads();  // the readers of an earlier round are done
-    if (lane_id() == kWarp - 1) partial[warp_id()] = inclusive;
-    __syncthreads();
-    LogSum of_warps = before;
-    for (int w = 0; w < kWarps; ++w) {
-      if (w == warp_id()) running = merge(of_warps, running);
-      of_warps = merge(of_warps, partial[w]);
-    }
-#pragma unroll
-    for (int k = 0; k < kScanItems; ++k) {
-      running = merge(running, {values[k], 1});
-      if (first + k < count) put(first + k, running.logarithm());
-    }
-    before = of_warps;
-  }
-}
-
-// The first place in begin … end where `is` holds; it holds from there on.
-template <typename Is>
-__device__ __forceinline__ int64_t first_place(int64_t begin, int64_t end, Is is) {
-  while (begin < end) {
-    const int64_t middle = (begin + end) / 2;
-    if (is(middle)) {
-      end = middle;
-    } else {
-      begin = middle + 1;
-    }
-  }
-  return begin;
-}
-
-// An anchor per block, of the strip that begins at `first`; scratch [2, padded] for each. Writes its loss and, with
-// `Backward`, replaces its distances by the factors a_j with which e_self - e_j enters the gradient.
-template <bool Backward, typename A, typename Target>
-__global__ void __launch_bounds__(kThreads, 2)
-    anchor_kernel(const __grid_constant__ Ranked<A, Target> ranked, int64_t first, double inverse_temperature,
-                  const A* __restrict__ grad_out, A* __restrict__ distances, double* __restrict__ scratch,
-                  double* __restrict__ losses) {
-  using Y = acc_t<Target>;
-  const int64_t self = first + blockIdx.x, n = *ranked.unmasked, padded = ranked.padded;
-  A* const distance = distances + int64_t{blockIdx.x} * padded;
-  double* const scan = scratch + int64_t{blockIdx.x} * 2 * padded;
-  double* const denominator = scan + padded;
-  const auto similarity = [&](int64_t j) { return -static_cast<double>(distance[j]) * inverse_temperature; };
-  const bool any = self < n && n > 1;
-  const Y own = any ? ranked.target[self] : Y(0);
-  const auto gap = [&](int64_t j) {
-    return fabs(static_cast<double>(static_cast<Y>(static_cast<Target>(own - ranked.target[j]))));
+// Grid [column tiles, row tiles of the strip that begins at `first`]: distances [strip, padded], and near pairs.
+template <typename T>
+__global__ void __launch_bounds__(kTileThreads, kTileBlocks<acc_t<T>>)
+    distance_kernel(const __grid_constant__ Ranked<T> ranked, int64_t first, acc_t<T>* __restrict__ distance,
+                    const __grid_constant__ Near near) {
+  using A = acc_t<T>;
+  MSACORE_SHARED(pair, uint16_t[kTile * kTile]);
+  MSACORE_SHARED(listed, int);
+  MSACORE_SHARED(of_rows, unsigned[kTile][kWordsPerTile]);
+  MSACORE_SHARED(of_columns, unsigned[kTile][kWordsPerTile]);
+  const int64_t row = int64_t{blockIdx.y} * kTile, column = int64_t{blockIdx.x} * kTile, n = *ranked.unmasked;
+  const int t = thread_in_block(), r = t / kWordsPerTile, word = t % kWordsPerTile;
+  of_rows[r][word] = of_columns[r][word] = 0;
+  if (t == 0) listed = 0;
+  const auto tile = [&](int64_t from) {
+    return Matrix<A>{ranked.rows + from * ranked.width, ranked.width, kTile, ranked.depth};
   };
-  bool bad = false;
-  for (int64_t j = threadIdx.x; any && j < n; j += kThreads) bad = bad || gap(j) != gap(j);
-  bad = __syncthreads_or(bad);
-  double loss = bad ? kNoNumber : 0;
-  if (any && !bad) {
-    const auto store_scan = [&](int64_t j, double value) { scan[j] = value; };
-    scan_logarithms(self, similarity, store_scan);
-    scan_logarithms(
-        n - 1 - self, [&](int64_t r) { return similarity(n - 1 - r); },
-        [&](int64_t r, double value) { store_scan(n - 1 - r, value); });
-    __syncthreads();
-    for (int64_t j = threadIdx.x; j < n; j += kThreads) {
-      if (j == self) continue;
-      const double wanted = gap(j);
-      const int64_t left = first_place(0, self, [&](int64_t k) { return gap(k) < wanted; });
-      const int64_t right = first_place(self + 1, n, [&](int64_t k) { return gap(k) >= wanted; });
-      const double value = log_add(left > 0 ? scan[left - 1] : kNothing, right < n ? scan[right] : kNothing);
-      loss += value - similarity(j);
-      if (Backward) denominator[j] = value;
-    }
-    if (Backward) {
-      __syncthreads();
-      scan_logarithms(
-          self, [&](int64_t r) { return -denominator[self - 1 - r]; },
-          [&](int64_t r, double value) { store_scan(self - 1 - r, value); });
-      scan_logarithms(
-          n - 1 - self, [&](int64_t r) { return -denominator[self + 1 + r]; },
-          [&](int64_t r, double value) { store_scan(self + 1 + r, value); });
-      __syncthreads();
-    }
-  }
-  if (Backward) {
-    const double pairs = static_cast<double>(n) * static_cast<double>(n - 1);
-    const double scale = any ? -static_cast<double>(*grad_out) / pairs * inverse_temperature : 0;
-    for (int64_t j = threadIdx.x; j < padded; j += kThreads) {
-      double factor = 0;
-      if (j < n && bad) {
-        factor = kNoNumber;
-      } else if (j < n && any && j != self && distance[j] != A(0)) {
-        const double wanted = gap(j);
-        const int64_t left = first_place(0, self, [&](int64_t k) { return gap(k) <= wanted; });
-        const int64_t right = first_place(self + 1, n, [&](int64_t k) { return gap(k) > wanted; }) - 1;
-        const double inverse = log_add(left < self ? scan[left] : kNothing, right > self ? scan[right] : kNothing);
-        factor = scale * (exp(similarity(j) + inverse) - 1) / static_cast<double>(distance[j]);
+  TileSums<A> c;
+  clear(c);
+  add_tile_product<true, true>(c, tile(first + row), tile(column), ranked.depth);
+  for_neighbours(c, [&](int i, int j, A left, A right) {
+    const int64_t self = first + row + i, other = column + j;
+    const A own = ranked.square[self];
+    const auto apart = [&](int side, A product) -> A {
+      const A norms = own + ranked.square[other + side], square = norms - 2 * product;
+      if (!(square * kNearShare >= norms) && self != other + side && self < n && other + side < n) {
+        const int at = j + side;
+        pair[atomicAdd(&listed, 1)] = static_cast<uint16_t>(i * kTile + at);
+        atomicOr(&of_rows[i][at / kWordBits], 1u << at % kWordBits);
+        atomicOr(&of_columns[at][i / kWordBits], 1u << i % kWordBits);
       }
-      distance[j] = static_cast<A>(factor);
+      return square > 0 ? static_cast<A>(sqrt(square)) : A(0);
+    };
+    store(distance + (row + i) * ranked.padded + other, Vector<A, 2>{apart(0, left), apart(1, right)});
+  });
+  __syncthreads();
+  for (int p = t / kPairLanes; p < listed; p += kTileThreads / kPairLanes) {
+    const int i = pair[p] / kTile, j = pair[p] % kTile;
+    const T *x = ranked.embedding(first + row + i), *y = ranked.embedding(column + j);
+    A sum = 0;
+    for (int64_t k = lane_id() % kPairLanes; k < ranked.d; k += kPairLanes) {
+      const A difference = static_cast<A>(x[k]) - static_cast<A>(y[k]);
+      sum += difference * difference;
     }
-  } else {
-    loss = block_sum(loss);
-    if (threadIdx.x == 0) losses[self] = loss;
+    sum = group_sum(sum, kPairLanes);
+    if (lane_id() % kPairLanes == 0) distance[(row + i) * ranked.padded + column + j] = static_cast<A>(sqrt(sum));
   }
+  near.by_anchor[(row + r) * near.samples + column / kWordBits + word] = of_rows[r][word];
+  near.by_sample[(column + r) * near.anchors + row / kWordBits + word] = of_columns[r][word];
 }
 
 // One block: the mean over all pairs, 0 where there are none.
@@ -299,60 +198,74 @@ __global__ void __launch_bounds__(kThreads, 1) mean_kernel(const double* __restr
   if (threadIdx.x == 0) *out = static_cast<A>(n > 1 ? sum / (n * (n - 1)) : 0);
 }
 
-// Grid [tiles of the width, tiles of samples]: gradient ← or += Σ_other a (e_own - e_other), a block's 64 samples from
-// row `own` on, and `others` of them from row `other` on. The factors a are those of anchors `own` (`OfAnchors`:
-// [own, padded]) or of anchors `other` ([others, padded]).
+// Grid [tiles of the width, tiles of samples]: sums ← or += Σ_other a · row_other, a block's 64 samples from row `own`
+// on, and `others` of them from row `other` on. The factors a are those of anchors `own` (`OfAnchors`: [own, padded])
+// or of anchors `other` ([others, padded]).
 template <bool OfAnchors, typename A>
-__global__ void __launch_bounds__(kThreads, kTileBlocks<A>)
+__global__ void __launch_bounds__(kTileThreads, kTileBlocks<A>)
     pull_kernel(const A* __restrict__ rows, int64_t width, const A* __restrict__ factors, int64_t padded, int64_t own,
-                int64_t other, int64_t others, bool add, A* __restrict__ gradient) {
-  MSACORE_SHARED(factor, Staged<A>);
-  MSACORE_SHARED(values, Staged<A>);
+                int64_t other, int64_t others, bool add, A* __restrict__ sums) {
   const int64_t tile = int64_t{blockIdx.y} * kTile, column = int64_t{blockIdx.x} * kTile;
-  const bool inside = column + tile_column() < width;
-  Vector<A, kPerThread> own_values[kPerThread], sum[kPerThread];
-  A* const to = gradient + (own + tile + tile_row()) * width + column + tile_column();
-  const A* const from = rows + (own + tile + tile_row()) * width + column + tile_column();
-#pragma unroll
-  for (int i = 0; i < kPerThread; ++i) {
-    own_values[i] = sum[i] = {};
-    if (inside) own_values[i] = load<kPerThread>(from + i * width);
-    if (inside && add) sum[i] = load<kPerThread>(to + i * width);
-  }
-  for (int64_t k = 0; k < others; k += kDepth) {
-    if (OfAnchors) {
-      stage_transposed(factor, factors + tile * padded + k, padded);
-    } else {
-      stage(factor, factors + k * padded + tile, padded, kTile);
-    }
-    stage(values, rows + (other + k) * width + column, width, width - column);
-    __syncthreads();
-#pragma unroll
-    for (int depth = 0; depth < kDepth; ++depth) {
-      const auto a = load<kPerThread>(&factor[depth][tile_row()]);
-      const auto x = load<kPerThread>(&values[depth][tile_column()]);
-#pragma unroll
-      for (int i = 0; i < kPerThread; ++i)
-#pragma unroll
-        for (int j = 0; j < kPerThread; ++j) sum[i].at[j] += a.at[i] * (own_values[i].at[j] - x.at[j]);
-    }
-    __syncthreads();
-  }
-#pragma unroll
-  for (int i = 0; i < kPerThread; ++i)
-    if (inside) store(to + i * width, sum[i]);
+  const Matrix<A> factor{factors + (OfAnchors ? tile * padded : tile), padded, OfAnchors ? kTile : others,
+                         OfAnchors ? others : kTile};
+  TileSums<A> c;
+  clear(c);
+  add_tile_product<OfAnchors, false>(c, factor, Matrix<A>{rows + other * width + column, width, others, width - column},
+                                     others, kTile, width - column);
+  for_neighbours(c, [&](int i, int j, A left, A right) {
+    if (column + j >= width) return;
+    A* const to = sums + (own + tile + i) * width + column + j;
+    Vector<A, 2> before{};
+    if (add) before = load<2>(to);
+    store(to, Vector<A, 2>{before.at[0] + left, before.at[1] + right});
+  });
 }
 
-// grad [count, d] ← rows of `gradient`, a warp each; zeros for masked samples and where there are no pairs.
-template <typename T, typename Target>
+// The near pairs of the strip of `size` anchors that begins at `first`: sums -= Σ a (e_own - e_other), a warp per
+// sample. factors: those of anchor k and sample j at [k · stride + j].
+template <typename T>
 __global__ void __launch_bounds__(kThreads, 4)
-    scatter_kernel(const __grid_constant__ Ranked<acc_t<T>, Target> ranked, const acc_t<T>* __restrict__ gradient,
-                   T* __restrict__ grad) {
+    near_kernel(const __grid_constant__ Ranked<T> ranked, const __grid_constant__ Near near, int64_t first,
+                int64_t size, const double* __restrict__ factors, int64_t stride, acc_t<T>* __restrict__ sums) {
+  using A = acc_t<T>;
+  const int64_t n = *ranked.unmasked, warps = int64_t{gridDim.x} * kWarps;
+  for (int64_t p = int64_t{blockIdx.x} * kWarps + warp_id(); p < n; p += warps) {
+    const T* const own = ranked.embedding(p);
+    // words: which of the samples from row `begin` on are near p; theirs are the factors at from + place · step.
+    const auto pull = [&](const unsigned* words, int64_t count, int64_t begin, const double* from, int64_t step) {
+      for (int64_t w = 0; w < count; w += kWarp) {
+        const unsigned mine = w + lane_id() < count ? words[w + lane_id()] : 0;
+        for (unsigned open = __ballot_sync(kAllLanes, mine != 0); open != 0; open &= open - 1) {
+          const int source = __ffs(static_cast<int>(open)) - 1;
+          for (unsigned bits = __shfl_sync(kAllLanes, mine, source); bits != 0; bits &= bits - 1) {
+            const int64_t place = (w + source) * kWordBits + __ffs(static_cast<int>(bits)) - 1;
+            const T* const other = ranked.embedding(begin + place);
+            const A factor = static_cast<A>(from[place * step]);
+            for (int64_t c = lane_id(); c < ranked.d; c += kWarp)
+              sums[p * ranked.width + c] -= factor * (static_cast<A>(own[c]) - static_cast<A>(other[c]));
+          }
+        }
+      }
+    };
+    const int64_t anchor = p - first;
+    if (anchor >= 0 && anchor < size)
+      pull(near.by_anchor + anchor * near.samples, near.samples, 0, factors + anchor * stride, 1);
+    pull(near.by_sample + p * near.anchors, size / kWordBits, first, factors + p, stride);
+  }
+}
+
+// grad [count, d] ← Σ a (row_own - row_other) from the sums, a warp each; zeros for masked samples and where there are
+// no pairs.
+template <typename T>
+__global__ void __launch_bounds__(kThreads, 4)
+    scatter_kernel(const __grid_constant__ Ranked<T> ranked, const acc_t<T>* __restrict__ sums, T* __restrict__ grad) {
+  using A = acc_t<T>;
   const int64_t n = *ranked.unmasked, warps = int64_t{gridDim.x} * kWarps;
   for (int64_t p = int64_t{blockIdx.x} * kWarps + warp_id(); p < ranked.count; p += warps) {
     T* to = grad + ranked.sample[p] * ranked.d;
+    const A *row = ranked.rows + p * ranked.width, *sum = sums + p * ranked.width;
     for (int64_t c = lane_id(); c < ranked.d; c += kWarp)
-      to[c] = static_cast<T>(p < n && n > 1 ? gradient[p * ranked.width + c] : acc_t<T>(0));
+      to[c] = static_cast<T>(p < n && n > 1 ? sum[ranked.depth] * row[c] - sum[c] : A(0));
   }
 }
 

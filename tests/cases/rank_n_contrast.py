@@ -15,6 +15,8 @@ def _sample(device: torch.device, dtype: torch.dtype, name: str, samples: int, w
     """Labels are multiples of 1/8 in [-3, 3], whose gaps every dtype holds exactly: the same ties in all of them."""
     generator = torch.Generator().manual_seed(samples + 31 * width)
     embeddings = torch.randn(samples, width, generator=generator) * options.pop("spread", 1.0) + options.pop("shift", 0)
+    if apart := options.pop("in_pairs", 0.0):
+        embeddings[1::2] = embeddings[: 2 * (samples // 2) : 2] + apart * embeddings[1::2]
     if options.pop("repeated", False):
         embeddings[samples // 2 :] = embeddings[: samples - samples // 2]
     levels = options.pop("levels", 48)
@@ -43,6 +45,7 @@ def _samples(device: torch.device, dtype: torch.dtype) -> list[Sample]:
             ("large, few labels", (90, 16), dict(levels=6)),
             ("wide range", (40, 16), dict(temperature=0.02)),
             ("far from the origin", (40, 16), dict(shift=8.0)),
+            ("close pairs", (70, 9), dict(in_pairs=1e-4, spread=100.0)),
             ("repeated embeddings", (30, 9), dict(repeated=True, spread=2.0)),
         ]
     ]
