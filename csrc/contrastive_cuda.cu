@@ -83,7 +83,8 @@ struct Workspace {
     problem.exclude_self = options.exclude_self;
     if (by_classes(problem.a.labels, s.anchors, s.candidates))
       classes.emplace(problem.a.labels, s.anchors, problem.b.labels, s.candidates, in.anchors, stream);
-    problem.pairwise = problem.weights || (problem.a.labels && !classes);
+    // Asked of the arguments: without rows their pointers may be null.
+    problem.pairwise = in.weights || (in.anchor_labels && !classes);
     problem.gradient.out = grad_out;
     problem.gradient.weight = 1;
     problem.gradient.scale = problem.both ? 0.5 : 1;

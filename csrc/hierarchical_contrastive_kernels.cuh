@@ -7,8 +7,12 @@ namespace msacore::hierarchical_contrastive {
 
 using contrastive::kRowThreads;
 
+#ifdef __CUDACC__
 constexpr int kTermsAtOnce = 12, kSidesAtOnce = 16;  // what the 4 KiB of a kernel's parameters hold
-constexpr int kFinishThreads = 1024;                 // the one block that adds everything up
+#else
+constexpr int kTermsAtOnce = 4, kSidesAtOnce = 5;  // little, so that three modalities already are several groups
+#endif
+constexpr int kFinishThreads = 1024;  // the one block that adds everything up
 
 // The samples of a side or of a term: those with all `modalities` (bits) and at least `least` of any.
 struct Need {

@@ -64,16 +64,20 @@ def test_sums_over_classes_are_those_of_the_cpu(
             torch.testing.assert_close(ours, theirs, rtol=1e-11, atol=1e-13)
 
 
+@pytest.mark.parametrize("positives", ["labels", "weights"])
 @pytest.mark.parametrize(("n", "m"), [(N, 0), (0, N)])
-def test_without_rows_on_one_side_loss_and_gradients_are_zero(n: int, m: int) -> None:
+def test_without_rows_on_one_side_loss_and_gradients_are_zero(n: int, m: int, positives: str) -> None:
     arguments: dict[str, Any] = dict(
-        anchors=torch.randn(n, 4),
-        candidates=torch.randn(m, 4),
-        temperature=torch.tensor(0.3),
-        labels=(torch.zeros(n).long(), torch.zeros(m).long()),
+        anchors=torch.randn(n, 4), candidates=torch.randn(m, 4), temperature=torch.tensor(0.3)
     )
-    with CudaOnHost() as on_host:
-        results = _results(arguments)
+    labels, weights = (torch.zeros(n).long(), torch.zeros(m).long()), torch.ones(n, m)
+    arguments[positives] = labels if positives == "labels" else weights
+    torch.use_deterministic_algorithms(True)  # fills fresh memory with NaN
+    try:
+        with CudaOnHost() as on_host:
+            results = _results(arguments)
+    finally:
+        torch.use_deterministic_algorithms(False)
     assert on_host.calls
     assert [result.shape for result in results] == [(), (n, 4), (m, 4), ()]
     assert all((result == 0).all() for result in results)

@@ -76,7 +76,7 @@ def test_threads_share_the_work(case: OpCase, sample: str) -> None:
     arguments = _arguments(case, sample, CPU, FLOAT32)
     before = torch.get_num_threads()
     try:
-        for threads in (2, 4, 7):
+        for threads in (2, 5):
             torch.set_num_threads(threads)
             outputs, grads = run(case, case.op, arguments)
             again, grads_again = run(case, case.op, arguments)

@@ -31,7 +31,7 @@ def _sample(
         arguments["available"] = (torch.rand(n, modalities, generator=generator) > 0.3).to(device)
     if options.get("tier1") == "intra_modal":
         arguments["labels"] = torch.randint(-1, 2, (n,), generator=generator).to(device)
-    return Sample(name, {**arguments, **options}, small=name in _SMALL)
+    return Sample(name, {**arguments, **options}, small=name in _SMALL, on_host=modalities <= 6)
 
 
 def _samples(device: torch.device, dtype: torch.dtype) -> list[Sample]:
