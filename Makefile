@@ -1,7 +1,8 @@
 # `make demo` and `make test` do all their set-up: a fresh machine needs Python >= 3.10, a C++ compiler and this folder.
 VENV := .venv
 PYTHON := $(VENV)/bin/python
-PIP := $(PYTHON) -m pip install --quiet --disable-pip-version-check
+# Modules are compiled when they are first imported: most of what is installed never is.
+PIP := $(PYTHON) -m pip install --quiet --no-compile --disable-pip-version-check
 TORCH ?= torch==2.13.0
 OUT ?= runs/demo
 NATIVE := $(shell find csrc -type f)
