@@ -4,8 +4,8 @@ import torch
 from torch import Tensor
 
 import msacore
-from bench.harness import Benchmark, Growth, Inputs, Shape, Work
-from bench.peers import compiled, plain
+from bench.harness import Benchmark, Call, Growth, Inputs, Provider, Shape, Work
+from bench.peers import compiled, package, plain
 from bench.propagation import ALPHA, sparse_peers
 from msacore import reference
 
@@ -30,6 +30,15 @@ def _given_graph(inputs: Inputs) -> list[Tensor]:
     return [torch.sparse_csr_tensor(inputs["rowptr"], inputs["col"], inputs["weight"], (n, n))]
 
 
+def _geometric(inputs: Inputs) -> Call:
+    x, rowptr, steps = inputs["x"], inputs["rowptr"], inputs["steps"]
+    layers = package("torch_geometric.nn", "torch-geometric")
+    layer = layers.APPNP(steps, inputs["alpha"], add_self_loops=False, normalize=False)
+    target = torch.repeat_interleave(torch.arange(len(x), device=x.device), rowptr.diff())
+    edges = torch.stack([inputs["col"], target])
+    return lambda: layer(x, edges, inputs["weight"])
+
+
 def _graph_work(sizes: dict[str, int]) -> tuple[Work, Work]:
     """Per step a multiply-add an edge and column; an edge's index and weight, and states, are read once."""
     n, edges, d, k = (sizes[name] for name in ("n", "E", "d", "K"))
@@ -51,6 +60,7 @@ BENCHMARKS = [
             plain("msacore", msacore.graph_propagate),
             plain("reference", reference.graph_propagation.graph_propagate),
             *sparse_peers(_given_graph),
+            Provider("torch-geometric APPNP", _geometric),
             compiled("torch.compile of the reference", reference.graph_propagation.graph_propagate),
         ),
         work=_graph_work,

@@ -11,8 +11,8 @@ import torch
 from torch import Tensor
 
 from bench.device import Canary
-from bench.harness import Benchmark, Growth, Inputs, Shape, Work
-from bench.peers import plain
+from bench.harness import Benchmark, Call, Growth, Inputs, Provider, Shape, Work
+from bench.peers import package, plain
 from msacore.selection import Selection, select
 
 _KINDS = ("Gaussian", "clustered", "duplicated", "from a file")
@@ -91,6 +91,24 @@ def pairwise_distance_per_pick(pool: Tensor, budget: int) -> Tensor:
     return torch.tensor(picks)
 
 
+def _sklearn_per_pick(inputs: Inputs) -> Call:
+    """`euclidean_distances` of the pool to the newest centre per pick, as samplers on NumPy arrays do."""
+    metrics = package("sklearn.metrics.pairwise", "scikit-learn")
+    pool = inputs["pool"].cpu().numpy()
+
+    def pick() -> Tensor:
+        picks, newest = [], 0
+        distance = np.full(len(pool), np.inf)
+        for _ in range(inputs["budget"]):
+            distance = np.minimum(distance, metrics.euclidean_distances(pool, pool[newest : newest + 1])[:, 0])
+            distance[newest] = -np.inf
+            newest = int(distance.argmax())
+            picks.append(newest)
+        return torch.tensor(picks)
+
+    return pick
+
+
 def _work(sizes: dict[str, int]) -> tuple[Work, Work]:
     """Every pick's distance to the whole pool, as one product; the pool is read once at least."""
     n, d, budget = sizes["N"], sizes["d"], sizes["budget"]
@@ -123,6 +141,7 @@ BENCHMARKS = [
             plain("torch, matrix–vector per pick", matrix_vector),
             plain("torch, cdist per pick (DISTIL)", distances_per_pick),
             plain("torch, pairwise_distance per pick (anomalib)", pairwise_distance_per_pick),
+            Provider("scikit-learn, euclidean_distances per pick", _sklearn_per_pick),
         ),
         work=_work,
         growth=(Growth("N", (5000, 10000, 20000, 40000), {"d": 128, "budget": 50}, slope=1),),
