@@ -34,6 +34,7 @@ CARRIER = 3.0
 NUISANCE = 10
 PERSISTENCE = 0.75
 VIDEO_SHARE = 0.3
+TURNING = 0.05
 WHITE_NOISE = 0.05
 TOKEN_NOISE = 0.15
 
@@ -50,11 +51,12 @@ def synthetic(
 
     Per utterance there are latent variables, each of unit variance:
 
-    * ``s`` sentiment, ``e`` tone and ``d`` stance. Each is a video effect (30 % of the variance) plus a first-order
-      autoregression over the clips (coefficient .75), so neighbours tell about an utterance, also about its missing
-      modalities.
-    * ``g`` congruence of what is said with how it is said, independent between utterances, and three carriers of sign
-      ±1, one per pair of modalities: one member of the pair shows the carrier, the other the carrier times ``g``.
+    * ``s`` sentiment, ``e`` tone, ``d`` stance and ``g`` congruence of what is said with how it is said. Each is a
+      video effect (30 % of the variance) plus a first-order autoregression over the clips (coefficient .75), so
+      neighbours tell about an utterance, also about its missing modalities.
+    * three carriers of sign ±1, one per pair of modalities: one member of the pair shows the carrier, the other the
+      carrier times ``g``. A carrier is a habit that turns with chance .05 from clip to clip, so neighbours also tell
+      what a missing member would show: who rebuilds it has the pair again.
     * a topic. Two common topics are mild (``s`` counts .7); in each of ten rare ones ``s`` counts 1.3 and text shows it
       along a direction of its own. Common topics hold 80 % of the train part but only 30 % of the others: most labels
       of the pool are redundant, and a labelled set that covers the rare topics is worth more than a random one.
@@ -169,14 +171,20 @@ def _persistent(rng: np.random.Generator, video_ptr: np.ndarray) -> np.ndarray:
     return np.sqrt(VIDEO_SHARE) * effect + np.sqrt(1 - VIDEO_SHARE) * walk
 
 
+def _habits(rng: np.random.Generator, video_ptr: np.ndarray) -> np.ndarray:
+    """Signs ``[3, N]``: drawn at the start of a video, then turning now and then."""
+    turns = np.full(int(video_ptr[-1]), TURNING)
+    turns[video_ptr[:-1]] = 0.5
+    return np.where(rng.random((3, len(turns))) < turns, -1.0, 1.0).cumprod(axis=1)
+
+
 def _latents(
     rng: np.random.Generator, video_ptr: np.ndarray, split: np.ndarray
 ) -> tuple[dict[str, np.ndarray], np.ndarray]:
     """What each modality shows, most telling columns first, and the label before scaling."""
     n = int(video_ptr[-1])
-    s, e, d = (_persistent(rng, video_ptr) for _ in range(3))
-    g = rng.standard_normal(n)
-    carriers = rng.choice([-1.0, 1.0], (3, n))
+    s, e, d, g = (_persistent(rng, video_ptr) for _ in range(4))
+    carriers = _habits(rng, video_ptr)
     common = rng.random(n) < np.where(split == TRAIN, COMMON_TRAIN, COMMON_TEST)
     topic = np.where(common, rng.integers(0, COMMON_TOPICS, n), rng.integers(COMMON_TOPICS, TOPICS, n))
     rare = topic >= COMMON_TOPICS

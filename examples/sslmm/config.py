@@ -17,8 +17,8 @@ class Config:
         window: Neighbouring utterances on either side that an utterance hears.
         variant: Propagation: ``"linear"``, ``"gcnii"`` or ``"gated"``.
         send: When missing nodes send: ``"after_fill"`` or ``"never"``.
-        readout: What the head reads: ``"nodes"`` (after propagation) or ``"products"`` (also, before propagation, a
-            low-rank product of every two modalities).
+        readout: What the head reads: ``"nodes"`` (after propagation) or ``"products"`` (also a low-rank product of every
+            two modalities before propagation, missing ones rebuilt).
         dropout: Of encoders and head.
         learning_rate: Of Adam, both stages.
         weight_decay: Of Adam, both stages.
@@ -61,8 +61,8 @@ class Config:
     patience: int = 10
     mask_share: float = 0.5
     sce_power: float = 2.0
-    node_weight: float = 1.0
-    modality_weight: float = 1.0
+    node_weight: float = 0.2
+    modality_weight: float = 3.0
     contrast_weight: float = 0.5
     view_weight: float = 0.0
     contrast_temperature: float = 0.2
@@ -74,7 +74,7 @@ class Config:
     teacher_decay: float = 0.99
     noise: float = 0.1
     reconstruction: str = "observed"
-    reconstruction_weight: float = 0.3
+    reconstruction_weight: float = 3.0
 
 
 CHOICES = {

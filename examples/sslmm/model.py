@@ -70,8 +70,8 @@ class SSLMM(nn.Module):
     utterance send (METHODS: nodes per utterance and modality as in MMGCN, teleport as in APPNP, reconstruction as in
     GCNet). The read-out concatenates the nodes of an utterance. Propagation averages, so what an utterance alone says,
     and what only two modalities together say, is faint in them; ``readout="products"`` puts a low-rank product of
-    every two modalities beside them. Products take the nodes from before propagation, of modalities in view: where one
-    of two is missing the other stands alone, as a product with a guess would tell nothing.
+    every two modalities beside them. Products take the nodes from before propagation, and what the reconstruction heads
+    make of the propagated node for a modality that is missing.
     """
 
     def __init__(self, dims: Sequence[int], config: Config) -> None:
@@ -98,6 +98,7 @@ class SSLMM(nn.Module):
         self.ranking = nn.Linear(width, 1)
         self.contrast = nn.Linear(len(dims) * width, width)
         self.decoders = nn.ModuleList(nn.Linear(width, d) for d in dims)
+        self.mask_decoders = nn.ModuleList(nn.Linear(width, d) for d in dims)
 
     def forward(self, batch: Batch, noise: float = 0.0) -> Output:
         """Propagate and predict.
@@ -133,17 +134,33 @@ class SSLMM(nn.Module):
         own = self.dropout(own)
         nodes = self.propagate(own, batch)
         parts = [nodes.flatten(1)]
-        for product, (m, n) in zip(self.products, self.pairs, strict=True):
-            parts.append(product([own[:, m], own[:, n]], available=batch.observed[:, [m, n]]))
+        if self.pairs:
+            members = self.fill(own, nodes, batch.observed)
+            parts += [p([members[m], members[n]]) for p, (m, n) in zip(self.products, self.pairs, strict=True)]
         hidden = self.head(torch.cat(parts, 1))
         return Output(nodes, self.sentiment(hidden)[:, 0], self.ranking(hidden)[:, 0])
 
+    def fill(self, own: Tensor, nodes: Tensor, observed: Tensor) -> list[Tensor]:
+        """Per modality ``[N, width]``: its node before propagation, or its rebuilt features encoded where it is missing.
+
+        Rebuilt features are not normalised: the less the neighbours tell of them, the shorter they are, and the more the
+        other member of a pair stands alone.
+        """
+        rebuilt = self.reconstruct(nodes, ~observed)
+        return [
+            own[:, m].index_copy(0, rows_of(~observed, m), encoder[0](features))
+            for m, (encoder, features) in enumerate(zip(self.encoders, rebuilt, strict=True))
+        ]
+
     def reconstruct(self, nodes: Tensor, where: Tensor) -> list[Tensor]:
         """Features of the nodes that ``where`` (bool ``[N, M]``) marks: per modality ``[rows of it, d_m]``."""
-        return [decoder(nodes[:, m].index_select(0, rows_of(where, m))) for m, decoder in enumerate(self.decoders)]
+        return _decode(self.decoders, nodes, where)
 
     def reconstruct_masked(self, nodes: Tensor, masked: Tensor, offsets: Tensor) -> list[Tensor]:
-        """As :meth:`reconstruct`, from masked nodes that are masked again first: only neighbours can fill them."""
+        """As :meth:`reconstruct`, from masked nodes that are masked again first: only neighbours can fill them.
+
+        The error of this task knows no length, so its heads are its own (GraphMAE's decoder goes after pre-training too).
+        """
         hidden = torch.where(masked[..., None], self.remask_token, nodes)
         filled = msacore.propagate(
             hidden,
@@ -154,4 +171,8 @@ class SSLMM(nn.Module):
             alpha=self.config.alpha,
             send=self.config.send,
         )
-        return self.reconstruct(filled, masked)
+        return _decode(self.mask_decoders, filled, masked)
+
+
+def _decode(decoders: nn.ModuleList, nodes: Tensor, where: Tensor) -> list[Tensor]:
+    return [decoder(nodes[:, m].index_select(0, rows_of(where, m))) for m, decoder in enumerate(decoders)]
