@@ -17,8 +17,8 @@ class Config:
         window: Neighbouring utterances on either side that an utterance hears.
         variant: Propagation: ``"linear"``, ``"gcnii"`` or ``"gated"``.
         send: When missing nodes send: ``"after_fill"`` or ``"never"``.
-        readout: What the head reads: ``"nodes"`` (after propagation) or ``"products"`` (also a low-rank product of every
-            two modalities before propagation, missing ones rebuilt).
+        readout: What the head reads: ``"nodes"`` (after propagation) or ``"products"`` (also low-rank products of
+            every two modalities before propagation, missing ones rebuilt).
         dropout: Of encoders and head.
         learning_rate: Of Adam, both stages.
         weight_decay: Of Adam, both stages.

@@ -141,10 +141,10 @@ class SSLMM(nn.Module):
         return Output(nodes, self.sentiment(hidden)[:, 0], self.ranking(hidden)[:, 0])
 
     def fill(self, own: Tensor, nodes: Tensor, observed: Tensor) -> list[Tensor]:
-        """Per modality ``[N, width]``: its node before propagation, or its rebuilt features encoded where it is missing.
+        """Per modality ``[N, width]``: its node before propagation; where missing, its rebuilt features encoded.
 
-        Rebuilt features are not normalised: the less the neighbours tell of them, the shorter they are, and the more the
-        other member of a pair stands alone.
+        These are not normalised: the less the neighbours tell of them, the shorter they are, and the more the other
+        member of a pair stands alone.
         """
         rebuilt = self.reconstruct(nodes, ~observed)
         return [
@@ -159,7 +159,7 @@ class SSLMM(nn.Module):
     def reconstruct_masked(self, nodes: Tensor, masked: Tensor, offsets: Tensor) -> list[Tensor]:
         """As :meth:`reconstruct`, from masked nodes that are masked again first: only neighbours can fill them.
 
-        The error of this task knows no length, so its heads are its own (GraphMAE's decoder goes after pre-training too).
+        The error of this task knows no length, so it has heads of its own (GraphMAE drops its decoder afterwards too).
         """
         hidden = torch.where(masked[..., None], self.remask_token, nodes)
         filled = msacore.propagate(
