@@ -132,6 +132,25 @@ def test_an_option_changes_the_run(corpus: Corpus, option: dict) -> None:
     assert not torch.equal(_weights(default), _weights(other))
 
 
+def test_products_read_what_is_rebuilt_where_a_modality_is_missing(corpus: Corpus) -> None:
+    trainer = _trainer(corpus)
+    before = trainer.predict()
+    with torch.no_grad():
+        for decoder in trainer.model.decoders:
+            decoder.bias += 1
+    rebuilt = ~trainer.observed.all(1).numpy()
+    assert 0 < rebuilt.sum() < len(rebuilt)
+    assert np.array_equal(before != trainer.predict(), rebuilt)
+
+
+@pytest.mark.parametrize("unlabelled", ["mean_teacher", "rankup", "none"])
+def test_the_mean_teacher_predicts(corpus: Corpus, unlabelled: str) -> None:
+    trainer = _trainer(corpus, replace(QUICK, unlabelled=unlabelled, finetune_epochs=1))
+    trainer.fit()
+    teacher = torch.cat([p.flatten() for p in trainer.teacher.parameters()])
+    assert torch.equal(_weights(trainer), teacher) == (unlabelled == "mean_teacher")
+
+
 def test_dropping_a_modality_always_leaves_one() -> None:
     observed = torch.tensor([[1, 1, 1], [1, 0, 1], [0, 1, 0]], dtype=torch.bool)
     for _ in range(20):

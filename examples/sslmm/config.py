@@ -34,7 +34,8 @@ class Config:
         view_weight: Stage A: weight of contrasting two views of an utterance; 0 leaves it out, it did not help.
         contrast_temperature: Of both contrastive terms.
         task: Supervised loss: ``"l1"`` or ``"mse"``.
-        unlabelled: Consistency on all train utterances: ``"mean_teacher"``, ``"rankup"`` or ``"none"``.
+        unlabelled: Consistency on all train utterances: ``"mean_teacher"`` (who also predicts in the end),
+            ``"rankup"`` or ``"none"``.
         unlabelled_weight: Its weight after the ramp.
         ramp: Share of stage B over which that weight rises.
         teacher_passes: Dropout passes of the teacher per step.

@@ -169,8 +169,9 @@ class Trainer:
         else:
             harder = drop_one_modality(batch.observed)
             strong = self.model(batch.seeing(harder), noise=config.noise)
-        if config.unlabelled != "none":
+        if config.unlabelled == "mean_teacher":
             self._update_teacher()
+        if config.unlabelled != "none":
             progress = self.epoch / config.finetune_epochs
             losses["unlabelled"] = consistency_loss(self.model, self.teacher, batch, strong, labels, labelled, progress)
         if config.reconstruction != "none":
@@ -188,23 +189,26 @@ class Trainer:
 
     def _keep_best(self) -> None:
         rows = torch.cat(self.conversations["valid"])
-        error = float((self._predict_split("valid") - self.labels[rows]).abs().mean())
+        # The mean of the weights predicts where one is kept (as in Mean Teacher).
+        model = self.teacher if self.config.unlabelled == "mean_teacher" else self.model
+        error = float((self._predict_split("valid", model) - self.labels[rows]).abs().mean())
         if error < self.best["error"]:
-            weights = {name: value.clone() for name, value in self.model.state_dict().items()}
+            weights = {name: value.clone() for name, value in model.state_dict().items()}
             self.best = {"error": error, "epoch": self.epoch, "weights": weights}
 
     @torch.no_grad()
-    def _predict_split(self, name: str) -> Tensor:
-        self.model.eval()
+    def _predict_split(self, name: str, model: SSLMM) -> Tensor:
+        model.eval()
         batch, _ = self._batch(self.conversations[name])
-        return self.model(batch).prediction
+        return model(batch).prediction
 
     def predict(self) -> np.ndarray:
         """Predicted score of each utterance of a split, float64 ``[N]``; nan for unused rows."""
         prediction = np.full(len(self.labels), np.nan)
         for name, conversations in self.conversations.items():
             if conversations:
-                prediction[torch.cat(conversations).numpy()] = self._predict_split(name).cpu().double().numpy()
+                predicted = self._predict_split(name, self.model)
+                prediction[torch.cat(conversations).numpy()] = predicted.cpu().double().numpy()
         return prediction
 
     def _batch(self, conversations: list[Tensor]) -> tuple[Batch, Tensor]:
