@@ -132,13 +132,15 @@ __global__ void __launch_bounds__(kTileThreads, sizeof(T) == 8 ? 2 : 3)
   if (is_bounded(scale)) {
     for_pairs(c, [&](A& value, int, int) { value = power2(value * scale - scale); });
     leave_out(tile, c, A(0));
-    reduce_tile(tile, c, row_softmax, column_softmax,
-                [&](auto lanes, const auto& power) { return sum_of_powers<lanes.kFirst, lanes.kLast>(power, scale); });
+    reduce_tile(tile, c, row_softmax, column_softmax, [&](auto lanes, const auto& power, const auto&) {
+      return sum_of_powers<lanes.kFirst, lanes.kLast>(power, scale);
+    });
   } else {
     for_pairs(c, [&](A& value, int, int) { value *= scale; });
     leave_out(tile, c, kNothing<A>);
-    reduce_tile(tile, c, row_softmax, column_softmax,
-                [&](auto lanes, const auto& exponent) { return softmax_of<lanes.kFirst, lanes.kLast>(exponent); });
+    reduce_tile(tile, c, row_softmax, column_softmax, [&](auto lanes, const auto& exponent, const auto&) {
+      return softmax_of<lanes.kFirst, lanes.kLast>(exponent);
+    });
   }
   __syncthreads();
   const int r = thread_in_block() % kTile;

@@ -1,6 +1,8 @@
 // A tile of similarities on CUDA: the term and the sides that it is between, its pairs, and what these add up to for
 // its rows and columns.
 #pragma once
+#include <type_traits>
+
 #include "common/tile_product.cuh"
 #include "contrastive_anchor.cuh"
 
@@ -141,7 +143,13 @@ struct LaneBits {
   static constexpr int kFirst = First, kLast = Last;
 };
 
-// For the tile's rows and, with `both`, for its columns: what find(lanes, values) makes of those of c.
+// A pair's place within the tile.
+struct Pair {
+  int i, j;
+};
+
+// For the tile's rows and, with `both`, for its columns: what find(lanes, values, pair_of) makes of those of c;
+// pair_of(k) is the place of values[k].
 template <typename T, typename Found, typename Find>
 __device__ __forceinline__ void reduce_tile(const SimilarityTile<T>& tile, const TileSums<acc_t<T>>& c,
                                             TileStats<Found>& of_rows, TileStats<Found>& of_columns, const Find& find) {
@@ -150,22 +158,24 @@ __device__ __forceinline__ void reduce_tile(const SimilarityTile<T>& tile, const
   for (int down = 0; down < 2; ++down)
 #pragma unroll
     for (int half = 0; half < 2; ++half) {
+      const int i = tile_row(down, 2 * half);
       A value[8];
 #pragma unroll
       for (int k = 0; k < 8; ++k) value[k] = c[down][k / 2][2 * half + k % 2];
-      const Found found = find(LaneBits<1, 2>{}, value);
-      if (lane_id() % 4 == 0) of_rows[warp_id() % 2][tile_row(down, 2 * half)] = found;
+      const Found found = find(LaneBits<1, 2>{}, value, [&](int k) { return Pair{i, tile_column(k / 2, k % 2)}; });
+      if (lane_id() % 4 == 0) of_rows[warp_id() % 2][i] = found;
     }
   if (!tile.problem.both) return;
 #pragma unroll
   for (int across = 0; across < 4; ++across)
 #pragma unroll
     for (int side = 0; side < 2; ++side) {
+      const int j = tile_column(across, side);
       A value[4];
 #pragma unroll
       for (int k = 0; k < 4; ++k) value[k] = c[k / 2][across][k % 2 * 2 + side];
-      const Found found = find(LaneBits<4, 16>{}, value);
-      if (lane_id() < 4) of_columns[warp_id() / 2][tile_column(across, side)] = found;
+      const Found found = find(LaneBits<4, 16>{}, value, [&](int k) { return Pair{tile_row(k / 2, k % 2 * 2), j}; });
+      if (lane_id() < 4) of_columns[warp_id() / 2][j] = found;
     }
 }
 
@@ -175,39 +185,18 @@ __device__ __forceinline__ void weigh_pairs(const SimilarityTile<T>& tile, const
                                             TileStats<Positives<acc_t<T>>>& of_rows,
                                             TileStats<Positives<acc_t<T>>>& of_columns) {
   using A = acc_t<T>;
+  reduce_tile(tile, c, of_rows, of_columns, [&](auto lanes, const auto& value, const auto& pair_of) {
+    constexpr int kCount = std::extent_v<std::remove_reference_t<decltype(value)>>;
+    A weight[kCount], similarity[kCount];
 #pragma unroll
-  for (int down = 0; down < 2; ++down)
-#pragma unroll
-    for (int half = 0; half < 2; ++half) {
-      const int i = tile_row(down, 2 * half);
-      A weight[8], similarity[8];
-#pragma unroll
-      for (int k = 0; k < 8; ++k) {
-        const int j = tile_column(k / 2, k % 2);
-        const bool part = tile.takes_part(i, j);
-        similarity[k] = part ? c[down][k / 2][2 * half + k % 2] : A(0);
-        weight[k] = part ? tile.weight(i, j) : A(0);
-      }
-      const Positives<A> positives = positives_of<1, 2>(weight, similarity);
-      if (lane_id() % 4 == 0) of_rows[warp_id() % 2][i] = positives;
+    for (int k = 0; k < kCount; ++k) {
+      const Pair pair = pair_of(k);
+      const bool part = tile.takes_part(pair.i, pair.j);
+      similarity[k] = part ? value[k] : A(0);
+      weight[k] = part ? tile.weight(pair.i, pair.j) : A(0);
     }
-  if (!tile.problem.both) return;
-#pragma unroll
-  for (int across = 0; across < 4; ++across)
-#pragma unroll
-    for (int side = 0; side < 2; ++side) {
-      const int j = tile_column(across, side);
-      A weight[4], similarity[4];
-#pragma unroll
-      for (int k = 0; k < 4; ++k) {
-        const int i = tile_row(k / 2, k % 2 * 2);
-        const bool part = tile.takes_part(i, j);
-        similarity[k] = part ? c[k / 2][across][k % 2 * 2 + side] : A(0);
-        weight[k] = part ? tile.weight(i, j) : A(0);
-      }
-      const Positives<A> positives = positives_of<4, 16>(weight, similarity);
-      if (lane_id() < 4) of_columns[warp_id() / 2][j] = positives;
-    }
+    return positives_of<lanes.kFirst, lanes.kLast>(weight, similarity);
+  });
 }
 
 }  // namespace msacore::contrastive
