@@ -93,7 +93,7 @@ def test_mlp_learns_repeats_and_leaves_the_generator_alone(corpus):
     )
     test, y = corpus.rows("test"), corpus.labels
     constant = np.abs(y[test] - np.median(y[corpus.rows("train")])).mean()
-    assert np.abs(first.prediction[test] - y[test]).mean() < 0.95 * constant
+    assert np.abs(first.prediction[test] - y[test]).mean() < 0.9 * constant
 
 
 def test_without_labels_or_validation_the_fit_is_refused(corpus):

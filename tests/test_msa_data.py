@@ -233,9 +233,13 @@ def test_load_tells_formats_by_content(tmp_path):
 def test_options_reach_the_loader():
     parser = argparse.ArgumentParser()
     add_data_arguments(parser)
-    c = load_from(parser.parse_args(["--family", "sims", "--size", "120", "--data-seed", "3", "--sequences"]))
+    options = ["--family", "sims", "--size", "120", "--data-seed", "3", "--sequences"]
+    c = load_from(parser.parse_args(options))
     assert c.family == "sims" and len(c) == 120 and c.sequences
     assert c.sha256 == load(family="sims", size=120, seed=3, pooled=False).sha256
+    persistent = load_from(parser.parse_args([*options, "--pairs", "persistent"]))
+    assert persistent.sha256 == load(family="sims", size=120, seed=3, pooled=False, pairs="persistent").sha256
+    assert persistent.sha256 != c.sha256
 
 
 def toy(**changes):

@@ -8,7 +8,7 @@ from pathlib import Path
 from .corpus import Corpus
 from .mmsa_pickle import load_mmsa
 from .npz import MOSI_BLOCKS, MOSI_SPLITS, load_npz
-from .synthetic import SHAPES, synthetic
+from .synthetic import PAIRS, SHAPES, synthetic
 
 ZIP_MAGIC = b"PK\x03\x04"
 
@@ -22,6 +22,7 @@ def load(
     pooled: bool = True,
     size: int | None = None,
     seed: int = 0,
+    pairs: str = "independent",
 ) -> Corpus:
     """Load a file, or generate the embedded synthetic corpus when there is no path.
 
@@ -36,13 +37,14 @@ def load(
         pooled: One vector per utterance and modality instead of sequences (``mosi.npz`` has no sequences).
         size: Utterances of the synthetic corpus; all of the set's when omitted.
         seed: Seed of the synthetic corpus.
+        pairs: Of the synthetic corpus: :func:`examples.msa.synthetic.synthetic` says what it changes.
 
     Raises:
         ValueError: The file cannot be used; the message names the file and the part.
         FileNotFoundError: There is no such file.
     """
     if path is None:
-        return synthetic(family or "mosi", seed=seed, size=size, pooled=pooled)
+        return synthetic(family or "mosi", seed=seed, size=size, pooled=pooled, pairs=pairs)
     path = Path(path)
     if not path.is_file():
         raise FileNotFoundError(f"{path}: there is no such file")
@@ -57,8 +59,13 @@ def load(
     return load_mmsa(path, family=family, pooled=pooled)
 
 
-def add_data_arguments(parser: argparse.ArgumentParser) -> None:
-    """Add ``--data`` and what goes with it to a system's parser; :func:`load_from` reads them."""
+def add_data_arguments(parser: argparse.ArgumentParser, pairs: str = "independent") -> None:
+    """Add ``--data`` and what goes with it to a system's parser; :func:`load_from` reads them.
+
+    Args:
+        parser: The system's parser.
+        pairs: The synthetic corpus the system takes unless told otherwise.
+    """
     group = parser.add_argument_group("data")
     group.add_argument(
         "--data",
@@ -84,6 +91,12 @@ def add_data_arguments(parser: argparse.ArgumentParser) -> None:
     group.add_argument(
         "--data-seed", type=int, default=0, metavar="S", help="seed of the synthetic corpus (%(default)s)"
     )
+    group.add_argument(
+        "--pairs",
+        choices=PAIRS,
+        default=pairs,
+        help="synthetic corpus: whether what two modalities tell only together lasts over the clips (%(default)s)",
+    )
 
 
 def load_from(args: argparse.Namespace) -> Corpus:
@@ -96,4 +109,5 @@ def load_from(args: argparse.Namespace) -> Corpus:
         pooled=not args.sequences,
         size=args.size,
         seed=args.data_seed,
+        pairs=args.pairs,
     )

@@ -26,6 +26,7 @@ SHAPES = {
     "mosei": Shape((16326, 1871, 4659), (2249, 300, 678), (768, 74, 35), 3.0, 1 / 3),
     "sims": Shape((1368, 456, 457), (36, 12, 12), (768, 33, 709), 1.0, 0.2),
 }
+PAIRS = ("independent", "persistent")
 MODALITIES = ("text", "audio", "vision")
 TOPICS = 12
 COMMON_TOPICS = 2
@@ -46,17 +47,20 @@ def synthetic(
     pooled: bool = True,
     length: int = 50,
     dims: tuple[int, int, int] | None = None,
+    pairs: str = "independent",
 ) -> Corpus:
     """Generate utterances in videos, with text, audio and vision features and a sentiment label.
 
     Per utterance there are latent variables, each of unit variance:
 
-    * ``s`` sentiment, ``e`` tone, ``d`` stance and ``g`` congruence of what is said with how it is said. Each is a
-      video effect (30 % of the variance) plus a first-order autoregression over the clips (coefficient .75), so
-      neighbours tell about an utterance, also about its missing modalities.
-    * three carriers of sign ±1, one per pair of modalities: one member of the pair shows the carrier, the other the
-      carrier times ``g``. A carrier is a habit that turns with chance .05 from clip to clip, so neighbours also tell
-      what a missing member would show: who rebuilds it has the pair again.
+    * ``s`` sentiment, ``e`` tone and ``d`` stance. Each is a video effect (30 % of the variance) plus a first-order
+      autoregression over the clips (coefficient .75), so neighbours tell about an utterance, also about its missing
+      modalities.
+    * ``g`` congruence of what is said with how it is said, and three carriers of sign ±1, one per pair of modalities:
+      one member of the pair shows the carrier, the other the carrier times ``g``. With ``pairs="independent"`` all
+      four are drawn anew for every utterance. With ``"persistent"`` ``g`` is made like ``s``, and a carrier is a habit
+      that turns with chance .05 from clip to clip: neighbours also tell what a missing member of a pair would show,
+      and who rebuilds it has the pair again.
     * a topic. Two common topics are mild (``s`` counts .7); in each of ten rare ones ``s`` counts 1.3 and text shows it
       along a direction of its own. Common topics hold 80 % of the train part but only 30 % of the others: most labels
       of the pool are redundant, and a labelled set that covers the rare topics is worth more than a random one.
@@ -89,16 +93,19 @@ def synthetic(
         pooled: One vector per utterance and modality; else aligned sequences of up to ``length`` tokens.
         length: Longest sequence, with ``pooled=False``.
         dims: Feature widths of text, audio and vision; the set's when omitted.
+        pairs: Whether neighbours tell what two modalities tell only together: ``"independent"`` or ``"persistent"``.
 
     Raises:
-        ValueError: The name is unknown, or a size or width is too small.
+        ValueError: The name or the kind of pairs is unknown, or a size or width is too small.
 
     Note:
-        The latent variables and labels depend on ``name``, ``seed`` and ``size`` alone: pooled and sequence form
-        agree in them.
+        The latent variables and labels depend on ``name``, ``seed``, ``size`` and ``pairs`` alone: pooled and
+        sequence form agree in them.
     """
     if name not in SHAPES:
         raise ValueError(f"synthetic: name must be one of {sorted(SHAPES)}, got {name!r}")
+    if pairs not in PAIRS:
+        raise ValueError(f"synthetic: pairs must be one of {list(PAIRS)}, got {pairs!r}")
     shape = SHAPES[name]
     widths = dims or shape.dims
     if min(widths) < 4:
@@ -110,7 +117,7 @@ def synthetic(
     root = np.random.SeedSequence([seed, zlib.crc32(name.encode())])
     streams = [np.random.default_rng(s) for s in root.spawn(5)]
     split, video_ptr = _videos(streams[0], shape, size)
-    views, label = _latents(streams[1], video_ptr, split)
+    views, label = _latents(streams[1], video_ptr, split, pairs)
     step, limit = shape.step, shape.limit
     labels = np.clip(np.round(label * 0.5 * limit / step) * step, -limit, limit).astype(np.float32)
     mask = _token_mask(streams[2], len(split), length)
@@ -136,7 +143,7 @@ def synthetic(
         utterance_ids=np.array([f"v{v:04d}_{c:03d}" for v, c in zip(video.tolist(), clip.tolist(), strict=True)]),
         masks={} if pooled else {m: mask for m in MODALITIES},
         aligned=not pooled,
-        notes=(f"generated with seed {seed}; planted signal: see examples/msa/synthetic.py",),
+        notes=(f"generated with seed {seed}, {pairs} pairs; planted signal: see examples/msa/synthetic.py",),
     )
 
 
@@ -179,12 +186,15 @@ def _habits(rng: np.random.Generator, video_ptr: np.ndarray) -> np.ndarray:
 
 
 def _latents(
-    rng: np.random.Generator, video_ptr: np.ndarray, split: np.ndarray
+    rng: np.random.Generator, video_ptr: np.ndarray, split: np.ndarray, pairs: str
 ) -> tuple[dict[str, np.ndarray], np.ndarray]:
     """What each modality shows, most telling columns first, and the label before scaling."""
     n = int(video_ptr[-1])
-    s, e, d, g = (_persistent(rng, video_ptr) for _ in range(4))
-    carriers = _habits(rng, video_ptr)
+    s, e, d = (_persistent(rng, video_ptr) for _ in range(3))
+    if pairs == "persistent":
+        g, carriers = _persistent(rng, video_ptr), _habits(rng, video_ptr)
+    else:
+        g, carriers = rng.standard_normal(n), rng.choice([-1.0, 1.0], (3, n))
     common = rng.random(n) < np.where(split == TRAIN, COMMON_TRAIN, COMMON_TEST)
     topic = np.where(common, rng.integers(0, COMMON_TOPICS, n), rng.integers(COMMON_TOPICS, TOPICS, n))
     rare = topic >= COMMON_TOPICS

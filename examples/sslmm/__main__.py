@@ -26,7 +26,7 @@ GRID_METHODS = ("SSLMM", "mean-filled MLP")
 def parser() -> argparse.ArgumentParser:
     """The command line."""
     result = argparse.ArgumentParser(prog="python -m examples.sslmm", description=__doc__)
-    add_data_arguments(result)
+    add_data_arguments(result, pairs="persistent")
     run = result.add_argument_group("run")
     run.add_argument("--out", type=Path, default=Path("runs/sslmm"), help="folder of the report (%(default)s)")
     run.add_argument("--seeds", type=int, nargs="+", default=[0, 1, 2], help="seeds of masks and training (0 1 2)")
