@@ -46,16 +46,18 @@ def test_every_order_of_threads_and_blocks_gives_equal_bits(
     case: OpCase, sample: str, dtype: torch.dtype, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     arguments = next(s.arguments for s in case.samples(CPU, dtype) if s.id == sample)
+    # Both types share their code but for products, so the second takes fewer orders.
+    schedules = SCHEDULES if dtype == torch.float32 else ("forward", "random:1")
     results = []
-    for schedule in SCHEDULES:
+    for schedule in schedules:
         monkeypatch.setenv("CUDA_ON_HOST_SCHEDULE", schedule)
         with CudaOnHost() as on_host:
             outputs, grads = run(case, case.op, arguments)
         assert on_host.calls, "no CUDA code was run"
         results.append([*outputs, *grads])
-    for schedule, tensors in zip(SCHEDULES[1:], results[1:], strict=True):
+    for schedule, tensors in zip(schedules[1:], results[1:], strict=True):
         for ours, ref in zip(tensors, results[0], strict=True):
-            assert torch.equal(ours.nan_to_num(), ref.nan_to_num()), f"{schedule} differs from {SCHEDULES[0]}"
+            assert torch.equal(ours.nan_to_num(), ref.nan_to_num()), f"{schedule} differs from {schedules[0]}"
 
 
 @_bad_inputs(values=False)
