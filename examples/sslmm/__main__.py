@@ -19,7 +19,7 @@ from .evaluate import METHODS, Cell, Grid, column
 from .page import build
 
 GRID_RATES = (0.0, 0.1, 0.2, 0.3, 0.4, 0.5, 0.6)
-GRID_SHARES = (0.1, 0.2, 0.5, 1.0)
+GRID_SHARES = (0.1, 0.5, 1.0)
 GRID_METHODS = ("SSLMM", "mean-filled MLP")
 
 
