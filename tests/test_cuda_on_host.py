@@ -77,7 +77,10 @@ def test_every_operator_has_cuda_code_for_every_call() -> None:
 
 
 def _under_sanitizers(source: Path) -> list[str]:
-    """Tests of a source's operators. Bounds and alignment do not depend on the order of threads: one run shows them."""
+    """Tests of a source's operators. Bounds and alignment do not depend on the order of threads: one run shows them.
+
+    Both types share their indices, so only every second sample also runs with the narrower one.
+    """
     if source.stem == "kcenter_cuda":
         chosen = "every_order or bad_input or lacks or more_ or scan"
         return [str(ROOT / "tests" / "test_kcenter_cuda.py"), "-k", chosen]
@@ -87,8 +90,8 @@ def _under_sanitizers(source: Path) -> list[str]:
             continue
         nodes += [
             f"test_values_and_gradients_are_as_accurate_as_torch[{case.name}-{sample.id}-{dtype}]"
-            for sample in case.samples(CPU, torch.float32)
-            for dtype in (torch.float32, torch.bfloat16)
+            for i, sample in enumerate(case.samples(CPU, torch.float32))
+            for dtype in (torch.float32, torch.bfloat16)[: 2 - i % 2]
             if sample.on_host
         ]
         nodes += [
