@@ -46,7 +46,7 @@ def test_every_order_of_threads_and_blocks_gives_equal_bits(
     case: OpCase, sample: str, dtype: torch.dtype, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     arguments = next(s.arguments for s in case.samples(CPU, dtype) if s.id == sample)
-    # Both types share their code but for products, so the second takes fewer orders.
+    # To save time the second type takes two orders: its kernels are the same templates, but for loads and products.
     schedules = SCHEDULES if dtype == torch.float32 else ("forward", "random:1")
     results = []
     for schedule in schedules:
@@ -79,7 +79,7 @@ def test_every_operator_has_cuda_code_for_every_call() -> None:
 def _under_sanitizers(source: Path) -> list[str]:
     """Tests of a source's operators. Bounds and alignment do not depend on the order of threads: one run shows them.
 
-    Both types share their indices, so only every second sample also runs with the narrower one.
+    To save time only every second sample also runs with the narrower type, which changes loads and products alone.
     """
     if source.stem == "kcenter_cuda":
         chosen = "every_order or bad_input or lacks or more_ or scan"

@@ -33,7 +33,7 @@ def components(corpus):
 
 
 def whitened(corpus):
-    """Principal components of each modality, fitted on train rows."""
+    """Whitened principal components of each modality, fitted on train rows."""
     train = corpus.rows("train")
     parts = {}
     for name, x in corpus.features.items():
