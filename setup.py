@@ -57,7 +57,9 @@ def build_extension():
     cxx = ["-O3", "-g0", "-fvisibility=hidden", f"-ffile-prefix-map={os.getcwd()}/=", *loops, *stable]
     if cuda:
         cxx.append("-DUSE_CUDA")
-    sources = sorted(glob.glob("csrc/*.cpp")) + (sorted(glob.glob("csrc/*_cuda.cu")) if cuda else [])
+    sources = sorted(glob.glob("csrc/**/*.cpp", recursive=True))
+    if cuda:
+        sources += sorted(glob.glob("csrc/*/*_cuda.cu"))
     extension = CUDAExtension if cuda else CppExtension
     return extension(
         name="msacore._C",

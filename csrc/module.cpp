@@ -6,7 +6,7 @@
 #include <map>
 #include <string>
 
-#include "common/simd.h"
+#include "cpu/simd.h"
 
 namespace {
 
@@ -26,8 +26,8 @@ std::map<std::string, std::string> build_info() {
       {"cpp_standard", std::to_string(__cplusplus)},
       {"cuda", MSACORE_CUDA_VERSION},
       {"cuda_architectures", MSACORE_CUDA_ARCHITECTURES},
-      {"simd_compiled", msacore::simd_compiled()},
-      {"simd_active", msacore::simd_active()},
+      {"simd_compiled", msacore::cpu::simd_compiled()},
+      {"simd_active", msacore::cpu::simd_active()},
       {"threads", std::to_string(torch::stable::get_num_threads())},
   };
 }

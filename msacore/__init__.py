@@ -1,20 +1,19 @@
 """Fast operators for multimodal sentiment analysis (text, audio, vision) on PyTorch."""
 
-from typing import Any
-
 from msacore._load import load_extension
 
 load_extension()
 
 from msacore import graph, nn, uncertainty  # noqa: E402
 from msacore.ops import kcenter as _kcenter  # noqa: E402, F401  # registers the fake kernels
-from msacore.ops.contrastive import info_nce  # noqa: E402
 from msacore.ops.graph_propagation import alternating_graph_propagate, graph_propagate  # noqa: E402
 from msacore.ops.hierarchical_contrastive import hierarchical_contrastive_loss  # noqa: E402
+from msacore.ops.info_nce import info_nce  # noqa: E402
 from msacore.ops.low_rank_fusion import low_rank_fusion  # noqa: E402
 from msacore.ops.matrix_fusion import matrix_fusion  # noqa: E402
 from msacore.ops.propagation import modality_mean, propagate, window_mean  # noqa: E402
 from msacore.ops.rank_n_contrast import rank_n_contrast  # noqa: E402
+from msacore.selection import select  # noqa: E402
 
 __version__ = "0.1.0"
 
@@ -34,12 +33,3 @@ __all__ = [
     "uncertainty",
     "window_mean",
 ]
-
-
-def __getattr__(name: str) -> Any:
-    # Loaded on first use: `python -m msacore.selection` would otherwise find its module imported already.
-    if name == "select":
-        from msacore.selection import select
-
-        return select
-    raise AttributeError(f"module 'msacore' has no attribute {name!r}")

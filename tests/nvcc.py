@@ -1,4 +1,4 @@
-"""Compiles every `csrc/*_cuda.cu` with nvcc and reads what it says of each kernel. `python -m tests.nvcc` prints it."""
+"""Compiles every `_cuda.cu` with nvcc and reads what it says of each kernel. `python -m tests.nvcc` prints it."""
 
 import functools
 import os
@@ -13,7 +13,7 @@ import torch
 from tests.cuda_on_host.build import ROOT, content_hash
 
 ARCHITECTURES = ("80", "90")
-SOURCES = sorted((ROOT / "csrc").glob("*_cuda.cu"))
+SOURCES = sorted((ROOT / "csrc").glob("*/*_cuda.cu"))
 CACHE = ROOT / "build" / "nvcc"
 
 _KERNEL = re.compile(

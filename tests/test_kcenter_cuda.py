@@ -8,8 +8,8 @@ import torch
 from torch.utils._python_dispatch import _disable_current_modes
 
 import msacore
-from msacore._selection import greedy
 from msacore.ops import kcenter
+from msacore.selection import greedy
 from tests.cases.kcenter import CASES, KernelCase, draw
 from tests.cuda_on_host.dispatch import CudaOnHost
 from tests.opcase import DTYPES, map_tensors, non_contiguous

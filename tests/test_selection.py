@@ -15,8 +15,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from msacore import select
-from msacore._selection import greedy, strategies
-from msacore.selection import STRATEGIES, SelectionInterrupted, gradient_embeddings
+from msacore.selection import STRATEGIES, SelectionInterrupted, gradient_embeddings, greedy, strategies
 from tests.selection_reference import Plain
 
 ROOT = Path(__file__).resolve().parent.parent
@@ -184,7 +183,7 @@ def test_an_interrupt_leaves_a_state_to_go_on_from(strategy: str, monkeypatch: p
     x, u = pool_of("clustered", 300), torch.rand(300, generator=torch.Generator().manual_seed(1))
     given_arguments = arguments(strategy) | {"uncertainty": u}
     whole = select(x, 60, **given_arguments)
-    from msacore._selection.pool import Pool
+    from msacore.selection.pool import Pool
 
     for module in (greedy, strategies):
         monkeypatch.setattr(module, "_CANDIDATES", 8)

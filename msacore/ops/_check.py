@@ -1,4 +1,4 @@
-"""Argument checks of the fake kernels, in the words of the C++ ones (csrc/common/check.h)."""
+"""Argument checks of the fake kernels, in the words of the C++ ones (csrc/core/check.h)."""
 
 from collections.abc import Sequence
 from typing import NoReturn

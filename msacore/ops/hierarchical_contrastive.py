@@ -9,7 +9,7 @@ from torch import Tensor
 from msacore.ops._autocast import compute_in_float32
 from msacore.ops._autograd import apply_of, eager_autograd, is_plain_eager, refuse_second_derivative
 from msacore.ops._check import check_device, check_dtype, check_floating, check_shape, fail
-from msacore.ops.contrastive import check_temperature, loss_dtype
+from msacore.ops.info_nce import check_temperature, loss_dtype
 
 _loss = torch.ops.msacore.hierarchical_contrastive_loss.default
 _loss_backward = torch.ops.msacore.hierarchical_contrastive_loss_backward.default

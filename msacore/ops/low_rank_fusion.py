@@ -17,7 +17,7 @@ _low_rank_fusion_backward = torch.ops.msacore.low_rank_fusion_backward.default
 def _projections_shape(
     modalities: int, features: Sequence[Tensor], rank_weight: Tensor, bias: Tensor
 ) -> tuple[int | torch.SymInt, ...]:
-    """Rows are padded to whole vectors: ``Sizes::projections`` of csrc/low_rank_fusion.h."""
+    """Rows are padded to whole vectors: ``Sizes::projections`` of csrc/low_rank_fusion/low_rank_fusion.h."""
     return modalities, rank_weight.shape[0], features[0].shape[0], (bias.shape[0] + 15) // 16 * 16
 
 

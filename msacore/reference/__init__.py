@@ -1,9 +1,9 @@
 """Every operator once more in plain PyTorch: the mathematics as readable code, for tests and comparisons."""
 
 from msacore.reference import (
-    contrastive,
     graph_propagation,
     hierarchical_contrastive,
+    info_nce,
     low_rank_fusion,
     matrix_fusion,
     propagation,
@@ -11,9 +11,9 @@ from msacore.reference import (
 )
 
 __all__ = [
-    "contrastive",
     "graph_propagation",
     "hierarchical_contrastive",
+    "info_nce",
     "low_rank_fusion",
     "matrix_fusion",
     "propagation",

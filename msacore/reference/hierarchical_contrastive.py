@@ -6,7 +6,7 @@ from itertools import combinations
 import torch
 from torch import Tensor
 
-from msacore.reference.contrastive import info_nce
+from msacore.reference.info_nce import info_nce
 
 
 def hierarchical_contrastive_loss(

@@ -1,9 +1,9 @@
 """One file per operator family: its OpCases (samples, bad inputs, hidden inputs)."""
 
 from tests.cases import (
-    contrastive,
     graph_propagation,
     hierarchical_contrastive,
+    info_nce,
     low_rank_fusion,
     matrix_fusion,
     propagation,
@@ -11,9 +11,9 @@ from tests.cases import (
 )
 
 ALL = [
-    *contrastive.CASES,
     *graph_propagation.CASES,
     *hierarchical_contrastive.CASES,
+    *info_nce.CASES,
     *low_rank_fusion.CASES,
     *matrix_fusion.CASES,
     *propagation.CASES,

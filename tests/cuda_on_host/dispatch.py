@@ -13,7 +13,7 @@ import msacore  # noqa: F401  (registers the schemas that are copied here)
 from tests.cuda_on_host.build import ROOT, build
 from tests.opcase import tensors_of
 
-SOURCES = sorted((ROOT / "csrc").glob("*_cuda.cu"))
+SOURCES = sorted((ROOT / "csrc").glob("*/*_cuda.cu"))
 
 
 @functools.cache

@@ -1,7 +1,7 @@
 // Kernels that prove the shim: right ones, and ones with a planted fault. Bound by ctypes; an error comes back as text.
-#include "common/launch.cuh"
+#include "cuda/launch.cuh"
 
-namespace msacore {
+namespace msacore::cuda {
 namespace {
 
 __global__ void block_reduction_kernel(const float* __restrict__ in, float* __restrict__ out, int n) {
@@ -153,11 +153,11 @@ const char* attempt(void (*kernel)(P...), dim3 grid, dim3 block, size_t shared, 
 }
 
 }  // namespace
-}  // namespace msacore
+}  // namespace msacore::cuda
 
 #define EXPORT extern "C" __attribute__((visibility("default"))) const char*
 
-using namespace msacore;
+using namespace msacore::cuda;
 
 EXPORT block_reduction(const float* in, float* out, int n) {
   return attempt(block_reduction_kernel, 1, 96, 0, in, out, n);

@@ -1,0 +1,143 @@
+// The passes of a contrastive loss over one tile of cosine similarities. All exponents are to base 2: the similarity s
+// of two unit rows enters as s · scale with scale = log2(e) / temperature.
+#pragma once
+#include <cmath>
+#include <cstdint>
+#include <limits>
+
+#include "cpu/exp.h"
+#include "cpu/simd.h"
+#include "cpu/microkernel.h"
+
+namespace msacore::contrastive::cpu {
+using namespace msacore::cpu;
+
+constexpr int64_t kBlock = 128;                // rows and columns of a tile, at most
+constexpr int64_t kTileRow = kBlock + kPanel;  // an odd number of cache lines, so that columns do not share cache sets
+
+// While cosines of both signs stay in range of the exponent, every row can use the constant shift `scale`; otherwise
+// each row and column needs its own maximum.
+template <typename A>
+bool is_bounded(double scale) {
+  return 2 * scale < (sizeof(A) == 8 ? 1000 : 120);
+}
+
+template <typename A>
+struct Tile {
+  int64_t m, n;              // rows and columns, multiples of kPanel
+  A* s;                      // [m, kTileRow] similarities, then gradients
+  const A *from_a, *from_b;  // -shift where a row or column takes part, else -inf
+  A scale;
+  int64_t diagonal;  // the partner of row i is column i + diagonal
+};
+
+template <typename A>
+MSACORE_INLINE bool takes_part(A exponent) {
+  return exponent != -std::numeric_limits<A>::infinity();
+}
+
+// Takes the pairs (i, i) out of every sum.
+template <typename A>
+inline void exclude_diagonal(const Tile<A>& t) {
+  for (int64_t i = 0; i < t.m; ++i) {
+    const int64_t j = i + t.diagonal;
+    if (j >= 0 && j < t.n) t.s[i * kTileRow + j] = -std::numeric_limits<A>::infinity();
+  }
+}
+
+// Adds Σ_j 2^(s·scale - scale) to sum_a[i], and the same over rows to sum_b[j] unless that is null.
+template <typename A>
+MSACORE_SIMD void add_exponentials(const Tile<A>& t, double* __restrict__ sum_a, double* __restrict__ sum_b) {
+  A columns[kBlock] = {};
+  for (int64_t i = 0; i < t.m; ++i) {
+    if (!takes_part(t.from_a[i])) continue;
+    const A* s = t.s + i * kTileRow;
+    A row = 0;
+#pragma omp simd reduction(+ : row)
+    for (int64_t j = 0; j < t.n; ++j) {
+      const A e = exp2_of(s[j] * t.scale + t.from_b[j]);
+      row += e;
+      columns[j] += e;
+    }
+    sum_a[i] += row;
+  }
+  if (sum_b)
+    for (int64_t j = 0; j < t.n; ++j) sum_b[j] += columns[j];
+}
+
+// The same with running maxima: sum_a[i] is relative to 2^max_a[i], sum_b[j] to 2^max_b[j].
+template <typename A>
+MSACORE_SIMD void add_exponentials_with_maxima(const Tile<A>& t, double* __restrict__ sum_a, A* __restrict__ max_a,
+                                               double* __restrict__ sum_b, A* __restrict__ max_b) {
+  constexpr A kNone = -std::numeric_limits<A>::infinity();
+  A highest[kBlock], columns[kBlock] = {};
+  for (int64_t j = 0; j < t.n; ++j) highest[j] = kNone;
+  for (int64_t i = 0; i < t.m; ++i) {
+    if (!takes_part(t.from_a[i])) continue;
+    const A* s = t.s + i * kTileRow;
+    A top = max_a[i];
+#pragma omp simd reduction(max : top)
+    for (int64_t j = 0; j < t.n; ++j) {
+      const A x = s[j] * t.scale + t.from_b[j];
+      top = x > top ? x : top;
+      highest[j] = x > highest[j] ? x : highest[j];
+    }
+    const A shift = takes_part(top) ? top : A(0);
+    A row = 0;
+#pragma omp simd reduction(+ : row)
+    for (int64_t j = 0; j < t.n; ++j) row += exp2_of(s[j] * t.scale + t.from_b[j] - shift);
+    sum_a[i] = sum_a[i] * std::exp2(static_cast<double>(max_a[i] - shift)) + row;
+    max_a[i] = top;
+  }
+  if (!sum_b) return;
+  for (int64_t j = 0; j < t.n; ++j) highest[j] = highest[j] > max_b[j] ? highest[j] : max_b[j];
+  A shift[kBlock];
+  for (int64_t j = 0; j < t.n; ++j) shift[j] = takes_part(highest[j]) ? highest[j] : A(0);
+  for (int64_t i = 0; i < t.m; ++i) {
+    if (!takes_part(t.from_a[i])) continue;
+    const A* s = t.s + i * kTileRow;
+#pragma omp simd
+    for (int64_t j = 0; j < t.n; ++j) columns[j] += exp2_of(s[j] * t.scale + t.from_b[j] - shift[j]);
+  }
+  for (int64_t j = 0; j < t.n; ++j) {
+    sum_b[j] = sum_b[j] * std::exp2(static_cast<double>(max_b[j] - shift[j])) + columns[j];
+    max_b[j] = highest[j];
+  }
+}
+
+// s[i][j] ← 2^(s·scale - scale) (share_a[i] + share_b[j]): gradient of the log-sum-exps of rows and columns.
+template <typename A>
+MSACORE_SIMD void softmax_gradient(const Tile<A>& t, const A* __restrict__ share_a, const A* __restrict__ share_b) {
+  for (int64_t i = 0; i < t.m; ++i) {
+    A* s = t.s + i * kTileRow;
+    if (!takes_part(t.from_a[i])) {
+      for (int64_t j = 0; j < t.n; ++j) s[j] = 0;
+      continue;
+    }
+    const A share = share_a[i];
+#pragma omp simd
+    for (int64_t j = 0; j < t.n; ++j) s[j] = exp2_of(s[j] * t.scale + t.from_b[j]) * (share + share_b[j]);
+  }
+}
+
+// The same for log-sum-exps of any size: s ← share_a[i] 2^(s·scale - log_a[i]) + share_b[j] 2^(s·scale - log_b[j]).
+template <typename A>
+MSACORE_SIMD void softmax_gradient_with_maxima(const Tile<A>& t, const A* __restrict__ share_a,
+                                               const A* __restrict__ log_a, const A* __restrict__ share_b,
+                                               const A* __restrict__ log_b) {
+  for (int64_t i = 0; i < t.m; ++i) {
+    A* s = t.s + i * kTileRow;
+    if (!takes_part(t.from_a[i])) {
+      for (int64_t j = 0; j < t.n; ++j) s[j] = 0;
+      continue;
+    }
+    const A share = share_a[i], log = log_a[i];
+#pragma omp simd
+    for (int64_t j = 0; j < t.n; ++j) {
+      const A x = s[j] * t.scale + t.from_b[j];
+      s[j] = share * exp2_of(x - log) + share_b[j] * exp2_of(x - log_b[j]);
+    }
+  }
+}
+
+}  // namespace msacore::contrastive::cpu

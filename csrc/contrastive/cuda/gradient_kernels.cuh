@@ -1,0 +1,251 @@
+// The backward pass of contrastive losses on CUDA: gradients of a strip of similarities, their products with the rows,
+// and the way back through the normalisation.
+#pragma once
+#include <algorithm>
+
+#include "contrastive/cuda/kernels.cuh"
+
+namespace msacore::contrastive::cuda {
+
+// How gradients of similarities are kept in memory: as a sum of `Parts` numbers.
+template <typename G, int Parts>
+struct Kept {
+  using Number = G;
+  static constexpr int kParts = Parts;
+};
+
+template <typename T>
+__device__ __forceinline__ AnchorGradient<acc_t<T>> anchor_gradient(const Problem<T>& problem, const Side<T>& own,
+                                                                    const Side<T>& other, int64_t i) {
+  using A = acc_t<T>;
+  const bool counts = i < own.n && own.stats && own.stats[2 * own.n + i] != A(0);
+  if (!counts || !problem.choice(other, i)) return no_anchor<A>();
+  return anchor_gradient(own.stats, own.n, i, problem.gradient.of(i, own.counts[1]));
+}
+
+// Neighbours in one access; of 16 bits each nvcc would make two.
+template <typename G>
+__device__ __forceinline__ void store_pair(G* to, const Vector<G, 2>& pair) {
+#ifdef __CUDACC__
+  if constexpr (sizeof(pair) == 4) {
+    *reinterpret_cast<unsigned*>(to) = *reinterpret_cast<const unsigned*>(&pair);
+    return;
+  }
+#endif
+  store(to, pair);
+}
+
+// Pairwise positives: c ← c - weight · attraction, where c holds gradients of similarities.
+template <typename T>
+__device__ __forceinline__ void attract_pairs(const SimilarityTile<T>& tile, const AnchorGradient<acc_t<T>>* rows,
+                                              const AnchorGradient<acc_t<T>>* columns, TileSums<acc_t<T>>& c) {
+  for_pairs(c, [&](acc_t<T>& gradient, int i, int j) {
+    if (tile.takes_part(i, j)) gradient -= tile.weight(i, j) * (rows[i].attract + columns[j].attract);
+  });
+}
+
+// The gradients of the weights of the tile's pairs, from their similarities.
+template <typename T>
+__device__ __forceinline__ void weight_gradients(const SimilarityTile<T>& tile, const AnchorGradient<acc_t<T>>* rows,
+                                                 const AnchorGradient<acc_t<T>>* columns, TileSums<acc_t<T>>& c,
+                                                 T* grad_weights) {
+  using A = acc_t<T>;
+  const int64_t n = tile.problem.a.n, m = tile.problem.b.n;
+  const A inverse_temperature = static_cast<A>(1 / tile.problem.temperature.value());
+  for_pairs(c, [&](A similarity, int i, int j) {
+    if (tile.row + i >= n || tile.column + j >= m) return;
+    const A pull = tile.takes_part(i, j) ? rows[i].attract * (similarity - rows[i].positive) +
+                                               columns[j].attract * (similarity - columns[j].positive)
+                                         : A(0);
+    grad_weights[(tile.row + i) * m + tile.column + j] = static_cast<T>(-pull * inverse_temperature);
+  });
+}
+
+// Grid as for statistics_kernel. Writes the strips' gradients of the plain products of `unit` rows [terms, parts,
+// strip, b.rows], kept as K, but for positives that are sums over classes; and, for a single term and unless null,
+// those of the weights and what each tile adds to Σ gradient · similarity over all pairs.
+template <typename T, typename K, int Most>
+__global__ void __launch_bounds__(kTileThreads, sizeof(T) == 8 ? 2 : 3)
+    gradient_kernel(const __grid_constant__ Terms<T, Most> terms, int64_t first,
+                    typename K::Number* __restrict__ strips, T* __restrict__ grad_weights,
+                    double* __restrict__ slopes) {
+  using A = acc_t<T>;
+  const Problem<T>& problem = terms.at[blockIdx.z];
+  const int64_t strip_size = int64_t{gridDim.y} * kTile * problem.b.rows;
+  typename K::Number* const strip = strips + blockIdx.z * K::kParts * strip_size;
+  MSACORE_SHARED(a, TileSide<A>);
+  MSACORE_SHARED(b, TileSide<A>);
+  MSACORE_SHARED(rows, AnchorGradient<A>[kTile]);
+  MSACORE_SHARED(columns, AnchorGradient<A>[kTile]);
+  const int64_t row = first + int64_t{blockIdx.y} * kTile, column = int64_t{blockIdx.x} * kTile;
+  const int r = thread_in_block() % kTile;
+  const A scale = problem.temperature.template scale<A>();
+  const bool bounded = is_bounded(scale);
+  double slope = 0;  // an anchor's positives count in the first tile of its row or column
+  const auto load_anchor = [&](AnchorGradient<A>& to, const AnchorGradient<A>& anchor, bool first_tile) {
+    if (first_tile) slope -= static_cast<double>(anchor.share) * anchor.positive;
+    to = anchor;
+    if (bounded) to.share *= power2(scale - anchor.log);
+  };
+  if (thread_in_block() < kTile) {
+    load_anchor(rows[r], anchor_gradient(problem, problem.a, problem.b, row + r), column == 0);
+  } else {
+    load_anchor(columns[r], anchor_gradient(problem, problem.b, problem.a, column + r), row == 0);
+  }
+  TileSums<A> c;
+  const SimilarityTile<T> tile = similarity_tile(problem, row, column, a, b, c);
+  if (grad_weights) weight_gradients(tile, rows, columns, c, grad_weights);
+  A softmax_slope = 0;
+  const auto add_softmax = [&](const auto& gradient_of) {
+    const auto replace = [&](A& value, int i, int j) {
+      const A gradient = gradient_of(rows[i], columns[j], value * scale);
+      softmax_slope += gradient * value;
+      value = gradient;
+    };
+    if (tile.whole) {
+      for_pairs(c, replace);
+    } else {
+      for_pairs(c, [&](A& value, int i, int j) { tile.takes_part(i, j) ? replace(value, i, j) : void(value = 0); });
+    }
+  };
+  if (bounded) {
+    add_softmax([&](const AnchorGradient<A>& a, const AnchorGradient<A>& b, A exponent) {
+      return (a.share + b.share) * power2(exponent - scale);
+    });
+  } else {
+    add_softmax([](const AnchorGradient<A>& a, const AnchorGradient<A>& b, A exponent) {
+      return softmax_gradient(a, b, exponent);
+    });
+  }
+  if (problem.pairwise) {
+    attract_pairs(tile, rows, columns, c);
+  } else if (problem.diagonal() && tile.on_diagonal()) {
+    for_pairs(c, [&](A& gradient, int i, int j) {
+      if (i == j && tile.takes_part(i, j)) gradient -= rows[i].attract + columns[j].attract;
+    });
+  }
+  using Number = typename K::Number;
+  for_neighbours(c, [&](int i, int j, A first_gradient, A second_gradient) {
+    Number* to = strip + (int64_t{blockIdx.y} * kTile + i) * problem.b.rows + column + j;
+    A gradient[2] = {first_gradient * (a.factor[i] * b.factor[j]), second_gradient * (a.factor[i] * b.factor[j + 1])};
+#pragma unroll
+    for (int p = 0; p < K::kParts; ++p, to += strip_size) {
+      const Vector<Number, 2> kept{{static_cast<Number>(gradient[0]), static_cast<Number>(gradient[1])}};
+      store_pair(to, kept);
+      gradient[0] -= static_cast<A>(kept.at[0]);
+      gradient[1] -= static_cast<A>(kept.at[1]);
+    }
+  });
+  if (slopes) {
+    slope = block_sum(slope + softmax_slope);
+    if (thread_in_block() == 0) slopes[(row / kTile) * gridDim.x + blockIdx.x] = slope;
+  }
+}
+
+template <typename T, typename K>
+constexpr int kProductBytes = std::max(kTileBytes<typename K::Number, T, acc_t<T>, true, false>,
+                                       kTileBytes<typename K::Number, T, acc_t<T>, false, false>);
+
+// A gradient that product_kernel sums up: Side::gradient of all roles that one embedding plays.
+template <typename A>
+struct Output {
+  A* gradient;  // [rows, width]
+  int64_t rows, width;
+};
+template <typename A, int Most>
+struct Outputs {
+  Output<A> at[Most];
+};
+
+// Grid [tiles of the width, row tiles, outputs]. gradient ← or += Σ over `count` terms of strip · rows of b, where the
+// output is that of a, and of stripᵀ · rows of a, where it is that of b. The strips [terms, parts, size, b.rows] begin
+// at row `first` of a.
+template <typename T, typename K, int MostTerms, int MostOutputs>
+__global__ void __launch_bounds__(kTileThreads, sizeof(T) == 2   ? 4
+                                                : sizeof(T) == 4 ? 3
+                                                                 : 2)
+    product_kernel(const __grid_constant__ Terms<T, MostTerms> terms, int count,
+                   const __grid_constant__ Outputs<acc_t<T>, MostOutputs> outputs,
+                   const typename K::Number* __restrict__ strips, int64_t first, int64_t size, bool add) {
+  using A = acc_t<T>;
+  using Strip = Matrix<typename K::Number>;
+  const Output<A>& out = outputs.at[blockIdx.z];
+  const int64_t row = int64_t{blockIdx.y} * kTile, column = int64_t{blockIdx.x} * kTile;
+  if (row < out.rows && column < out.width) {
+    TileSums<A> c;
+    clear(c);
+    bool changed = !add;
+    for (int t = 0; t < count * K::kParts; ++t) {
+      const Side<T>&a = terms.at[t / K::kParts].a, &b = terms.at[t / K::kParts].b;
+      const auto* strip = strips + t * size * b.rows;
+      const bool of_a = a.gradient == out.gradient && row >= first && row < first + size;
+      const bool of_b = b.gradient == out.gradient;
+      changed = changed || of_a || of_b;
+      if (of_a)
+        add_tile_product<true, false>(c, Strip{strip + (row - first) * b.rows, b.rows, kTile, b.rows},
+                                      Matrix<T>{b.unit + column, b.width, b.rows, b.width - column}, b.rows);
+      if (of_b)
+        add_tile_product<false, false>(c, Strip{strip + row, b.rows, size, kTile},
+                                       Matrix<T>{a.unit + first * a.width + column, a.width, size, a.width - column},
+                                       size);
+    }
+#pragma unroll
+    for (int down = 0; down < 2; ++down)
+#pragma unroll
+      for (int across = 0; across < 4; ++across)
+#pragma unroll
+        for (int i = 0; i < 4; ++i) {
+          const int64_t j = column + tile_column(across, i);
+          A* to = out.gradient + (row + tile_row(down, i)) * out.width + j;
+          if (changed && j < out.width) *to = add ? *to + c[down][across][i] : c[down][across][i];
+        }
+  }
+}
+
+// The way from the gradients of unit rows to that of an embedding.
+template <typename T>
+struct Projection {
+  Side<T> own, second;  // `second`: another role that the same tensor plays
+  bool two_roles;
+  T* grad_x;  // [n, d]
+};
+template <typename T, int Most>
+struct Projections {
+  Projection<T> at[Most];
+};
+
+// Grid [blocks, projections]: grad_x ← (g - <g, u> u) / (|x| temperature), a warp per row, where g is the gradient of
+// the unit row u: that of one role, or the sum of two.
+template <typename T, int Most>
+__global__ void __launch_bounds__(kRowThreads, 4)
+    project_kernel(const __grid_constant__ Projections<T, Most> projections,
+                   const __grid_constant__ Temperature temperature) {
+  using A = acc_t<T>;
+  const Projection<T>& projection = projections.at[blockIdx.y];
+  const Side<T>&own = projection.own, &second = projection.second;
+  const int64_t warps = int64_t{gridDim.x} * (kRowThreads / kWarp);
+  const A scale = static_cast<A>(1 / temperature.value());
+  for (int64_t i = int64_t{blockIdx.x} * (kRowThreads / kWarp) + warp_id(); i < own.n; i += warps) {
+    // `gradient` is that of products of `unit` rows, so that of a unit row still has its factor in it.
+    const A factor = own.factor[i], second_factor = projection.two_roles ? second.factor[i] : A(0);
+    const bool first = !(factor <= 0), other = !(second_factor <= 0);
+    const A inverse_norm = first ? own.inverse_norm[i] : other ? second.inverse_norm[i] : A(0);
+    const T* unit = first ? own.unit : second.unit;
+    const A unit_factor = first ? factor : second_factor;
+    const auto at = [&](int64_t k) {
+      A g = 0;
+      if (first) g += own.gradient[i * own.width + k] / factor;
+      if (other) g += second.gradient[i * own.width + k] / second_factor;
+      return g;
+    };
+    const auto u = [&](int64_t k) { return static_cast<A>(unit[i * own.width + k]) * unit_factor; };
+    const bool any = first || other;
+    A dot = 0;
+    for (int64_t k = lane_id(); any && k < own.d; k += kWarp) dot += at(k) * u(k);
+    dot = warp_sum(dot);
+    for (int64_t k = lane_id(); k < own.d; k += kWarp)
+      projection.grad_x[i * own.d + k] = static_cast<T>(any ? (at(k) - dot * u(k)) * inverse_norm * scale : A(0));
+  }
+}
+
+}  // namespace msacore::contrastive::cuda

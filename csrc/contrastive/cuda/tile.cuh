@@ -1,0 +1,203 @@
+// A tile of similarities on CUDA: the term and the sides that it is between, its pairs, and what these add up to for
+// its rows and columns.
+#pragma once
+#include <type_traits>
+
+#include "cuda/tile_product.cuh"
+#include "contrastive/cuda/anchor.cuh"
+
+namespace msacore::contrastive::cuda {
+using namespace msacore::cuda;
+
+constexpr int kRowThreads = 256;  // one warp per row
+
+// One role of a term, anchors or candidates; of an embedding that plays several, only the last four fields differ.
+template <typename T>
+struct Side {
+  using A = acc_t<T>;
+  const T* x;  // [n, d]
+  int64_t n, d;
+  int64_t rows, width;  // n and d padded with zeros to whole tiles
+  // Set by prepare_row: `unit` · `factor` are the unit rows. 16-bit rows are scaled by a power of two only, so that
+  // they stay exact. A negative factor marks a row that takes no part, 0 one of zeros.
+  T* unit;                // [rows, width]
+  A* factor;              // [rows]
+  A* inverse_norm;        // [n], 0 where there is no gradient
+  A* gradient;            // [rows, width], backward: of the rows of `unit`
+  const int64_t* labels;  // [n] or null; negative: takes no part
+  const A* partner;       // [rows] or null: factors of another side, whose missing rows take no part here either
+  int64_t* counts;        // rows that take part, anchors that count
+  const A* stats;         // [3, n], backward; null for a role whose rows are no anchors
+
+  // The factor of a row in its term.
+  __device__ A factor_of(int64_t i) const {
+    const bool closed = (partner && partner[i] < 0) || (labels && i < n && labels[i] < 0);
+    return closed ? A(-1) : factor[i];
+  }
+};
+
+// A term as both passes see it.
+template <typename T>
+struct Problem {
+  using A = acc_t<T>;
+  Side<T> a, b;
+  Temperature temperature;
+  const T* weights;  // [a.n, b.n] or null
+  bool both, exclude_self;
+  bool pairwise;  // tiles weigh every pair: `weights`, or labels of few rows
+  LossGradient<A> gradient;
+
+  __device__ bool diagonal() const { return !pairwise && !a.labels; }
+  bool by_classes() const { return !pairwise && a.labels; }
+  __device__ bool choice(const Side<T>& other, int64_t i) const {
+    return is_choice(other.counts[0], exclude_self && i < other.n && used(other.factor_of(i)));
+  }
+};
+
+// What a tile needs of its 64 rows and of its 64 columns, in shared memory.
+template <typename A>
+struct TileSide {
+  A factor[kTile];
+  int64_t label[kTile];
+};
+
+// Row first + r of a side; returns whether it takes part.
+template <typename T>
+__device__ __forceinline__ bool load_tile_side(TileSide<acc_t<T>>& tile, const Side<T>& side, int64_t first, int r) {
+  const int64_t i = first + r;
+  tile.factor[r] = side.factor_of(i);
+  tile.label[r] = side.labels && i < side.n ? side.labels[i] : -1;
+  return used(tile.factor[r]);
+}
+
+// Tile (row, column) of the similarities, and what its threads ask of a pair; i, j: within the tile.
+template <typename T>
+struct SimilarityTile {
+  using A = acc_t<T>;
+  const Problem<T>& problem;
+  const TileSide<A>&a, &b;
+  int64_t row, column;  // of the first pair
+  bool whole;           // every pair takes part
+
+  __device__ bool takes_part(int i, int j) const {
+    return used(a.factor[i]) && used(b.factor[j]) && !(problem.exclude_self && row + i == column + j);
+  }
+  __device__ A weight(int i, int j) const {
+    if (problem.weights) return static_cast<A>(problem.weights[(row + i) * problem.b.n + column + j]);
+    return A(problem.a.labels ? a.label[i] == b.label[j] : row + i == column + j);
+  }
+  __device__ bool on_diagonal() const { return row == column; }
+};
+
+// Calls body(similarity, i, j) for the pairs of this thread.
+template <typename C, typename Body>
+__device__ __forceinline__ void for_pairs(TileSums<C>& c, const Body& body) {
+#pragma unroll
+  for (int down = 0; down < 2; ++down)
+#pragma unroll
+    for (int across = 0; across < 4; ++across)
+#pragma unroll
+      for (int k = 0; k < 4; ++k) body(c[down][across][k], tile_row(down, k), tile_column(across, k));
+}
+
+// c ← `nothing` for pairs that take no part.
+template <typename T>
+__device__ __forceinline__ void leave_out(const SimilarityTile<T>& tile, TileSums<acc_t<T>>& c, acc_t<T> nothing) {
+  if (tile.whole) return;
+  for_pairs(c, [&](acc_t<T>& value, int i, int j) { value = tile.takes_part(i, j) ? value : nothing; });
+}
+
+template <typename T>
+constexpr int kSimilarityBytes = kTileBytes<T, T, acc_t<T>, true, true>;
+
+// c ← similarities of rows `row` … and columns `column` …; fills the two sides. Called by all threads.
+template <typename T>
+__device__ __forceinline__ SimilarityTile<T> similarity_tile(const Problem<T>& problem, int64_t row, int64_t column,
+                                                             TileSide<acc_t<T>>& a, TileSide<acc_t<T>>& b,
+                                                             TileSums<acc_t<T>>& c) {
+  const int r = thread_in_block() % kTile;
+  const bool part =
+      thread_in_block() < kTile ? load_tile_side(a, problem.a, row, r) : load_tile_side(b, problem.b, column, r);
+  const bool whole = __syncthreads_and(part) && !(problem.exclude_self && row == column);
+  const int64_t width = problem.a.width;
+  clear(c);
+  add_tile_product<true, true>(c, Matrix<T>{problem.a.unit + row * width, width, kTile, width},
+                               Matrix<T>{problem.b.unit + column * width, width, kTile, width}, width);
+  for_pairs(c, [&](acc_t<T>& similarity, int i, int j) { similarity *= a.factor[i] * b.factor[j]; });
+  return {problem, a, b, row, column, whole};
+}
+
+// In shared memory: what the warps of a tile find of its rows, or of its columns.
+template <typename Found>
+using TileStats = Found[2][kTile];
+
+template <typename Found>
+__device__ __forceinline__ Found merged(const TileStats<Found>& found, int r) {
+  Found both = found[0][r];
+  merge(both, found[1][r]);
+  return both;
+}
+
+// The lanes of a warp that share a row, or a column.
+template <int First, int Last>
+struct LaneBits {
+  static constexpr int kFirst = First, kLast = Last;
+};
+
+// A pair's place within the tile.
+struct Pair {
+  int i, j;
+};
+
+// For the tile's rows and, with `both`, for its columns: what find(lanes, values, pair_of) makes of those of c;
+// pair_of(k) is the place of values[k].
+template <typename T, typename Found, typename Find>
+__device__ __forceinline__ void reduce_tile(const SimilarityTile<T>& tile, const TileSums<acc_t<T>>& c,
+                                            TileStats<Found>& of_rows, TileStats<Found>& of_columns, const Find& find) {
+  using A = acc_t<T>;
+#pragma unroll
+  for (int down = 0; down < 2; ++down)
+#pragma unroll
+    for (int half = 0; half < 2; ++half) {
+      const int i = tile_row(down, 2 * half);
+      A value[8];
+#pragma unroll
+      for (int k = 0; k < 8; ++k) value[k] = c[down][k / 2][2 * half + k % 2];
+      const Found found = find(LaneBits<1, 2>{}, value, [&](int k) { return Pair{i, tile_column(k / 2, k % 2)}; });
+      if (lane_id() % 4 == 0) of_rows[warp_id() % 2][i] = found;
+    }
+  if (!tile.problem.both) return;
+#pragma unroll
+  for (int across = 0; across < 4; ++across)
+#pragma unroll
+    for (int side = 0; side < 2; ++side) {
+      const int j = tile_column(across, side);
+      A value[4];
+#pragma unroll
+      for (int k = 0; k < 4; ++k) value[k] = c[k / 2][across][k % 2 * 2 + side];
+      const Found found = find(LaneBits<4, 16>{}, value, [&](int k) { return Pair{tile_row(k / 2, k % 2 * 2), j}; });
+      if (lane_id() < 4) of_columns[warp_id() / 2][j] = found;
+    }
+}
+
+// Positives of the tile's rows and, with `both`, of its columns.
+template <typename T>
+__device__ __forceinline__ void weigh_pairs(const SimilarityTile<T>& tile, const TileSums<acc_t<T>>& c,
+                                            TileStats<Positives<acc_t<T>>>& of_rows,
+                                            TileStats<Positives<acc_t<T>>>& of_columns) {
+  using A = acc_t<T>;
+  reduce_tile(tile, c, of_rows, of_columns, [&](auto lanes, const auto& value, const auto& pair_of) {
+    constexpr int kCount = std::extent_v<std::remove_reference_t<decltype(value)>>;
+    A weight[kCount], similarity[kCount];
+#pragma unroll
+    for (int k = 0; k < kCount; ++k) {
+      const Pair pair = pair_of(k);
+      const bool part = tile.takes_part(pair.i, pair.j);
+      similarity[k] = part ? value[k] : A(0);
+      weight[k] = part ? tile.weight(pair.i, pair.j) : A(0);
+    }
+    return positives_of<lanes.kFirst, lanes.kLast>(weight, similarity);
+  });
+}
+
+}  // namespace msacore::contrastive::cuda

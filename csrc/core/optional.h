@@ -1,0 +1,41 @@
+// Arguments that may be absent, and argument rules that several operators share.
+#pragma once
+#include <torch/csrc/stable/ops.h>
+
+#include <cmath>
+#include <optional>
+
+#include "core/check.h"
+
+namespace msacore {
+
+using OptionalTensor = std::optional<Tensor>;
+
+inline void check_temperature(const char* op, const char* name, double value) {
+  check(value > 0 && std::isfinite(value), op, "expected `", name, "` to be positive and finite, got ", value);
+}
+
+// One entry a row: masks and labels.
+inline void check_rows(const char* op, const OptionalTensor& t, const char* name, ScalarType dtype, int64_t rows,
+                       const char* meaning, const Tensor& like) {
+  if (!t) return;
+  check_dtype(*t, op, name, dtype);
+  check_shape(*t, op, name, {rows}, meaning);
+  check_device(*t, op, name, like);
+}
+
+inline void check_steps(const char* op, int64_t steps, double alpha) {
+  check(steps >= 0, op, "expected `steps` to be at least 0, got ", steps);
+  check(alpha >= 0 && alpha <= 1, op, "expected `alpha` in [0, 1], got ", alpha);
+}
+
+inline OptionalTensor contiguous(const OptionalTensor& t) {
+  return t ? OptionalTensor(torch::stable::contiguous(*t)) : std::nullopt;
+}
+
+template <typename V>
+const V* data_or_null(const OptionalTensor& t) {
+  return t ? t->const_data_ptr<V>() : nullptr;
+}
+
+}  // namespace msacore

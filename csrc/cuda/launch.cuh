@@ -1,0 +1,91 @@
+// The one place that launches kernels, and what a launch needs to know of the chip.
+#pragma once
+#include <torch/csrc/stable/macros.h>
+#include <torch/headeronly/util/Exception.h>
+
+#include <algorithm>
+#include <cstring>
+#include <string>
+
+#include "cuda/device.cuh"
+
+namespace msacore::cuda {
+
+#ifdef __CUDACC__
+
+inline int device_attribute(cudaDeviceAttr attribute) {
+  int device = 0, value = 0;
+  STD_CUDA_CHECK(cudaGetDevice(&device));
+  STD_CUDA_CHECK(cudaDeviceGetAttribute(&value, attribute, device));
+  return value;
+}
+
+// Bytes of dynamic shared memory a block may have, at most.
+inline size_t shared_limit() { return static_cast<size_t>(device_attribute(cudaDevAttrMaxSharedMemoryPerBlockOptin)); }
+
+inline int multiprocessors() { return device_attribute(cudaDevAttrMultiProcessorCount); }
+
+constexpr int64_t kMaxBlocks = 1 << 16;
+
+// Reads and clears the error of a launch, so that it is reported here and not by the caller's next CUDA call.
+inline void check_launch(cudaError_t error) {
+  if (error == cudaErrorNoKernelImageForDevice || error == cudaErrorInvalidDeviceFunction) {
+    cudaGetLastError();
+    const std::string arch = std::to_string(device_attribute(cudaDevAttrComputeCapabilityMajor)) + "." +
+                             std::to_string(device_attribute(cudaDevAttrComputeCapabilityMinor));
+    STD_TORCH_CHECK(false, "msacore: this build has no code for a GPU of compute capability ", arch,
+                    "; build again with TORCH_CUDA_ARCH_LIST=", arch);
+  }
+  STD_CUDA_CHECK(error);
+}
+
+#else
+
+inline size_t shared_limit() { return cuda_on_host::kSharedLimit; }
+inline int multiprocessors() { return 3; }
+constexpr int64_t kMaxBlocks = 7;  // few, so that small inputs already make a thread own several elements
+
+#endif
+
+// Zeros on the stream, as a memset: no kernel.
+inline void clear_memory(void* memory, size_t bytes, cudaStream_t stream) {
+#ifdef __CUDACC__
+  STD_CUDA_CHECK(cudaMemsetAsync(memory, 0, bytes, stream));
+#else
+  (void)stream;
+  std::memset(memory, 0, bytes);
+#endif
+}
+
+// Blocks of `threads` for `items` that the threads take in turns (grid_thread, grid_threads).
+inline dim3 grid_for(int64_t items, int threads) {
+  return dim3(static_cast<unsigned>(std::min((items + threads - 1) / threads, kMaxBlocks)));
+}
+
+// Runs `kernel` on `stream`; an empty grid is no launch. Dynamic shared memory up to the chip's limit is granted.
+template <typename... P, typename... A>
+void launch(void (*kernel)(P...), dim3 grid, dim3 block, size_t shared, cudaStream_t stream, A... args) {
+  static_assert((sizeof(P) + ... + 0) <= 4000, "kernel parameters beyond 4 KiB need a driver of CUDA 12.1 or newer");
+  if (grid.x == 0 || grid.y == 0 || grid.z == 0) return;
+  const size_t threads = size_t{block.x} * block.y * block.z;
+  STD_TORCH_CHECK(threads >= 1 && threads <= 1024 && grid.x <= 0x7fffffffu && grid.y <= 65535 && grid.z <= 65535,
+                  "msacore: cannot launch a grid of ", grid.x, " x ", grid.y, " x ", grid.z, " blocks of ", threads,
+                  " threads");
+  constexpr size_t kGrantedAlways = 48 * 1024;
+  if (shared > kGrantedAlways) {
+    STD_TORCH_CHECK(shared <= shared_limit(), "msacore: a kernel needs ", shared,
+                    " bytes of shared memory per block, this GPU has ", shared_limit());
+  }
+#ifdef __CUDACC__
+  if (shared > kGrantedAlways) {
+    check_launch(cudaFuncSetAttribute(kernel, cudaFuncAttributeMaxDynamicSharedMemorySize, static_cast<int>(shared)));
+  }
+  kernel<<<grid, block, shared, stream>>>(static_cast<P>(args)...);
+  check_launch(cudaGetLastError());
+#else
+  (void)stream;
+  cuda_on_host::launch(kernel, grid, block, shared, args...);
+#endif
+}
+
+}  // namespace msacore::cuda

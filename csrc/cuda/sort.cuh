@@ -1,0 +1,32 @@
+// Stable sort on the device, without a word from it: the number of passes follows from the bound of the keys.
+#pragma once
+#include <utility>
+
+#include "cuda/registration.cuh"
+#include "cuda/sort_kernels.cuh"
+
+namespace msacore::cuda {
+
+// Positions [count] that order `keys` [count] (int64, taken as clamped to [0, bound)); equal keys keep their order, or
+// that of the positions `before`, which sorts by both.
+inline Tensor sorted_positions(const Tensor& keys, int64_t bound, cudaStream_t stream, const Tensor* before = nullptr) {
+  const int64_t count = keys.numel();
+  const int64_t blocks = (count + radix::kTile - 1) / radix::kTile;
+  Tensor from = torch::stable::new_empty(keys, {count}), to = torch::stable::new_empty(keys, {count});
+  Tensor counts = torch::stable::new_empty(keys, {radix::kDigits * blocks});
+  radix::Keys pass{keys.const_data_ptr<int64_t>(), before ? before->const_data_ptr<int64_t>() : nullptr, count, bound,
+                   0};
+  do {
+    auto* table = counts.mutable_data_ptr<int64_t>();
+    launch(radix::count_kernel, dim3(blocks), dim3(radix::kThreads), 0, stream, pass, table);
+    launch(radix::exclusive_scan_kernel, dim3(count > 0), dim3(radix::kScanThreads), 0, stream, table, counts.numel());
+    launch(radix::scatter_kernel, dim3(blocks), dim3(radix::kThreads), 0, stream, pass, table,
+           to.mutable_data_ptr<int64_t>());
+    std::swap(from, to);
+    pass.position = from.const_data_ptr<int64_t>();
+    pass.shift += 8;
+  } while (pass.shift < 63 && (bound - 1) >> pass.shift > 0);
+  return from;
+}
+
+}  // namespace msacore::cuda

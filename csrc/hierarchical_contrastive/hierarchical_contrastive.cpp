@@ -1,0 +1,270 @@
+// Hierarchical contrastive loss on the CPU: all terms of the three tiers in one sweep forward and one backward; every
+// embedding is normalised once.
+#include "hierarchical_contrastive/hierarchical_contrastive.h"
+
+#include <torch/csrc/stable/library.h>
+
+#include <tuple>
+
+#include "contrastive/cpu/classes.h"
+#include "contrastive/cpu/few.h"
+#include "contrastive/cpu/sweep.h"
+
+namespace msacore::hierarchical_contrastive::cpu {
+using namespace contrastive::cpu;
+namespace {
+
+template <typename T>
+struct Problem {
+  using A = acc_t<T>;
+  Sizes size;
+  Options options;
+  const int64_t* labels;
+  std::vector<Plan> plans;
+  std::vector<Side<A>> sides;
+  std::vector<Term<A>> terms;
+
+  Problem(const Inputs& in, const Sizes& size, const Options& options)
+      : size(size),
+        options(options),
+        labels(in.labels ? in.labels->const_data_ptr<int64_t>() : nullptr),
+        plans(plan_terms(size, options.intra_modal)) {
+    const int64_t n = size.samples;
+    const std::vector<Tensor> embeddings = in.embeddings();
+    const std::vector<uint64_t> needs = needs_of_sides(size);
+    const bool* available = in.available ? in.available->const_data_ptr<bool>() : nullptr;
+    std::vector<uint64_t> present(n, ~uint64_t(0));
+    for (int64_t i = 0; available && i < n; ++i)
+      for (int64_t m = 0; m < size.modalities; ++m)
+        if (!available[i * size.modalities + m]) present[i] &= ~(uint64_t(1) << m);
+
+    std::vector<Buffer<uint8_t>> used;  // rows of a side that some term reads
+    for (size_t k = 0; k < embeddings.size(); ++k) used.emplace_back(n, uint8_t(0));
+    for (const Plan& plan : plans) {
+      Term<A> term{};
+      const bool self = plan.first == plan.second;
+      const uint64_t need = needs[plan.first] | needs[plan.second];
+      term.rows.used = Buffer<uint8_t>(n);
+      term.columns.used = Buffer<uint8_t>(n);
+      for (int64_t i = 0; i < n; ++i) {
+        const uint8_t open = (present[i] & need) == need && (!self || labels[i] >= 0);
+        term.rows.used[i] = term.columns.used[i] = open;
+        used[plan.first][i] |= open;
+        used[plan.second][i] |= open;
+      }
+      term.scale = M_LOG2E / options.temperatures[plan.tier];
+      term.both = term.diagonal = !self;
+      term.exclude_self = self;
+      count_candidates(term.rows, n, term.columns, n, self);
+      count_candidates(term.columns, n, term.rows, n, self);
+      terms.push_back(std::move(term));
+    }
+    sides.reserve(embeddings.size());
+    for (const Tensor& t : embeddings) sides.emplace_back(n, t.size(1));
+    const int64_t panels = padded(n) / kPanel;
+    torch::stable::parallel_for(0, panels * static_cast<int64_t>(sides.size()),
+                                Side<A>::grain(kPanel * sides.front().width), [&](int64_t begin, int64_t end) {
+                                  for (int64_t i = begin; i < end; ++i) {
+                                    const int64_t k = i / panels, panel = i % panels;
+                                    sides[k].normalise(embeddings[k].template const_data_ptr<T>(), used[k].get(), panel,
+                                                       panel + 1);
+                                  }
+                                });
+    for (size_t t = 0; t < plans.size(); ++t) {
+      terms[t].a = &sides[plans[t].first];
+      terms[t].b = &sides[plans[t].second];
+    }
+  }
+
+  Labels labels_of(const Term<A>& term) const { return {labels, term.rows.used.get(), size.samples}; }
+
+  A* stats_of(A* stats, size_t t, bool columns) const { return stats + (2 * t + columns) * 3 * size.samples; }
+
+  // Loss of a term whose sums are complete, in units of its tier. Fills stats [2, 3, N] of the term.
+  double loss_of(size_t t, A* stats) const {
+    const Term<A>& term = terms[t];
+    double loss = 0;
+    for (const bool columns : {false, true}) {
+      int64_t count = 0;
+      const std::vector<double> losses =
+          anchor_losses(term, columns ? term.other() : term.rows, size.samples, stats_of(stats, t, columns), &count);
+      loss += std::accumulate(losses.begin(), losses.end(), 0.0) / (2.0 * std::max<int64_t>(1, count));
+    }
+    return loss;
+  }
+
+  void load(size_t t, const double* grad_tiers, const A* stats) {
+    Term<A>& term = terms[t];
+    const int64_t tier = plans[t].tier, n = size.samples;
+    const double factor = grad_tiers[tier] / options.temperatures[tier] / (term.self() ? 1 : 2);
+    const auto gradient_of = [factor](int64_t, int64_t count) { return factor / static_cast<double>(count); };
+    load_shares(term, term.rows, *term.a, stats + 2 * t * 3 * n, gradient_of);
+    if (!term.self()) load_shares(term, term.columns, *term.b, stats + (2 * t + 1) * 3 * n, gradient_of);
+  }
+
+  void add_up(const std::vector<double>& losses, A* tiers) const {
+    double sums[kTiers] = {};
+    for (size_t t = 0; t < plans.size(); ++t) sums[plans[t].tier] += losses[t];
+    for (int64_t k = 0; k < kTiers; ++k) tiers[k] = static_cast<A>(sums[k]);
+  }
+
+  // Fills tiers [3] and stats [T, 2, 3, N].
+  void forward(A* tiers, A* stats) {
+    std::vector<double> losses(terms.size());
+    if (are_few(terms)) {
+      FewTerms<A>(terms).sum_exponentials([&](int64_t t) { losses[t] = loss_of(t, stats); });
+      return add_up(losses, tiers);
+    }
+    sum_exponentials(terms, [](const auto&...) {});
+    for (size_t t = 0; t < terms.size(); ++t) {
+      Term<A>& term = terms[t];
+      if (term.self()) {
+        const Labels classes = labels_of(term);
+        class_positives(*term.a, classes, *term.a, classes, true, term.rows);
+      }
+      losses[t] = loss_of(t, stats);
+    }
+    add_up(losses, tiers);
+  }
+
+  void backward(const double* grad_tiers, const A* stats, const std::vector<T*>& grads) {
+    for (size_t t = 0; t < terms.size(); ++t) load(t, grad_tiers, stats);
+    for (Side<A>& side : sides) side.gradient = Buffer<A>(side.rows * side.width, A(0));
+    add_gradients(terms, [](const auto&...) {}, [](const auto&...) {});
+    for (Term<A>& term : terms) {
+      if (!term.self()) continue;
+      const Labels classes = labels_of(term);
+      attract_classes(*term.a, classes, term.rows, *term.a, classes, term.rows, true);
+    }
+    for (size_t k = 0; k < sides.size(); ++k) sides[k].project(grads[k], A(1));
+  }
+
+  // Both at once, with given gradients of the tiers.
+  void forward_backward(const double* grad_tiers, A* tiers, A* stats, const std::vector<T*>& grads) {
+    if (!are_few(terms)) {
+      forward(tiers, stats);
+      return backward(grad_tiers, stats, grads);
+    }
+    std::vector<double> losses(terms.size());
+    FewTerms<A> few(terms);
+    few.sum_exponentials([&](int64_t t) {
+      losses[t] = loss_of(t, stats);
+      load(t, grad_tiers, stats);
+      few.weigh(t);
+    });
+    few.project(sides, grads);
+    add_up(losses, tiers);
+  }
+};
+
+template <typename A>
+A weighted(const std::vector<double>& tier_weights, const A* tiers) {
+  double total = 0;
+  for (int64_t k = 0; k < kTiers; ++k) total += tier_weights[k] * static_cast<double>(tiers[k]);
+  return static_cast<A>(total);
+}
+
+template <typename T>
+std::vector<T*> data_of(std::vector<Tensor>& tensors) {
+  std::vector<T*> data;
+  for (Tensor& t : tensors) data.push_back(t.mutable_data_ptr<T>());
+  return data;
+}
+
+std::tuple<Tensor, Tensor, Tensor> forward_cpu(const std::vector<Tensor>& unimodal, const Tensor& fused,
+                                               const std::vector<Tensor>& high_level, const OptionalTensor& available,
+                                               const OptionalTensor& labels, const std::vector<double>& tier_weights,
+                                               const std::vector<double>& temperatures, bool intra_modal) {
+  constexpr const char* op = "hierarchical_contrastive_loss";
+  const Inputs given{unimodal, fused, high_level, available, labels};
+  const Options options{tier_weights, temperatures, intra_modal};
+  const Sizes s = check_inputs(op, given, options);
+  const Inputs in = contiguous(given);
+  const ScalarType dtype = acc_dtype(fused.scalar_type());
+  Tensor loss = torch::stable::new_empty(fused, {}, dtype);
+  Tensor tiers = torch::stable::new_empty(fused, {kTiers}, dtype);
+  Tensor stats = torch::stable::new_empty(fused, {s.terms, 2, 3, s.samples}, dtype);
+  dispatch_floating(fused.scalar_type(), op, [&](auto tag) {
+    using T = typename decltype(tag)::type;
+    using A = acc_t<T>;
+    A* sums = tiers.mutable_data_ptr<A>();
+    Problem<T>(in, s, options).forward(sums, stats.mutable_data_ptr<A>());
+    *loss.mutable_data_ptr<A>() = weighted(tier_weights, sums);
+  });
+  return {loss, tiers, stats};
+}
+
+std::vector<Tensor> backward_cpu(const OptionalTensor& grad_loss, const OptionalTensor& grad_tiers,
+                                 const std::vector<Tensor>& unimodal, const Tensor& fused,
+                                 const std::vector<Tensor>& high_level, const OptionalTensor& available,
+                                 const OptionalTensor& labels, const Tensor& stats_,
+                                 const std::vector<double>& tier_weights, const std::vector<double>& temperatures,
+                                 bool intra_modal) {
+  constexpr const char* op = "hierarchical_contrastive_loss_backward";
+  const Inputs given{unimodal, fused, high_level, available, labels};
+  const Options options{tier_weights, temperatures, intra_modal};
+  const Sizes s = check_inputs(op, given, options);
+  check_saved(op, s, acc_dtype(fused.scalar_type()), grad_loss, grad_tiers, stats_);
+  const Inputs in = contiguous(given);
+  const Tensor stats = torch::stable::contiguous(stats_);
+  const OptionalTensor tiers = contiguous(grad_tiers);
+  std::vector<Tensor> grads = new_gradients(in);
+  dispatch_floating(fused.scalar_type(), op, [&](auto tag) {
+    using T = typename decltype(tag)::type;
+    using A = acc_t<T>;
+    double gradient[kTiers];
+    for (int64_t k = 0; k < kTiers; ++k)
+      gradient[k] = (grad_loss ? tier_weights[k] * static_cast<double>(*grad_loss->const_data_ptr<A>()) : 0.0) +
+                    (tiers ? static_cast<double>(tiers->const_data_ptr<A>()[k]) : 0.0);
+    Problem<T>(in, s, options).backward(gradient, stats.const_data_ptr<A>(), data_of<T>(grads));
+  });
+  return grads;
+}
+
+// The loss, and its gradients for a gradient of 1, in the order of the arguments.
+std::tuple<Tensor, std::vector<Tensor>> with_gradients_cpu(const std::vector<Tensor>& unimodal, const Tensor& fused,
+                                                           const std::vector<Tensor>& high_level,
+                                                           const OptionalTensor& available,
+                                                           const OptionalTensor& labels,
+                                                           const std::vector<double>& tier_weights,
+                                                           const std::vector<double>& temperatures, bool intra_modal) {
+  constexpr const char* op = "hierarchical_contrastive_loss";
+  const Inputs given{unimodal, fused, high_level, available, labels};
+  const Options options{tier_weights, temperatures, intra_modal};
+  const Sizes s = check_inputs(op, given, options);
+  const Inputs in = contiguous(given);
+  Tensor loss = torch::stable::new_empty(fused, {}, acc_dtype(fused.scalar_type()));
+  std::vector<Tensor> grads = new_gradients(in);
+  dispatch_floating(fused.scalar_type(), op, [&](auto tag) {
+    using T = typename decltype(tag)::type;
+    using A = acc_t<T>;
+    A tiers[kTiers];
+    const Buffer<A> stats(s.terms * 2 * 3 * s.samples);
+    Problem<T>(in, s, options).forward_backward(tier_weights.data(), tiers, stats.get(), data_of<T>(grads));
+    *loss.mutable_data_ptr<A>() = weighted(tier_weights, tiers);
+  });
+  return {loss, grads};
+}
+
+}  // namespace
+}  // namespace msacore::hierarchical_contrastive::cpu
+
+#define MSACORE_HIERARCHICAL_ARGUMENTS \
+  "Tensor[] unimodal, Tensor fused, Tensor[] high_level, Tensor? available, Tensor? labels"
+#define MSACORE_HIERARCHICAL_OPTIONS "*, float[] tier_weights, float[] temperatures, bool intra_modal"
+
+STABLE_TORCH_LIBRARY_FRAGMENT(msacore, m) {
+  m.def("hierarchical_contrastive_loss(" MSACORE_HIERARCHICAL_ARGUMENTS ", " MSACORE_HIERARCHICAL_OPTIONS
+        ") -> (Tensor, Tensor, Tensor)");
+  m.def("hierarchical_contrastive_loss_backward(Tensor? grad_loss, Tensor? grad_tiers, " MSACORE_HIERARCHICAL_ARGUMENTS
+        ", Tensor stats, " MSACORE_HIERARCHICAL_OPTIONS ") -> Tensor[]");
+  m.def("hierarchical_contrastive_loss_with_gradients(" MSACORE_HIERARCHICAL_ARGUMENTS ", " MSACORE_HIERARCHICAL_OPTIONS
+        ") -> (Tensor, Tensor[])");
+}
+
+STABLE_TORCH_LIBRARY_IMPL(msacore, CPU, m) {
+  m.impl("hierarchical_contrastive_loss", TORCH_BOX(&msacore::hierarchical_contrastive::cpu::forward_cpu));
+  m.impl("hierarchical_contrastive_loss_backward", TORCH_BOX(&msacore::hierarchical_contrastive::cpu::backward_cpu));
+  m.impl("hierarchical_contrastive_loss_with_gradients",
+         TORCH_BOX(&msacore::hierarchical_contrastive::cpu::with_gradients_cpu));
+}

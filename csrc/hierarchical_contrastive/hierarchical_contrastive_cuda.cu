@@ -1,0 +1,392 @@
+// Hierarchical contrastive loss on CUDA: checks, workspace and launches. Few samples are one launch forward and one
+// backward; of many, every launch takes as many terms or embeddings as fit.
+#include "hierarchical_contrastive/hierarchical_contrastive.h"
+
+#include <tuple>
+
+#include "contrastive/cuda/classes.cuh"
+#include "contrastive/cuda/launch.cuh"
+#include "hierarchical_contrastive/hierarchical_contrastive_few_kernels.cuh"
+#include "hierarchical_contrastive/hierarchical_contrastive_kernels.cuh"
+
+namespace msacore::hierarchical_contrastive::cuda {
+using namespace contrastive::cuda;
+namespace {
+
+static_assert(Tiers::kCount == kTiers);
+
+// The gradients of loss and tiers, null where there is none; that of the loss has `number` added.
+template <typename A>
+struct Upstream {
+  const A *loss, *tiers;
+  double number;
+
+  // What the mean loss of a direction counts, for terms of which `both` directions count.
+  LossGradient<A> of_tier(const Options& options, int64_t tier, bool both) const {
+    LossGradient<A> gradient{};
+    gradient.out = loss;
+    gradient.term = tiers ? tiers + tier : nullptr;
+    gradient.weight = options.tier_weights[tier];
+    gradient.number = gradient.weight * number;
+    gradient.scale = (both ? 0.5 : 1) / options.temperatures[tier];
+    gradient.mean = true;
+    return gradient;
+  }
+};
+
+Tiers tiers_of(const std::vector<Plan>& plans, const Options& options) {
+  Tiers tiers{};
+  for (int64_t k = 0; k < kTiers; ++k) {
+    tiers.weight[k] = options.tier_weights[k];
+    for (const Plan& plan : plans) tiers.end[k] += plan.tier <= k;
+  }
+  return tiers;
+}
+
+std::vector<Need> needs_of(const Sizes& s) {
+  std::vector<Need> needs;
+  for (uint64_t modalities : needs_of_sides(s))  // a pair is in a term only where a third modality makes a second pair
+    needs.push_back({modalities, static_cast<int64_t>(needs.size()) <= s.modalities ? 1 : 3});
+  return needs;
+}
+
+// The terms and embeddings of the loss, and the memory these live in once normalised.
+template <typename T>
+struct Workspace {
+  using A = acc_t<T>;
+  const Options& options;
+  std::vector<Plan> plans;
+  std::vector<Need> needs;  // of sides
+  std::vector<Side<T>> sides;
+  const int64_t* labels;
+  const A* stats;  // null forward
+  Upstream<A> upstream;
+  int64_t n, rows;
+  T* units;
+  A *factors, *inverse_norms, *gradients;
+  int64_t* counts;
+  double* losses;
+  Scratch scratch;
+  std::optional<Classes> classes;  // where positives of equal label are sums over them
+
+  Workspace(const Inputs& in, const Sizes& s, const Options& options, const A* stats, const Upstream<A>& upstream,
+            cudaStream_t stream)
+      : options(options),
+        plans(plan_terms(s, options.intra_modal)),
+        needs(needs_of(s)),
+        labels(in.labels ? in.labels->const_data_ptr<int64_t>() : nullptr),
+        stats(stats),
+        upstream(upstream),
+        n(s.samples),
+        rows(padded(s.samples, kTile)),
+        scratch(in.fused, [&](Scratch& memory) {
+          const int64_t d = in.fused.size(1), d3 = in.high_level.empty() ? 0 : in.high_level[0].size(1);
+          const int64_t count = s.modalities + 1 + s.pairs;
+          const int64_t numbers = rows * ((s.modalities + 1) * padded(d, 32) + s.pairs * padded(d3, 32));
+          memory.take(units, numbers);
+          memory.take(gradients, stats ? numbers : 0);
+          memory.take(factors, count * rows);
+          memory.take(inverse_norms, count * n);
+          memory.take(counts, s.terms * 4);
+          memory.take(losses, stats ? 0 : s.terms * 2 * n);
+        }) {
+    const std::vector<Tensor> embeddings = in.embeddings();
+    const int64_t count = static_cast<int64_t>(embeddings.size());
+    int64_t before = 0;
+    for (int64_t k = 0; k < count; ++k) {
+      const int64_t d = embeddings[k].size(1), width = padded(d, 32);
+      Side<T> side{};
+      side.x = embeddings[k].template const_data_ptr<T>();
+      side.n = n;
+      side.d = d;
+      side.rows = rows;
+      side.width = width;
+      side.unit = units + before;
+      side.factor = factors + k * rows;
+      side.inverse_norm = inverse_norms + k * n;
+      if (stats) side.gradient = gradients + before;
+      sides.push_back(side);
+      before += rows * width;
+    }
+    if (options.intra_modal && by_classes(labels, n, n)) classes.emplace(labels, n, labels, n, in.fused, stream);
+    prepare({in.available ? in.available->const_data_ptr<bool>() : nullptr, s.modalities}, stream);
+  }
+
+  void prepare(const Availability& available, cudaStream_t stream) {
+    const int64_t side_count = static_cast<int64_t>(sides.size()), term_count = static_cast<int64_t>(plans.size());
+    int64_t side = 0, term = 0;
+    while (side < side_count || term < term_count) {
+      Preparation<T> p{};
+      p.available = available;
+      p.side_count = static_cast<int>(std::min<int64_t>(kSidesAtOnce, side_count - side));
+      p.n = n;
+      p.stats = stats ? stats + term * 6 * n : nullptr;
+      p.counts = counts + term * 4;
+      for (int k = 0; k < p.side_count; ++k, ++side) {
+        p.sides[k] = sides[side];
+        p.side_needs[k] = needs[side];
+      }
+      const int terms = static_cast<int>(std::min<int64_t>(kTermsAtOnce, term_count - term));
+      for (int t = 0; t < terms; ++t, ++term) {
+        const Plan& plan = plans[term];
+        p.term_needs[t] = {needs[plan.first].modalities | needs[plan.second].modalities, 0};
+        p.labels[t] = plan.first == plan.second ? labels : nullptr;
+      }
+      const unsigned blocks = std::max(1u, grid_for(rows, kRowThreads / kWarp).x);
+      launch(prepare_kernel<T>, dim3(blocks, p.side_count + terms), dim3(kRowThreads), 0, stream, p);
+    }
+  }
+
+  Problem<T> problem(int64_t term) {
+    const Plan& plan = plans[term];
+    const bool self = plan.first == plan.second;
+    const double temperature = options.temperatures[plan.tier];
+    Problem<T> problem{};
+    problem.a = sides[plan.first];
+    problem.b = sides[plan.second];
+    problem.a.partner = problem.b.factor;
+    problem.b.partner = problem.a.factor;
+    if (self) problem.a.labels = problem.b.labels = labels;
+    problem.a.counts = counts + term * 4;
+    problem.b.counts = problem.a.counts + 2;
+    if (stats) {
+      problem.a.stats = stats + term * 6 * n;
+      problem.b.stats = self ? nullptr : problem.a.stats + 3 * n;
+    }
+    problem.temperature = {nullptr, Temperature::kNumber, temperature};
+    problem.both = !self;
+    problem.exclude_self = self;
+    problem.pairwise = self && !classes;
+    problem.gradient = upstream.of_tier(options, plan.tier, problem.both);
+    return problem;
+  }
+
+  // Calls body(terms, first, count) for groups of terms of which each takes `bytes` of the `memory` per tile of rows.
+  template <typename Bytes, typename Body>
+  void for_groups(Bytes&& bytes, int64_t memory, Body&& body) {
+    const int64_t most = static_cast<int64_t>(plans.size());
+    for (int64_t first = 0; first < most;) {
+      Terms<T, kTermsAtOnce> terms;
+      terms.at[0] = problem(first);
+      const int64_t fitting = memory / std::max<int64_t>(1, bytes(terms.at[0]) * (rows / kTile));
+      const int64_t count = std::min(most - first, std::clamp<int64_t>(fitting, 1, kTermsAtOnce));
+      for (int64_t t = 1; t < count; ++t) terms.at[t] = problem(first + t);
+      body(terms, first, static_cast<unsigned>(count));
+      first += count;
+    }
+  }
+};
+
+template <typename T>
+void forward(Workspace<T>& workspace, const Sizes& s, Tensor& loss, Tensor& tiers, Tensor& stats, cudaStream_t stream) {
+  using A = acc_t<T>;
+  const int64_t n = s.samples;
+  A* const stat = stats.mutable_data_ptr<A>();
+  double* const loss_of = workspace.losses;
+  workspace.for_groups(
+      stats_bytes<T>, kStatsBytes, [&](const Terms<T, kTermsAtOnce>& terms, int64_t first, unsigned count) {
+        A* const stats_of = stat + first * 6 * n;
+        double* const losses_of = loss_of + first * 2 * n;
+        const AnchorResults<A> rows{stats_of, 6, losses_of, 2}, columns{stats_of + 3 * n, 6, losses_of + n, 2};
+        if (workspace.classes) workspace.classes->sum_positives(terms, count, 2, rows, columns);
+        sum_statistics(terms, count, 2, rows, columns, stats, stream);
+      });
+  launch(tiers_kernel<A>, dim3(1), dim3(kFinishThreads), 0, stream, loss_of, stat, n,
+         tiers_of(workspace.plans, workspace.options), loss.mutable_data_ptr<A>(), tiers.mutable_data_ptr<A>());
+}
+
+// Two bfloat16 are as exact as the sums need, and the products run at half of their full speed.
+template <typename T>
+using KeptGradient = std::conditional_t<std::is_same_v<T, BFloat16>, Kept<BFloat16, 2>, Kept<acc_t<T>, 1>>;
+
+template <typename T>
+void backward(Workspace<T>& workspace, std::vector<Tensor>& grads, cudaStream_t stream) {
+  std::vector<Output<acc_t<T>>> outputs;
+  for (const Side<T>& side : workspace.sides) outputs.push_back({side.gradient, side.rows, side.width});
+  workspace.for_groups(gradient_bytes<T, KeptGradient<T>>, kGradientStripBytes,
+                       [&](const Terms<T, kTermsAtOnce>& terms, int64_t first, unsigned count) {
+                         sum_gradients<kSidesAtOnce, KeptGradient<T>, T>(terms, count, outputs, first > 0, nullptr,
+                                                                         nullptr, grads.front(), stream);
+                         if (workspace.classes) workspace.classes->add_gradients(terms, count);
+                       });
+  for (size_t first = 0; first < grads.size(); first += kSidesAtOnce) {
+    Projections<T, kSidesAtOnce> projections{};
+    unsigned members = 0;
+    for (size_t k = first; k < std::min(grads.size(), first + kSidesAtOnce); ++k)
+      projections.at[members++] = {workspace.sides[k], workspace.sides[k], false, grads[k].mutable_data_ptr<T>()};
+    launch(project_kernel<T, kSidesAtOnce>, dim3(grid_for(workspace.n, kRowThreads / kWarp).x, members),
+           dim3(kRowThreads), 0, stream, projections, Temperature{nullptr, Temperature::kNumber, 1});
+  }
+}
+
+#ifdef __CUDACC__
+constexpr int64_t kFewSamples = 512;  // a block meets all rows of a side: beyond, prepared rows and larger tiles pay
+#else
+constexpr int64_t kFewSamples = 144;  // little, so that small inputs already are many
+#endif
+
+bool are_few(const Sizes& s) {
+  return s.samples <= kFewSamples && s.terms <= kFewTerms && s.modalities + 1 + s.pairs <= kFewSides;
+}
+
+// The gradients of a block's rows lie this far apart in shared memory.
+template <typename T>
+int64_t few_stride(const FewInputs<T>& few) {
+  return padded(std::max(few.width, few.pair_width), 8);
+}
+
+template <typename T>
+bool fits(const FewInputs<T>& few) {
+  constexpr int64_t kBeside = 16 << 10;  // more than the kernel's own variables
+  return few_backward_bytes<T>(few_stride(few)) + kBeside <= static_cast<int64_t>(shared_limit());
+}
+
+template <typename T>
+FewInputs<T> few_inputs(const Inputs& in, const Sizes& s, const Options& options) {
+  FewInputs<T> few{};
+  const std::vector<Tensor> embeddings = in.embeddings();
+  const std::vector<Need> needs = needs_of(s);
+  few.by_four = true;
+  for (size_t k = 0; k < embeddings.size(); ++k) {
+    few.x[k] = embeddings[k].template const_data_ptr<T>();
+    few.needs[k] = needs[k];
+    few.by_four = few.by_four && embeddings[k].size(1) % 4 == 0 &&
+                  reinterpret_cast<uintptr_t>(few.x[k]) % sizeof(Vector<T, 4>) == 0;
+  }
+  few.available = {in.available ? in.available->const_data_ptr<bool>() : nullptr, s.modalities};
+  few.labels = data_or_null<int64_t>(in.labels);
+  few.n = static_cast<int>(s.samples);
+  few.width = static_cast<int>(in.fused.size(1));
+  few.pair_width = in.high_level.empty() ? 0 : static_cast<int>(in.high_level[0].size(1));
+  few.pairs = static_cast<int>(s.modalities) + 1;
+  few.side_count = static_cast<int>(embeddings.size());
+  for (const Plan& plan : plan_terms(s, options.intra_modal))
+    few.terms[few.term_count++] = {static_cast<uint8_t>(plan.tier),
+                                   {static_cast<uint8_t>(plan.first), static_cast<uint8_t>(plan.second)}};
+  for (int64_t k = 0; k < kTiers; ++k) few.temperature[k] = {nullptr, Temperature::kNumber, options.temperatures[k]};
+  return few;
+}
+
+template <typename T>
+unsigned few_tiles(const FewInputs<T>& few) {
+  return static_cast<unsigned>(few.n + kFewRows - 1) / kFewRows;
+}
+
+template <typename T>
+void few_forward(const FewInputs<T>& few, const Tiers& tiers, Tensor& loss, Tensor& of_tiers, Tensor& stats,
+                 cudaStream_t stream) {
+  using A = acc_t<T>;
+  FewForward<A> to{};
+  to.tiers = tiers;
+  to.stats = stats.mutable_data_ptr<A>();
+  to.loss = loss.mutable_data_ptr<A>();
+  to.of_tiers = of_tiers.mutable_data_ptr<A>();
+  const dim3 grid(std::max(1u, few_tiles(few)), 2 * few.term_count);
+  const Scratch scratch(loss, [&](Scratch& memory) {
+    memory.take(to.sums, int64_t{grid.x} * grid.y);
+    memory.take(to.done, 1);
+  });
+  clear_memory(to.done, sizeof(unsigned), stream);
+  launch(few_forward_kernel<T>, grid, dim3(kRowThreads), FewStages<T>::kBytes, stream, few, to);
+}
+
+template <typename T>
+void few_backward(const FewInputs<T>& few, const Options& options, const acc_t<T>* stats,
+                  const Upstream<acc_t<T>>& upstream, std::vector<Tensor>& grads, cudaStream_t stream) {
+  FewBackward<T> to{};
+  to.stats = stats;
+  for (int64_t k = 0; k < kTiers; ++k) to.gradient[k] = upstream.of_tier(options, k, k > 0 || !options.intra_modal);
+  for (size_t k = 0; k < grads.size(); ++k) to.grads[k] = grads[k].mutable_data_ptr<T>();
+  to.stride = static_cast<int>(few_stride(few));
+  launch(few_backward_kernel<T>, dim3(few_tiles(few), few.side_count), dim3(kRowThreads),
+         few_backward_bytes<T>(to.stride), stream, few, to);
+}
+
+std::tuple<Tensor, Tensor, Tensor> forward_cuda(const std::vector<Tensor>& unimodal, const Tensor& fused,
+                                                const std::vector<Tensor>& high_level, const OptionalTensor& available,
+                                                const OptionalTensor& labels, const std::vector<double>& tier_weights,
+                                                const std::vector<double>& temperatures, bool intra_modal) {
+  constexpr const char* op = "hierarchical_contrastive_loss";
+  const Inputs given{unimodal, fused, high_level, available, labels};
+  const Options options{tier_weights, temperatures, intra_modal};
+  const Sizes s = check_inputs(op, given, options);
+  const OnDeviceOf device(fused);
+  const Inputs in = contiguous(given);
+  const ScalarType dtype = acc_dtype(fused.scalar_type());
+  Tensor loss = torch::stable::new_empty(fused, {}, dtype);
+  Tensor tiers = torch::stable::new_empty(fused, {kTiers}, dtype);
+  Tensor stats = torch::stable::new_empty(fused, {s.terms, 2, 3, s.samples}, dtype);
+  dispatch_floating(fused.scalar_type(), op, [&](auto tag) {
+    using T = typename decltype(tag)::type;
+    if (are_few(s))
+      return few_forward(few_inputs<T>(in, s, options), tiers_of(plan_terms(s, intra_modal), options), loss, tiers,
+                         stats, device.stream);
+    Workspace<T> workspace(in, s, options, nullptr, {}, device.stream);
+    forward(workspace, s, loss, tiers, stats, device.stream);
+  });
+  return {loss, tiers, stats};
+}
+
+// Of checked inputs, for gradients of loss and tiers with `number` added to that of the loss.
+std::vector<Tensor> gradients(const char* op, const Inputs& given, const Sizes& s, const Options& options,
+                              const Tensor& stats_, const OptionalTensor& grad_loss, const OptionalTensor& grad_tiers,
+                              double number) {
+  const OnDeviceOf device(given.fused);
+  const Inputs in = contiguous(given);
+  const Tensor stats = torch::stable::contiguous(stats_);
+  const OptionalTensor tiers = contiguous(grad_tiers);
+  std::vector<Tensor> grads = new_gradients(in);
+  dispatch_floating(in.fused.scalar_type(), op, [&](auto tag) {
+    using T = typename decltype(tag)::type;
+    using A = acc_t<T>;
+    const Upstream<A> upstream{data_or_null<A>(grad_loss), data_or_null<A>(tiers), number};
+    if (are_few(s)) {
+      const FewInputs<T> few = few_inputs<T>(in, s, options);
+      if (fits(few)) return few_backward(few, options, stats.const_data_ptr<A>(), upstream, grads, device.stream);
+    }
+    Workspace<T> workspace(in, s, options, stats.const_data_ptr<A>(), upstream, device.stream);
+    backward(workspace, grads, device.stream);
+  });
+  return grads;
+}
+
+// Gradients in the order of the arguments: unimodal, fused, high_level.
+std::vector<Tensor> backward_cuda(const OptionalTensor& grad_loss, const OptionalTensor& grad_tiers,
+                                  const std::vector<Tensor>& unimodal, const Tensor& fused,
+                                  const std::vector<Tensor>& high_level, const OptionalTensor& available,
+                                  const OptionalTensor& labels, const Tensor& stats,
+                                  const std::vector<double>& tier_weights, const std::vector<double>& temperatures,
+                                  bool intra_modal) {
+  constexpr const char* op = "hierarchical_contrastive_loss_backward";
+  const Inputs in{unimodal, fused, high_level, available, labels};
+  const Options options{tier_weights, temperatures, intra_modal};
+  const Sizes s = check_inputs(op, in, options);
+  check_saved(op, s, acc_dtype(fused.scalar_type()), grad_loss, grad_tiers, stats);
+  return gradients(op, in, s, options, stats, grad_loss, grad_tiers, 0);
+}
+
+// The loss, and its gradients for a gradient of 1, in the order of the arguments.
+std::tuple<Tensor, std::vector<Tensor>> with_gradients_cuda(const std::vector<Tensor>& unimodal, const Tensor& fused,
+                                                            const std::vector<Tensor>& high_level,
+                                                            const OptionalTensor& available,
+                                                            const OptionalTensor& labels,
+                                                            const std::vector<double>& tier_weights,
+                                                            const std::vector<double>& temperatures, bool intra_modal) {
+  constexpr const char* op = "hierarchical_contrastive_loss";
+  const Inputs in{unimodal, fused, high_level, available, labels};
+  const Options options{tier_weights, temperatures, intra_modal};
+  const Sizes s = check_inputs(op, in, options);
+  const auto [loss, tiers, stats] =
+      forward_cuda(unimodal, fused, high_level, available, labels, tier_weights, temperatures, intra_modal);
+  return {loss, gradients(op, in, s, options, stats, std::nullopt, std::nullopt, 1)};
+}
+
+}  // namespace
+}  // namespace msacore::hierarchical_contrastive::cuda
+
+MSACORE_CUDA_LIBRARY(m) {
+  m.impl("hierarchical_contrastive_loss", TORCH_BOX(&msacore::hierarchical_contrastive::cuda::forward_cuda));
+  m.impl("hierarchical_contrastive_loss_backward", TORCH_BOX(&msacore::hierarchical_contrastive::cuda::backward_cuda));
+  m.impl("hierarchical_contrastive_loss_with_gradients",
+         TORCH_BOX(&msacore::hierarchical_contrastive::cuda::with_gradients_cuda));
+}

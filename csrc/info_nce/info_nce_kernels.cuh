@@ -1,0 +1,69 @@
+// What InfoNCE on CUDA has beside the kernels of all contrastive losses: masks, reductions, a learned temperature.
+#pragma once
+#include "contrastive/cuda/kernels.cuh"
+
+namespace msacore::info_nce::cuda {
+using namespace contrastive::cuda;
+
+constexpr int kFinishThreads = 1024;  // the one block that adds everything up
+
+// Anchors and candidates.
+template <typename T>
+struct Roles {
+  Side<T> side[2];
+  const bool* mask[2];  // [n] or null
+};
+
+// The last block of a role counts; the others prepare its rows. Grid [blocks, 2].
+template <typename T>
+__global__ void __launch_bounds__(kRowThreads, 4) prepare_kernel(const __grid_constant__ Roles<T> roles) {
+  const Side<T>& side = roles.side[blockIdx.y];
+  const bool* mask = roles.mask[blockIdx.y];
+  const auto takes_part = [&](int64_t i) { return (!mask || mask[i]) && (!side.labels || side.labels[i] >= 0); };
+  if (blockIdx.x == gridDim.x - 1) {
+    count_rows(side.n, side.stats, side.counts, takes_part);
+  } else {
+    prepare_rows(side, 1, takes_part);
+  }
+}
+
+// One block: the loss, from the losses of the rows and of the columns (n = 0 where columns are no anchors).
+template <typename A>
+__global__ void __launch_bounds__(kFinishThreads, 1)
+    finish_kernel(const double* __restrict__ row_losses, const A* __restrict__ row_stats, int64_t n,
+                  const double* __restrict__ column_losses, const A* __restrict__ column_stats, int64_t m, bool both,
+                  bool mean, bool per_anchor, A* __restrict__ out) {
+  if (per_anchor) {
+    for (int64_t i = threadIdx.x; i < n; i += kFinishThreads)
+      out[i] = static_cast<A>(both ? (row_losses[i] + column_losses[i]) / 2 : row_losses[i]);
+  } else {
+    const auto sum = [&](const double* losses, const A* stats, int64_t count) {
+      double total = 0;
+      int kept = 0;
+      for (int64_t i = threadIdx.x; i < count; i += kFinishThreads) {
+        total += losses[i];
+        kept += stats[2 * count + i] != A(0);
+      }
+      total = block_sum(total);
+      kept = block_sum(kept);
+      return mean && kept > 0 ? total / kept : total;
+    };
+    const double rows = sum(row_losses, row_stats, n);
+    const double columns = sum(column_losses, column_stats, m);
+    if (threadIdx.x == 0) *out = static_cast<A>(both ? (rows + columns) / 2 : rows);
+  }
+}
+
+// One block: grad_temperature ← -Σ slopes / temperature².
+template <typename S>
+__global__ void __launch_bounds__(kFinishThreads, 1)
+    temperature_kernel(const double* __restrict__ slopes, int64_t count,
+                       const __grid_constant__ Temperature temperature, S* __restrict__ grad) {
+  double sum = 0;
+  for (int64_t i = threadIdx.x; i < count; i += kFinishThreads) sum += slopes[i];
+  sum = block_sum(sum);
+  const double value = temperature.value();
+  if (threadIdx.x == 0) *grad = static_cast<S>(static_cast<acc_t<S>>(-sum / (value * value)));
+}
+
+}  // namespace msacore::info_nce::cuda

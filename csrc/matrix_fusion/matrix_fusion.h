@@ -1,0 +1,93 @@
+// Matrix fusion: what the operators accept, on every device.
+#pragma once
+#include <torch/csrc/stable/ops.h>
+
+#include <optional>
+#include <string>
+#include <tuple>
+#include <vector>
+
+#include "core/check.h"
+
+namespace msacore::matrix_fusion {
+
+enum class Activation : int64_t { kRelu = 0, kGelu = 1, kIdentity = 2 };
+
+struct Inputs {
+  const std::vector<Tensor>& features;  // M times [B, L, k]
+  const Tensor &row_weight, &row_bias, &pair_weight, &pair_bias;
+  const std::optional<Tensor>&mask, &available;
+};
+
+struct Sizes {
+  int64_t batch, modalities, length, features, width, rows, pairs, channels;  // B, M, L, k, k', q, P, C
+  bool augment;
+  Activation activation;
+};
+
+// Pairs are ordered (0, 1), (0, 2), …, (1, 2), …
+inline int64_t pair_index(int64_t m, int64_t n, int64_t modalities) {
+  return m * modalities - m * (m + 1) / 2 + n - m - 1;
+}
+
+inline Sizes check_inputs(const char* op, const Inputs& in, bool augment, int64_t activation) {
+  const int64_t modalities = static_cast<int64_t>(in.features.size());
+  check(modalities >= 2, op, "expected `features` to hold at least 2 modalities, got ", modalities);
+  check(activation >= 0 && activation <= 2, op, "expected `activation` to be 0, 1 or 2, got ", activation);
+  const Tensor& first = in.features[0];
+  check_floating(first, op, "features[0]");
+  check_shape(first, op, "features[0]", {-1, -1, -1}, "[B, L, k]");
+  const int64_t batch = first.size(0), length = first.size(1), width = first.size(2) + (augment ? 1 : 0);
+  const int64_t pairs = modalities * (modalities - 1) / 2;
+  const auto check_one = [&](const Tensor& t, const std::string& name, std::initializer_list<int64_t> shape,
+                             const char* meaning, ScalarType dtype) {
+    check_dtype(t, op, name, dtype);
+    check_shape(t, op, name, shape, meaning);
+    check_device(t, op, name, first);
+  };
+  const ScalarType dtype = first.scalar_type();
+  for (int64_t m = 1; m < modalities; ++m)
+    check_one(in.features[m], "features[" + std::to_string(m) + "]", {batch, length, first.size(2)}, "[B, L, k]",
+              dtype);
+  check_one(in.row_weight, "row_weight", {-1, width}, augment ? "[q, k + 1]" : "[q, k]", dtype);
+  const int64_t rows = in.row_weight.size(0);
+  check_one(in.row_bias, "row_bias", {rows}, "[q]", dtype);
+  check_one(in.pair_weight, "pair_weight", {-1, pairs}, "[C, P]", dtype);
+  const int64_t channels = in.pair_weight.size(0);
+  check_one(in.pair_bias, "pair_bias", {channels}, "[C]", dtype);
+  if (in.mask) check_one(*in.mask, "mask", {batch, length}, "[B, L]", ScalarType::Bool);
+  if (in.available) check_one(*in.available, "available", {batch, modalities}, "[B, M]", ScalarType::Bool);
+  return {batch, modalities, length,   first.size(2), width,
+          rows,  pairs,      channels, augment,       static_cast<Activation>(activation)};
+}
+
+inline void check_grads(const char* op, const Tensor& grad_fused, const Tensor& grad_pairs, const Sizes& s,
+                        const Tensor& like) {
+  check_dtype(grad_fused, op, "grad_fused", like.scalar_type());
+  check_shape(grad_fused, op, "grad_fused", {s.batch, s.channels, s.rows}, "[B, C, q]");
+  check_device(grad_fused, op, "grad_fused", like);
+  check_dtype(grad_pairs, op, "grad_pairs", like.scalar_type());
+  check_shape(grad_pairs, op, "grad_pairs", {s.batch, s.pairs, s.rows}, "[B, P, q]");
+  check_device(grad_pairs, op, "grad_pairs", like);
+}
+
+// What the gradient operator returns, before it is computed.
+struct GradTensors {
+  std::vector<Tensor> features;
+  Tensor row_weight, row_bias, pair_weight, pair_bias;
+
+  GradTensors(const Sizes& s, const Tensor& like)
+      : row_weight(torch::stable::new_empty(like, {s.rows, s.width})),
+        row_bias(torch::stable::new_empty(like, {s.rows})),
+        pair_weight(torch::stable::new_empty(like, {s.channels, s.pairs})),
+        pair_bias(torch::stable::new_empty(like, {s.channels})) {
+    for (int64_t m = 0; m < s.modalities; ++m)
+      features.push_back(torch::stable::new_empty(like, {s.batch, s.length, s.features}));
+  }
+
+  std::tuple<std::vector<Tensor>, Tensor, Tensor, Tensor, Tensor> in_order() const {
+    return {features, row_weight, row_bias, pair_weight, pair_bias};
+  }
+};
+
+}  // namespace msacore::matrix_fusion

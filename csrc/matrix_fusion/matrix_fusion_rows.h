@@ -1,0 +1,229 @@
+// The pass over R = act(W G + c): activation, mixing of the pairs, column means, and their gradients, row by row.
+#pragma once
+#include <algorithm>
+#include <cstdint>
+#include <cstring>
+#include <limits>
+#include <type_traits>
+
+#include "cpu/simd.h"
+#include "matrix_fusion/matrix_fusion.h"
+
+namespace msacore::matrix_fusion::cpu {
+using namespace msacore::cpu;
+
+constexpr int64_t kMaxStep = 256;  // columns of all pairs that are in the first-level cache together
+
+// The rows of one sample: row i of pair p starts at data + offset[p] + i · stride and holds `width` columns.
+template <typename A>
+struct Rows {
+  A* data;
+  const int64_t* offset;
+  int64_t stride, width;
+  const bool* present;  // χ_p
+
+  // Even steps over the columns, so that no step is much shorter than the others.
+  MSACORE_INLINE int64_t step() const {
+    const int64_t parts = std::max<int64_t>(1, (width + kMaxStep / 4) / (kMaxStep / 2));
+    return std::max<int64_t>(1, (width + parts - 1) / parts);
+  }
+};
+
+template <typename A>
+struct Mix {
+  const A *weight, *bias;  // [C, P], [C]
+  int64_t pairs, channels;
+};
+
+// exp(-|x|), at least exp(-87), to the last bits of either type, in operations that vectorise on every instruction set:
+// the bound is a minimum in integer arithmetic, since from a comparison the compiler makes a branch.
+template <typename A>
+MSACORE_INLINE A exp_minus_abs(A x) {
+  constexpr bool kDouble = sizeof(A) == 8;
+  using Bits = std::conditional_t<kDouble, int64_t, int32_t>;
+  constexpr A kRound = kDouble ? A(6755399441055744.0) : A(12582912.0);  // 1.5 · 2^(mantissa bits): adding it rounds
+  constexpr A kHigh = kDouble ? A(6.93147180369123816490e-01) : A(6.9313812256e-01);  // ln 2 in two parts
+  constexpr A kLow = kDouble ? A(1.90821492927058770002e-10) : A(9.0580006145e-06);
+  constexpr A kBound = 87;
+  Bits bits, bound, round;
+  std::memcpy(&bits, &x, sizeof(A));
+  std::memcpy(&bound, &kBound, sizeof(A));
+  std::memcpy(&round, &kRound, sizeof(A));
+  bits = (bits & std::numeric_limits<Bits>::max()) - bound;
+  bits = bound + (bits & (bits >> (8 * sizeof(A) - 1)));
+  A a;
+  std::memcpy(&a, &bits, sizeof(A));
+  const A shifted = kRound - a * A(1.4426950408889634);
+  const A n = shifted - kRound;
+  const A r = (-a - n * kHigh) - n * kLow;
+  A sum = 1;
+  for (int i = kDouble ? 13 : 7; i > 0; --i) sum = 1 + sum * (r * (A(1) / A(i)));
+  std::memcpy(&bits, &shifted, sizeof(A));
+  constexpr Bits kMantissa = kDouble ? 52 : 23, kBias = kDouble ? 1023 : 127;
+  bits = (bits - round + kBias) << kMantissa;
+  A scale;
+  std::memcpy(&scale, &bits, sizeof(A));
+  return sum * scale;
+}
+
+// With σ the logistic function, gelu(x) = x/2 (1 + tanh u) = x σ(2u), u = sqrt(2/π) (x + 0.044715 x³).
+template <typename A>
+MSACORE_INLINE A gelu_gate(A x) {
+  const A two_u = A(1.5957691216057308) * (x + A(0.044715) * x * x * x);
+  const A e = exp_minus_abs(two_u);
+  return (two_u < 0 ? e : A(1)) / (1 + e);
+}
+
+// Comparisons are written so that NaN passes through.
+template <Activation kAct, typename A>
+MSACORE_INLINE A activate(A x) {
+  if constexpr (kAct == Activation::kRelu) return x < 0 ? A(0) : x;
+  if constexpr (kAct == Activation::kGelu) return x * gelu_gate(x);
+  return x;
+}
+
+// grad · act'(x); a selection for relu, so that it vectorises.
+template <Activation kAct, typename A>
+MSACORE_INLINE A through(A grad, A x) {
+  if constexpr (kAct == Activation::kRelu) return x <= 0 ? A(0) : grad;
+  if constexpr (kAct == Activation::kGelu) {
+    const A gate = gelu_gate(x);
+    return grad * (gate + x * gate * (1 - gate) * A(1.5957691216057308) * (1 + A(3 * 0.044715) * x * x));
+  }
+  return grad;
+}
+
+// In double every 64 terms: the rows of a masked or linear sample are constant, and equal terms round all one way.
+template <typename A>
+MSACORE_INLINE double sum_of(const A* __restrict__ values, int64_t count) {
+  double total = 0;
+  for (int64_t j0 = 0; j0 < count; j0 += 64) {
+    const int64_t end = std::min(count, j0 + 64);
+    A sum = 0;
+#pragma omp simd reduction(+ : sum)
+    for (int64_t j = j0; j < end; ++j) sum += values[j];
+    total += sum;
+  }
+  return total;
+}
+
+// s[0 … count) = Σ_p weight[c, p] · local[p] + bias[c] over the present pairs, before the activation.
+template <typename A>
+MSACORE_INLINE void mix_pairs(const Mix<A>& mix, int64_t c, const bool* present, const A* __restrict__ local,
+                              int64_t count, A* __restrict__ s) {
+#pragma omp simd
+  for (int64_t j = 0; j < count; ++j) s[j] = mix.bias[c];
+  for (int64_t p = 0; p < mix.pairs; ++p) {
+    if (!present[p]) continue;
+    const A* __restrict__ r = local + p * kMaxStep;
+    const A v = mix.weight[c * mix.pairs + p];
+#pragma omp simd
+    for (int64_t j = 0; j < count; ++j) s[j] += v * r[j];
+  }
+}
+
+// From pre-activations (without c) to the column means of χ_p R_p, pair_mean[p · mean_stride + i], and of S,
+// fused_mean[c · mean_stride + i], for rows begin … end. `local` holds P · kMaxStep numbers.
+template <Activation kAct, typename A>
+MSACORE_SIMD void forward_rows(const Rows<const A> rows, const Mix<A> mix, const A* __restrict__ row_bias,
+                               A* __restrict__ local, A* __restrict__ pair_mean, A* __restrict__ fused_mean,
+                               int64_t mean_stride, int64_t begin, int64_t end) {
+  const int64_t step = rows.step();
+  const A share = A(1) / static_cast<A>(rows.width);
+  for (int64_t i = begin; i < end; ++i) {
+    const A bias = row_bias[i];
+    for (int64_t p = 0; p < mix.pairs; ++p) pair_mean[p * mean_stride + i] = 0;
+    for (int64_t c = 0; c < mix.channels; ++c) fused_mean[c * mean_stride + i] = 0;
+    for (int64_t j0 = 0; j0 < rows.width; j0 += step) {
+      const int64_t w = std::min(step, rows.width - j0);
+      for (int64_t p = 0; p < mix.pairs; ++p) {
+        if (!rows.present[p]) continue;
+        const A* __restrict__ pre = rows.data + rows.offset[p] + i * rows.stride + j0;
+        A* __restrict__ r = local + p * kMaxStep;
+#pragma omp simd
+        for (int64_t j = 0; j < w; ++j) r[j] = activate<kAct>(pre[j] + bias);
+        pair_mean[p * mean_stride + i] += static_cast<A>(sum_of(r, w));
+      }
+      for (int64_t c = 0; c < mix.channels; ++c) {
+        A s[kMaxStep];
+        mix_pairs(mix, c, rows.present, local, w, s);
+#pragma omp simd
+        for (int64_t j = 0; j < w; ++j) s[j] = activate<kAct>(s[j]);
+        fused_mean[c * mean_stride + i] += static_cast<A>(sum_of(s, w));
+      }
+    }
+    for (int64_t p = 0; p < mix.pairs; ++p) pair_mean[p * mean_stride + i] *= share;
+    for (int64_t c = 0; c < mix.channels; ++c) fused_mean[c * mean_stride + i] *= share;
+  }
+}
+
+// Sums over samples, in double: many small terms.
+struct SmallGrads {
+  double *row_bias, *pair_weight, *pair_bias;  // [q], [C, P], [C]
+};
+
+// Replaces the pre-activations by their gradients and adds to the gradients of the small parameters. `grad_pair` and
+// `grad_fused` are those of the means. `local` holds 2 P · kMaxStep numbers.
+template <Activation kAct, typename A>
+MSACORE_SIMD void backward_rows(const Rows<A> rows, const Mix<A> mix, const A* __restrict__ row_bias,
+                                A* __restrict__ local, const A* __restrict__ grad_pair,
+                                const A* __restrict__ grad_fused, int64_t mean_stride, const SmallGrads sums,
+                                int64_t begin, int64_t end) {
+  const int64_t step = rows.step();
+  const A share = A(1) / static_cast<A>(rows.width);
+  A* grad_local = local + mix.pairs * kMaxStep;
+  for (int64_t i = begin; i < end; ++i) {
+    const A bias = row_bias[i];
+    for (int64_t j0 = 0; j0 < rows.width; j0 += step) {
+      const int64_t w = std::min(step, rows.width - j0);
+      for (int64_t p = 0; p < mix.pairs; ++p) {
+        if (!rows.present[p]) continue;
+        const A* __restrict__ pre = rows.data + rows.offset[p] + i * rows.stride + j0;
+        A* __restrict__ r = local + p * kMaxStep;
+        A* __restrict__ d = grad_local + p * kMaxStep;
+        const A grad = share * grad_pair[p * mean_stride + i];
+#pragma omp simd
+        for (int64_t j = 0; j < w; ++j) {
+          r[j] = activate<kAct>(pre[j] + bias);
+          d[j] = grad;
+        }
+      }
+      for (int64_t c = 0; c < mix.channels; ++c) {
+        A s[kMaxStep];
+        mix_pairs(mix, c, rows.present, local, w, s);
+        const A grad = share * grad_fused[c * mean_stride + i];
+#pragma omp simd
+        for (int64_t j = 0; j < w; ++j) s[j] = through<kAct>(grad, s[j]);
+        sums.pair_bias[c] += sum_of(s, w);
+        for (int64_t p = 0; p < mix.pairs; ++p) {
+          if (!rows.present[p]) continue;
+          const A* __restrict__ r = local + p * kMaxStep;
+          A* __restrict__ d = grad_local + p * kMaxStep;
+          const A v = mix.weight[c * mix.pairs + p];
+          A dot = 0;
+#pragma omp simd reduction(+ : dot)
+          for (int64_t j = 0; j < w; ++j) {
+            dot += s[j] * r[j];
+            d[j] += v * s[j];
+          }
+          sums.pair_weight[c * mix.pairs + p] += dot;
+        }
+      }
+      for (int64_t p = 0; p < mix.pairs; ++p) {
+        if (!rows.present[p]) continue;
+        A* __restrict__ pre = rows.data + rows.offset[p] + i * rows.stride + j0;
+        const A* __restrict__ d = grad_local + p * kMaxStep;
+#pragma omp simd
+        for (int64_t j = 0; j < w; ++j) pre[j] = through<kAct>(d[j], pre[j] + bias);
+        sums.row_bias[i] += sum_of(pre, w);
+      }
+    }
+    for (int64_t p = 0; p < mix.pairs; ++p) {
+      A* __restrict__ row = rows.data + rows.offset[p] + i * rows.stride;
+      if (!rows.present[p])
+        for (int64_t j = 0; j < rows.width; ++j) row[j] = 0;
+    }
+  }
+}
+
+}  // namespace msacore::matrix_fusion::cpu

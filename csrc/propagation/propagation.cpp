@@ -1,0 +1,319 @@
+// Propagation over conversations on the CPU, with no edge list. A task is one conversation × one cache line of columns,
+// kept in cache for all steps; tasks are independent, so results do not depend on the number of threads.
+#include "propagation/propagation.h"
+
+#include <torch/csrc/stable/library.h>
+#include <torch/csrc/stable/ops.h>
+
+#include <algorithm>
+#include <type_traits>
+#include <vector>
+
+#include "core/dtype.h"
+#include "cpu/huge_pages.h"
+#include "cpu/simd.h"
+#include "propagation/propagation_conversation.h"
+#include "propagation/propagation_window_tile.h"
+
+namespace msacore::propagation::cpu {
+using namespace msacore::cpu;
+namespace {
+
+constexpr int64_t kGrain = 32768;  // element updates a thread should have at least
+
+void check_offset_values(const char* op, const int64_t* offsets, const WindowSizes& s) {
+  check(offsets[0] == 0, op, "expected `offsets[0]` to be 0, got ", offsets[0]);
+  check(offsets[s.conversations] == s.utterances, op, "expected `offsets[-1]` to be N = ", s.utterances, ", got ",
+        offsets[s.conversations]);
+  for (int64_t v = 0; v < s.conversations; ++v)
+    check(offsets[v] <= offsets[v + 1], op, "expected `offsets` to be non-decreasing, got ", offsets[v], " before ",
+          offsets[v + 1], " at position ", v);
+}
+
+// A modality count known at compile time keeps all sums of an utterance in registers; 0 is the general form.
+template <typename Body>
+void dispatch_modalities(int64_t modalities, Body&& body) {
+  modalities == 3 ? body(std::integral_constant<int, 3>{}) : body(std::integral_constant<int, 0>{});
+}
+
+// Runs body(conversation, first element of the tile, its width) for every conversation and every tile of columns.
+// Threads share the utterances evenly; a task belongs to the thread in whose share it begins.
+template <typename A, typename Body>
+void for_each_tile(const Call& call, Body&& body) {
+  const WindowSizes& s = call.sizes;
+  constexpr int64_t kWidth = Row<A>::kWidth;
+  const int64_t tiles = (s.width + kWidth - 1) / kWidth;
+  const int64_t work = kWidth * s.modalities * std::max<int64_t>(1, call.steps);
+  const int64_t grain = std::max<int64_t>(1, kGrain / std::max<int64_t>(1, work));
+  torch::stable::parallel_for(0, s.utterances * tiles, grain, [&](int64_t from, int64_t to) {
+    Conversation<A> conversation;
+    int64_t v = std::upper_bound(call.offsets, call.offsets + s.conversations + 1, from / tiles) - call.offsets - 1;
+    for (; v < s.conversations && call.offsets[v] * tiles < to; ++v) {
+      const int64_t begin = call.offsets[v], end = call.offsets[v + 1], length = end - begin;
+      if (length == 0) continue;
+      bool prepared = false;
+      for (int64_t tile = 0; tile < tiles; ++tile) {
+        const int64_t start = begin * tiles + tile * length;
+        if (start < from || start >= to) continue;
+        if (!prepared) conversation.prepare(call, begin, end);
+        prepared = true;
+        body(conversation, begin * s.modalities * s.width + tile * kWidth, std::min(kWidth, s.width - tile * kWidth));
+      }
+    }
+  });
+}
+
+// next = (1-α) A_inter ((1-α) A_intra h + α x) + α x, with α x in c.x
+template <int kM, bool kGated, typename A>
+MSACORE_INLINE void forward_step(const Conversation<A>& c, int64_t modalities, const Gates<A>& gates, const Row<A>* h,
+                                 Row<A>* next) {
+  const int64_t M = kM > 0 ? kM : modalities;
+  const auto use = [&](int64_t i, Row<A>* u) __attribute__((always_inline)) {
+    Row<A> in_registers[kM > 0 ? kM : 1];
+    Row<A>* others = kM > 0 ? in_registers : c.work + 2 * M;
+    for (int64_t m = 0; m < M; ++m) {
+      const int64_t e = i * M + m;
+      u[m] = gates.intra[kGated ? e : i] * u[m] + c.x[e];
+      if (kGated) u[m] = u[m].where(gates.sends[e]);
+    }
+    sum_others<kM>(u, M, others);
+    for (int64_t m = 0; m < M; ++m) {
+      const int64_t e = i * M + m;
+      Row<A> row = gates.inter[kGated ? e : 0] * others[m] + c.x[e];
+      next[e] = kGated ? row.where(gates.next_sends[e]) : row;
+    }
+  };
+  for_each_window<kM>(h, c.length, M, c.past, c.future, c.ends, c.work, use);
+}
+
+// All steps from x in c.h; returns the result's place. A state buffer holds what a node sends, zeros where it does not.
+template <int kM, typename A>
+MSACORE_SIMD const Row<A>* forward_tile(const Call& call, const Conversation<A>& c) {
+  const int64_t M = call.sizes.modalities;
+  const A alpha = static_cast<A>(call.alpha);
+  Row<A>*h = c.h, *next = c.next;
+  if (call.steps == 0) return h;
+  // α = 0 drops the term rather than multiply by it: then a missing node's x is not read at all.
+  for (int64_t e = 0; e < c.nodes; ++e) c.x[e] = alpha == 0 ? Row<A>{} : alpha * h[e];
+  if (call.gate)
+    for (int64_t e = 0; e < c.nodes; ++e) h[e] = h[e].where(c.gate[e]);
+  for (int64_t k = 0; k < call.steps; ++k) {
+    const Gates<A> gates = c.gates(call, k);
+    c.gated(call, k) ? forward_step<kM, true>(c, M, gates, h, next) : forward_step<kM, false>(c, M, gates, h, next);
+    std::swap(h, next);
+  }
+  return h;
+}
+
+// The step of METHODS' adjoint: with λ = dL/dH of a step's result, G = (1-α) A_interᵀ λ and c.x += α (λ + G); writes
+// the input (1-α) D_intra⁻¹ G of the transposed window sum that gives λ of the step before. `first`: h holds λ itself.
+template <int kM, bool kGated, typename A>
+MSACORE_INLINE void backward_step(const Conversation<A>& c, int64_t modalities, const Gates<A>& gates, A alpha,
+                                  bool first, const Row<A>* h, Row<A>* next) {
+  const int64_t M = kM > 0 ? kM : modalities;
+  const auto use = [&](int64_t i, Row<A>* lambda) __attribute__((always_inline)) {
+    Row<A> in_registers[kM > 0 ? kM : 1];
+    Row<A>* g = kM > 0 ? in_registers : c.work + 2 * M;
+    for (int64_t m = 0; m < M; ++m) {
+      const int64_t e = i * M + m;
+      if (kGated) lambda[m] = lambda[m].where(gates.next_sends[e]);
+      if (alpha != 0) c.x[e] = c.x[e] + alpha * lambda[m];
+      lambda[m] = gates.inter[kGated ? e : 0] * lambda[m];
+    }
+    sum_others<kM>(lambda, M, g);
+    for (int64_t m = 0; m < M; ++m) {
+      const int64_t e = i * M + m;
+      if (kGated) g[m] = g[m].where(gates.sends[e]);
+      if (alpha != 0) c.x[e] = c.x[e] + alpha * g[m];
+      next[e] = gates.intra[kGated ? e : i] * g[m];
+    }
+  };
+  if (first) {
+    Row<A> in_registers[kM > 0 ? kM : 1];
+    Row<A>* lambda = kM > 0 ? in_registers : c.work;
+    for (int64_t i = 0; i < c.length; ++i) {
+      for (int64_t m = 0; m < M; ++m) lambda[m] = h[i * M + m];
+      use(i, lambda);
+    }
+  } else {
+    for_each_window<kM>(h, c.length, M, c.future, c.past, c.ends, c.work, use);
+  }
+}
+
+// The gradient of x from that of the result in c.h; returns its place.
+template <int kM, typename A>
+MSACORE_SIMD const Row<A>* backward_tile(const Call& call, const Conversation<A>& c) {
+  const int64_t M = call.sizes.modalities;
+  const A alpha = static_cast<A>(call.alpha);
+  Row<A>*h = c.h, *next = c.next;
+  if (call.steps == 0) return h;
+  for (int64_t e = 0; e < c.nodes; ++e) c.x[e] = Row<A>{};
+  for (int64_t k = call.steps - 1; k >= 0; --k) {
+    const Gates<A> gates = c.gates(call, k);
+    const bool first = k + 1 == call.steps;
+    c.gated(call, k) ? backward_step<kM, true>(c, M, gates, alpha, first, h, next)
+                     : backward_step<kM, false>(c, M, gates, alpha, first, h, next);
+    std::swap(h, next);
+  }
+  const auto use = [&](int64_t i, Row<A>* lambda) __attribute__((always_inline)) {
+    for (int64_t m = 0; m < (kM > 0 ? kM : M); ++m) {
+      const int64_t e = i * (kM > 0 ? kM : M) + m;
+      c.x[e] = c.x[e] + (call.gate ? lambda[m].where(c.gate[e]) : lambda[m]);
+    }
+  };
+  for_each_window<kM>(h, c.length, M, c.future, c.past, c.ends, c.work, use);
+  return c.x;
+}
+
+// A_intra h, or its transpose (kTransposed): the half-step without its share of x.
+template <int kM, bool kTransposed, typename A>
+MSACORE_SIMD const Row<A>* window_mean_tile(const Call& call, const Conversation<A>& c) {
+  const int64_t M = kM > 0 ? kM : call.sizes.modalities;
+  const auto scale = [&](int64_t e) { return call.gate ? c.gated_intra[e] : c.intra[e / M]; };
+  for (int64_t e = 0; e < c.nodes; ++e) {
+    if (kTransposed)
+      c.h[e] = scale(e) * c.h[e];
+    else if (call.gate)
+      c.h[e] = c.h[e].where(c.gate[e]);
+  }
+  const auto use = [&](int64_t i, Row<A>* sum) __attribute__((always_inline)) {
+    for (int64_t m = 0; m < M; ++m) {
+      const int64_t e = i * M + m;
+      if (kTransposed)
+        c.next[e] = call.gate ? sum[m].where(c.gate[e]) : sum[m];
+      else
+        c.next[e] = scale(e) * sum[m];
+    }
+  };
+  for_each_window<kM>(c.h, c.length, M, kTransposed ? c.future : c.past, kTransposed ? c.past : c.future, c.ends,
+                      c.work, use);
+  return c.next;
+}
+
+// A_inter h, or its transpose, of utterances begin … end; h and out [N, M, d], gate [N, M] or null. `sum` holds d.
+template <bool kTransposed, typename T, typename A>
+MSACORE_SIMD void modality_mean_range(const T* __restrict__ h, const bool* __restrict__ gate, T* __restrict__ out,
+                                      A* __restrict__ sum, const WindowSizes& s, int64_t begin, int64_t end) {
+  const int64_t M = s.modalities, d = s.width;
+  for (int64_t i = begin; i < end; ++i) {
+    const bool* sends = gate ? gate + i * M : nullptr;
+    int64_t senders = M;
+    if (sends) senders = std::count(sends, sends + M, true);
+    const auto scale = [&](int64_t m) {
+      const int64_t others = senders - (sends ? sends[m] : 1);
+      return others ? A(1) / static_cast<A>(others) : A(0);
+    };
+    for (int64_t m = 0; m < M; ++m) {
+      for (int64_t c = 0; c < d; ++c) sum[c] = 0;
+      for (int64_t n = 0; n < M; ++n) {
+        if (n == m || (sends && !sends[kTransposed ? m : n])) continue;
+        const A factor = scale(kTransposed ? n : m);
+        const T* row = h + (i * M + n) * d;
+        for (int64_t c = 0; c < d; ++c) sum[c] += factor * static_cast<A>(row[c]);
+      }
+      for (int64_t c = 0; c < d; ++c) out[(i * M + m) * d + c] = static_cast<T>(sum[c]);
+    }
+  }
+}
+
+enum class Direction { kForward, kBackward };
+
+// The operators and their gradients map [N, M, d] to [N, M, d]; `tile` runs one task of the kind.
+template <typename Tile>
+Tensor over_conversations(const char* op, const std::string& name, const Tensor& h_, const Tensor& offsets_,
+                          const std::string& gate_name, const OptionalTensor& gate_, int64_t past, int64_t future,
+                          int64_t steps, double alpha, Send send, Tile&& tile) {
+  check_window(op, past, future);
+  WindowSizes s = check_states(op, name, h_, gate_name, gate_);
+  s.conversations = check_offsets(op, offsets_, h_);
+  const Tensor h = torch::stable::contiguous(h_), offsets = torch::stable::contiguous(offsets_);
+  const OptionalTensor gate = contiguous(gate_);
+  const Call call{s, offsets.const_data_ptr<int64_t>(), data_or_null<bool>(gate), past, future, steps, alpha, send};
+  check_offset_values(op, call.offsets, s);
+  Tensor out = on_huge_pages(torch::stable::new_empty(h, {s.utterances, s.modalities, s.width}));
+  if (out.numel() == 0) return out;
+  dispatch_floating(h.scalar_type(), op, [&](auto tag) {
+    using T = typename decltype(tag)::type;
+    const T* from = h.const_data_ptr<T>();
+    T* to = out.mutable_data_ptr<T>();
+    dispatch_modalities(s.modalities, [&](auto count) {
+      for_each_tile<acc_t<T>>(call, [&](const Conversation<acc_t<T>>& c, int64_t at, int64_t width) {
+        load_rows(from + at, s.width, c.nodes, width, c.h);
+        store_rows(tile(count, call, c), c.nodes, width, to + at, s.width);
+      });
+    });
+  });
+  return out;
+}
+
+template <Direction kDirection>
+Tensor propagate_cpu(const Tensor& x, const Tensor& offsets, const OptionalTensor& available, int64_t past,
+                     int64_t future, int64_t steps, double alpha, int64_t send) {
+  constexpr bool kForward = kDirection == Direction::kForward;
+  constexpr const char* op = kForward ? "propagate" : "propagate_backward";
+  check_steps(op, steps, alpha);
+  return over_conversations(op, kForward ? "x" : "grad_out", x, offsets, "available", available, past, future, steps,
+                            alpha, check_send(op, send), [](auto count, const Call& call, const auto& c) {
+                              constexpr int kM = decltype(count)::value;
+                              return kForward ? forward_tile<kM>(call, c) : backward_tile<kM>(call, c);
+                            });
+}
+
+template <Direction kDirection>
+Tensor window_mean_cpu(const Tensor& h, const Tensor& offsets, const OptionalTensor& senders, int64_t past,
+                       int64_t future) {
+  constexpr bool kForward = kDirection == Direction::kForward;
+  return over_conversations(kForward ? "window_mean" : "window_mean_backward", kForward ? "h" : "grad_out", h, offsets,
+                            "senders", senders, past, future, 1, 0.0, Send::kNever,
+                            [](auto count, const Call& call, const auto& c) {
+                              return window_mean_tile<decltype(count)::value, !kForward>(call, c);
+                            });
+}
+
+template <Direction kDirection>
+Tensor modality_mean_cpu(const Tensor& h_, const OptionalTensor& senders_) {
+  constexpr bool kForward = kDirection == Direction::kForward;
+  constexpr const char* op = kForward ? "modality_mean" : "modality_mean_backward";
+  const WindowSizes s = check_states(op, kForward ? "h" : "grad_out", h_, "senders", senders_);
+  const Tensor h = torch::stable::contiguous(h_);
+  const OptionalTensor senders = contiguous(senders_);
+  Tensor out = on_huge_pages(torch::stable::new_empty(h, {s.utterances, s.modalities, s.width}));
+  if (out.numel() == 0) return out;
+  dispatch_floating(h.scalar_type(), op, [&](auto tag) {
+    using T = typename decltype(tag)::type;
+    const T* from = h.const_data_ptr<T>();
+    T* to = out.mutable_data_ptr<T>();
+    const int64_t grain = std::max<int64_t>(1, kGrain / (s.modalities * s.modalities * s.width));
+    torch::stable::parallel_for(0, s.utterances, grain, [&](int64_t begin, int64_t end) {
+      std::vector<acc_t<T>> sum(s.width);
+      modality_mean_range<!kForward>(from, data_or_null<bool>(senders), to, sum.data(), s, begin, end);
+    });
+  });
+  return out;
+}
+
+}  // namespace
+}  // namespace msacore::propagation::cpu
+
+STABLE_TORCH_LIBRARY_FRAGMENT(msacore, m) {
+  m.def(
+      "propagate(Tensor x, Tensor offsets, Tensor? available, *, int past, int future, int steps, float alpha, int "
+      "send) -> Tensor");
+  m.def(
+      "propagate_backward(Tensor grad_out, Tensor offsets, Tensor? available, *, int past, int future, int steps, "
+      "float alpha, int send) -> Tensor");
+  m.def("window_mean(Tensor h, Tensor offsets, Tensor? senders, *, int past, int future) -> Tensor");
+  m.def("window_mean_backward(Tensor grad_out, Tensor offsets, Tensor? senders, *, int past, int future) -> Tensor");
+  m.def("modality_mean(Tensor h, Tensor? senders) -> Tensor");
+  m.def("modality_mean_backward(Tensor grad_out, Tensor? senders) -> Tensor");
+}
+
+STABLE_TORCH_LIBRARY_IMPL(msacore, CPU, m) {
+  using namespace msacore::propagation::cpu;
+  m.impl("propagate", TORCH_BOX(&propagate_cpu<Direction::kForward>));
+  m.impl("propagate_backward", TORCH_BOX(&propagate_cpu<Direction::kBackward>));
+  m.impl("window_mean", TORCH_BOX(&window_mean_cpu<Direction::kForward>));
+  m.impl("window_mean_backward", TORCH_BOX(&window_mean_cpu<Direction::kBackward>));
+  m.impl("modality_mean", TORCH_BOX(&modality_mean_cpu<Direction::kForward>));
+  m.impl("modality_mean_backward", TORCH_BOX(&modality_mean_cpu<Direction::kBackward>));
+}

@@ -1,1 +1,0 @@
-"""How :func:`msacore.select` works; nothing here is public."""

@@ -1,0 +1,228 @@
+"""InfoNCE: masked, weighted, with several positives, without the similarity matrix."""
+
+import math
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from msacore.ops._autocast import compute_in_float32
+from msacore.ops._autograd import eager_autograd, refuse_second_derivative
+from msacore.ops._check import check_device, check_dtype, check_floating, check_shape, fail
+
+_info_nce = torch.ops.msacore.info_nce.default
+_info_nce_backward = torch.ops.msacore.info_nce_backward.default
+_REDUCTIONS = {"none": 0, "mean": 1, "sum": 2}
+
+
+def check_temperature(op: str, name: str, value: float) -> None:
+    if not (value > 0 and math.isfinite(value)):
+        fail(op, f"expected `{name}` to be positive and finite, got {value:g}")
+
+
+def loss_dtype(dtype: torch.dtype) -> torch.dtype:
+    return torch.float64 if dtype == torch.float64 else torch.float32
+
+
+def _check_inputs(
+    op: str,
+    anchors: Tensor,
+    candidates: Tensor | None,
+    learned_temperature: Tensor | None,
+    anchor_labels: Tensor | None,
+    candidate_labels: Tensor | None,
+    weights: Tensor | None,
+    anchor_mask: Tensor | None,
+    candidate_mask: Tensor | None,
+    *,
+    temperature: float,
+    symmetric: bool,
+    exclude_self: bool,
+    reduction: int,
+) -> tuple[Any, Any]:
+    """The checks of csrc/info_nce/info_nce.h; returns N and N'."""
+    check_floating(op, "anchors", anchors)
+    check_shape(op, "anchors", anchors, (-1, -1), "[N, d]")
+    n, d = anchors.shape
+    m = n
+    if weights is not None and anchor_labels is not None:
+        fail(op, "expected `labels` or `weights`, got both")
+    if (anchor_labels is None) != (candidate_labels is None):
+        fail(op, "expected `labels` for anchors and candidates, got one of the two")
+    if candidates is not None:
+        check_dtype(op, "candidates", candidates, anchors.dtype)
+        check_shape(op, "candidates", candidates, (-1, d), "[N', d]")
+        check_device(op, "candidates", candidates, anchors)
+        m = candidates.shape[0]
+    if learned_temperature is not None:
+        check_floating(op, "temperature", learned_temperature)
+        check_shape(op, "temperature", learned_temperature, (), "[] (0-d)")
+        check_device(op, "temperature", learned_temperature, anchors)
+    else:
+        check_temperature(op, "temperature", temperature)
+    for name, tensor, dtype, rows, meaning in (
+        ("labels[0]", anchor_labels, torch.int64, n, "[N]"),
+        ("labels[1]", candidate_labels, torch.int64, m, "[N']"),
+        ("anchor_mask", anchor_mask, torch.bool, n, "[N]"),
+        ("candidate_mask", candidate_mask, torch.bool, m, "[N']"),
+    ):
+        if tensor is not None:
+            check_dtype(op, name, tensor, dtype)
+            check_shape(op, name, tensor, (rows,), meaning)
+            check_device(op, name, tensor, anchors)
+    if weights is not None:
+        check_dtype(op, "weights", weights, anchors.dtype)
+        check_shape(op, "weights", weights, (n, m), "[N, N']")
+        check_device(op, "weights", weights, anchors)
+    as_many = f"expected `candidates` to have as many rows as `anchors` ({n})"
+    if weights is None and anchor_labels is None and n != m:
+        fail(op, f"{as_many} when neither `labels` nor `weights` say which are positive, got {m}")
+    if not 0 <= reduction <= 2:
+        fail(op, f'expected `reduction` to be "none", "mean" or "sum", got code {reduction}')
+    if symmetric and reduction == _REDUCTIONS["none"] and n != m:
+        fail(op, f'{as_many} with `symmetric` and `reduction` "none", got {m}')
+    return n, m
+
+
+@torch.library.register_fake("msacore::info_nce")
+def _(*inputs: Any, **options: Any) -> tuple[Tensor, Tensor, Tensor]:
+    n, m = _check_inputs("info_nce", *inputs, **options)
+    anchors, dtype = inputs[0], loss_dtype(inputs[0].dtype)
+    return (
+        anchors.new_empty((n,) if options["reduction"] == _REDUCTIONS["none"] else (), dtype=dtype),
+        anchors.new_empty((3, n), dtype=dtype),
+        anchors.new_empty((3, m if options["symmetric"] else 0), dtype=dtype),
+    )
+
+
+@torch.library.register_fake("msacore::info_nce_backward")
+def _(grad_out: Tensor, *saved: Any, **options: Any) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    *inputs, anchor_stats, candidate_stats = saved
+    op = "info_nce_backward"
+    n, m = _check_inputs(op, *inputs, **options)
+    anchors, candidates, learned_temperature, _, _, weights, _, _ = inputs
+    dtype = loss_dtype(anchors.dtype)
+    check_dtype(op, "grad_out", grad_out, dtype)
+    per_anchor = options["reduction"] == _REDUCTIONS["none"]
+    check_shape(op, "grad_out", grad_out, (n,) if per_anchor else (), "[N]" if per_anchor else "[]")
+    check_dtype(op, "anchor_stats", anchor_stats, dtype)
+    check_shape(op, "anchor_stats", anchor_stats, (3, n), "[3, N]")
+    check_dtype(op, "candidate_stats", candidate_stats, dtype)
+    check_shape(op, "candidate_stats", candidate_stats, (3, m if options["symmetric"] else 0), "[3, N'] or [3, 0]")
+    return (
+        anchors.new_empty(anchors.shape),
+        anchors.new_empty((0 if candidates is None else m, anchors.shape[1])),
+        anchors.new_empty((0,)) if learned_temperature is None else learned_temperature.new_empty(()),
+        anchors.new_empty((0, 0) if weights is None else (n, m)),
+    )
+
+
+def _setup_context(ctx: Any, inputs: tuple[Any, ...], keyword_only_inputs: dict[str, Any], output: Any) -> None:
+    _, anchor_stats, candidate_stats = output
+    ctx.mark_non_differentiable(anchor_stats, candidate_stats)
+    ctx.set_materialize_grads(False)
+    ctx.save_for_backward(*inputs, anchor_stats, candidate_stats)
+    ctx.options = keyword_only_inputs
+
+
+def _backward(ctx: Any, grad_out: Tensor | None, *_: Any) -> tuple[Tensor | None, ...]:
+    if grad_out is None:
+        return (None,) * 8
+    saved = ctx.saved_tensors
+    anchors, candidates, temperature, weights = _info_nce_backward(grad_out, *saved, **ctx.options)
+    return (
+        anchors,
+        None if saved[1] is None else candidates,
+        None if saved[2] is None else temperature,
+        None,
+        None,
+        None if saved[5] is None else weights,
+        None,
+        None,
+    )
+
+
+torch.library.register_autograd("msacore::info_nce", _backward, setup_context=_setup_context)
+refuse_second_derivative("info_nce_backward")
+compute_in_float32("info_nce")
+_eager = eager_autograd(_info_nce, _setup_context, _backward)
+
+
+def info_nce(
+    anchors: Tensor,
+    candidates: Tensor | None = None,
+    *,
+    temperature: float | Tensor = 0.1,
+    labels: tuple[Tensor, Tensor] | None = None,
+    weights: Tensor | None = None,
+    anchor_mask: Tensor | None = None,
+    candidate_mask: Tensor | None = None,
+    symmetric: bool = False,
+    exclude_self: bool = False,
+    reduction: str = "mean",
+) -> Tensor:
+    """Masked, weighted InfoNCE on cosine similarities, without the similarity matrix.
+
+    With ``s_ij = cos(anchors[i], candidates[j]) / temperature`` and positives weighted by ``w_ij``, an anchor's loss is
+    ``log Σ_j exp(s_ij) - Σ_j w_ij s_ij / Σ_j w_ij``; masked rows take part on neither side.
+
+    Args:
+        anchors: ``[N, d]``; float16, bfloat16, float32 or float64.
+        candidates: ``[N', d]``, dtype of ``anchors``; None or ``anchors`` itself contrasts an embedding with itself,
+            at half the cost.
+        temperature: Positive number, or a 0-d floating tensor, then differentiable.
+        labels: ``(anchor_labels [N], candidate_labels [N'])``, int64; equal labels are positives, a negative label
+            means unlabelled: its row is neither anchor nor candidate.
+        weights: ``[N, N']``, at least 0, dtype of ``anchors``, differentiable. Without labels and weights the positives
+            are the pairs ``(i, i)``.
+        anchor_mask: ``[N]`` bool, False where a row is no anchor.
+        candidate_mask: ``[N']`` bool, False where a row is no candidate.
+        symmetric: Mean of the two directions, in one sweep.
+        exclude_self: Leave the pairs ``(i, i)`` out of positives and denominators.
+        reduction: "mean" over the anchors that count, "sum" or "none".
+
+    Returns:
+        The loss, 0-d, or ``[N]`` for "none" with zeros for the anchors that are masked or have no positive; float64 for
+        float64 inputs, else float32. Zero, with zero gradients, when no anchor is left.
+
+    Raises:
+        RuntimeError: A shape, dtype, device or range above does not hold (values inside tensors: on CPU only).
+        ValueError: ``reduction`` is none of the three, or ``labels`` is no pair.
+
+    Note:
+        Several positives are averaged outside of the logarithm, as in "L_out" of Khosla et al., "Supervised Contrastive
+        Learning" (2020). Forward and backward keep three numbers per row; the gradient of ``weights`` is ``[N, N']`` by
+        nature. Accumulates in float32 for 16-bit types and computes in float32 under autocast. A zero row has cosine 0
+        and gradient 0. Deterministic; differentiable once; no host synchronisation on CUDA.
+
+    Example:
+        >>> z = torch.eye(3)
+        >>> info_nce(z, z, temperature=1.0)
+        tensor(0.5514)
+        >>> labels = torch.tensor([0, 0, 1])
+        >>> info_nce(z, z, labels=(labels, labels), exclude_self=True, reduction="none")
+        tensor([0.6931, 0.6931, 0.0000])
+    """
+    if reduction not in _REDUCTIONS:
+        raise ValueError(f'msacore::info_nce: expected `reduction` to be "none", "mean" or "sum", got {reduction!r}')
+    anchor_labels = candidate_labels = None
+    if labels is not None:
+        if not (isinstance(labels, (tuple, list)) and len(labels) == 2):
+            raise ValueError("msacore::info_nce: expected `labels` to be a pair (anchor_labels, candidate_labels)")
+        anchor_labels, candidate_labels = labels
+    learned = temperature if isinstance(temperature, Tensor) else None
+    loss, _, _ = _eager(
+        anchors,
+        None if candidates is anchors else candidates,
+        learned,
+        anchor_labels,
+        candidate_labels,
+        weights,
+        anchor_mask,
+        candidate_mask,
+        temperature=1.0 if learned is not None else temperature,
+        symmetric=symmetric,
+        exclude_self=exclude_self,
+        reduction=_REDUCTIONS[reduction],
+    )
+    return loss
