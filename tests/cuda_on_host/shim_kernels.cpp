@@ -157,6 +157,7 @@ const char* attempt(void (*kernel)(P...), dim3 grid, dim3 block, size_t shared, 
 
 #define EXPORT extern "C" __attribute__((visibility("default"))) const char*
 
+using namespace msacore;
 using namespace msacore::cuda;
 
 EXPORT block_reduction(const float* in, float* out, int n) {
