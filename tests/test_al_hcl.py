@@ -95,6 +95,18 @@ def test_labels_are_bought_once_from_the_train_part(corpus, data, tmp_path):
     assert all(corpus.utterance_ids[row] == name for name, row in ids.items())
 
 
+def test_labels_that_are_not_there_are_neither_bought_nor_scored(corpus, tmp_path):
+    labels = corpus.labels.copy()
+    labels[::3] = np.nan
+    holes = replace(corpus, labels=labels)
+    state = finish(Run(ARM, holes, Data.of(holes), 0, tmp_path / "a.pt"))
+    assert np.isfinite(labels[state.labelled]).all() and state.counts[0] == round(
+        0.1 * np.isfinite(labels[corpus.split == 0]).sum()
+    )
+    assert all(r["test"]["n"] == len(holes.rows("test", labelled=True)) for r in state.records)
+    assert all(np.isfinite(r["test"]["mae"]) for r in state.records)
+
+
 def test_replaying_arms_train_on_the_labels_of_the_reference(corpus, data, tmp_path):
     reference = finish(Run(ARM, corpus, data, 0, tmp_path / "a.pt"))
     arms = ablations(ARM, 3)

@@ -257,7 +257,7 @@ def toy(**changes):
     ({"features": {"a": np.ones((3, 2), np.float32)}}, "a has 3 rows"),
     ({"features": {"a": np.ones((4, 2))}}, "expected float32"),
     ({"features": {"a": np.ones((4, 3, 2), np.float32)}}, "need a token mask"),
-    ({"labels": np.full(4, np.nan, np.float32)}, "label is not finite"),
+    ({"labels": np.full(4, np.inf, np.float32)}, "label is infinite"),
     ({"split": np.full(4, 5, np.int8)}, "0, 1, 2 or -1"),
     ({"video_ptr": np.array([0, 3, 2, 4])}, "video_ptr must rise"),
     ({"utterance_ids": np.array(list("aacd"))}, "not unique"),
@@ -266,6 +266,18 @@ def toy(**changes):
 def test_a_corpus_that_does_not_fit_together_is_refused(changes, message):
     with pytest.raises(ValueError, match=message):
         toy(**changes)
+
+
+def test_statistics_of_one_set_standardise_another():
+    first, second = (
+        toy(),
+        toy(features={"a": np.full((4, 2), 7, np.float32)}, available=np.array([[1], [1], [0], [1]], bool)),
+    )
+    statistics = first.statistics()
+    mean, scale = statistics["a"]
+    out = second.standardise_by(statistics).features["a"]
+    assert out[[0, 1, 3]].tolist() == [((7 - mean) * scale).tolist()] * 3 and (out[2] == 0).all()
+    assert np.array_equal(first.standardise_by(statistics).features["a"], first.standardise().features["a"])
 
 
 def test_standardise_reads_observed_train_rows_only():

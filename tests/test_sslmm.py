@@ -187,6 +187,23 @@ def test_the_ramp_rises_to_one() -> None:
     assert values[3:] == [1.0] * 8
 
 
+@pytest.fixture
+def holes(corpus: Corpus) -> Corpus:
+    """Every third utterance of each part has no label."""
+    labels = corpus.labels.copy()
+    labels[::3] = np.nan
+    return replace(corpus, labels=labels)
+
+
+def test_utterances_without_a_label_train_no_loss_and_are_not_scored(holes: Corpus) -> None:
+    for method in ("SSLMM", "mean-filled MLP"):
+        result = run_cell(holes, Cell(method, 0.4, 1.0, 0), QUICK)
+        assert result["labels"]["labels"] == len(holes.rows("train", labelled=True)) < len(holes.rows("train"))
+        for part in ("valid", "test"):
+            assert result[part]["n"] == len(holes.rows(part, labelled=True)) < len(holes.rows(part))
+            assert np.isfinite(result[part]["mae"])
+
+
 def test_no_labelled_sample_is_an_error(corpus: Corpus) -> None:
     observed, _ = missing_mask(corpus, rate=0.5)
     with pytest.raises(ValueError, match="no labelled train utterance"):

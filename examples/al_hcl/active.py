@@ -103,11 +103,11 @@ class Run:
         self.replayed = replayed.labelled if replayed else None
         self.starts: Starts = {} if starts is None else starts
         start = first_labels(data, arm.selection, seed)
-        wanted, there = len(start) + arm.selection.rounds * arm.selection.budget, len(data.train)
+        wanted, there = len(start) + arm.selection.rounds * arm.selection.budget, len(data.buyable)
         if wanted > there:
             raise ValueError(
                 f"{arm.name}: {len(start)} first labels and {arm.selection.rounds} rounds of {arm.selection.budget} "
-                f"ask for {wanted} labels, but the train part has {there} utterances"
+                f"ask for {wanted} labels, but the train part has {there} utterances with one"
             )
         self.state = State(start)
         if resume and checkpoint.exists():
@@ -176,12 +176,12 @@ class Run:
 
     def _buy(self, number: int, labelled: Tensor, train_part: Prediction) -> list[dict[str, Any]]:
         config = self.arm.selection
-        pool = ~torch.isin(self.data.train, labelled)
+        pool = torch.isin(self.data.train, self.data.buyable) & ~torch.isin(self.data.train, labelled)
         free = self.data.train[pool]
         if self.replayed is not None:
             rows = self.replayed[len(labelled) : len(labelled) + config.budget]
             return [self._describe(row, train_part, None) for row in rows]
-        centres = train_part.embedding[~pool]
+        centres = train_part.embedding[torch.isin(self.data.train, labelled)]
         picks = acquire(
             train_part[pool], self.data.inputs.available[free], centres, config, _derive(self.seed, "select", number)
         )
@@ -206,7 +206,7 @@ class Run:
 
 
 def first_labels(data: Data, config: SelectionConfig, seed: int) -> list[int]:
-    """Rows labelled before the first training: a share of the train part, at random, at least one.
+    """Rows labelled before the first training: a share of the train rows that have a label, at random, at least one.
 
     Raises:
         ValueError: The share is outside (0, 1].
@@ -214,8 +214,8 @@ def first_labels(data: Data, config: SelectionConfig, seed: int) -> list[int]:
     if not 0.0 < config.initial <= 1.0:
         raise ValueError(f"the initial share of labels must lie in (0, 1], got {config.initial}: no labelled sample")
     generator = torch.Generator().manual_seed(_derive(seed, "first labels"))
-    count = max(1, round(config.initial * len(data.train)))
-    return data.train.cpu()[torch.randperm(len(data.train), generator=generator)[:count]].tolist()
+    count = max(1, round(config.initial * len(data.buyable)))
+    return data.buyable.cpu()[torch.randperm(len(data.buyable), generator=generator)[:count]].tolist()
 
 
 def _derive(seed: int, *what: object) -> int:

@@ -57,7 +57,7 @@ def build_report(experiment: Experiment, run: dict[str, Any]) -> Report:
 def ridge_baseline(experiment: Experiment) -> dict[str, dict[str, float]]:
     """Ridge regression on all train labels: the first modality alone, and all side by side."""
     corpus, result = experiment.corpus, {}
-    test = corpus.rows("test")
+    test = corpus.rows("test", labelled=True)
     for name, names in ((corpus.modalities[0], corpus.modalities[:1]), ("all modalities", corpus.modalities)):
         part = corpus.keep_modalities(names)
         if not part.available.any(1).all():

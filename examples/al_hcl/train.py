@@ -52,24 +52,30 @@ class TrainConfig:
 
 @dataclass(frozen=True)
 class Data:
-    """A standardised corpus as tensors: inputs, labels and their classes of all rows, the row numbers of each part, and
-    the number of each row's video."""
+    """A standardised corpus as tensors: inputs, labels and their classes of all rows, row numbers, and the number of
+    each row's video.
+
+    ``train`` holds all rows of its part; ``buyable`` those of them that have a label; ``valid`` and ``test`` hold
+    labelled rows alone.
+    """
 
     inputs: Inputs
     labels: Tensor
     classes: Tensor
     train: Tensor
+    buyable: Tensor
     valid: Tensor
     test: Tensor
     video: Tensor
 
     @classmethod
     def of(cls, corpus: Corpus, device: torch.device | str = "cpu") -> Data:
-        """Raises ValueError when a part is empty, naming it."""
-        rows = {part: corpus.rows(part) for part in ("train", "valid", "test")}
+        """Raises ValueError when a part holds no labelled utterance, naming it."""
+        rows = {part: corpus.rows(part, labelled=True) for part in ("train", "valid", "test")}
         empty = [part for part, r in rows.items() if len(r) == 0]
         if empty:
-            raise ValueError(f"corpus {corpus.name!r} has no utterance in its {' or '.join(empty)} part")
+            raise ValueError(f"corpus {corpus.name!r} has no utterance in its {' or '.join(empty)} part with a label")
+        rows["buyable"], rows["train"] = rows["train"], corpus.rows("train")
         tensors = {part: torch.tensor(r, device=device) for part, r in rows.items()}
         labels = torch.tensor(corpus.labels, device=device)
         video = torch.tensor(corpus.video_index, device=device)
@@ -78,7 +84,11 @@ class Data:
 
 
 def label_classes(labels: np.ndarray, family: str) -> np.ndarray:
-    """Classes of labels for supervised contrast, int64: whole numbers on MOSI's scale, the five classes of SIMS."""
+    """Classes of labels for supervised contrast, int64: whole numbers on MOSI's scale, the five classes of SIMS.
+
+    A missing label counts as 0; such rows are never given their class.
+    """
+    labels = np.nan_to_num(labels)
     if family == "sims":
         return np.digitize(labels, np.float32(SIMS_BINS["acc5"]), right=True).astype(np.int64)
     return np.round(np.clip(labels, -3, 3)).astype(np.int64) + 3

@@ -61,7 +61,7 @@ def fit_ridge(
         strengths: Candidates, tried in order; the first of equals wins.
         refit: Fit once more on train and validation rows with the chosen strength.
     """
-    train, valid = _labelled_rows(corpus, labelled), corpus.rows("valid")
+    train, valid = _labelled_rows(corpus, labelled), corpus.rows("valid", labelled=True)
     x, y = x.astype(np.float64), corpus.labels.astype(np.float64)
     candidates = _ridge(x, y, train, strengths)
     errors = np.abs(candidates[:, valid] - y[valid]).mean(1)
@@ -107,7 +107,7 @@ def fit_mlp(
         weight_decay: Of Adam.
         patience: Epochs without a better validation error before training stops; the best epoch's weights count.
     """
-    train, valid = _labelled_rows(corpus, labelled), corpus.rows("valid")
+    train, valid = _labelled_rows(corpus, labelled), corpus.rows("valid", labelled=True)
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(seed)
         inputs, target = torch.from_numpy(np.ascontiguousarray(x)), torch.from_numpy(corpus.labels)
@@ -139,10 +139,10 @@ def _predict(net: nn.Module, x: torch.Tensor) -> torch.Tensor:
 
 
 def _labelled_rows(corpus: Corpus, labelled: np.ndarray | None) -> np.ndarray:
-    train = corpus.rows("train")
+    train = corpus.rows("train", labelled=True)
     rows = train if labelled is None else train[labelled[train]]
     if len(rows) == 0:
         raise ValueError(f"corpus {corpus.name!r}: no labelled train row to fit on")
-    if len(corpus.rows("valid")) == 0:
-        raise ValueError(f"corpus {corpus.name!r}: no validation row to choose a model on")
+    if len(corpus.rows("valid", labelled=True)) == 0:
+        raise ValueError(f"corpus {corpus.name!r}: no validation row with a label to choose a model on")
     return rows

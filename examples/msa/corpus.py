@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import hashlib
+from collections.abc import Mapping
 from dataclasses import dataclass, field, replace
 from functools import cached_property
 
@@ -23,7 +24,7 @@ class Corpus:
         family: Metric family and label range: ``"mosi"``, ``"mosei"`` or ``"sims"``.
         features: One float32 array per modality, by name and in order: pooled ``[N, d_m]``, or sequences ``[N, L_m,
             d_m]``.
-        labels: Regression labels, float32 ``[N]``.
+        labels: Regression labels, float32 ``[N]``; NaN where an utterance has none.
         split: int8 ``[N]``: 0 train, 1 valid, 2 test, -1 not used.
         video_ptr: int64 ``[V + 1]``; video ``v`` holds rows ``video_ptr[v]:video_ptr[v + 1]`` in clip order.
         utterance_ids: Unique names, str ``[N]``.
@@ -75,7 +76,7 @@ class Corpus:
                 mask.dtype == bool and mask.shape == self.features[name].shape[:2],
                 f"token mask of {name} has shape {mask.shape}",
             )
-        require(np.isfinite(self.labels).all(), "a label is not finite")
+        require(not np.isinf(self.labels).any(), "a label is infinite")
         require(len(self.split) == n, f"split has {len(self.split)} entries, expected {n}")
         require(np.isin(self.split, (TRAIN, VALID, TEST, UNUSED)).all(), "split must hold 0, 1, 2 or -1 only")
         ptr = self.video_ptr
@@ -109,13 +110,19 @@ class Corpus:
         """Video number of each row, int64 ``[N]``."""
         return np.repeat(np.arange(len(self.video_ptr) - 1), np.diff(self.video_ptr))
 
+    @property
+    def labelled(self) -> np.ndarray:
+        """True where an utterance has a label, bool ``[N]``."""
+        return np.isfinite(self.labels)
+
     def lengths(self, modality: str) -> np.ndarray:
         """Valid tokens of each row of a sequence modality, int64 ``[N]``."""
         return self.masks[modality].sum(1)
 
-    def rows(self, split: str) -> np.ndarray:
-        """Row numbers of ``"train"``, ``"valid"`` or ``"test"``, int64 and rising."""
-        return np.flatnonzero(self.split == SPLITS[split])
+    def rows(self, split: str, labelled: bool = False) -> np.ndarray:
+        """Row numbers of ``"train"``, ``"valid"`` or ``"test"``, all or only those with a label, int64 and rising."""
+        inside = self.split == SPLITS[split]
+        return np.flatnonzero(inside & self.labelled if labelled else inside)
 
     @cached_property
     def sha256(self) -> str:
@@ -172,39 +179,68 @@ class Corpus:
     def standardise(self, observed: np.ndarray | None = None, skip: tuple[str, ...] = ()) -> Corpus:
         """Shift and scale every column by its mean and deviation over observed train rows (valid tokens only).
 
+        Args and Raises: see :meth:`statistics`.
+
+        Returns:
+            A new corpus; padding and unavailable entries are exactly 0, columns without spread are 0.
+        """
+        return self.standardise_by(self.statistics(observed, skip))
+
+    def statistics(
+        self, observed: np.ndarray | None = None, skip: tuple[str, ...] = ()
+    ) -> dict[str, tuple[np.ndarray, np.ndarray]]:
+        """Mean, and one over the deviation, of every column over observed train rows (valid tokens only).
+
         Args:
             observed: bool ``[N, M]``; entries that a missing-modality simulation hides are False and stay unread
                 by the statistics. Intersected with ``available``.
             skip: Modalities left as they are.
 
         Returns:
-            A new corpus; padding and unavailable entries are exactly 0, columns without spread are 0.
+            Per modality two float32 arrays ``[d]``; the second is 0 for columns without spread.
 
         Raises:
             ValueError: A modality is never observed in the train part and is not skipped.
         """
         seen = self.available if observed is None else self.available & observed
-        features = {}
+        found = {}
         for m, (name, x) in enumerate(self.features.items()):
             if name in skip:
-                features[name] = x
                 continue
             rows = np.flatnonzero((self.split == TRAIN) & seen[:, m])
             if len(rows) == 0:
                 raise ValueError(
                     f"corpus {self.name!r}: {name} is observed in no train row, so it cannot be standardised"
                 )
-            valid = self.masks[name] & self.available[:, [m]] if name in self.masks else self.available[:, m]
+            valid = self._valid(m)
             sample = x[rows][valid[rows]].astype(np.float64)
             if len(sample) == 0:
                 raise ValueError(f"corpus {self.name!r}: {name} has no valid token in the train part")
             mean, std = sample.mean(0), sample.std(0)
             flat = std <= 1e-6 * np.maximum(1.0, np.abs(mean))
             scale = np.where(flat, 0.0, 1.0 / np.where(flat, 1.0, std))
-            out = np.zeros_like(x)
-            out[valid] = (x[valid] - mean.astype(np.float32)) * scale.astype(np.float32)
-            features[name] = out
+            found[name] = mean.astype(np.float32), scale.astype(np.float32)
+        return found
+
+    def standardise_by(self, statistics: Mapping[str, tuple[np.ndarray, np.ndarray]]) -> Corpus:
+        """Shift and scale by statistics of this or another corpus; modalities they do not name stay as they are.
+
+        Returns:
+            A new corpus; padding and unavailable entries are exactly 0, columns with scale 0 are 0.
+        """
+        features = dict(self.features)
+        for m, (name, x) in enumerate(self.features.items()):
+            if name in statistics:
+                (mean, scale), valid = statistics[name], self._valid(m)
+                features[name] = np.zeros_like(x)
+                features[name][valid] = (x[valid] - mean) * scale
         return replace(self, features=features)
+
+    def _valid(self, modality: int) -> np.ndarray:
+        """Rows, or tokens of rows, that hold values of a modality: bool ``[N]`` or ``[N, L_m]``."""
+        name = self.modalities[modality]
+        there = self.available[:, modality]
+        return self.masks[name] & there[:, None] if name in self.masks else there
 
     def pooled(self) -> Corpus:
         """Masked mean over time of every sequence modality; a pooled corpus is returned as it is."""
@@ -242,6 +278,7 @@ class Corpus:
             "family": self.family,
             "modalities": {k: list(v.shape[1:]) for k, v in self.features.items()},
             "utterances": counts,
+            "unlabelled": int((~self.labelled).sum()),
             "videos": len(self.video_ptr) - 1,
             "sha256": self.sha256,
             "notes": list(self.notes),

@@ -131,11 +131,11 @@ def harder_mask(observed: np.ndarray, generator: np.random.Generator) -> np.ndar
 def label_mask(
     corpus: Corpus, share: float = 0.5, seed: int = 0, by: str = "utterance"
 ) -> tuple[np.ndarray, dict[str, object]]:
-    """Choose which train utterances keep their label.
+    """Choose which train utterances keep their label, among those that have one.
 
     Args:
         corpus: The data; only rows of the train part are ever labelled.
-        share: Share of train utterances to label, in (0, 1].
+        share: Share of the train utterances with a label to keep, in (0, 1].
         seed: Seed of the draw.
         by: ``"utterance"``: stratified by ``round(y)``, exactly ``round(share * train)`` labels (at least 1);
             ``"video"``: whole videos in random order until the number of labels is nearest to the share (at least one
@@ -145,15 +145,15 @@ def label_mask(
         bool ``[N]``, and the plain facts to store: share asked and realised, count, seed, unit, sha256.
 
     Raises:
-        ValueError: The share or ``by`` is out of range, or the train part is empty.
+        ValueError: The share or ``by`` is out of range, or no train utterance has a label.
     """
     if not 0.0 < share <= 1.0:
         raise ValueError(f"label_mask: share must lie in (0, 1], got {share}")
     if by not in ("utterance", "video"):
         raise ValueError(f"label_mask: by must be 'utterance' or 'video', got {by!r}")
-    train = corpus.rows("train")
+    train = corpus.rows("train", labelled=True)
     if len(train) == 0:
-        raise ValueError(f"label_mask: corpus {corpus.name!r} has no train row to label")
+        raise ValueError(f"label_mask: corpus {corpus.name!r} has no train row with a label")
     count = max(1, round(share * len(train)))
     chosen = _stratified(corpus, train, count, seed) if by == "utterance" else _whole_videos(corpus, train, count, seed)
     mask = np.zeros(len(corpus), dtype=bool)

@@ -79,7 +79,7 @@ def run_cell(
         prediction, facts = fit.prediction, {"best_epoch": fit.best_epoch, "history": fit.history}
     result: dict[str, Any] = {"cell": asdict(cell), "missing": pattern.as_dict(), "labels": labels, "fit": facts}
     for split in ("valid", "test"):
-        rows = corpus.rows(split)
+        rows = corpus.rows(split, labelled=True)
         if len(rows):
             result[split] = evaluate(prediction[rows], corpus.labels[rows].astype(np.float64), corpus.family)
     return result

@@ -42,7 +42,7 @@ class Trainer:
         device: Where to train.
 
     Raises:
-        ValueError: No train utterance is labelled, or there is no validation part to stop on.
+        ValueError: No train utterance is labelled, or no validation utterance to stop on.
     """
 
     def __init__(
@@ -54,10 +54,11 @@ class Trainer:
         seed: int = 0,
         device: torch.device | str = "cpu",
     ) -> None:
+        labelled = labelled & corpus.labelled
         if not labelled[corpus.rows("train")].any():
             raise ValueError(f"corpus {corpus.name!r}: no labelled train utterance; stage B needs at least one")
-        if len(corpus.rows("valid")) == 0:
-            raise ValueError(f"corpus {corpus.name!r}: no validation part to stop on")
+        if len(corpus.rows("valid", labelled=True)) == 0:
+            raise ValueError(f"corpus {corpus.name!r}: no validation part with labels to stop on")
         seed_everything(seed)
         self.config, self.seed, self.device = config, seed, torch.device(device)
         tensors = corpus.tensors(self.device)
@@ -188,10 +189,11 @@ class Trainer:
         torch._foreach_lerp_(list(self.teacher.parameters()), list(self.model.parameters()), 1 - decay)
 
     def _keep_best(self) -> None:
-        rows = torch.cat(self.conversations["valid"])
+        labels = self.labels[torch.cat(self.conversations["valid"]).to(self.device)]
+        known = labels.isfinite()
         # The mean of the weights predicts where one is kept (as in Mean Teacher).
         model = self.teacher if self.config.unlabelled == "mean_teacher" else self.model
-        error = float((self._predict_split("valid", model) - self.labels[rows]).abs().mean())
+        error = float((self._predict_split("valid", model) - labels)[known].abs().mean())
         if error < self.best["error"]:
             weights = {name: value.clone() for name, value in model.state_dict().items()}
             self.best = {"error": error, "epoch": self.epoch, "weights": weights}
