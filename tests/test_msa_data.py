@@ -347,3 +347,42 @@ def test_pickle_reader_allows_no_wide_codec():
     with pytest.raises(pickle.UnpicklingError, match="codec"):
         _encode("x", "zlib")
     assert io.BytesIO(_encode("a", "utf-8")).read() == b"a"
+
+
+def test_labels_clips_and_texts_may_be_absent():
+    c = toy(labels=np.array([1, np.nan, np.nan, 0], np.float32))
+    assert c.labelled.tolist() == [True, False, False, True] and c.describe()["unlabelled"] == 2
+    assert c.positions.tolist() == [0, 1, 0, 1] and c.transcripts is None and c.media is None
+    full = toy(clips=np.array([3, 7, 0, 1]), transcripts=np.array(list("wxyz"), object), media=np.array(list("mnop")))
+    part = full.keep_videos([0])
+    assert part.positions.tolist() == [3, 7] and part.transcripts.tolist() == ["w", "x"]
+    assert part.media.tolist() == ["m", "n"]
+    assert full.sha256 != toy().sha256
+    with pytest.raises(ValueError, match="clips must rise within each video"):
+        toy(clips=np.array([7, 3, 0, 1]))
+    with pytest.raises(ValueError, match=r"transcripts must be \[4\]"):
+        toy(transcripts=np.array(["w"], object))
+
+
+def test_description_has_fixed_keys():
+    described = toy(available=np.array([[True], [False], [True], [True]])).describe()
+    assert described["modalities"] == {"a": 2} and described["missing"] == {"a": 1} and described["videos"] == 2
+    assert described["utterances"] == {"train": 4, "valid": 0, "test": 0} and described["unlabelled"] == 0
+    assert described["notes"] == [] and described["family"] == "mosi"
+
+
+def test_a_modality_nobody_has_stays_zero():
+    x = {"a": np.ones((4, 2), np.float32) * np.arange(4, dtype=np.float32)[:, None], "b": np.ones((4, 3), np.float32)}
+    c = toy(features=x, available=np.array([[True, False]] * 4)).standardise()
+    assert (c.features["b"] == 0).all() and abs(c.features["a"].mean()) < 1e-6
+
+
+def test_only_labelled_rows_keep_their_label():
+    from examples.msa.missing import label_mask
+
+    c = toy(labels=np.array([1, np.nan, np.nan, 0], np.float32))
+    for by in ("utterance", "video"):
+        mask, facts = label_mask(c, share=1.0, by=by)
+        assert mask.tolist() == [True, False, False, True] and facts["labels"] == 2 and facts["realised"] == 1
+    with pytest.raises(ValueError, match="no train row with a label"):
+        label_mask(toy(labels=np.full(4, np.nan, np.float32)))

@@ -32,6 +32,11 @@ class Corpus:
         available: bool ``[N, M]``, False where the source lacks the modality; all True when omitted.
         aligned: Sequences only: token ``l`` of every modality belongs to the same word, so all masks are equal.
         notes: Facts a report should repeat (values repaired, rows dropped, what was planted).
+        clips: Number of each clip in its video, int64 ``[N]``, rising within a video; clips that are not in the data
+            leave a gap. None where the source has no numbers; :attr:`positions` always has an answer.
+        transcripts: What is said, str objects ``[N]``, empty where unknown; None where the source has none.
+        media: Path or address of each clip's recording, str objects ``[N]``, empty where unknown; or None.
+        family_from: What the family was taken from.
 
     Raises:
         ValueError: Shapes, lengths or values do not fit together.
@@ -48,6 +53,10 @@ class Corpus:
     available: np.ndarray | None = None
     aligned: bool = False
     notes: tuple[str, ...] = ()
+    clips: np.ndarray | None = None
+    transcripts: np.ndarray | None = None
+    media: np.ndarray | None = None
+    family_from: str = "given"
 
     def __post_init__(self) -> None:
         if self.available is None:
@@ -83,6 +92,12 @@ class Corpus:
         require(ptr[0] == 0 and ptr[-1] == n and (np.diff(ptr) > 0).all(), f"video_ptr must rise from 0 to {n}")
         require(len(set(self.utterance_ids.tolist())) == n, "utterance ids are not unique")
         require(self.available.shape == (n, len(self.features)), f"available must be [{n}, {len(self.features)}]")
+        for name, array in self._extras().items():
+            require(array is None or array.shape == (n,), f"{name} must be [{n}]")
+        if self.clips is not None:
+            within = np.diff(self.video_index) == 0
+            require(self.clips.dtype == np.int64, f"clips must be int64, got {self.clips.dtype}")
+            require((self.clips[1:] > self.clips[:-1])[within].all(), "clips must rise within each video")
 
     def __len__(self) -> int:
         return len(self.labels)
@@ -111,6 +126,13 @@ class Corpus:
         return np.repeat(np.arange(len(self.video_ptr) - 1), np.diff(self.video_ptr))
 
     @property
+    def positions(self) -> np.ndarray:
+        """Place of each row in its video, int64 ``[N]``: the clip's number, or the row's where clips have none."""
+        if self.clips is not None:
+            return self.clips
+        return np.arange(len(self)) - self.video_ptr[self.video_index]
+
+    @property
     def labelled(self) -> np.ndarray:
         """True where an utterance has a label, bool ``[N]``."""
         return np.isfinite(self.labels)
@@ -134,6 +156,7 @@ class Corpus:
             "split": self.split,
             "ptr": self.video_ptr,
             "available": self.available,
+            "positions": self.positions,
             "ids": self.utterance_ids,
         }
         for name, array in parts.items():
@@ -174,7 +197,11 @@ class Corpus:
             video_ptr=np.concatenate([[0], np.cumsum(np.diff(self.video_ptr)[chosen])]).astype(np.int64),
             utterance_ids=self.utterance_ids[rows],
             available=self.available[rows],
+            **{k: None if v is None else v[rows] for k, v in self._extras().items()},
         )
+
+    def _extras(self) -> dict[str, np.ndarray | None]:
+        return {"clips": self.clips, "transcripts": self.transcripts, "media": self.media}
 
     def standardise(self, observed: np.ndarray | None = None, skip: tuple[str, ...] = ()) -> Corpus:
         """Shift and scale every column by its mean and deviation over observed train rows (valid tokens only).
@@ -197,15 +224,19 @@ class Corpus:
             skip: Modalities left as they are.
 
         Returns:
-            Per modality two float32 arrays ``[d]``; the second is 0 for columns without spread.
+            Per modality two float32 arrays ``[d]``; the second is 0 for columns without spread. Both are 0 for a
+            modality that no utterance has.
 
         Raises:
-            ValueError: A modality is never observed in the train part and is not skipped.
+            ValueError: A modality that some utterance has is never observed in the train part and is not skipped.
         """
         seen = self.available if observed is None else self.available & observed
         found = {}
         for m, (name, x) in enumerate(self.features.items()):
             if name in skip:
+                continue
+            if not self.available[:, m].any():
+                found[name] = np.zeros(x.shape[-1], np.float32), np.zeros(x.shape[-1], np.float32)
                 continue
             rows = np.flatnonzero((self.split == TRAIN) & seen[:, m])
             if len(rows) == 0:
@@ -254,8 +285,8 @@ class Corpus:
 
         Returns:
             ``features``: list of ``[N, (L_m,) d_m]`` float32; ``masks``: list of ``[N, L_m]`` bool (empty if pooled);
-            ``available``: ``[N, M]`` bool; ``labels``: ``[N]`` float32; ``split``: ``[N]`` int8; ``video_ptr``: ``[V
-            + 1]`` int64.
+            ``available``: ``[N, M]`` bool; ``labels``: ``[N]`` float32, NaN where there is none; ``split``: ``[N]``
+            int8; ``video_ptr``: ``[V + 1]`` int64; ``positions``: ``[N]`` int64.
         """
 
         def tensor(array: np.ndarray) -> torch.Tensor:
@@ -268,18 +299,28 @@ class Corpus:
             "labels": tensor(self.labels),
             "split": tensor(self.split),
             "video_ptr": tensor(self.video_ptr),
+            "positions": tensor(self.positions),
         }
 
     def describe(self) -> dict[str, object]:
-        """The facts a run card lists."""
-        counts = {k: int((self.split == v).sum()) for k, v in SPLITS.items()}
+        """The facts that a run card and ``describe`` list, as plain values.
+
+        Returns:
+            ``family`` and ``family_from``; ``modalities``: width of each; ``sequences``: steps of each, where there are
+            any; ``utterances`` of each split; ``videos``; ``missing``: utterances that lack each modality;
+            ``unlabelled``: utterances without a label; ``name``, ``aligned``, ``sha256`` and ``notes``.
+        """
         return {
             "name": self.name,
             "family": self.family,
-            "modalities": {k: list(v.shape[1:]) for k, v in self.features.items()},
-            "utterances": counts,
-            "unlabelled": int((~self.labelled).sum()),
+            "family_from": self.family_from,
+            "modalities": dict(zip(self.modalities, self.dims, strict=True)),
+            "sequences": {k: v.shape[1] for k, v in self.masks.items()},
+            "aligned": self.aligned,
+            "utterances": {k: int((self.split == v).sum()) for k, v in SPLITS.items()},
             "videos": len(self.video_ptr) - 1,
+            "missing": dict(zip(self.modalities, (~self.available).sum(0).tolist(), strict=True)),
+            "unlabelled": int((~self.labelled).sum()),
             "sha256": self.sha256,
             "notes": list(self.notes),
         }
