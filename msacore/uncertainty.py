@@ -50,11 +50,9 @@ def _variance(name: str, predictions: Tensor) -> Tensor:
     values = _floating(name, "predictions", predictions, "[S, N]")
     if values.shape[0] == 0:
         raise ValueError(f"{name}: expected `predictions` [S, N] with S >= 1, got {list(values.shape)}")
+    # From the first pass on, so that equal passes differ by exactly nothing.
+    values = values - values[0]
     return (values - values.mean(0)).square().mean(0)
-
-
-def _entropy(p: Tensor) -> Tensor:
-    return torch.special.entr(p).sum(-1)
 
 
 def mc_variance(predictions: Tensor) -> Tensor:
@@ -136,7 +134,10 @@ def modality_disagreement(predictions: Tensor, available: Tensor | None = None) 
         )
     there = available.T
     count = there.sum(0).clamp_min(1)
-    mean = values.where(there, 0).sum(0) / count
+    # From the first head a sample has on, so that equal heads differ by exactly nothing.
+    first = values.gather(0, there.int().argmax(0, keepdim=True)) if len(values) else values.new_zeros(values.shape[1])
+    values = (values - first).where(there, 0)
+    mean = values.sum(0) / count
     return (values - mean).square().where(there, 0).sum(0) / count
 
 
@@ -159,7 +160,7 @@ def entropy(probabilities: Tensor) -> Tensor:
         >>> entropy(torch.tensor([[0.5, 0.5], [1.0, 0.0]]))
         tensor([0.6931, 0.0000])
     """
-    return _entropy(_probabilities("entropy", probabilities, "[N, K]")).clamp_min(0)
+    return torch.special.entr(_probabilities("entropy", probabilities, "[N, K]")).sum(-1).clamp_min(0)
 
 
 def least_confidence(probabilities: Tensor) -> Tensor:
@@ -181,7 +182,7 @@ def least_confidence(probabilities: Tensor) -> Tensor:
         >>> least_confidence(torch.tensor([[0.5, 0.5], [0.75, 0.25]]))
         tensor([0.5000, 0.2500])
     """
-    return 1 - _probabilities("least_confidence", probabilities, "[N, K]").amax(-1)
+    return (1 - _probabilities("least_confidence", probabilities, "[N, K]").amax(-1)).clamp_min(0)
 
 
 def margin(probabilities: Tensor) -> Tensor:
@@ -204,7 +205,7 @@ def margin(probabilities: Tensor) -> Tensor:
         tensor([1.0000, 0.5000])
     """
     top = _probabilities("margin", probabilities, "[N, K]").topk(2, -1).values
-    return 1 - (top[:, 0] - top[:, 1])
+    return (1 - (top[:, 0] - top[:, 1])).clamp_min(0)
 
 
 def bald(probabilities: Tensor) -> Tensor:
@@ -220,7 +221,8 @@ def bald(probabilities: Tensor) -> Tensor:
         ValueError: Not ``[S, N, K]``, no pass, a single class, negative values, or rows that do not sum to 1.
 
     Note:
-        ``u_i = H(mean_s p_si) - mean_s H(p_si)``, rounding below 0 set to 0. Houlsby et al., 2011.
+        ``u_i = H(mean_s p_si) - mean_s H(p_si)``, computed as the mean of ``Σ_k p log(p / m) - (p - m)`` with
+        ``m = mean_s p_s``, whose terms are never negative and exactly 0 for equal passes. Houlsby et al., 2011.
 
     Example:
         >>> bald(torch.tensor([[[1.0, 0.0], [0.5, 0.5]], [[0.0, 1.0], [0.5, 0.5]]]))
@@ -229,4 +231,6 @@ def bald(probabilities: Tensor) -> Tensor:
     p = _probabilities("bald", probabilities, "[S, N, K]")
     if p.shape[0] == 0:
         raise ValueError(f"bald: expected `probabilities` [S, N, K] with S >= 1, got {list(p.shape)}")
-    return (_entropy(p.mean(0)) - _entropy(p).mean(0)).clamp_min(0)
+    mean = p[0] + (p - p[0]).mean(0)
+    gap = ((p - mean) / mean).where(mean > 0, 0)
+    return (mean * (torch.special.xlog1py(1 + gap, gap) - gap).clamp_min(0)).sum(-1).mean(0)

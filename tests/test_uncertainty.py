@@ -60,9 +60,33 @@ def test_bald_is_zero_without_disagreement_and_bounded() -> None:
     mean = p.mean(0)
     expected = -(mean * mean.log()).sum(-1) + (p * p.log()).sum(-1).mean(0)
     np.testing.assert_allclose(uncertainty.bald(p), expected, rtol=1e-9)
-    assert uncertainty.bald(p[:1].expand(4, -1, -1)).abs().max() < 1e-15
     split = torch.eye(2)[:, None, :]
     assert uncertainty.bald(split).item() == pytest.approx(np.log(2))
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64], ids=str)
+@pytest.mark.parametrize("passes", [1, 2, 3, 7, 10])
+def test_equal_predictions_give_exactly_zero(passes: int, dtype: torch.dtype) -> None:
+    """A model whose dropout is off says the same in every pass; rounding must not look like uncertainty."""
+    generator = torch.Generator().manual_seed(passes)
+    one = (torch.randn(500, generator=generator, dtype=torch.float64) * 3).to(dtype)
+    for measure in (uncertainty.mc_variance, uncertainty.ensemble_variance, uncertainty.modality_disagreement):
+        assert measure(one.expand(passes, -1)).eq(0).all(), measure.__name__
+    available = torch.rand(500, passes, generator=generator) < 0.6
+    hidden = one.expand(passes, -1).masked_fill(~available.T, float("nan"))
+    assert uncertainty.modality_disagreement(hidden, available).eq(0).all()
+    p = torch.randn(500, 7, generator=generator, dtype=torch.float64).mul(4).softmax(-1).to(dtype)
+    assert uncertainty.bald(p.expand(passes, -1, -1)).eq(0).all()
+
+
+def test_nothing_is_negative_where_probabilities_sum_to_a_little_more_than_one() -> None:
+    p = torch.tensor([[1 + 1.2e-7, 0.0], [1.004, 0.0], [0.0, 1.0]])
+    for measure in CLASSIFIERS:
+        assert measure(p).ge(0).all(), measure.__name__
+    generator = torch.Generator().manual_seed(0)
+    near = torch.randn(300, 5, generator=generator).softmax(-1).expand(6, -1, -1)
+    near = near + 1e-7 * torch.rand(near.shape, generator=generator)
+    assert uncertainty.bald(near).ge(0).all()
 
 
 @pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16])
