@@ -7,7 +7,7 @@ TORCH ?= torch==2.13.0
 OUT ?= runs/demo
 NATIVE := $(shell find csrc -type f)
 
-.PHONY: demo test lint bench clean
+.PHONY: demo test test-all lint bench clean
 
 demo: $(VENV)/.built
 	$(PYTHON) -m examples.al_hcl --demo --out $(OUT)/al_hcl
@@ -15,10 +15,17 @@ demo: $(VENV)/.built
 	@echo "Reports:"
 	@ls $(OUT)/*/report.html
 
-# The CUDA sources are compiled first, so that the tests' processes need not wait for each other; one thread for each.
+# What a contributor runs: minutes. The CUDA sources are compiled for the host first, so that the tests' processes need
+# not wait for each other; one thread for each process.
+PYTEST := OMP_NUM_THREADS=1 $(PYTHON) -m pytest -n auto --dist worksteal
 test: lint
 	$(PYTHON) -m tests.cuda_on_host
-	OMP_NUM_THREADS=1 $(PYTHON) -m pytest -n auto --dist worksteal --doctest-modules msacore examples/msa tests
+	$(PYTEST) -m "not slow" --doctest-modules msacore examples/msa tests
+
+# The rest: sanitizers, every order of threads, nvcc, every sample in every dtype, fuzzing. With `test` before it, everything.
+test-all: lint
+	$(PYTHON) -m tests.cuda_on_host --all
+	$(PYTEST) -m slow tests
 
 lint: $(VENV)/.built
 	$(VENV)/bin/ruff check .

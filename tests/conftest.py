@@ -32,17 +32,21 @@ def _seeded() -> None:
 
 @pytest.hookimpl(tryfirst=True)
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
-    """The host runs of CUDA code leave out the samples that are too much for them; sanitizers run first."""
-    from tests import cases
+    """Leave out what is too much for CUDA code on the host, mark the second tier, and put long tests first."""
+    from tests import cases, tiers
 
-    cpu, dtype = torch.device("cpu"), torch.float32
-    too_much = {(case.name, s.id) for case in cases.ALL for s in case.samples(cpu, dtype) if not s.on_host}
-
-    def runs(item: pytest.Item) -> bool:
-        if item.path.name != "test_cuda_on_host.py" or not hasattr(item, "callspec"):
-            return True
-        params = item.callspec.params
-        return "sample" not in params or (params["case"].name, params["sample"]) not in too_much
-
-    items[:] = [item for item in items if runs(item)]
-    items.sort(key=lambda item: not item.name.startswith("test_sanitizers"))  # long ones first: no worker ends alone
+    samples = {case.name: case.samples(torch.device("cpu"), torch.float32) for case in cases.ALL}
+    numbers = {(name, s.id): (i, s.on_host) for name, those in samples.items() for i, s in enumerate(those)}
+    kept = []
+    for item in items:
+        params = item.callspec.params if hasattr(item, "callspec") else {}
+        if "case" in params and "sample" in params:
+            number, on_host = numbers[params["case"].name, params["sample"]]
+            runs_cuda_code = item.path.name == "test_cuda_on_host.py"
+            if runs_cuda_code and not on_host:
+                continue
+            if tiers.waits(runs_cuda_code, item.originalname, number, params):
+                item.add_marker(pytest.mark.slow)
+        kept.append(item)
+    kept.sort(key=lambda item: not item.name.startswith("test_sanitizers"))  # no worker ends alone with a long one
+    items[:] = kept

@@ -7,7 +7,10 @@ import pytest
 
 from tests.nvcc import ARCHITECTURES, SOURCES, kernels_of
 
-pytestmark = pytest.mark.skipif(shutil.which("nvcc") is None, reason="nvcc is not installed")
+pytestmark = [
+    pytest.mark.skipif(shutil.which("nvcc") is None, reason="nvcc is not installed"),
+    pytest.mark.slow,  # nvcc takes minutes
+]
 
 
 @pytest.mark.parametrize("source", SOURCES, ids=lambda source: source.name)

@@ -118,6 +118,7 @@ def _sanitized(program: str) -> subprocess.CompletedProcess[str]:
     return subprocess.run(command, cwd=ROOT, env=sanitizer_environment(), capture_output=True, text=True)
 
 
+@pytest.mark.slow  # needs the sanitized build
 @pytest.mark.parametrize(
     ("name", "arguments", "words"),
     [
@@ -134,6 +135,7 @@ def test_sanitizers_name_the_faulty_kernel(name: str, arguments: str, words: tup
         assert word in done.stderr
 
 
+@pytest.mark.slow  # needs the sanitized build
 def test_sanitizers_accept_right_kernels() -> None:
     done = _sanitized(
         "a, b, out = torch.randn(16, 80).half(), torch.randn(80, 8).half(), torch.empty(16, 8)\n"

@@ -1,11 +1,13 @@
-"""Compiles the CUDA sources in every way the tests need, and says what became of the kernels.
+"""Compiles the CUDA sources for the host; with `--all` in every way the tests need, with a table of the kernels.
 
-MAX_JOBS (all cores) at a time: for the host, for the host under sanitizers, and with nvcc where it is installed. The
-tests take the results from their caches; what fails to compile here fails there, with the compiler's words.
+MAX_JOBS (all cores) at a time: for the host, and with `--all` for the host under sanitizers and with nvcc where it is
+installed. The tests take the results from their caches; what fails to compile here fails there, with the compiler's
+words.
 """
 
 import os
 import shutil
+import sys
 from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
 from functools import partial
@@ -16,11 +18,13 @@ from tests.nvcc import SOURCES, kernels_of, report
 
 
 def main() -> None:
-    nvcc = shutil.which("nvcc") is not None
+    everything = "--all" in sys.argv[1:]
+    nvcc = everything and shutil.which("nvcc") is not None
     by_size = sorted(SOURCES, key=lambda source: -source.stat().st_size)
     shim = HERE / "shim_kernels.cpp"
     jobs: list[Callable[[], Any]] = [partial(report, source) for source in by_size if nvcc]
-    jobs += [partial(build, source, sanitize=True) for source in (*by_size, shim)]
+    if everything:
+        jobs += [partial(build, source, sanitize=True) for source in (*by_size, shim)]
     jobs += [partial(build, source) for source in (*by_size, shim)]
     jobs.append(partial(build, shim, "-DCUDA_ON_HOST_UCONTEXT"))
     with ThreadPoolExecutor(int(os.environ.get("MAX_JOBS") or os.cpu_count() or 1)) as pool:

@@ -1,0 +1,45 @@
+"""Which tests `make test` runs, and which wait for `make test-all`.
+
+A test marked `slow` says why at the marker. The generic tests multiply cases by samples, dtypes and layouts; here the
+first tier keeps a part of every product, chosen by the sample's number, so that every operator, dtype and device path
+is in it: a test of the two tiers counts that.
+"""
+
+from typing import Any
+
+FLOATS = ("torch.float32", "torch.float64", "torch.float16", "torch.bfloat16")
+# Of these tests the first tier takes every n-th sample of a case.
+EVERY_NTH = {
+    "test_threads_share_the_work": 2,
+    "test_every_output_is_written": 2,
+    "test_two_runs_give_equal_bits": 2,
+    "test_gradcheck": 2,
+    "test_non_contiguous_inputs_give_the_same_bits": 2,
+}
+ON_HOST = {
+    "test_every_order_of_threads_and_blocks_gives_equal_bits": 6,
+    "test_every_output_is_written": 4,
+    "test_gradcheck": 6,
+    "test_hidden_inputs_are_never_read": 2,
+    "test_non_contiguous_inputs_give_the_same_bits": 4,
+}
+
+
+def waits(on_host: bool, test: str, number: int, params: dict[str, Any]) -> bool:
+    """Whether a generic test waits for the second tier.
+
+    Args:
+        on_host: The test runs CUDA code on the host.
+        test: Name of its function.
+        number: Which sample of its case it takes.
+        params: Its parameters.
+    """
+    dtype = str(params["dtype"]) if "dtype" in params else None
+    if number % (ON_HOST if on_host else EVERY_NTH).get(test, 1):
+        return True
+    if test == "test_values_and_gradients_are_as_accurate_as_torch":
+        # On the host one dtype for each sample, on the CPU float32 and another one.
+        return dtype != FLOATS[number % 4] if on_host else dtype not in (FLOATS[0], FLOATS[1 + number % 3])
+    if dtype is not None:
+        return dtype != (FLOATS[0], FLOATS[3])[number % 2]
+    return "layout" in params and params["layout"] != ("contiguous", "transposed")[number % 2]
