@@ -1,7 +1,8 @@
-"""Builds the native extension `msacore._C`; metadata lives in pyproject.toml. Nothing is downloaded here."""
+"""Builds `libmsacore` and `msacore._C`; metadata lives in pyproject.toml. Nothing is downloaded here."""
 
 import glob
 import os
+import re
 import sys
 
 try:
@@ -16,6 +17,7 @@ except ModuleNotFoundError as missing:
     )
 
 DEFAULT_ARCHITECTURES = "8.0;8.6;9.0+PTX"
+LIBRARY = "msacore.libmsacore"
 
 
 def choose_cuda() -> tuple[bool, str]:
@@ -35,7 +37,20 @@ def choose_cuda() -> tuple[bool, str]:
     return (False, f"missing: {', '.join(lacking)}") if lacking else (True, "nvcc and a CUDA torch are present")
 
 
-def build_extension():
+def check_architectures(architectures: str) -> None:
+    """Stop where an architecture lacks the tensor-core instructions the kernels use."""
+    old = [a for a in re.findall(r"\d+\.\d+", architectures) if float(a) < 8]
+    if architectures == "native" and torch.cuda.get_device_capability() < (8, 0):
+        old = ["{}.{}".format(*torch.cuda.get_device_capability())]
+    if old:
+        sys.exit(
+            f"msacore: the CUDA kernels need compute capability 8.0 (Ampere) or newer, got {', '.join(old)}; "
+            "set TORCH_CUDA_ARCH_LIST without it, or MSACORE_CUDA=0 to build for the CPU alone"
+        )
+
+
+def build_extensions() -> list:
+    """`libmsacore`, the operators, which needs no Python; and `_C`, the Python module that loads it."""
     cuda, why = choose_cuda()
     architectures = ""
     if cuda:
@@ -43,32 +58,65 @@ def build_extension():
         if not torch.cuda.is_available():
             os.environ.setdefault("TORCH_CUDA_ARCH_LIST", DEFAULT_ARCHITECTURES)
         architectures = os.environ.get("TORCH_CUDA_ARCH_LIST", "native")
+        check_architectures(architectures)
     print(f"msacore: torch {torch.__version__}, CUDA {'on' if cuda else 'off'} ({why}) {architectures}".rstrip())
 
     # Stable ABI of torch 2.11: one binary runs on every later torch.
     stable = ["-DTORCH_TARGET_VERSION=0x020b000000000000"]
-    macros = [
-        ("MSACORE_CUDA_VERSION", f'"{torch.version.cuda if cuda else ""}"'),
-        ("MSACORE_CUDA_ARCHITECTURES", f'"{architectures}"'),
-    ]
     # -fno-math-errno: sqrt sets no errno, so loops over it vectorise; its result is the same.
     # -fno-trapping-math: comparisons raise no flags, so that a select in a loop is no branch; results are the same.
     loops = ["-fopenmp-simd", "-fno-math-errno", "-fno-trapping-math"]
     cxx = ["-O3", "-g0", "-fvisibility=hidden", f"-ffile-prefix-map={os.getcwd()}/=", *loops, *stable]
     if cuda:
         cxx.append("-DUSE_CUDA")
-    sources = sorted(glob.glob("csrc/**/*.cpp", recursive=True))
+    sources = sorted(glob.glob("csrc/*/*.cpp"))
+    if not sources:
+        sys.exit("msacore: csrc holds no operator; this source distribution is incomplete")
     if cuda:
-        sources += sorted(glob.glob("csrc/*/*_cuda.cu"))
+        kernels = sorted(glob.glob("csrc/*/*_cuda.cu"))
+        if len(kernels) != len(sources):
+            sys.exit(
+                f"msacore: CUDA is on, but csrc holds {len(kernels)} `_cuda.cu` files for {len(sources)} operators; "
+                "this source distribution is incomplete. MSACORE_CUDA=0 builds for the CPU alone"
+            )
+        sources += kernels
     extension = CUDAExtension if cuda else CppExtension
-    return extension(
-        name="msacore._C",
+    library = extension(
+        name=LIBRARY,
         sources=sources,
-        include_dirs=[os.path.abspath("csrc"), pybind11.get_include()],
-        define_macros=macros,
+        include_dirs=[os.path.abspath("csrc")],
         depends=glob.glob("csrc/**/*.h", recursive=True) + glob.glob("csrc/**/*.cuh", recursive=True),
         extra_compile_args={"cxx": cxx, "nvcc": ["-O3", "-DUSE_CUDA", *stable]},
     )
+    library.libraries.remove("torch_python")
+    module = CppExtension(
+        name="msacore._C",
+        sources=["csrc/module.cpp"],
+        include_dirs=[os.path.abspath("csrc"), pybind11.get_include()],
+        define_macros=[
+            ("MSACORE_CUDA_VERSION", f'"{torch.version.cuda if cuda else ""}"'),
+            ("MSACORE_CUDA_ARCHITECTURES", f'"{architectures}"'),
+            ("MSACORE_TORCH_VERSION", f'"{torch.__version__}"'),
+        ],
+        extra_compile_args={"cxx": cxx},
+        # The library lies beside the module; nothing in the module names it, so the linker must be told to keep it.
+        extra_link_args=["-Wl,-rpath,$ORIGIN", "-Wl,--no-as-needed", "-l:libmsacore.so"],
+    )
+    return [library, module]
 
 
-setup(ext_modules=[build_extension()], cmdclass={"build_ext": BuildExtension})
+class Build(BuildExtension):
+    """Builds the library first, under its plain name, and links the module against it."""
+
+    def get_ext_filename(self, name: str) -> str:
+        if name.rpartition(".")[2] == "libmsacore":
+            return os.path.join(*name.split(".")) + ".so"
+        return super().get_ext_filename(name)
+
+    def build_extension(self, extension) -> None:
+        if extension.name == "msacore._C":
+            extension.library_dirs.append(os.path.dirname(os.path.abspath(self.get_ext_fullpath(LIBRARY))))
+        super().build_extension(extension)
+
+
+setup(ext_modules=build_extensions(), cmdclass={"build_ext": Build})

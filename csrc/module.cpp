@@ -24,6 +24,7 @@ std::map<std::string, std::string> build_info() {
   return {
       {"compiler", compiler()},
       {"cpp_standard", std::to_string(__cplusplus)},
+      {"torch", MSACORE_TORCH_VERSION},
       {"cuda", MSACORE_CUDA_VERSION},
       {"cuda_architectures", MSACORE_CUDA_ARCHITECTURES},
       {"simd_compiled", msacore::cpu::simd_compiled()},

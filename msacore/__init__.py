@@ -1,6 +1,7 @@
 """Fast operators for multimodal sentiment analysis (text, audio, vision) on PyTorch."""
 
 from msacore._load import load_extension
+from msacore._version import __version__
 
 load_extension()
 
@@ -15,9 +16,8 @@ from msacore.ops.propagation import modality_mean, propagate, window_mean  # noq
 from msacore.ops.rank_n_contrast import rank_n_contrast  # noqa: E402
 from msacore.selection import select  # noqa: E402
 
-__version__ = "0.1.0"
-
 __all__ = [
+    "__version__",
     "alternating_graph_propagate",
     "graph",
     "graph_propagate",

@@ -3,6 +3,7 @@
 import importlib.metadata
 import platform
 import sys
+from pathlib import Path
 
 import torch
 
@@ -31,9 +32,10 @@ def operators() -> dict[str, list[str]]:
 
 def main() -> None:
     build = _C.build_info()
+    table = operators()
     rows = {
-        "msacore": msacore.__version__,
-        "torch": f"{torch.__version__} (CUDA {torch.version.cuda or 'none'})",
+        "msacore": f"{msacore.__version__}, {Path(msacore.__file__).parent}",
+        "torch": f"{torch.__version__} (CUDA {torch.version.cuda or 'none'}); built with {build['torch']}",
         "faiss": version_of("faiss-gpu", "faiss-cpu"),
         "numpy": version_of("numpy"),
         "python": f"{sys.version.split()[0]}, {platform.platform()}",
@@ -53,8 +55,10 @@ def main() -> None:
     for label, value in rows.items():
         print(f"{label:<{width}}  {value}")
     print("operators")
-    for name, devices in operators().items():
+    for name, devices in table.items():
         print(f"  {name:<{width + 30}}  {', '.join(devices)}")
+    if build["cuda"] and not any("cuda" in devices for devices in table.values()):
+        print("warning: CUDA is in this build, but no operator is registered for it; build msacore again")
 
 
 if __name__ == "__main__":

@@ -18,12 +18,16 @@ ROOT = Path(__file__).resolve().parent.parent
 
 
 @pytest.mark.skipif(shutil.which("nm") is None, reason="binutils' nm is not installed")
-def test_the_extension_uses_no_unstable_torch_symbol() -> None:
-    symbols = subprocess.run(
-        ["nm", "-D", "--undefined-only", _C.__file__], capture_output=True, text=True, check=True
-    ).stdout
-    assert "aoti_torch" in symbols, "the symbol table was not read"
-    assert not re.findall(r"_ZNK?(?:2at|3c10|5torch)\w+", symbols)
+def test_the_libraries_use_no_unstable_torch_symbol_and_the_operators_no_python() -> None:
+    module = Path(_C.__file__)
+    library = module.with_name("libmsacore.so")
+    for path in (module, library):
+        symbols = subprocess.run(
+            ["nm", "-D", "--undefined-only", path], capture_output=True, text=True, check=True
+        ).stdout
+        assert "aoti_torch" in symbols or path == module, "the symbol table was not read"
+        assert not re.findall(r"_ZNK?(?:2at|3c10|5torch)\w+", symbols)
+        assert bool(re.findall(r" _?Py[A-Z_]\w+", symbols)) == (path == module)
 
 
 def test_every_operator_has_its_kernels_and_its_case() -> None:
