@@ -170,24 +170,105 @@ def test_rank_survives_a_sample_that_misleads() -> None:
 def test_greedy_stops_where_an_outsider_would_come_first(dtype: torch.dtype) -> None:
     x = draw(60, 5).mul(2).round().to(dtype)
     weight, delta = torch.rand(60, generator=torch.Generator().manual_seed(0)).double(), torch.full((60,), 9.0).double()
-    index, far = torch.arange(60) * 2, torch.tensor([-torch.inf]).double()
-    picks, scores = kcenter.greedy(x, weight, delta, index, far, torch.tensor([999]), limit=60, metric=0)
+    index, far, none = torch.arange(60) * 2, torch.tensor([-torch.inf]).double(), torch.arange(0)
+    picks, scores = kcenter.greedy(x, weight, delta, index, none, none, far, torch.tensor([999]), limit=60, metric=0)
     expected, expected_scores = reference.greedy(x, weight, delta, 60)
     assert torch.equal(picks, expected)
     torch.testing.assert_close(scores, expected_scores, rtol=1e-13, atol=0)
     stop = scores[20:21]
     for outsider in (-1, 999):
-        made, _ = kcenter.greedy(x, weight, delta, index, stop, torch.tensor([outsider]), limit=60, metric=0)
+        bound = (stop, torch.tensor([outsider]))
+        made, _ = kcenter.greedy(x, weight, delta, index, none, none, *bound, limit=60, metric=0)
         count = int((scores > stop).sum() if outsider < 0 else (scores >= stop).sum())
         assert torch.equal(made[:count], expected[:count])
         assert made[count:].eq(-1).all()
+
+
+@METRICS
+@pytest.mark.parametrize("room", [[1] * 9, [3, 0, 5, 2, 0, 0, 9, 1, 1], [99] * 9])
+def test_greedy_leaves_a_group_that_is_full(metric: str, room: list[int]) -> None:
+    x = draw(80, 4).mul(2).round()
+    weight, delta = torch.rand(80, generator=torch.Generator().manual_seed(1)).double(), torch.full((80,), 9.0).double()
+    group, left = torch.arange(80) * 5 % 9, torch.tensor(room)
+    far = (torch.tensor([-torch.inf]).double(), torch.tensor([80]))
+    arguments = (x, weight, delta, torch.arange(80), group, left, *far)
+    picks, scores = kcenter.greedy(*arguments, limit=80, metric=kcenter.METRICS[metric])
+    expected, expected_scores = reference.greedy(x, weight, delta, 80, metric, group, left)
+    assert torch.equal(picks[: len(expected)], expected)
+    assert picks[len(expected) :].eq(-1).all()
+    torch.testing.assert_close(scores[: len(expected)], expected_scores, rtol=1e-13, atol=1e-15)
+    assert left.tolist() == room
+
+
+@METRICS
+@pytest.mark.parametrize("exponent", [-1060, -1000, -520, 520, 900])
+def test_distances_of_rows_whose_squares_overflow_or_vanish(metric: str, exponent: int) -> None:
+    """The numbers are whole multiples of a power of two, so that the scaled rows are exact."""
+    x = draw(90, 9).mul(64).round()
+    x[7] = 0
+    centers = x[:30]
+    delta, owner = _fold(x, centers, metric)
+    huge, known = x * 2.0**exponent, (torch.arange(90) * 7 % 31)
+    scale = 2.0 ** -max(-1000, min(1000, exponent + 8))
+    nothing = (torch.full((90,), torch.inf, dtype=torch.float64), torch.full((90,), -1))
+    for start, expected in ((known * 0, owner), (known, None)):
+        got, found = kcenter.fold(
+            huge,
+            torch.arange(90),
+            start,
+            huge[:30],
+            huge.mean(0),
+            *nothing,
+            scale=scale,
+            metric=kcenter.METRICS[metric],
+        )
+        if expected is None:
+            hidden = reference.distances(x, centers, metric).masked_fill(torch.arange(30) < start[:, None], torch.inf)
+            delta, expected = hidden.amin(1), hidden.argmin(1).where(start < 30, -1)
+        unit = 2.0**exponent if metric == "euclidean" else 1.0
+        spacing = max(1e-14, 2.0**-1074 / unit)  # of the smallest numbers that float64 has
+        torch.testing.assert_close(got / unit, delta, rtol=1e-13, atol=spacing)
+        if metric == "euclidean" and exponent > -1060:
+            assert torch.equal(found, expected)
+    far = (torch.tensor([-torch.inf]).double(), torch.tensor([90]))
+    one, none = torch.ones(90, dtype=torch.float64), torch.arange(0)
+    pick = (one, nothing[0], torch.arange(90), none, none, *far)
+    if exponent == -1060:
+        return
+    picks = kcenter.greedy(huge, *pick, limit=30, metric=kcenter.METRICS[metric])[0]
+    assert torch.equal(picks, kcenter.greedy(x, *pick, limit=30, metric=kcenter.METRICS[metric])[0])
+
+
+@every_dtype
+@pytest.mark.parametrize("width", [1, 9, 40])
+def test_products_are_those_of_moved_rows_whatever_comes_with_them(dtype: torch.dtype, width: int) -> None:
+    x, centers, shift = draw(70, width).to(dtype), draw(13, width, seed=1), draw(width, seed=2)
+    rows = torch.arange(69, -1, -1)
+    got = kcenter.products(x, rows, centers, shift)
+    torch.testing.assert_close(got, (x.double().flip(0) - shift) @ centers.T, rtol=1e-12, atol=1e-12)
+    for i, j in ((0, 0), (33, 12), (69, 5)):
+        alone = kcenter.products(x[69 - i :][:1], torch.zeros(1, dtype=torch.int64), centers[j : j + 1], shift)
+        assert torch.equal(alone, got[i : i + 1, j : j + 1])
+    assert kcenter.products(x, rows[:0], centers, shift).shape == (0, 13)
+    assert kcenter.products(x, rows, centers[:0], shift).shape == (70, 0)
+
+
+@every_dtype
+@pytest.mark.parametrize("n", [1, 3, 6, 4095, 4096, 4097, 9001])
+def test_scan_sums_along_a_tree_over_row_numbers(dtype: torch.dtype, n: int) -> None:
+    x = draw(n, 3).to(dtype)
+    sums = kcenter.scan(x)[0]
+    assert sums.shape == (-(-n // kcenter.SCAN_BLOCK), 3)
+    for block, rows in zip(sums, x.split(kcenter.SCAN_BLOCK), strict=True):
+        assert torch.equal(block, reference.tree_sum(rows))
+    assert torch.equal(reference.tree_sum(sums), reference.tree_sum(x))
 
 
 @every_dtype
 def test_scan_sums_hashes_and_finds_the_first_bad_row(dtype: torch.dtype) -> None:
     x = draw(9000, 5).to(dtype)
     sums, checksum, largest, bad = kcenter.scan(x)
-    torch.testing.assert_close(sums, x.double().sum(0), rtol=1e-12, atol=1e-9)
+    torch.testing.assert_close(sums.sum(0), x.double().sum(0), rtol=1e-12, atol=1e-9)
     assert largest.item() == x.double().abs().max()
     assert bad.item() == 9000
     moved = x.clone()

@@ -19,12 +19,16 @@ from tests.test_cuda_shim import SCHEDULES
 from tests.test_kcenter import (  # noqa: F401
     test_count_equals_the_plain_count,
     test_distances_closer_than_the_filter_can_tell_are_told_apart,
+    test_distances_of_rows_whose_squares_overflow_or_vanish,
     test_fold_finds_the_nearest_centre,
     test_fold_is_exact_for_any_magnitude_and_offset,
     test_fold_takes_the_centres_a_row_lacks,
     test_fold_ties_go_to_the_first_centre_and_old_centres_stay,
+    test_greedy_leaves_a_group_that_is_full,
     test_greedy_stops_where_an_outsider_would_come_first,
+    test_products_are_those_of_moved_rows_whatever_comes_with_them,
     test_rank_orders_by_score_then_index,
+    test_scan_sums_along_a_tree_over_row_numbers,
     test_scan_sums_hashes_and_finds_the_first_bad_row,
 )
 
@@ -101,7 +105,8 @@ def test_fold_takes_more_rows_than_are_packed_in_one_go() -> None:
 def test_greedy_among_more_candidates_than_have_a_matrix_of_distances(metric: str) -> None:
     x = draw(16_400, 3)
     one, far = torch.ones(16_400, dtype=torch.float64), torch.tensor([-torch.inf], dtype=torch.float64)
-    arguments = (x, one, one * 9, torch.arange(16_400), far, torch.tensor([16_400]))
+    none = torch.arange(0)
+    arguments = (x, one, one * 9, torch.arange(16_400), none, none, far, torch.tensor([16_400]))
     options = {"limit": 3, "metric": kcenter.METRICS[metric]}
     picks, scores = kcenter.greedy(*arguments, **options)
     with _disable_current_modes():

@@ -4,8 +4,6 @@
 #include <torch/csrc/stable/library.h>
 #include <torch/csrc/stable/ops.h>
 
-#include <algorithm>
-#include <tuple>
 #include <vector>
 
 #include "kcenter/kcenter_fold.h"
@@ -28,93 +26,74 @@ std::vector<double> scaled(const Tensor& shift, double scale) {
   return to;
 }
 
-std::tuple<Tensor, Tensor> fold_cpu(const Tensor& pool_, const Tensor& rows_, const Tensor& start_,
-                                    const Tensor& centers_, const Tensor& shift_, const Tensor& delta_,
-                                    const Tensor& owner_, double scale, int64_t metric) {
-  constexpr const char* op = "kcenter_fold";
-  const Sizes s = check_pool(op, pool_, rows_, centers_, shift_, metric);
-  check_argument(op, "start", start_, {s.rows}, "[A]", ScalarType::Long, pool_);
-  check_argument(op, "delta", delta_, {s.rows}, "[A]", ScalarType::Double, pool_);
-  check_argument(op, "owner", owner_, {s.rows}, "[A]", ScalarType::Long, pool_);
-  const Tensor pool = torch::stable::contiguous(pool_), rows = torch::stable::contiguous(rows_),
-               start = torch::stable::contiguous(start_), centers = torch::stable::contiguous(centers_),
-               delta = torch::stable::contiguous(delta_), owner = torch::stable::contiguous(owner_);
-  check_rows(op, "rows", rows.const_data_ptr<int64_t>(), s.rows, s.samples);
-  check_rows(op, "start", start.const_data_ptr<int64_t>(), s.rows, s.centers + 1);
-  const Filter f{metric, s.width, scale};
-  const std::vector<double> shift = scaled(torch::stable::contiguous(shift_), scale);
-  Tensor delta_out = torch::stable::new_empty(delta, {s.rows}), owner_out = torch::stable::new_empty(owner, {s.rows});
-  dispatch_floating(pool.scalar_type(), op, [&](auto tag) {
-    using T = typename decltype(tag)::type;
-    fold(pool.const_data_ptr<T>(), rows.const_data_ptr<int64_t>(), start.const_data_ptr<int64_t>(),
-         centers.const_data_ptr<double>(), shift.data(), delta.const_data_ptr<double>(),
-         owner.const_data_ptr<int64_t>(), s, f, delta_out.mutable_data_ptr<double>(),
-         owner_out.mutable_data_ptr<int64_t>());
-  });
-  return {delta_out, owner_out};
-}
+struct Cpu {
+  static void fold(const char* op, const Comparison& in, const Known& known, const Sizes& s, Tensor& delta_out,
+                   Tensor& owner_out) {
+    check_rows(op, "rows", in.rows.const_data_ptr<int64_t>(), s.rows, s.samples);
+    check_rows(op, "start", known.start.const_data_ptr<int64_t>(), s.rows, s.centers + 1);
+    const std::vector<double> shift = scaled(in.shift, in.scale);
+    dispatch_floating(in.pool.scalar_type(), op, [&](auto tag) {
+      using T = typename decltype(tag)::type;
+      cpu::fold(in.pool.const_data_ptr<T>(), in.rows.const_data_ptr<int64_t>(), known.start.const_data_ptr<int64_t>(),
+                in.centers.const_data_ptr<double>(), shift.data(), known.delta.const_data_ptr<double>(),
+                known.owner.const_data_ptr<int64_t>(), s, Filter{in.metric, s.width, in.scale},
+                delta_out.mutable_data_ptr<double>(), owner_out.mutable_data_ptr<int64_t>());
+    });
+  }
 
-Tensor count_cpu(const Tensor& pool_, const Tensor& rows_, const Tensor& centers_, const Tensor& shift_, double radius,
-                 double scale, int64_t metric) {
-  constexpr const char* op = "kcenter_count";
-  const Sizes s = check_pool(op, pool_, rows_, centers_, shift_, metric);
-  const Tensor pool = torch::stable::contiguous(pool_), rows = torch::stable::contiguous(rows_),
-               centers = torch::stable::contiguous(centers_);
-  check_rows(op, "rows", rows.const_data_ptr<int64_t>(), s.rows, s.samples);
-  const std::vector<double> shift = scaled(torch::stable::contiguous(shift_), scale);
-  Tensor out = torch::stable::new_empty(rows, {s.rows});
-  dispatch_floating(pool.scalar_type(), op, [&](auto tag) {
-    using T = typename decltype(tag)::type;
-    count(pool.const_data_ptr<T>(), rows.const_data_ptr<int64_t>(), centers.const_data_ptr<double>(), shift.data(),
-          radius, s, Filter{metric, s.width, scale}, out.mutable_data_ptr<int64_t>());
-  });
-  return out;
-}
+  static void count(const char* op, const Comparison& in, double radius, const Sizes& s, Tensor& out) {
+    check_rows(op, "rows", in.rows.const_data_ptr<int64_t>(), s.rows, s.samples);
+    const std::vector<double> shift = scaled(in.shift, in.scale);
+    dispatch_floating(in.pool.scalar_type(), op, [&](auto tag) {
+      using T = typename decltype(tag)::type;
+      cpu::count(in.pool.const_data_ptr<T>(), in.rows.const_data_ptr<int64_t>(), in.centers.const_data_ptr<double>(),
+                 shift.data(), radius, s, Filter{in.metric, s.width, in.scale}, out.mutable_data_ptr<int64_t>());
+    });
+  }
 
-std::tuple<Tensor, Tensor, Tensor, Tensor> scan_cpu(const Tensor& pool_) {
-  constexpr const char* op = "kcenter_scan";
-  check_floating(pool_, op, "pool");
-  check_shape(pool_, op, "pool", {-1, -1}, "[N, d]");
-  const Tensor pool = torch::stable::contiguous(pool_);
-  const int64_t n = pool.size(0), d = pool.size(1);
-  Tensor sums = torch::stable::new_empty(pool, {d}, ScalarType::Double),
-         checksum = torch::stable::new_empty(pool, {n}, ScalarType::Long),
-         largest = torch::stable::new_empty(pool, {1}, ScalarType::Double),
-         bad = torch::stable::new_empty(pool, {1}, ScalarType::Long);
-  dispatch_floating(pool.scalar_type(), op, [&](auto tag) {
-    using T = typename decltype(tag)::type;
-    scan(pool.const_data_ptr<T>(), n, d, sums.mutable_data_ptr<double>(), checksum.mutable_data_ptr<int64_t>(),
-         largest.mutable_data_ptr<double>(), bad.mutable_data_ptr<int64_t>());
-  });
-  return {sums, checksum, largest, bad};
-}
+  static void products(const char* op, const Comparison& in, const Sizes& s, Tensor& out) {
+    const int64_t* rows = in.rows.const_data_ptr<int64_t>();
+    check_rows(op, "rows", rows, s.rows, s.samples);
+    dispatch_floating(in.pool.scalar_type(), op, [&](auto tag) {
+      using T = typename decltype(tag)::type;
+      const T* pool = in.pool.const_data_ptr<T>();
+      const double *shift = in.shift.const_data_ptr<double>(), *centers = in.centers.const_data_ptr<double>();
+      double* to = out.mutable_data_ptr<double>();
+      torch::stable::parallel_for(0, s.rows, 16, [&](int64_t begin, int64_t end) {
+        for (int64_t i = begin; i < end; ++i)
+          cpu::products(pool + rows[i] * s.width, shift, centers, s.centers, s.width, to + i * s.centers);
+      });
+    });
+  }
 
-Tensor rank_cpu(const Tensor& score_, int64_t count) {
-  check_rank("kcenter_rank", score_, count);
-  const Tensor score = torch::stable::contiguous(score_);
-  const int64_t n = score.size(0);
-  Tensor out = torch::stable::new_empty(score, {std::min(count, n)}, ScalarType::Long);
-  rank(score.const_data_ptr<double>(), n, std::min(count, n), out.mutable_data_ptr<int64_t>());
-  return out;
-}
+  static void scan(const char* op, const Tensor& pool, Scan& out) {
+    dispatch_floating(pool.scalar_type(), op, [&](auto tag) {
+      using T = typename decltype(tag)::type;
+      cpu::scan(pool.const_data_ptr<T>(), pool.size(0), pool.size(1), out.sums.mutable_data_ptr<double>(),
+                out.checksum.mutable_data_ptr<int64_t>(), out.largest.mutable_data_ptr<double>(),
+                out.bad.mutable_data_ptr<int64_t>());
+    });
+  }
 
-std::tuple<Tensor, Tensor> greedy_cpu(const Tensor& candidates_, const Tensor& weight_, const Tensor& delta_,
-                                      const Tensor& index_, const Tensor& bound_, const Tensor& bound_index_,
-                                      int64_t limit, int64_t metric) {
-  constexpr const char* op = "kcenter_greedy";
-  check_greedy(op, candidates_, weight_, delta_, index_, bound_, bound_index_, limit, metric);
-  const Tensor candidates = torch::stable::contiguous(candidates_), weight = torch::stable::contiguous(weight_),
-               delta = torch::stable::contiguous(delta_), index = torch::stable::contiguous(index_);
-  Tensor picks = torch::stable::new_empty(index, {limit}), scores = torch::stable::new_empty(delta, {limit});
-  dispatch_floating(candidates.scalar_type(), op, [&](auto tag) {
-    using T = typename decltype(tag)::type;
-    greedy(candidates.const_data_ptr<T>(), weight.const_data_ptr<double>(), delta.const_data_ptr<double>(),
-           index.const_data_ptr<int64_t>(), candidates.size(0), candidates.size(1),
-           {*bound_.const_data_ptr<double>(), *bound_index_.const_data_ptr<int64_t>()}, limit, metric,
-           picks.mutable_data_ptr<int64_t>(), scores.mutable_data_ptr<double>());
-  });
-  return {picks, scores};
-}
+  static void rank(const Tensor& score, Tensor& out) {
+    cpu::rank(score.const_data_ptr<double>(), score.size(0), out.size(0), out.mutable_data_ptr<int64_t>());
+  }
+
+  static void greedy(const char* op, const Candidates& in, Tensor& picks, Tensor& scores) {
+    const int64_t* group = in.group.size(0) > 0 ? in.group.const_data_ptr<int64_t>() : nullptr;
+    const int64_t *room = in.room.const_data_ptr<int64_t>(), groups = in.room.size(0), m = in.rows.size(0);
+    if (group) check_rows(op, "group", group, m, groups);
+    dispatch_floating(in.rows.scalar_type(), op, [&](auto tag) {
+      using T = typename decltype(tag)::type;
+      cpu::greedy(in.rows.const_data_ptr<T>(), in.weight.const_data_ptr<double>(), in.delta.const_data_ptr<double>(),
+                  in.index.const_data_ptr<int64_t>(), group, std::vector<int64_t>(room, room + groups), m,
+                  in.rows.size(1), {*in.bound.const_data_ptr<double>(), *in.bound_index.const_data_ptr<int64_t>()},
+                  in.limit, in.metric, picks.mutable_data_ptr<int64_t>(), scores.mutable_data_ptr<double>());
+    });
+  }
+};
+
+using Operators = KcenterOperators<Cpu>;
 
 }  // namespace
 }  // namespace msacore::kcenter::cpu
@@ -123,20 +102,22 @@ STABLE_TORCH_LIBRARY_FRAGMENT(msacore, m) {
   m.def("kcenter_scan(Tensor pool) -> (Tensor, Tensor, Tensor, Tensor)");
   m.def("kcenter_rank(Tensor score, *, int count) -> Tensor");
   m.def(
-      "kcenter_greedy(Tensor candidates, Tensor weight, Tensor delta, Tensor index, Tensor bound, Tensor bound_index, "
-      "*, int limit, int metric) -> (Tensor, Tensor)");
+      "kcenter_greedy(Tensor candidates, Tensor weight, Tensor delta, Tensor index, Tensor group, Tensor room, "
+      "Tensor bound, Tensor bound_index, *, int limit, int metric) -> (Tensor, Tensor)");
   m.def(
       "kcenter_fold(Tensor pool, Tensor rows, Tensor start, Tensor centers, Tensor shift, Tensor delta, Tensor owner, "
       "*, float scale, int metric) -> (Tensor, Tensor)");
   m.def(
       "kcenter_count(Tensor pool, Tensor rows, Tensor centers, Tensor shift, *, float radius, float scale, int metric) "
       "-> Tensor");
+  m.def("kcenter_products(Tensor pool, Tensor rows, Tensor centers, Tensor shift) -> Tensor");
 }
 
 STABLE_TORCH_LIBRARY_IMPL(msacore, CPU, m) {
-  m.impl("kcenter_scan", TORCH_BOX(&msacore::kcenter::cpu::scan_cpu));
-  m.impl("kcenter_rank", TORCH_BOX(&msacore::kcenter::cpu::rank_cpu));
-  m.impl("kcenter_greedy", TORCH_BOX(&msacore::kcenter::cpu::greedy_cpu));
-  m.impl("kcenter_fold", TORCH_BOX(&msacore::kcenter::cpu::fold_cpu));
-  m.impl("kcenter_count", TORCH_BOX(&msacore::kcenter::cpu::count_cpu));
+  m.impl("kcenter_scan", TORCH_BOX(&msacore::kcenter::cpu::Operators::scan));
+  m.impl("kcenter_rank", TORCH_BOX(&msacore::kcenter::cpu::Operators::rank));
+  m.impl("kcenter_greedy", TORCH_BOX(&msacore::kcenter::cpu::Operators::greedy));
+  m.impl("kcenter_fold", TORCH_BOX(&msacore::kcenter::cpu::Operators::fold));
+  m.impl("kcenter_count", TORCH_BOX(&msacore::kcenter::cpu::Operators::count));
+  m.impl("kcenter_products", TORCH_BOX(&msacore::kcenter::cpu::Operators::products));
 }

@@ -17,8 +17,44 @@ MSACORE_INLINE double sum_lanes(const double* s) {
   return ((s[0] + s[4]) + (s[2] + s[6])) + ((s[1] + s[5]) + (s[3] + s[7]));
 }
 
+// Sums of squares outside these bounds may have lost digits to underflow, or be infinite.
+constexpr double kSafeLow = 1e-280, kSafeHigh = 1e280;
+
+inline bool is_safe(double sum) { return sum > kSafeLow && sum < kSafeHigh; }
+
+// Exponent e for which max|value(j)| · 2^-e is in [0.5, 1), or 0 where all values are 0.
+template <typename Value>
+int exponent_of(int64_t d, const Value& value) {
+  double largest = 0;
+  for (int64_t j = 0; j < d; ++j) largest = std::fmax(largest, std::fabs(value(j)));
+  int exponent = 0;
+  if (largest > 0 && std::isfinite(largest)) std::frexp(largest, &exponent);
+  return exponent;
+}
+
+// The same distances of rows whose squares float64 cannot hold: numbers are brought to about 1 by powers of two.
 template <typename T>
-MSACORE_INLINE double squared_distance(const T* __restrict__ x, const double* __restrict__ c, int64_t d) {
+double rescaled_distance(const T* x, const double* c, int64_t d, int64_t metric) {
+  const auto row = [&](int64_t j) { return static_cast<double>(x[j]); };
+  double first = 0, xx = 0, cc = 0;
+  if (metric == kEuclidean) {
+    const auto gap = [&](int64_t j) { return row(j) - c[j]; };
+    const int exponent = exponent_of(d, gap);
+    for (int64_t j = 0; j < d; ++j) first += std::ldexp(gap(j), -exponent) * std::ldexp(gap(j), -exponent);
+    return std::ldexp(std::sqrt(first), exponent);
+  }
+  const int x_exponent = exponent_of(d, row), c_exponent = exponent_of(d, [&](int64_t j) { return c[j]; });
+  for (int64_t j = 0; j < d; ++j) {
+    const double a = std::ldexp(row(j), -x_exponent), b = std::ldexp(c[j], -c_exponent);
+    first += a * b;
+    xx += a * a;
+    cc += b * b;
+  }
+  return xx == 0 || cc == 0 ? 1 : std::fmax(0.0, 1 - first / std::sqrt(xx * cc));
+}
+
+template <typename T>
+MSACORE_INLINE double euclidean_distance(const T* __restrict__ x, const double* __restrict__ c, int64_t d) {
   double sum[kLanes] = {};
   int64_t j = 0;
   for (; j + kLanes <= d; j += kLanes) {
@@ -32,7 +68,8 @@ MSACORE_INLINE double squared_distance(const T* __restrict__ x, const double* __
     const double gap = static_cast<double>(x[j]) - c[j];
     sum[k] += gap * gap;
   }
-  return sum_lanes(sum);
+  const double total = sum_lanes(sum);
+  return is_safe(total) ? std::sqrt(total) : rescaled_distance(x, c, d, kEuclidean);
 }
 
 // 1 - cos; a zero row has distance 1 to everything. The root of the product makes equal rows give exactly 0.
@@ -56,10 +93,27 @@ MSACORE_INLINE double cosine_distance(const T* __restrict__ x, const double* __r
     cc[k] += b * b;
   }
   const double x_norm2 = sum_lanes(xx), c_norm2 = sum_lanes(cc);
-  if (x_norm2 == 0 || c_norm2 == 0) return 1;
+  if (!is_safe(x_norm2) || !is_safe(c_norm2)) return rescaled_distance(x, c, d, kCosine);
   const double product = x_norm2 * c_norm2;
-  const double scale = std::isnormal(product) ? std::sqrt(product) : std::sqrt(x_norm2) * std::sqrt(c_norm2);
+  const double scale = is_safe(product) ? std::sqrt(product) : std::sqrt(x_norm2) * std::sqrt(c_norm2);
   return std::fmax(0.0, 1 - sum_lanes(xc) / scale);
+}
+
+// <x - shift, c>, summed as distances are
+template <typename T>
+MSACORE_SIMD void products(const T* __restrict__ x, const double* __restrict__ shift, const double* centers,
+                           int64_t count, int64_t d, double* __restrict__ out) {
+  for (int64_t i = 0; i < count; ++i) {
+    const double* __restrict__ c = centers + i * d;
+    double sum[kLanes] = {};
+    int64_t j = 0;
+    for (; j + kLanes <= d; j += kLanes) {
+#pragma omp simd
+      for (int64_t k = 0; k < kLanes; ++k) sum[k] += (static_cast<double>(x[j + k]) - shift[j + k]) * c[j + k];
+    }
+    for (int64_t k = 0; j < d; ++j, ++k) sum[k] += (static_cast<double>(x[j]) - shift[j]) * c[j];
+    out[i] = sum_lanes(sum);
+  }
 }
 
 // out[i] = distance of row x to centre which[i]
@@ -68,7 +122,7 @@ MSACORE_SIMD void exact_distances(const T* x, const double* centers, const int64
                                   int64_t metric, double* out) {
   for (int64_t i = 0; i < count; ++i) {
     const double* c = centers + which[i] * d;
-    out[i] = metric == kEuclidean ? std::sqrt(squared_distance(x, c, d)) : cosine_distance(x, c, d);
+    out[i] = metric == kEuclidean ? euclidean_distance(x, c, d) : cosine_distance(x, c, d);
   }
 }
 
@@ -92,6 +146,17 @@ struct Filter {
 // Squares below this vanish in float32.
 constexpr double kTiny = 1e-30;
 
+// The unit row of one whose squares float64 cannot hold; zeros for a row of zeros.
+template <typename T>
+double pack_rescaled_row(const T* x, int64_t d, float* out) {
+  const int exponent = exponent_of(d, [&](int64_t j) { return static_cast<double>(x[j]); });
+  const auto value = [&](int64_t j) { return std::ldexp(static_cast<double>(x[j]), -exponent); };
+  double norm2 = 0;
+  for (int64_t j = 0; j < d; ++j) norm2 += value(j) * value(j);
+  for (int64_t j = 0; j < d; ++j) out[j] = norm2 > 0 ? static_cast<float>(value(j) / std::sqrt(norm2)) : 0.0f;
+  return 0.5;
+}
+
 // out [d] = the packed row; returns half · ‖out‖²
 template <typename T>
 MSACORE_INLINE double pack_row(const T* __restrict__ x, const double* __restrict__ scaled_shift, const Filter& f,
@@ -101,9 +166,8 @@ MSACORE_INLINE double pack_row(const T* __restrict__ x, const double* __restrict
     double norm2 = 0;
 #pragma omp simd reduction(+ : norm2)
     for (int64_t j = 0; j < f.d; ++j) norm2 += static_cast<double>(x[j]) * static_cast<double>(x[j]);
-    scale = norm2 > 0 ? 1 / std::sqrt(norm2) : 0;
-  }
-  if (f.metric == kCosine) {
+    if (!is_safe(norm2)) return pack_rescaled_row(x, f.d, out);
+    scale = 1 / std::sqrt(norm2);
 #pragma omp simd
     for (int64_t j = 0; j < f.d; ++j) out[j] = static_cast<float>(static_cast<double>(x[j]) * scale);
     return 0.5;

@@ -80,14 +80,16 @@ __global__ void __launch_bounds__(kThreads, 4)
   constexpr double kLargest = 65504;
   for (int64_t i = grid_thread() / kWarp; i < out.count; i += grid_threads() / kWarp) {
     const In* const x = from.row(i);
-    double factor = scale * kRaise, own = 0;
+    double factor = scale * kRaise, own = 0, largest = 0;
     bool usable = true;
     if constexpr (kCosine) {
       for (int64_t j = lane_id(); j < from.width; j += kWarp) {
         const double value = static_cast<double>(x[j]);
         own = fma(value, value, own);
+        largest = fmax(largest, fabs(value));
       }
       own = warp_sum(own);
+      largest = warp_max(largest);
       usable = own > 1e-290 && own < 1e300;
       factor = usable ? kRaise / sqrt(own) : 0;
     }
@@ -105,7 +107,7 @@ __global__ void __launch_bounds__(kThreads, 4)
       out.rows[i * out.width + j] = rounded;
     }
     norm = usable ? warp_sum(norm) : kRaise * kRaise;
-    const double radius = usable ? sqrt(warp_sum(square)) : own == 0 ? 0 : INFINITY;
+    const double radius = usable ? sqrt(warp_sum(square)) : largest == 0 ? 0 : INFINITY;
     if (lane_id() == 0) out.ball[i] = {static_cast<float>(norm), static_cast<float>(radius) * kAbove};
   }
 }

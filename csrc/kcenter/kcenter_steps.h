@@ -9,11 +9,11 @@
 #include <utility>
 #include <vector>
 
+#include "core/round.h"
 #include "kcenter/kcenter_distance.h"
 
 namespace msacore::kcenter::cpu {
 
-constexpr int64_t kScanBlock = 4096;  // rows whose column sums are added in one go, whatever the thread count
 constexpr double kLowest = -std::numeric_limits<double>::infinity();
 
 // 32-bit words of a row, for the checksum
@@ -61,30 +61,51 @@ MSACORE_INLINE double largest_magnitude(const T* x, int64_t d) {
   return static_cast<double>(value);
 }
 
-constexpr int64_t kTogether = 4;  // rows added before the column sums are read and written again
+constexpr int64_t kTogether = 4;  // rows added before they go into the tree
+constexpr int64_t kLevels = 11;   // of the tree above them: 4 · 2^10 rows are a block
 
-// Column sums [d], checksum per row, largest magnitude and the first row that is not finite (or `end`).
+// Adds the rows of one block along a binary tree over row numbers: sums [d]. `level` [kLevels, d]: sums of finished
+// subtrees, each waiting for the one to its right. Also the checksum of each row, the largest magnitude, and the first
+// row that is not finite (else `bad` stays).
 template <typename T>
-MSACORE_SIMD void scan_rows(const T* pool, int64_t begin, int64_t end, int64_t d, const uint32_t* key, double* sums,
-                            int64_t* checksum, double* largest, int64_t* bad) {
-  for (int64_t i = begin; i < end; i += kTogether) {
+MSACORE_SIMD void scan_block(const T* pool, int64_t rows, int64_t d, const uint32_t* key, double* level, double* sums,
+                             int64_t* checksum, double* largest, int64_t* bad) {
+  int64_t group = 0;
+  for (int64_t i = 0; i < rows; i += kTogether, ++group) {
     const T* x = pool + i * d;
-    const int64_t rows = std::min(kTogether, end - i);
-    for (int64_t r = 0; r < rows; ++r) {
+    const int64_t here = std::min(kTogether, rows - i);
+    for (int64_t r = 0; r < here; ++r) {
       checksum[i + r] = static_cast<int64_t>(word_sum(x + r * d, key, d));
       const double row_largest = largest_magnitude(x + r * d, d);
-      if (!(row_largest <= std::numeric_limits<double>::max()) && *bad == end) *bad = i + r;
+      if (!(row_largest <= std::numeric_limits<double>::max()) && *bad == rows) *bad = i + r;
       *largest = std::max(*largest, row_largest);
     }
-    if (rows == kTogether) {
+    int64_t finished = 0;
+    while (group >> finished & 1) ++finished;
+    double* __restrict__ sum = level + finished * d;
+    if (here == kTogether) {
 #pragma omp simd
       for (int64_t j = 0; j < d; ++j)
-        sums[j] += (static_cast<double>(x[j]) + static_cast<double>(x[d + j])) +
-                   (static_cast<double>(x[2 * d + j]) + static_cast<double>(x[3 * d + j]));
+        sum[j] = (static_cast<double>(x[j]) + static_cast<double>(x[d + j])) +
+                 (static_cast<double>(x[2 * d + j]) + static_cast<double>(x[3 * d + j]));
     } else {
-      for (int64_t r = 0; r < rows; ++r)
-        for (int64_t j = 0; j < d; ++j) sums[j] += static_cast<double>(x[r * d + j]);
+      for (int64_t j = 0; j < d; ++j) {
+        sum[j] = static_cast<double>(x[j]);
+        for (int64_t r = 1; r < here; ++r) sum[j] += static_cast<double>(x[r * d + j]);
+      }
     }
+    for (int64_t l = 0; l < finished; ++l) {
+      const double* __restrict__ left = level + l * d;
+#pragma omp simd
+      for (int64_t j = 0; j < d; ++j) sum[j] = left[j] + sum[j];
+    }
+  }
+  bool empty = true;
+  std::fill(sums, sums + d, 0.0);
+  for (int64_t l = 0; l < kLevels; ++l) {
+    if (!(group >> l & 1)) continue;
+    for (int64_t j = 0; j < d; ++j) sums[j] = empty ? level[l * d + j] : level[l * d + j] + sums[j];
+    empty = false;
   }
 }
 
@@ -92,23 +113,22 @@ template <typename T>
 void scan(const T* pool, int64_t n, int64_t d, double* sums, int64_t* checksum, double* largest, int64_t* bad) {
   std::vector<uint32_t> key(2 * d);
   for (int64_t j = 0; j < 2 * d; ++j) key[j] = static_cast<uint32_t>(mix(j + 1)) | 1;
-  const int64_t blocks = (n + kScanBlock - 1) / kScanBlock;
-  std::vector<double> block_sums(blocks * d), block_largest(blocks);
+  const int64_t blocks = ceil_div(n, kScanBlock);
+  std::vector<double> block_largest(blocks);
   std::vector<int64_t> block_bad(blocks);
   torch::stable::parallel_for(0, blocks, 1, [&](int64_t first, int64_t last) {
+    std::vector<double> level(kLevels * d);
     for (int64_t b = first; b < last; ++b) {
-      const int64_t end = std::min(n, (b + 1) * kScanBlock);
-      block_bad[b] = end;
-      scan_rows(pool, b * kScanBlock, end, d, key.data(), block_sums.data() + b * d, checksum, &block_largest[b],
-                &block_bad[b]);
-      if (block_bad[b] == end) block_bad[b] = n;
+      const int64_t begin = b * kScanBlock, rows = std::min(kScanBlock, n - begin);
+      block_bad[b] = rows;
+      scan_block(pool + begin * d, rows, d, key.data(), level.data(), sums + b * d, checksum + begin, &block_largest[b],
+                 &block_bad[b]);
+      block_bad[b] = block_bad[b] == rows ? n : begin + block_bad[b];
     }
   });
-  std::fill(sums, sums + d, 0.0);
   *largest = 0;
   *bad = n;
   for (int64_t b = 0; b < blocks; ++b) {
-    for (int64_t j = 0; j < d; ++j) sums[j] += block_sums[b * d + j];
     *largest = std::max(*largest, block_largest[b]);
     *bad = std::min(*bad, block_bad[b]);
   }
@@ -156,10 +176,12 @@ inline void rank(const double* score, int64_t n, int64_t count, int64_t* out) {
 // Plain greedy among candidates, for as long as the best of them precedes `bound`, which precedes or equals everything
 // outside. picks, scores [limit]: positions of the picks, then -1, and their scores.
 // Scores only fall, so one from earlier is an upper bound: a candidate takes in the picks it lacks only while it still
-// leads the others.
+// leads the others. group [m] or null: which entry of room [groups], the picks it may still get, a candidate takes
+// from.
 template <typename T>
-void greedy(const T* candidates, const double* weight, const double* delta, const int64_t* index, int64_t m, int64_t d,
-            Ranked bound, int64_t limit, int64_t metric, int64_t* picks, double* scores) {
+void greedy(const T* candidates, const double* weight, const double* delta, const int64_t* index, const int64_t* group,
+            std::vector<int64_t> room, int64_t m, int64_t d, Ranked bound, int64_t limit, int64_t metric,
+            int64_t* picks, double* scores) {
   std::fill(picks, picks + limit, -1);
   std::fill(scores, scores + limit, kLowest);
   struct Candidate {
@@ -177,6 +199,10 @@ void greedy(const T* candidates, const double* weight, const double* delta, cons
   for (int64_t made = 0; made < limit && !heap.empty();) {
     std::pop_heap(heap.begin(), heap.end(), behind);
     Candidate& best = heap.back();
+    if (group && room[group[best.position]] <= 0) {
+      heap.pop_back();
+      continue;
+    }
     const T* row = candidates + best.position * d;
     const auto leads = [&] {
       return precedes(best.ranked, bound) && (heap.size() == 1 || precedes(best.ranked, heap.front().ranked));
@@ -195,6 +221,7 @@ void greedy(const T* candidates, const double* weight, const double* delta, cons
       picks[made] = best.position;
       scores[made] = best.ranked.first;
       for (int64_t j = 0; j < d; ++j) centers.push_back(static_cast<double>(row[j]));
+      if (group) --room[group[best.position]];
       heap.pop_back();
       ++made;
     }

@@ -1,10 +1,10 @@
 // Scanning and ranking the pool, and the greedy steps among candidates, on the device.
 #pragma once
+#include "kcenter/kcenter.h"
 #include "kcenter/kcenter_distance.cuh"
 
 namespace msacore::kcenter::cuda {
 
-constexpr int64_t kScanBlock = 4096;  // rows whose column sums are added in one go, as on the CPU
 constexpr int kMatrixRows = 16, kMatrixColumns = 32, kMatrixDepth = 32;
 constexpr int kGreedyThreads = 1024;
 
@@ -45,36 +45,65 @@ __global__ void __launch_bounds__(kThreads, 4)
   if (lane_id() == 0) atomicMax(largest, ordered_bits(most));
 }
 
-// sums [⌈n / 4096⌉, d] of blocks of rows, four rows at a time as on the CPU: a thread owns a column of a block
+// sums [⌈n / 4096⌉, d] of blocks of rows along the tree of the CPU: a thread owns a column of a block
 template <typename T>
 __global__ void __launch_bounds__(kThreads, 4)
     column_sums_kernel(const T* __restrict__ pool, int64_t n, int64_t d, double* __restrict__ sums) {
+  constexpr int kLevels = 11;  // above four rows
   const int64_t begin = int64_t{blockIdx.x} * kScanBlock, end = begin + kScanBlock < n ? begin + kScanBlock : n;
   for (int64_t j = threadIdx.x; j < d; j += kThreads) {
-    double sum = 0;
+    double level[kLevels];  // sums of finished subtrees, each waiting for the one to its right
     const auto value = [&](int64_t i) { return static_cast<double>(pool[i * d + j]); };
-    int64_t i = begin;
-#pragma unroll 4
-    for (; i + 4 <= end; i += 4) sum += (value(i) + value(i + 1)) + (value(i + 2) + value(i + 3));
-    for (; i < end; ++i) sum += value(i);
+    int groups = 0;
+    for (int64_t i = begin; i < end; i += 4, ++groups) {
+      double sum = value(i);
+      if (i + 1 < end) sum += value(i + 1);
+      if (i + 3 < end) {
+        sum += value(i + 2) + value(i + 3);
+      } else if (i + 2 < end) {
+        sum += value(i + 2);
+      }
+      int l = 0;
+      for (; groups >> l & 1; ++l) sum = level[l] + sum;
+      level[l] = sum;
+    }
+    double sum = 0;
+    bool empty = true;
+    for (int l = 0; l < kLevels; ++l) {
+      if (!(groups >> l & 1)) continue;
+      sum = empty ? level[l] : level[l] + sum;
+      empty = false;
+    }
     sums[blockIdx.x * d + j] = sum;
   }
 }
 
-// What the scan starts from (sums null), and how it ends: block sums [blocks, d] added up to sums [d].
-__global__ void __launch_bounds__(kThreads)
-    scan_frame_kernel(const double* __restrict__ block_sums, int64_t blocks, int64_t n, int64_t d,
-                      unsigned long long* largest, unsigned long long* bad, double* __restrict__ sums,
-                      double* __restrict__ largest_out) {
-  if (!sums && grid_thread() == 0) {
+// What the scan starts from, and (largest_out not null) the largest magnitude at its end.
+__global__ void scan_frame_kernel(int64_t n, unsigned long long* largest, unsigned long long* bad,
+                                  double* __restrict__ largest_out) {
+  if (largest_out) {
+    *largest_out = from_ordered_bits(*largest);
+  } else {
     *largest = ordered_bits(0);
     *bad = static_cast<unsigned long long>(n);
   }
-  if (sums && grid_thread() == 0) *largest_out = from_ordered_bits(*largest);
-  for (int64_t j = grid_thread(); sums && j < d; j += grid_threads()) {
+}
+
+// out [count, centres] = <pool[rows[i]] - shift, c>; eight lanes own a pair and sum it as distances are summed.
+template <typename T>
+__global__ void __launch_bounds__(kThreads, 4)
+    products_kernel(const T* __restrict__ pool, const int64_t* __restrict__ rows, const double* __restrict__ shift,
+                    const double* __restrict__ centers, int64_t samples, int64_t count, int64_t n, int64_t d,
+                    double* __restrict__ out) {
+  for (int64_t p = grid_thread() / kGroup; p < count * n; p += grid_threads() / kGroup) {
+    const T* const x = pool + clamped(rows[p / n], samples) * d;
+    const double* const c = centers + p % n * d;
     double sum = 0;
-    for (int64_t b = 0; b < blocks; ++b) sum += block_sums[b * d + j];
-    sums[j] = sum;
+    for (int64_t j = lane_id() % kGroup; j < d; j += kGroup) {
+      sum = fma(static_cast<double>(x[j]) - shift[j], c[j], sum);
+    }
+    sum = group_sum(sum, kGroup);
+    if (lane_id() % kGroup == 0) out[p] = sum;
   }
 }
 
@@ -133,8 +162,10 @@ __global__ void __launch_bounds__(kThreads, 2)
   }
   const int64_t i = first_row + row, j = first_column + column;
   const auto norm = [&](int64_t k) { return kCosine ? norms[k] : 0.0; };
-  if (i < m && j < m) out[i * m + j] = left.distance(norm(i), norm(j));
-  if (i < m && j + 16 < m) out[i * m + j + 16] = right.distance(norm(i), norm(j + 16));
+  if (i < m && j < m) out[i * m + j] = left.distance(x + i * d, x + j * d, d, norm(i), norm(j));
+  if (i < m && j + 16 < m) {
+    out[i * m + j + 16] = right.distance(x + i * d, x + (j + 16) * d, d, norm(i), norm(j + 16));
+  }
 }
 
 // A candidate in the order of picks: higher scores first, then smaller indices, then smaller positions.
@@ -174,12 +205,13 @@ __device__ __forceinline__ Ranked block_best(Ranked mine) {
   return mine;
 }
 
-// Candidates x [m, d] with squared norms [m] (cosine) and, where it is not null, the distances among them [m, m].
+// Candidates x [m, d] with squared norms [m] (cosine) and, where they are not null, the distances among them [m, m] and
+// the group [m] of each.
 template <typename T>
-struct Candidates {
+struct Contest {
   const T* x;
   const double *norms, *distances, *weight;
-  const int64_t* index;
+  const int64_t *index, *group;
   int64_t m, d;
 
   template <bool kCosine>
@@ -191,17 +223,19 @@ struct Candidates {
 #pragma unroll
       for (int g = 0; g < kGroup; ++g) sum.add(g, value(a, j + g), value(b, j + g));
     }
-    return kCosine ? sum.distance(norms[a], norms[b]) : sum.distance(0, 0);
+    return sum.distance(x + a * d, x + b * d, d, kCosine ? norms[a] : 0, kCosine ? norms[b] : 0);
   }
 };
 
 // One block picks up to `limit` candidates for as long as the best precedes the bound: positions (then -1) and scores
-// (then -inf) [limit]. now [m]: the distances so far; NaN once a candidate is picked or behind the bound for good.
+// (then -inf) [limit]. now [m]: the distances so far; NaN once a candidate is picked, behind the bound for good, or of
+// a group without room. left [groups]: the room that is left, from `room`.
 template <bool kCosine, typename T>
 __global__ void __launch_bounds__(kGreedyThreads)
-    greedy_kernel(Candidates<T> among, const double* __restrict__ delta, const double* __restrict__ bound,
-                  const int64_t* __restrict__ bound_index, int64_t limit, double* __restrict__ now,
-                  int64_t* __restrict__ picks, double* __restrict__ scores) {
+    greedy_kernel(Contest<T> among, const double* __restrict__ delta, const int64_t* __restrict__ room, int64_t groups,
+                  const double* __restrict__ bound, const int64_t* __restrict__ bound_index, int64_t limit,
+                  double* __restrict__ now, int64_t* left, int64_t* __restrict__ picks, double* __restrict__ scores) {
+  for (int64_t g = threadIdx.x; g < groups; g += kGreedyThreads) left[g] = room[g];
   for (int64_t k = threadIdx.x; k < limit; k += kGreedyThreads) {
     picks[k] = -1;
     scores[k] = -INFINITY;
@@ -218,7 +252,8 @@ __global__ void __launch_bounds__(kGreedyThreads)
         own = found < own ? found : own;
       }
       const Ranked candidate{among.weight[i] * own, among.index[i], i};
-      const bool open = i != last && candidate.precedes(outside);
+      const bool fits = !among.group || left[clamped(among.group[i], groups)] > 0;
+      const bool open = i != last && fits && candidate.precedes(outside);
       now[i] = open ? own : NAN;
       if (open && candidate.better_than(best)) best = candidate;
     }
@@ -228,7 +263,9 @@ __global__ void __launch_bounds__(kGreedyThreads)
     if (threadIdx.x == 0) {
       picks[made] = best.position;
       scores[made] = best.score;
+      if (among.group) --left[clamped(among.group[last], groups)];
     }
+    __syncthreads();
   }
 }
 

@@ -12,6 +12,9 @@ rank = torch.ops.msacore.kcenter_rank.default
 greedy = torch.ops.msacore.kcenter_greedy.default
 fold = torch.ops.msacore.kcenter_fold.default
 count = torch.ops.msacore.kcenter_count.default
+products = torch.ops.msacore.kcenter_products.default
+
+SCAN_BLOCK = 4096  # rows whose column sums `scan` returns as one
 
 
 def _check_metric(op: str, metric: int) -> None:
@@ -27,13 +30,12 @@ def _check_argument(
     check_device(op, name, value, like)
 
 
-def _check_pool(op: str, pool: Tensor, rows: Tensor, centers: Tensor, shift: Tensor, metric: int) -> None:
+def _check_pool(op: str, pool: Tensor, rows: Tensor, centers: Tensor, shift: Tensor) -> None:
     check_floating(op, "pool", pool)
     check_shape(op, "pool", pool, (-1, -1), "[N, d]")
     _check_argument(op, "rows", rows, (-1,), "[A]", torch.int64, pool)
     _check_argument(op, "centers", centers, (-1, pool.shape[1]), "[n, d]", torch.float64, pool)
     _check_argument(op, "shift", shift, (pool.shape[1],), "[d]", torch.float64, pool)
-    _check_metric(op, metric)
 
 
 @torch.library.register_fake("msacore::kcenter_scan")
@@ -42,7 +44,7 @@ def _(pool: Tensor) -> tuple[Tensor, Tensor, Tensor, Tensor]:
     check_shape("kcenter_scan", "pool", pool, (-1, -1), "[N, d]")
     wide, whole = torch.float64, torch.int64
     return (
-        pool.new_empty(pool.shape[1], dtype=wide),
+        pool.new_empty(-(-pool.shape[0] // SCAN_BLOCK), pool.shape[1], dtype=wide),
         pool.new_empty(pool.shape[0], dtype=whole),
         pool.new_empty(1, dtype=wide),
         pool.new_empty(1, dtype=whole),
@@ -64,6 +66,8 @@ def _(
     weight: Tensor,
     delta: Tensor,
     index: Tensor,
+    group: Tensor,
+    room: Tensor,
     bound: Tensor,
     bound_index: Tensor,
     *,
@@ -77,8 +81,14 @@ def _(
     _check_argument(op, "weight", weight, (m,), "[m]", torch.float64, candidates)
     _check_argument(op, "delta", delta, (m,), "[m]", torch.float64, candidates)
     _check_argument(op, "index", index, (m,), "[m]", torch.int64, candidates)
+    _check_argument(
+        op, "group", group, (m,) if tuple(group.shape) != (0,) else (0,), "[m] or [0]", torch.int64, candidates
+    )
+    _check_argument(op, "room", room, (-1,), "[G]", torch.int64, candidates)
     _check_argument(op, "bound", bound, (1,), "[1]", torch.float64, candidates)
     _check_argument(op, "bound_index", bound_index, (1,), "[1]", torch.int64, candidates)
+    if group.shape[0] and not room.shape[0]:
+        fail(op, "expected `room` to have an entry per group, got none")
     if limit < 0:
         fail(op, f"expected `limit` to be at least 0, got {limit}")
     _check_metric(op, metric)
@@ -99,7 +109,8 @@ def _(
     metric: int,
 ) -> tuple[Tensor, Tensor]:
     op, selected = "kcenter_fold", rows.shape[:1]
-    _check_pool(op, pool, rows, centers, shift, metric)
+    _check_pool(op, pool, rows, centers, shift)
+    _check_metric(op, metric)
     _check_argument(op, "start", start, tuple(selected), "[A]", torch.int64, pool)
     _check_argument(op, "delta", delta, tuple(selected), "[A]", torch.float64, pool)
     _check_argument(op, "owner", owner, tuple(selected), "[A]", torch.int64, pool)
@@ -110,5 +121,12 @@ def _(
 def _(
     pool: Tensor, rows: Tensor, centers: Tensor, shift: Tensor, *, radius: float, scale: float, metric: int
 ) -> Tensor:
-    _check_pool("kcenter_count", pool, rows, centers, shift, metric)
+    _check_pool("kcenter_count", pool, rows, centers, shift)
+    _check_metric("kcenter_count", metric)
     return rows.new_empty(rows.shape[0])
+
+
+@torch.library.register_fake("msacore::kcenter_products")
+def _(pool: Tensor, rows: Tensor, centers: Tensor, shift: Tensor) -> Tensor:
+    _check_pool("kcenter_products", pool, rows, centers, shift)
+    return centers.new_empty(rows.shape[0], centers.shape[0])

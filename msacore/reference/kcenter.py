@@ -3,7 +3,7 @@
 import torch
 from torch import Tensor
 
-__all__ = ["count", "distances", "fold", "greedy", "kcenter", "rank"]
+__all__ = ["count", "distances", "fold", "greedy", "kcenter", "rank", "tree_sum"]
 
 
 def distances(x: Tensor, centers: Tensor, metric: str = "euclidean") -> Tensor:
@@ -32,14 +32,38 @@ def rank(score: Tensor, count: int) -> Tensor:
     return score.sort(descending=True, stable=True).indices[:count]
 
 
-def greedy(x: Tensor, weight: Tensor, delta: Tensor, steps: int, metric: str = "euclidean") -> tuple[Tensor, Tensor]:
+def tree_sum(x: Tensor) -> Tensor:
+    """Sum over the rows of ``x`` ``[N, …]`` in float64, along the binary tree over row numbers."""
+    x = x.double()
+    while len(x) > 1:
+        paired = x[: len(x) // 2 * 2]
+        x = torch.cat([paired[0::2] + paired[1::2], x[len(paired) :]])
+    return x.sum(0)
+
+
+def greedy(
+    x: Tensor,
+    weight: Tensor,
+    delta: Tensor,
+    steps: int,
+    metric: str = "euclidean",
+    group: Tensor | None = None,
+    room: Tensor | None = None,
+) -> tuple[Tensor, Tensor]:
     """``steps`` times: pick ``argmax weight · delta`` (smallest index among equals), fold it into ``delta``.
 
-    A sample with ``delta`` of -inf is never picked. Returns picks and their scores.
+    A sample with ``delta`` of -inf is never picked, nor one of a ``group`` ``[N]`` that has got its ``room`` ``[G]`` of
+    picks; without any other it ends. Returns picks and their scores.
     """
     delta = delta.clone()
-    picks, scores = [], []
+    picks: list[int] = []
+    scores: list[float] = []
     for _ in range(steps):
+        if group is not None and room is not None:
+            taken = torch.bincount(group[torch.tensor(picks, dtype=torch.int64)], minlength=len(room))
+            delta[(taken >= room)[group]] = -torch.inf
+            if bool((delta == -torch.inf).all()):
+                break
         score = torch.where(delta == -torch.inf, -torch.inf, weight * delta)
         pick = int(score.argmax())
         picks.append(pick)

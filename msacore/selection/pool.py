@@ -92,7 +92,7 @@ class Pool:
             chunk_sums, chunk_checksums, largest, bad = kcenter.scan(chunk)
             if int(bad) < len(chunk):
                 raise ValueError(f"select: `embeddings` holds a NaN or infinite value, first in row {begin + int(bad)}")
-            sums += chunk_sums
+            sums += chunk_sums.sum(0)
             checksums.update(chunk_checksums.cpu().numpy().data)
             magnitude = max(magnitude, float(largest))
         _check_magnitude("embeddings", magnitude)
@@ -236,8 +236,9 @@ class Pool:
         self, rows: Tensor, weight: Tensor, delta: Tensor, bound: Tensor, bound_index: Tensor, limit: int
     ) -> tuple[Tensor, Tensor]:
         """Greedy picks among ``rows`` while the best precedes the bound: positions in ``rows`` (then -1), scores."""
+        none = rows[:0]
         return kcenter.greedy(
-            self.gather(rows), weight, delta, rows, bound, bound_index, limit=limit, metric=self.metric
+            self.gather(rows), weight, delta, rows, none, none, bound, bound_index, limit=limit, metric=self.metric
         )
 
     def centers(self, rows: Tensor) -> Tensor:
