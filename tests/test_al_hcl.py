@@ -334,7 +334,12 @@ def test_report_holds_every_number(report):
     assert "<script" not in page and 'src="http' not in page
     for text in ("Learning curves", "without matrix fusion", "first picks", first[0]["picks"][0]["id"]):
         assert text in page
-    assert sorted(p.name for p in report.iterdir()) == ["checkpoints", "report.html", "report.json"]
+    assert sorted(p.name for p in report.iterdir()) == [
+        "checkpoints",
+        "predictions",
+        "report.html",
+        "report.json",
+    ]
 
 
 def test_report_in_a_browser(report, tmp_path):

@@ -1,38 +1,49 @@
-"""Command line of AL-HCL: ``python -m examples.al_hcl --data PATH --out DIR``."""
+"""Command line of AL-HCL: ``python -m examples.al_hcl [run|fit|predict|evaluate|pick] --data PATH …``."""
 
 from __future__ import annotations
 
 import argparse
 import sys
+from collections.abc import Sequence
 from pathlib import Path
+from typing import Any
 
 import torch
 
 from examples.msa.checkpoint import seed_everything
+from examples.msa.command import (
+    Command,
+    add_device_argument,
+    add_tensorboard_argument,
+    check_device,
+    command_line,
+    tensorboard_writer,
+)
 from examples.msa.data import add_data_arguments, load_from
+from examples.msa.missing import KINDS
+from examples.msa.patterns import add_test_arguments, test_patterns
 from examples.msa.report import run_card
 from examples.msa.timing import StageTimer, add_progress_argument, progress
-from msacore.selection import STRATEGIES
+from examples.msa.tool import evaluate_arguments, evaluate_command, predict_arguments, predict_command
 
-from .acquire import MEASURES, SelectionConfig
-from .active import Arm
-from .arms import REFERENCE, ablations, comparison, contrast_sweep
+from .arms import ablations, comparison, contrast_sweep
 from .experiment import Experiment
-from .kernel import VIEWS
-from .model import ModelConfig
+from .fit import SYSTEM, fit_command, open_model
+from .options import add_model_arguments, add_protocol_arguments, add_selection_arguments, base_arm
 from .report import build_report
-from .train import Data, TrainConfig
+from .train import Data
 
+DESCRIPTION = "AL-HCL: active learning and hierarchical contrastive learning for multimodal sentiment."
 # Small enough for two minutes on two cores; whatever is given on the command line wins.
-DEMO = {"size": 600, "seeds": [0, 1], "ablate": True, "rounds": 2, "budget": 30, "steps": 40, "pretrain_steps": 60}
+DEMO = {"seeds": [0, 1], "ablate": True, "rounds": 2, "budget": 30, "steps": 40, "pretrain_steps": 60}
+DEMO_SIZE = 600
 
 
-def parser() -> argparse.ArgumentParser:
-    """All options."""
-    p = argparse.ArgumentParser(prog="python -m examples.al_hcl", description=__doc__)
-    add_data_arguments(p)
-    add_progress_argument(p)
-    run = p.add_argument_group("run")
+def add_run_arguments(parser: argparse.ArgumentParser) -> None:
+    """Options of ``run``."""
+    add_data_arguments(parser)
+    add_progress_argument(parser)
+    run = parser.add_argument_group("run")
     run.add_argument(
         "--out", type=Path, default=Path("runs/al_hcl"), metavar="DIR", help="report and checkpoints (%(default)s)"
     )
@@ -40,98 +51,49 @@ def parser() -> argparse.ArgumentParser:
         "--seeds", type=int, nargs="+", default=[0, 1, 2, 3, 4], metavar="S", help="one run per seed (0 1 2 3 4)"
     )
     run.add_argument("--resume", action="store_true", help="go on from the checkpoints in --out")
-    run.add_argument("--device", default="cpu", help="torch device (%(default)s)")
-    run.add_argument(
-        "--threads", type=int, default=1, help="CPU threads; small models gain nothing from more (%(default)s)"
-    )
+    add_device_argument(run)
+    _add_threads(run)
     run.add_argument("--ablate", action="store_true", help="also run an arm without each part")
     run.add_argument(
         "--sweep-lambda", type=float, nargs="*", metavar="λ", help="also run these contrast weights (.01 .05 .1 .3)"
     )
     run.add_argument(
-        "--demo", action="store_true", help="a quick comparison with ablations on a small synthetic corpus"
+        "--demo", action="store_true", help="a quick comparison with ablations, without --data on a small corpus"
     )
-    al = p.add_argument_group("active learning")
-    al.add_argument("--strategy", choices=sorted(STRATEGIES), default=SelectionConfig.strategy, help="(%(default)s)")
-    al.add_argument(
-        "--uncertainty", choices=sorted(MEASURES), default=SelectionConfig.uncertainty, help="(%(default)s)"
+    add_tensorboard_argument(run)
+    add_test_arguments(parser)
+    parser.add_argument(
+        "--test-pattern",
+        choices=[k for k in KINDS if k != "fixed"],
+        default="exact",
+        help="kind of pattern of --test-rates (%(default)s)",
     )
-    al.add_argument(
-        "--initial", type=float, default=SelectionConfig.initial, help="share labelled at first (%(default)s)"
-    )
-    al.add_argument(
-        "--budget", type=int, default=SelectionConfig.budget, metavar="B", help="labels per round (%(default)s)"
-    )
-    al.add_argument("--rounds", type=int, default=SelectionConfig.rounds, help="rounds of buying (%(default)s)")
-    al.add_argument(
-        "--keep-training", action="store_true", help="go on from the last round's weights, not from new ones"
-    )
-    al.add_argument("--members", type=int, default=SelectionConfig.members, help="models per round (%(default)s)")
-    al.add_argument(
-        "--gamma", type=float, default=SelectionConfig.gamma, help="exponent of the uncertainty (%(default)s)"
-    )
-    al.add_argument(
-        "--option", action="append", default=[], metavar="KEY=NUMBER", help="option of the strategy, e.g. delta=2"
-    )
-    model = p.add_argument_group("model and training")
-    model.add_argument(
-        "--lambda",
-        dest="contrast_weight",
-        type=float,
-        default=TrainConfig.contrast_weight,
-        help="weight of the contrastive loss (%(default)s)",
-    )
-    model.add_argument(
-        "--tier-weights", type=float, nargs=3, default=ModelConfig.tier_weights, metavar="W", help="(.2 .3 .5)"
-    )
-    model.add_argument(
-        "--temperatures", type=float, nargs=3, default=ModelConfig.temperatures, metavar="T", help="(.1 .1 .5)"
-    )
-    model.add_argument(
-        "--tier1", choices=("cross_modal", "intra_modal"), default=ModelConfig.tier1, help="(%(default)s)"
-    )
-    model.add_argument("--width", type=int, default=ModelConfig.width, help="width of the embeddings (%(default)s)")
-    model.add_argument("--dropout", type=float, default=ModelConfig.dropout, help="(%(default)s)")
-    model.add_argument("--input-dropout", type=float, default=ModelConfig.input_dropout, help="(%(default)s)")
-    model.add_argument("--view", choices=VIEWS, help="features of the closed-form path (the best on held-out labels)")
-    model.add_argument(
-        "--pretrain-steps", type=int, default=TrainConfig.pretrain_steps, help="steps of contrast alone (%(default)s)"
-    )
-    model.add_argument(
-        "--squared-error", action="store_true", help="no predicted noise; uncertainty from dropout alone"
-    )
-    model.add_argument(
-        "--steps", type=int, default=TrainConfig.steps, help="optimiser steps per training (%(default)s)"
-    )
-    return p
+    add_selection_arguments(parser)
+    add_protocol_arguments(parser)
+    add_model_arguments(parser)
 
 
-def base_arm(args: argparse.Namespace) -> Arm:
-    """The reference system that the options describe."""
-    model = ModelConfig(
-        width=args.width,
-        dropout=args.dropout,
-        input_dropout=args.input_dropout,
-        tier_weights=tuple(args.tier_weights),
-        temperatures=tuple(args.temperatures),
-        tier1=args.tier1,
-        heteroscedastic=not args.squared_error,
+def add_fit_arguments(parser: argparse.ArgumentParser) -> None:
+    """Options of ``fit``."""
+    add_data_arguments(parser)
+    parser.add_argument(
+        "--out", type=Path, default=Path("runs/al_hcl-model"), metavar="DIR", help="folder of the model (%(default)s)"
     )
-    training = TrainConfig(
-        steps=args.steps, pretrain_steps=args.pretrain_steps, contrast_weight=args.contrast_weight, view=args.view
+    parser.add_argument("--seed", type=int, default=0, help="(%(default)s)")
+    add_device_argument(parser)
+    _add_threads(parser)
+    add_model_arguments(parser)
+
+
+def _add_threads(parser: argparse._ArgumentGroup | argparse.ArgumentParser) -> None:
+    parser.add_argument(
+        "--threads", type=int, default=1, help="CPU threads; small models gain nothing from more (%(default)s)"
     )
-    selection = SelectionConfig(
-        strategy=args.strategy,
-        uncertainty=args.uncertainty,
-        initial=args.initial,
-        budget=args.budget,
-        rounds=args.rounds,
-        keep_training=args.keep_training,
-        members=args.members,
-        gamma=args.gamma,
-        options=_options(args.option),
-    )
-    return Arm(REFERENCE, model, training, selection)
+
+
+def demo(args: argparse.Namespace) -> dict[str, Any]:
+    """What ``--demo`` changes; the size of a file is what it is."""
+    return {**DEMO} if args.data else {**DEMO, "size": DEMO_SIZE}
 
 
 def run(args: argparse.Namespace) -> tuple[Path, Path]:
@@ -142,45 +104,56 @@ def run(args: argparse.Namespace) -> tuple[Path, Path]:
         raise ValueError("--uncertainty ensemble_variance compares models: give --members 2 or more")
     if len(set(args.seeds)) < len(args.seeds):
         raise ValueError(f"--seeds must differ, got {args.seeds}")
+    device = check_device(args.device)
+    writer = tensorboard_writer(args.tensorboard)
     torch.set_num_threads(args.threads)
     seed_everything(args.seeds[0])
     timer = StageTimer()
     with timer("load"):
         corpus = load_from(args).standardise()
-        data = Data.of(corpus, args.device)
+        data = Data.of(corpus, device)
     base = base_arm(args)
     arms = comparison(base)
     if args.ablate:
         arms += ablations(base, len(corpus.modalities))
     if args.sweep_lambda is not None:
         arms += contrast_sweep(base, args.sweep_lambda or [0.01, 0.05, 0.1, 0.3])
-    experiment = Experiment(arms, args.seeds, corpus, data, args.out, args.resume)
+    patterns = test_patterns(corpus, args, args.test_pattern, args.seeds[0])
+    experiment = Experiment(arms, args.seeds, corpus, data, args.out, args.resume, patterns)
     with timer("experiment"):
-        for _ in progress(experiment.rounds(), "trainings", experiment.total, args.no_progress):
+        for _ in progress(experiment.rounds(), "training", experiment.total, args.no_progress, experiment.describe):
             pass
+    if writer is not None:
+        experiment.write_curves(writer)
     return build_report(experiment, run_card(corpus, vars(args), args.seeds, timer)).write(args.out)
 
 
-def main(argv: list[str] | None = None) -> int:
-    """Entry point; user errors become one line on stderr and exit status 2."""
-    options = parser()
-    if options.parse_args(argv).demo:
-        options.set_defaults(**DEMO)
-    args = options.parse_args(argv)
-    try:
-        html, numbers = run(args)
-    except (ValueError, FileNotFoundError) as e:
-        print(f"al_hcl: {e}", file=sys.stderr)
-        return 2
+def run_command(args: argparse.Namespace) -> int:
+    """``run``: the experiment, and where its report is."""
+    html, numbers = run(args)
     print(f"report: {html}\nnumbers: {numbers}")
     return 0
 
 
-def _options(pairs: list[str]) -> dict[str, float]:
-    try:
-        return {key: float(value) for key, value in (pair.split("=", 1) for pair in pairs)}
-    except ValueError:
-        raise ValueError(f"--option expects KEY=NUMBER, got {pairs}") from None
+COMMANDS = {
+    "run": Command(
+        "simulate rounds of bought labels and compare; writes a report", add_run_arguments, run_command, demo
+    ),
+    "fit": Command("train on every label and save the model", add_fit_arguments, fit_command),
+    "predict": Command(
+        "predictions of a saved model for other data",
+        predict_arguments("independent"),
+        predict_command(SYSTEM, open_model),
+    ),
+    "evaluate": Command(
+        "scores of a saved model on other data", evaluate_arguments("independent"), evaluate_command(SYSTEM, open_model)
+    ),
+}
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    """Entry point; user errors become one line on stderr and exit status 2."""
+    return command_line("examples.al_hcl", DESCRIPTION, COMMANDS, argv)
 
 
 if __name__ == "__main__":

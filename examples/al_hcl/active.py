@@ -2,24 +2,31 @@
 
 from __future__ import annotations
 
-import zlib
-from collections.abc import Iterator
-from dataclasses import asdict, dataclass, field
+from collections.abc import Iterator, Sequence
+from dataclasses import asdict, dataclass, field, replace
+from functools import partial
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import torch
 from torch import Tensor
 
-from examples.msa.checkpoint import load_checkpoint, save_checkpoint
+from examples.msa.checkpoint import derive, load_checkpoint, save_checkpoint
 from examples.msa.corpus import Corpus
 from examples.msa.metrics import evaluate
+from examples.msa.patterns import TestPattern
+from examples.msa.predictions import write_predictions
+from examples.msa.saved import calibrate, calibrated
 from examples.msa.timing import StageTimer
+from examples.msa.tool import score_parts
 
 from .acquire import SelectionConfig, acquire
-from .model import ModelConfig, SentimentModel
+from .closed import ClosedForm
+from .ensemble import Ensemble, new_model
+from .model import Inputs, ModelConfig, SentimentModel
 from .pretrain import pretrain
-from .train import Data, Prediction, TrainConfig, Trained, predict, train
+from .train import Data, Prediction, TrainConfig, Trained, predict, set_parameters, train
 
 
 @dataclass(frozen=True)
@@ -66,8 +73,8 @@ class State:
         return [r["test"][metric] for r in self.records]
 
 
-# Weights and embedding of all rows by model, training, seed and member.
-Starts = dict[tuple[ModelConfig, TrainConfig, int, int], tuple[dict[str, Tensor], Tensor]]
+# Model before any label and its embedding of all rows, by model, training, seed and member.
+Starts = dict[tuple[ModelConfig, TrainConfig, int, int], tuple[SentimentModel, Tensor]]
 
 
 class Run:
@@ -82,6 +89,8 @@ class Run:
         resume: Go on from that file if it is there.
         replayed: Finished run whose labels are bought, for arms that replay.
         starts: Where runs of one corpus share what they learned before any label.
+        patterns: What the last model may see when it is tested; the data as they are, when omitted.
+        export: Where the last model's predictions of the test part are written; nowhere when omitted.
 
     Raises:
         ValueError: The protocol needs more labels than the train part has, the checkpoint is corrupt or belongs to a
@@ -98,10 +107,13 @@ class Run:
         resume: bool = False,
         replayed: State | None = None,
         starts: Starts | None = None,
+        patterns: Sequence[TestPattern] = (),
+        export: Path | None = None,
     ) -> None:
         self.arm, self.corpus, self.data, self.seed, self.checkpoint = arm, corpus, data, seed, checkpoint
         self.replayed = replayed.labelled if replayed else None
         self.starts: Starts = {} if starts is None else starts
+        self.patterns, self.export = patterns, export
         start = first_labels(data, arm.selection, seed)
         wanted, there = len(start) + arm.selection.rounds * arm.selection.budget, len(data.buyable)
         if wanted > there:
@@ -130,17 +142,29 @@ class Run:
         labelled = torch.tensor(state.labelled, device=self.data.labels.device)
         with timer("train"):
             members = [self._train(number, k, labelled) for k in range(config.members)]
+            paths = [m.kernel.everywhere for m in members]
         with timer("predict"):
             # Passes serve the choice of the next labels alone: scores are point predictions.
             passes = self.arm.training.passes if number < config.rounds else 0
-            seed = _derive(self.seed, "predict", number)
-            test = predict(members, self.data, self.data.test, 0, seed)
-            train_part = predict(members, self.data, self.data.train, passes, seed)
+            seed = derive(self.seed, "predict", number)
+            test = predict(members, self.data.inputs, paths, self.data.test, 0, seed)
+            train_part = predict(members, self.data.inputs, paths, self.data.train, passes, seed)
         with timer("evaluate"):
             truth = self.corpus.labels[self.data.test.cpu().numpy()]
             scores = evaluate(test.mean.double().cpu().numpy(), truth, self.corpus.family)
+            each = score_per_metric(members, self.data, truth)
         facts = [m.facts for m in members]
-        record = {"round": number, "labels": len(labelled), "test": scores, "members": facts, "picks": []}
+        record = {
+            "round": number,
+            "labels": len(labelled),
+            "test": scores,
+            "test_per_metric": each,
+            "members": facts,
+            "picks": [],
+        }
+        if number == config.rounds:
+            with timer("evaluate"):
+                self._finish(record, members, labelled)
         if number < config.rounds:
             with timer("select"):
                 record["picks"] = self._buy(number, labelled, train_part)
@@ -152,27 +176,50 @@ class Run:
             state.weights = [{k: v.cpu() for k, v in m.model.state_dict().items()} for m in members]
 
     def _train(self, number: int, member: int, labelled: Tensor) -> Trained:
-        seed = _derive(self.seed, "model", number, member)
+        seed = derive(self.seed, "model", number, member)
         start, learned = self._start(member)
         model = self._new_model()
-        model.load_state_dict(self.state.weights[member] if self.state.weights else start)
+        model.load_state_dict(self.state.weights[member] if self.state.weights else start.state_dict())
         return train(model, self.data, labelled, learned, self.arm.training, seed)
 
-    def _start(self, member: int) -> tuple[dict[str, Tensor], Tensor]:
-        """Weights before any label and the embedding of all rows: alike in every round, so checkpoints omit them."""
+    def _finish(self, record: dict[str, Any], members: list[Trained], labelled: Tensor) -> None:
+        """Test the last model under every pattern, and write what it predicts."""
+        rows, data = self.corpus.rows("test"), self.data
+        paths = []
+        for k, m in enumerate(members):
+            start, learned = self._start(k)
+            paths.append(ClosedForm.of(m.kernel, data, labelled, learned, start))
+        ensemble = Ensemble(members, paths)
+        if self.export is not None:
+            known = data.valid.cpu().numpy()
+            value, variance = ensemble.values(data.inputs)
+            calibration = calibrate(variance[known], value[known] - self.corpus.labels[known])
+            write_predictions(self.export, self.corpus, value, calibrated(variance, calibration), rows=rows)
+        record["patterns"] = {
+            p.name: score_parts(
+                ensemble.predict(Inputs.of(replace(self.corpus, available=p.observed), data.labels.device), 0)
+                .mean.double()
+                .cpu()
+                .numpy(),
+                self.corpus,
+                ["test"],
+            )["test"]
+            for p in self.patterns
+        }
+
+    def _start(self, member: int) -> tuple[SentimentModel, Tensor]:
+        """Model before any label and the embedding of all rows: alike in every round, so checkpoints omit them."""
         key = self.arm.model, self.arm.training, self.seed, member
         if key not in self.starts:
-            seed = _derive(self.seed, "pretrain", member)
+            seed = derive(self.seed, "pretrain", member)
             torch.manual_seed(seed)
             model = self._new_model()
             learned = pretrain(model, self.data, self.arm.training, seed)
-            self.starts[key] = {k: v.clone() for k, v in model.state_dict().items()}, learned
+            self.starts[key] = model, learned
         return self.starts[key]
 
     def _new_model(self) -> SentimentModel:
-        corpus = self.corpus
-        model = SentimentModel(corpus.dims, corpus.sequences, corpus.aligned, self.arm.model)
-        return model.to(self.data.labels.device)
+        return new_model(self.corpus, self.arm.model, self.data.labels.device)
 
     def _buy(self, number: int, labelled: Tensor, train_part: Prediction) -> list[dict[str, Any]]:
         config = self.arm.selection
@@ -183,7 +230,7 @@ class Run:
             return [self._describe(row, train_part, None) for row in rows]
         centres = train_part.embedding[torch.isin(self.data.train, labelled)]
         picks = acquire(
-            train_part[pool], self.data.inputs.available[free], centres, config, _derive(self.seed, "select", number)
+            train_part[pool], self.data.inputs.available[free], centres, config, derive(self.seed, "select", number)
         )
         values = picks.uncertainty.tolist()
         return [
@@ -202,7 +249,31 @@ class Run:
         }
 
     def _arguments(self) -> dict[str, Any]:
-        return {**asdict(self.arm), "seed": self.seed, "data": self.corpus.sha256, "replayed": self.replayed}
+        patterns = [p.as_dict() for p in self.patterns]
+        return {
+            **asdict(self.arm),
+            "seed": self.seed,
+            "data": self.corpus.sha256,
+            "replayed": self.replayed,
+            "test patterns": patterns,
+        }
+
+
+def score_per_metric(members: list[Trained], data: Data, truth: np.ndarray) -> dict[str, dict[str, float]]:
+    """Test value of each metric from the checkpoint that was best in it on the validation part; mean over members."""
+    found = []
+    for m in members:
+        best = [p.detach().clone() for p in m.model.parameters()]
+        found.append(m.best.scores(partial(_test_with, m, data), truth))
+        set_parameters(m.model, best)
+    names = [name for name in found[0] if all(name in f for f in found)]
+    return {name: {k: float(np.mean([f[name][k] for f in found])) for k in found[0][name]} for name in names}
+
+
+def _test_with(member: Trained, data: Data, weights: list[Tensor]) -> np.ndarray:
+    set_parameters(member.model, weights)
+    tested = predict([member], data.inputs, [member.kernel.everywhere], data.test, 0, 0)
+    return tested.mean.double().cpu().numpy()
 
 
 def first_labels(data: Data, config: SelectionConfig, seed: int) -> list[int]:
@@ -213,11 +284,6 @@ def first_labels(data: Data, config: SelectionConfig, seed: int) -> list[int]:
     """
     if not 0.0 < config.initial <= 1.0:
         raise ValueError(f"the initial share of labels must lie in (0, 1], got {config.initial}: no labelled sample")
-    generator = torch.Generator().manual_seed(_derive(seed, "first labels"))
+    generator = torch.Generator().manual_seed(derive(seed, "first labels"))
     count = max(1, round(config.initial * len(data.buyable)))
     return data.buyable.cpu()[torch.randperm(len(data.buyable), generator=generator)[:count]].tolist()
-
-
-def _derive(seed: int, *what: object) -> int:
-    """A seed of its own for every purpose, so that a resumed run needs no generator state."""
-    return zlib.crc32(repr((seed, *what)).encode())

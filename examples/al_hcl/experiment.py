@@ -3,24 +3,34 @@
 from __future__ import annotations
 
 import re
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 
 from examples.msa.corpus import Corpus
-from examples.msa.metrics import HIGHER_IS_BETTER, area_under_curve, mean_interval, paired_difference
+from examples.msa.metrics import HIGHER_IS_BETTER, REPORTED, area_under_curve, mean_interval, paired_difference
+from examples.msa.patterns import TestPattern
 
 from .active import Arm, Run, Starts, State
 from .arms import REFERENCE
 from .train import Data
 
-METRICS = {
-    "mosi": ("acc2_has0", "acc2_non0", "f1_has0", "f1_non0", "acc7", "mae", "corr"),
-    "sims": ("acc2", "acc2_non0", "f1", "acc5", "acc3", "mae", "corr"),
-}
-METRICS["mosei"] = METRICS["mosi"]
+
+@dataclass(frozen=True)
+class Training:
+    """One finished training of a run."""
+
+    arm: Arm
+    seed: int
+    record: dict[str, Any]
+
+
+def file_name(arm: Arm) -> str:
+    """The arm's name as part of a file name."""
+    return re.sub(r"[^a-z0-9.]+", "-", arm.name.lower().replace("λ", "lambda"))
 
 
 class Experiment:
@@ -33,13 +43,21 @@ class Experiment:
         data: The same as tensors.
         folder: Checkpoints go below it.
         resume: Go on from checkpoints that are there.
+        patterns: What the last model of each run may see when it is tested.
     """
 
     def __init__(
-        self, arms: list[Arm], seeds: list[int], corpus: Corpus, data: Data, folder: Path, resume: bool
+        self,
+        arms: list[Arm],
+        seeds: list[int],
+        corpus: Corpus,
+        data: Data,
+        folder: Path,
+        resume: bool,
+        patterns: Sequence[TestPattern] = (),
     ) -> None:
         self.arms, self.seeds, self.corpus, self.data = arms, seeds, corpus, data
-        self.folder, self.resume = folder, resume
+        self.folder, self.resume, self.patterns = folder, resume, patterns
         self.states: dict[str, list[State]] = {arm.name: [] for arm in arms}
 
     @property
@@ -47,25 +65,42 @@ class Experiment:
         """Trainings in all."""
         return len(self.seeds) * sum(arm.selection.rounds + 1 for arm in self.arms)
 
-    def rounds(self) -> Iterator[State]:
+    def rounds(self) -> Iterator[Training]:
         """Run everything, seed by seed so that early results are whole comparisons; one item per training."""
         for seed in self.seeds:
             reference: State | None = None
             starts: Starts = {}
             for arm in self.arms:
-                name = re.sub(r"[^a-z0-9.]+", "-", arm.name.lower().replace("λ", "lambda"))
-                path = self.folder / "checkpoints" / f"{name}-seed{seed}.pt"
+                name = f"{file_name(arm)}-seed{seed}"
+                path, export = self.folder / "checkpoints" / f"{name}.pt", self.folder / "predictions" / f"{name}.csv"
                 replayed = reference if arm.replay else None
-                run = Run(arm, self.corpus, self.data, seed, path, self.resume, replayed, starts)
-                yield from [run.state] * len(run.state.records)
-                yield from run.rounds()
+                run = Run(arm, self.corpus, self.data, seed, path, self.resume, replayed, starts, self.patterns, export)
+                yield from [Training(arm, seed, record) for record in run.state.records]
+                yield from (Training(arm, seed, state.records[-1]) for state in run.rounds())
                 self.states[arm.name].append(run.state)
                 reference = reference or run.state
+
+    def describe(self, training: Training) -> str:
+        """A line for a log."""
+        record, main = training.record, self.metrics[0]
+        return (
+            f"{training.arm.name}, seed {training.seed}, round {record['round']}, {record['labels']} labels: "
+            f"{main} {record['test'][main]:.3f}, mae {record['test']['mae']:.3f}"
+        )
+
+    def write_curves(self, writer: Callable[[str], Any]) -> None:
+        """Test metrics over the number of labels, for TensorBoard, a run for each arm and seed."""
+        for arm in self.arms:
+            for seed, state in zip(self.seeds, self.states[arm.name], strict=True):
+                with writer(f"{file_name(arm)}-seed{seed}") as curves:
+                    for record in state.records:
+                        for metric in self.metrics:
+                            curves.add_scalar(f"test/{metric}", record["test"][metric], record["labels"])
 
     @property
     def metrics(self) -> tuple[str, ...]:
         """Metrics of the corpus's family, in the order reports show them."""
-        return METRICS[self.corpus.family]
+        return REPORTED[self.corpus.family]
 
     def curves(self, metric: str) -> dict[str, np.ndarray]:
         """``[seeds, rounds + 1]`` per arm that buys labels."""

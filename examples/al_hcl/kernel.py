@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass
 
 import torch
@@ -13,7 +14,15 @@ from .model import Inputs
 STRENGTHS = tuple(10.0 ** (e / 2) for e in range(-4, 3))
 # In units of a feature's deviation; the second is so long that the kernel is almost linear.
 LENGTHS = (1.0, 3.0)
-VIEWS = ("first", "first, weak others", "all", "learned", "all, learned")
+# Weights of the squared distances of the first modality, of each other one, and of the embedding learned before labels.
+VIEW_WEIGHTS = {
+    "first": (1.0, 0.0, 0.0),
+    "first, weak others": (1.0, 0.1, 0.0),
+    "all": (1.0, 1.0, 0.0),
+    "learned": (0.0, 0.0, 1.0),
+    "all, learned": (1.0, 1.0, 1.0),
+}
+VIEWS = tuple(VIEW_WEIGHTS)
 
 
 @dataclass(frozen=True)
@@ -29,6 +38,8 @@ class KernelPath:
         strength: Chosen ridge strength.
         slope: By which the left-out predictions are stretched to fit best; it undoes the ridge's shrinkage.
         error: Mean absolute error of what has a label: labelled rows, left out, and validation rows.
+        offset: Mean target of the labelled rows.
+        weights: Of the labelled rows, ``[n]``: a row predicts ``offset + slope * (kernel with them) @ weights``.
     """
 
     everywhere: Tensor
@@ -38,12 +49,50 @@ class KernelPath:
     strength: float
     slope: float
     error: float
+    offset: float
+    weights: Tensor
 
 
-def squared_distances(x: Tensor, rows: Tensor) -> Tensor:
-    """Mean over the columns of the squared difference of every row and ``rows``, ``[N, n]``."""
+@dataclass(frozen=True)
+class LearnedScale:
+    """Mean and deviation ``[k]`` of the embedding learned before labels, over the train part; float64."""
+
+    mean: Tensor
+    deviation: Tensor
+
+    @classmethod
+    def of(cls, learned: Tensor, train: Tensor) -> LearnedScale:
+        """From the embedding of all rows and the numbers of the train rows."""
+        z = learned.double()[train]
+        return cls(z.mean(0), z.std(0, correction=0).clamp_min(1e-6))
+
+    def __call__(self, learned: Tensor) -> Tensor:
+        return (learned.double() - self.mean) / self.deviation
+
+
+def squared_distances(x: Tensor, others: Tensor) -> Tensor:
+    """Mean over the columns of the squared difference of every row of ``x`` and of ``others``, ``[N, n]``."""
     power = x.square().sum(1)
-    return (power[:, None] + power[rows] - 2 * x @ x[rows].T).clamp_min(0) / x.shape[1]
+    return (power[:, None] + others.square().sum(1) - 2 * x @ others.T).clamp_min(0) / x.shape[1]
+
+
+def feature_blocks(inputs: Inputs) -> list[Tensor]:
+    """Features of each modality ``[N, d_m]`` float64; sequences enter by their mean."""
+    return [masked_mean(f, m).double() for f, m in zip(inputs.features, inputs.masks, strict=True)]
+
+
+def view_distances(view: str, blocks: Sequence[Tensor], others: Sequence[Tensor]) -> Tensor:
+    """Squared distances ``[N, n]`` in one view.
+
+    Args:
+        view: Its name.
+        blocks: Features per modality, and the standardised learned embedding last, of the rows.
+        others: The same of the labelled rows.
+    """
+    first, beside, own = VIEW_WEIGHTS[view]
+    weights = [first, *[beside] * (len(blocks) - 2), own]
+    parts = [w * squared_distances(x, y) for w, x, y in zip(weights, blocks, others, strict=True) if w]
+    return torch.stack(parts).sum(0)
 
 
 def feature_views(inputs: Inputs, learned: Tensor, train: Tensor, rows: Tensor) -> dict[str, Tensor]:
@@ -58,11 +107,9 @@ def feature_views(inputs: Inputs, learned: Tensor, train: Tensor, rows: Tensor) 
         train: Row numbers of the train part.
         rows: Row numbers.
     """
-    blocks = [masked_mean(f, m).double() for f, m in zip(inputs.features, inputs.masks, strict=True)]
-    z = learned.double()
-    z = (z - z[train].mean(0)) / z[train].std(0, correction=0).clamp_min(1e-6)
-    base, *beside = (squared_distances(b, rows) for b in blocks)
-    side, own = torch.stack(beside).sum(0), squared_distances(z, rows)
+    blocks = [*feature_blocks(inputs), LearnedScale.of(learned, train)(learned)]
+    base, *beside, own = (squared_distances(b, b[rows]) for b in blocks)
+    side = torch.stack(beside).sum(0)
     return dict(zip(VIEWS, (base, base + 0.1 * side, base + side, own, base + side + own), strict=True))
 
 
@@ -104,7 +151,9 @@ def fit_path(views: dict[str, Tensor], labels: Tensor, labelled: Tensor, valid: 
                 error = float(torch.cat([held - y, on_valid - y_valid]).abs().mean())
                 if best is None or error < best.error:
                     everywhere = offset + slope * (kernel @ weights)
-                    best = KernelPath(everywhere.float(), held.float(), view, length, strength, slope, error)
+                    best = KernelPath(
+                        everywhere.float(), held.float(), view, length, strength, slope, error, float(offset), weights
+                    )
     assert best is not None
     return best
 

@@ -5,7 +5,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from .model import SentimentModel
+from .model import Inputs, SentimentModel
 from .train import Data, TrainConfig
 
 
@@ -41,7 +41,11 @@ def pretrain(model: SentimentModel, data: Data, config: TrainConfig, seed: int) 
             loss.backward()
             optimiser.step()
             schedule.step()
+    return embed(model, data.inputs)
+
+
+@torch.no_grad()
+def embed(model: SentimentModel, inputs: Inputs) -> Tensor:
+    """Embedding of every row, ``[N, k]`` float32, without dropout."""
     model.eval()
-    with torch.no_grad():
-        parts = [model(data.inputs[rows]) for rows in torch.arange(len(data.labels)).split(4096)]
-        return torch.cat([out.embedding for out in parts])
+    return torch.cat([model(inputs[rows]).embedding for rows in torch.arange(len(inputs)).split(4096)])

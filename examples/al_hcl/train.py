@@ -3,17 +3,19 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
+from functools import partial
 
 import numpy as np
 import torch
 from torch import Tensor
 
+from examples.msa.best import BestPerMetric
 from examples.msa.corpus import Corpus
 from examples.msa.metrics import SIMS_BINS
 
-from .kernel import feature_views, fit_path
+from .kernel import KernelPath, feature_views, fit_path
 from .model import Inputs, ModelConfig, Outputs, SentimentModel
 
 
@@ -53,7 +55,7 @@ class TrainConfig:
 @dataclass(frozen=True)
 class Data:
     """A standardised corpus as tensors: inputs, labels and their classes of all rows, row numbers, and the number of
-    each row's video.
+    each row's video; and the metric family.
 
     ``train`` holds all rows of its part; ``buyable`` those of them that have a label; ``valid`` and ``test`` hold
     labelled rows alone.
@@ -67,12 +69,18 @@ class Data:
     valid: Tensor
     test: Tensor
     video: Tensor
+    family: str
 
     @classmethod
-    def of(cls, corpus: Corpus, device: torch.device | str = "cpu") -> Data:
-        """Raises ValueError when a part holds no labelled utterance, naming it."""
+    def of(
+        cls,
+        corpus: Corpus,
+        device: torch.device | str = "cpu",
+        needed: tuple[str, ...] = ("train", "valid", "test"),
+    ) -> Data:
+        """Raises ValueError when a part that is needed holds no labelled utterance, naming it."""
         rows = {part: corpus.rows(part, labelled=True) for part in ("train", "valid", "test")}
-        empty = [part for part, r in rows.items() if len(r) == 0]
+        empty = [part for part in needed if len(rows[part]) == 0]
         if empty:
             raise ValueError(f"corpus {corpus.name!r} has no utterance in its {' or '.join(empty)} part with a label")
         rows["buyable"], rows["train"] = rows["train"], corpus.rows("train")
@@ -80,7 +88,7 @@ class Data:
         labels = torch.tensor(corpus.labels, device=device)
         video = torch.tensor(corpus.video_index, device=device)
         classes = torch.tensor(label_classes(corpus.labels, corpus.family), device=device)
-        return cls(Inputs.of(corpus, device), labels, classes, **tensors, video=video)
+        return cls(Inputs.of(corpus, device), labels, classes, **tensors, video=video, family=corpus.family)
 
 
 def label_classes(labels: np.ndarray, family: str) -> np.ndarray:
@@ -95,24 +103,35 @@ def label_classes(labels: np.ndarray, family: str) -> np.ndarray:
 
 
 @dataclass(frozen=True)
-class Trained:
-    """A model and what belongs to it: ``ŷ = centre + scale * (path + correction)``.
+class Member:
+    """A network and what belongs to it: ``ŷ = centre + scale * (path + correction)``.
 
     Attributes:
         model: The network, with its best averaged weights.
-        path: Closed-form path of every row ``[N]``.
         centre: Mean of the known labels.
         scale: Their deviation.
         noise: Validation error (root mean square, label units), the noise of a model that predicts none.
-        facts: Chosen step, validation error, and the closed-form path's choices.
     """
 
     model: SentimentModel
-    path: Tensor
     centre: float
     scale: float
     noise: float
+
+
+@dataclass(frozen=True)
+class Trained(Member):
+    """A member with what its training found.
+
+    Attributes:
+        kernel: Closed-form path.
+        facts: Chosen step, validation error, and the closed-form path's choices.
+        best: The best averaged weights by each metric.
+    """
+
+    kernel: KernelPath
     facts: dict[str, float | str]
+    best: BestPerMetric
 
 
 @dataclass(frozen=True)
@@ -181,11 +200,15 @@ def train(
     schedule = torch.optim.lr_scheduler.CosineAnnealingLR(optimiser, config.steps)
     average = [p.detach().clone() for p in parameters]
     best_error, best_step, best = math.inf, 0, average
+    per_metric = BestPerMetric(data.family, data.labels[data.valid].cpu().numpy())
     for step in range(config.steps + 1):
         if step % config.check_every == 0:
-            error = _validate(model, average, data, base, target) * scale
+            valid = _validate(model, average, data, base)
+            error = float((valid - target[data.valid]).abs().mean()) * scale
+            kept = partial(_copies, average)
+            per_metric.offer((centre + scale * valid).double().cpu().numpy(), step, kept)
             if error < best_error:
-                best_error, best_step, best = error, step, [a.clone() for a in average]
+                best_error, best_step, best = error, step, _copies(average)
         model.train()
         rows = next(labelled_batches)
         count = len(rows)
@@ -201,9 +224,8 @@ def train(
         optimiser.step()
         schedule.step()
         torch._foreach_lerp_(average, [p.detach() for p in parameters], 1 - min(config.average, step / (step + 9)))
+    set_parameters(model, best)
     with torch.no_grad():
-        for p, value in zip(parameters, best, strict=True):
-            p.copy_(value)
         model.eval()
         residual = base[data.valid] + model(data.inputs[data.valid]).correction - target[data.valid]
     facts: dict[str, float | str] = {
@@ -213,7 +235,8 @@ def train(
         "length": path.length,
         "strength": path.strength,
     }
-    return Trained(model, path.everywhere, centre, scale, float(residual.square().mean().sqrt()) * scale, facts)
+    noise = float(residual.square().mean().sqrt()) * scale
+    return Trained(model, centre, scale, noise, path, facts, per_metric)
 
 
 def task_loss(out: Outputs, residual: Tensor, target: Tensor, config: ModelConfig) -> Tensor:
@@ -230,21 +253,37 @@ def task_loss(out: Outputs, residual: Tensor, target: Tensor, config: ModelConfi
 
 
 @torch.no_grad()
-def predict(members: list[Trained], data: Data, rows: Tensor, passes: int, seed: int) -> Prediction:
-    """Predict ``rows`` with every member: once without dropout, ``passes`` times (or never) with it."""
+def predict(
+    members: Sequence[Member],
+    inputs: Inputs,
+    paths: Sequence[Tensor],
+    rows: Tensor,
+    passes: int,
+    seed: int,
+) -> Prediction:
+    """Predict ``rows`` with every member: once without dropout, ``passes`` times (or never) with it.
+
+    Args:
+        members: Models.
+        inputs: All rows of a corpus.
+        paths: Closed-form path of every row, per member.
+        rows: Row numbers.
+        passes: Stochastic passes.
+        seed: Of dropout.
+    """
     torch.manual_seed(seed)
-    x = data.inputs[rows]
+    x = inputs[rows]
     means, noises, plain, unimodal, embeddings = [], [], [], [], []
-    for t in members:
+    for t, everywhere in zip(members, paths, strict=True):
         t.model.eval()
-        out = t.model(x)
-        plain.append(t.centre + t.scale * (t.path[rows] + out.correction))
+        out, path = t.model(x), everywhere[rows]
+        plain.append(t.centre + t.scale * (path + out.correction))
         unimodal.append(t.centre + t.scale * out.unimodal_mean)
         embeddings.append(out.fused)
         t.model.train()
         for _ in range(passes):
             out = t.model(x)
-            means.append(t.centre + t.scale * (t.path[rows] + out.correction))
+            means.append(t.centre + t.scale * (path + out.correction))
             learned = t.scale * (0.5 * out.log_variance).exp()
             noises.append(learned if t.model.config.heteroscedastic else torch.full_like(learned, t.noise))
         t.model.eval()
@@ -264,14 +303,22 @@ def _endless(rows: Tensor, size: int, order: torch.Generator) -> Iterator[Tensor
 
 
 @torch.no_grad()
-def _validate(model: SentimentModel, weights: list[Tensor], data: Data, base: Tensor, target: Tensor) -> float:
-    """Mean absolute validation error of the model with other weights, in units of the labels' deviation."""
-    parameters = list(model.parameters())
-    current = [p.detach().clone() for p in parameters]
-    for p, value in zip(parameters, weights, strict=True):
+def set_parameters(model: SentimentModel, values: Sequence[Tensor]) -> None:
+    """Copy values into the parameters of a model."""
+    for p, value in zip(model.parameters(), values, strict=True):
         p.copy_(value)
+
+
+def _copies(tensors: Sequence[Tensor]) -> list[Tensor]:
+    return [t.detach().clone() for t in tensors]
+
+
+@torch.no_grad()
+def _validate(model: SentimentModel, weights: list[Tensor], data: Data, base: Tensor) -> Tensor:
+    """Predictions of the validation rows by the model with other weights, in units of the labels' deviation."""
+    current = _copies(list(model.parameters()))
+    set_parameters(model, weights)
     model.eval()
-    error = base[data.valid] + model(data.inputs[data.valid]).correction - target[data.valid]
-    for p, value in zip(parameters, current, strict=True):
-        p.copy_(value)
-    return float(error.abs().mean())
+    predicted = base[data.valid] + model(data.inputs[data.valid]).correction
+    set_parameters(model, current)
+    return predicted

@@ -16,13 +16,15 @@ RIDGE_STRENGTHS = tuple(float(s) for s in 10.0 ** np.arange(-2, 5.5, 0.5))
 
 @dataclass(frozen=True)
 class Fitted:
-    """Predictions for all rows, float64 ``[N]``, and the facts of the fit (chosen strength, epochs)."""
+    """Predictions for all rows, float64 ``[N]``, the facts of the fit (chosen strength, epochs), and predictions for
+    other features of the same rows."""
 
     prediction: np.ndarray
     facts: dict[str, float] = field(default_factory=dict)
+    others: tuple[np.ndarray, ...] = ()
 
 
-def fill(corpus: Corpus, observed: np.ndarray, how: str) -> np.ndarray:
+def fill(corpus: Corpus, observed: np.ndarray, how: str, trained: np.ndarray | None = None) -> np.ndarray:
     """Pooled features of all modalities side by side, standardised, with hidden ones filled in.
 
     Args:
@@ -30,6 +32,8 @@ def fill(corpus: Corpus, observed: np.ndarray, how: str) -> np.ndarray:
         observed: bool ``[N, M]``; what is False is not read.
         how: ``"mean"``: the column's mean over observed train rows (0 once standardised); ``"zero"``: the raw
             value 0, standardised together with the rest, as a pipeline does that does not know about missing values.
+        trained: bool ``[N, M]``: what was observed in training, which the statistics belong to; ``observed`` when
+            omitted.
 
     Returns:
         float32 ``[N, sum of widths]``.
@@ -37,12 +41,17 @@ def fill(corpus: Corpus, observed: np.ndarray, how: str) -> np.ndarray:
     if how not in ("mean", "zero"):
         raise ValueError(f"fill: how must be 'mean' or 'zero', got {how!r}")
     corpus = corpus.pooled()
-    seen = corpus.available & observed
+    trained = observed if trained is None else trained
     if how == "mean":
-        standard = corpus.standardise(observed)
-        return np.hstack([np.where(seen[:, [m]], x, np.float32(0)) for m, x in enumerate(standard.features.values())])
-    zeroed = {k: np.where(seen[:, [m]], x, np.float32(0)) for m, (k, x) in enumerate(corpus.features.items())}
-    return np.hstack(list(replace(corpus, features=zeroed, available=None).standardise().features.values()))
+        return np.hstack(list(_zeroed(corpus.standardise(trained), observed).features.values()))
+    before, now = (replace(_zeroed(corpus, seen), available=None) for seen in (trained, observed))
+    return np.hstack(list(now.standardise_by(before.statistics()).features.values()))
+
+
+def _zeroed(corpus: Corpus, observed: np.ndarray) -> Corpus:
+    seen = corpus.available & observed
+    features = {k: np.where(seen[:, [m]], x, np.float32(0)) for m, (k, x) in enumerate(corpus.features.items())}
+    return replace(corpus, features=features)
 
 
 def fit_ridge(
@@ -91,6 +100,7 @@ def fit_mlp(
     learning_rate: float = 1e-3,
     weight_decay: float = 1e-4,
     patience: int = 15,
+    others: Sequence[np.ndarray] = (),
 ) -> Fitted:
     """Two-layer perceptron trained on absolute error, with early stopping on the validation part.
 
@@ -106,6 +116,7 @@ def fit_mlp(
         learning_rate: Of Adam.
         weight_decay: Of Adam.
         patience: Epochs without a better validation error before training stops; the best epoch's weights count.
+        others: Further features of the same rows ``[N, d]`` to predict, as under other missing patterns.
     """
     train, valid = _labelled_rows(corpus, labelled), corpus.rows("valid", labelled=True)
     with torch.random.fork_rng(devices=[]):
@@ -128,8 +139,11 @@ def fit_mlp(
             elif epoch - best_epoch >= patience:
                 break
         net.load_state_dict(best_state)
-        prediction = _predict(net, inputs).double().numpy()
-    return Fitted(prediction, {"best_epoch": best_epoch, "valid_mae": best_error})
+        prediction, *more = (
+            _predict(net, torch.from_numpy(np.ascontiguousarray(features))).double().numpy()
+            for features in (x, *others)
+        )
+    return Fitted(prediction, {"best_epoch": best_epoch, "valid_mae": best_error}, tuple(more))
 
 
 def _predict(net: nn.Module, x: torch.Tensor) -> torch.Tensor:

@@ -6,6 +6,14 @@ import os
 import tempfile
 from pathlib import Path
 
+TEMPORARY = ".part"
+
+
+def remove_temporaries(folder: str | Path) -> None:
+    """Remove what writers left behind that were killed in :func:`write_atomic`; no writer may be at work there."""
+    for file in Path(folder).glob(f".*{TEMPORARY}"):
+        file.unlink(missing_ok=True)
+
 
 def write_atomic(path: str | Path, content: bytes | str) -> Path:
     """Write through a temporary file in the same folder and a rename; a failure leaves what was there before.
@@ -15,7 +23,7 @@ def write_atomic(path: str | Path, content: bytes | str) -> Path:
     path = Path(path)
     path.parent.mkdir(parents=True, exist_ok=True)
     data = content.encode() if isinstance(content, str) else content
-    handle, temporary = tempfile.mkstemp(dir=path.parent, prefix=f".{path.name}.")
+    handle, temporary = tempfile.mkstemp(dir=path.parent, prefix=f".{path.name}.", suffix=TEMPORARY)
     try:
         with os.fdopen(handle, "wb") as f:
             f.write(data)

@@ -16,6 +16,12 @@ from sklearn.metrics import accuracy_score, f1_score
 
 SIMS_BINS = {"acc3": (-0.1, 0.1), "acc5": (-0.7, -0.1, 0.1, 0.7)}
 HIGHER_IS_BETTER = {"mae": False}
+# What reports show of each family, in this order.
+REPORTED = {
+    "mosi": ("acc2_has0", "acc2_non0", "f1_has0", "f1_non0", "acc7", "mae", "corr"),
+    "sims": ("acc2", "acc2_non0", "f1", "acc5", "acc3", "mae", "corr"),
+}
+REPORTED["mosei"] = REPORTED["mosi"]
 
 
 def evaluate(pred: np.ndarray, y: np.ndarray, family: str) -> dict[str, float | bool | int]:

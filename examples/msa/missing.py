@@ -84,7 +84,8 @@ def missing_mask(
         rate: Share to hide, of the entries that exist.
         seed: Seed of the draw.
         keep: Names that stay, for ``"fixed"``.
-        keep_one: ``"bernoulli"`` only: give an utterance that lost everything its protected modality back.
+        keep_one: ``"bernoulli"``: give an utterance that lost everything its protected modality back; ``"fixed"``:
+            refuse where an utterance would lose everything.
 
     Returns:
         Observed entries, bool ``[N, M]``, and the pattern to store with the results.
@@ -98,13 +99,13 @@ def missing_mask(
     m = present.shape[1]
     if keep and kind != "fixed":
         raise ValueError(f"missing_mask: keep belongs to kind 'fixed', not to {kind!r}")
-    if not keep_one and kind != "bernoulli":
-        raise ValueError(f"missing_mask: keep_one=False belongs to kind 'bernoulli', not to {kind!r}")
+    if not keep_one and kind not in ("bernoulli", "fixed"):
+        raise ValueError(f"missing_mask: keep_one=False belongs to kind 'bernoulli' or 'fixed', not to {kind!r}")
     if kind == "fixed":
-        observed = _fixed(corpus, tuple(keep))
+        observed = _fixed(corpus, tuple(keep), keep_one)
         rate = float(1 - observed.sum() / max(1, present.sum()))
     else:
-        limit = _rate_limit(present) if keep_one else 1.0
+        limit = rate_limit(present) if keep_one else 1.0
         if not 0.0 <= rate <= limit + 1e-9:
             raise ValueError(
                 f"missing_mask: rate must lie in [0, {limit:.4f}] so that each utterance keeps a modality, got {rate}"
@@ -176,7 +177,8 @@ def mask_sha256(mask: np.ndarray, ids: np.ndarray) -> str:
     return h.hexdigest()
 
 
-def _rate_limit(present: np.ndarray) -> float:
+def rate_limit(present: np.ndarray) -> float:
+    """Highest share of the entries that exist (bool ``[N, M]``) which can be hidden with one left to each row."""
     removable = np.maximum(present.sum(1) - 1, 0).sum()
     return float(removable / max(1, present.sum()))
 
@@ -229,13 +231,13 @@ def _block(corpus: Corpus, rate: float, draw: np.ndarray, seed: int, keep_one: b
     return observed
 
 
-def _fixed(corpus: Corpus, keep: tuple[str, ...]) -> np.ndarray:
+def _fixed(corpus: Corpus, keep: tuple[str, ...], keep_one: bool) -> np.ndarray:
     unknown = [name for name in keep if name not in corpus.modalities]
     if unknown or not keep:
         raise ValueError(f"missing_mask: keep must name some of {list(corpus.modalities)}, got {list(keep)}")
     observed = corpus.available & np.isin(corpus.modalities, keep)
     lost = int((~observed.any(1) & corpus.available.any(1)).sum())
-    if lost:
+    if lost and keep_one:
         raise ValueError(f"missing_mask: keeping only {list(keep)} leaves {lost} utterances without any modality")
     return observed
 

@@ -6,7 +6,7 @@ import argparse
 import resource
 import sys
 import time
-from collections.abc import Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager
 from typing import TypeVar
 
@@ -58,14 +58,32 @@ def add_progress_argument(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--no-progress", action="store_true", help="show no progress bars")
 
 
-def progress(items: Iterable[T], what: str, total: int | None = None, hide: bool = False) -> Iterator[T]:
-    """Iterate with a progress bar on a terminal; in a log, one line with the time at the end; nothing when hidden."""
+def progress(
+    items: Iterable[T],
+    what: str,
+    total: int | None = None,
+    hide: bool = False,
+    describe: Callable[[T], str] | None = None,
+) -> Iterator[T]:
+    """Iterate with a progress bar on a terminal; in a log, one line with the time at the end; nothing when hidden.
+
+    Args:
+        items: What to iterate over.
+        what: What the items are.
+        total: How many there are.
+        hide: Show nothing.
+        describe: Words for an item: then a log has a line for each, as soon as it is done.
+    """
     if hide:
         yield from items
         return
     start, count = time.perf_counter(), 0
     terminal = sys.stderr.isatty()
     for item in tqdm(items, desc=what, total=total, leave=False, dynamic_ncols=True, disable=not terminal):
-        yield item
         count += 1
-    print(f"{what}: {count} in {time.perf_counter() - start:.1f} s", file=sys.stderr)
+        if describe and not terminal:
+            of = f"/{total}" if total else ""
+            seconds = time.perf_counter() - start
+            print(f"{what} {count}{of}: {describe(item)} ({seconds:.1f} s)", file=sys.stderr, flush=True)
+        yield item
+    print(f"{what}: {count} in {time.perf_counter() - start:.1f} s", file=sys.stderr, flush=True)

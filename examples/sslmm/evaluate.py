@@ -3,86 +3,23 @@
 from __future__ import annotations
 
 import json
-import multiprocessing
 from collections.abc import Iterator, Sequence
-from concurrent.futures import ProcessPoolExecutor
-from contextlib import contextmanager
-from dataclasses import asdict, dataclass
+from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
-import numpy as np
 import torch
 
-from examples.msa.baselines import fill, fit_mlp
 from examples.msa.corpus import Corpus
-from examples.msa.files import write_atomic
-from examples.msa.metrics import area_under_curve, evaluate, paired_difference
-from examples.msa.missing import label_mask, missing_mask
+from examples.msa.files import remove_temporaries, write_atomic
+from examples.msa.jobs import sole_user, spread
+from examples.msa.metrics import area_under_curve, paired_difference
 from examples.msa.report import to_json
 
-from .config import ABLATIONS, Config, ablated
-from .train import Trainer
+from .cell import BASELINES, METHODS, Cell, Tests, run_cell
+from .config import Config
 
-BASELINES = {"mean-filled MLP": "mean", "zero-filled MLP": "zero"}
-METHODS = (*ABLATIONS, *BASELINES)
-
-
-@dataclass(frozen=True)
-class Cell:
-    """One run: everything that tells it from the others."""
-
-    method: str
-    rate: float
-    share: float
-    seed: int
-    pattern: str = "exact"
-    label_unit: str = "utterance"
-
-    @property
-    def id(self) -> str:
-        """A file name."""
-        method = self.method.replace(" ", "-")
-        return f"{method}_missing{self.rate:g}_labels{self.share:g}_{self.pattern}_{self.label_unit}_seed{self.seed}"
-
-
-def run_cell(
-    corpus: Corpus,
-    cell: Cell,
-    config: Config,
-    device: torch.device | str = "cpu",
-    checkpoint: Path | None = None,
-    resume: bool = False,
-) -> dict[str, Any]:
-    """Train and test one method under one missing pattern and one label mask; all methods of a seed share both.
-
-    Args:
-        corpus: Pooled features, not standardised.
-        cell: What to run.
-        config: The whole system's configuration; the method leaves parts of it out.
-        device: Where to train.
-        checkpoint: Where the run keeps its state.
-        resume: Go on from that state.
-
-    Returns:
-        The cell, metrics of the test and validation parts, the missing pattern, the label facts, and facts of the fit.
-    """
-    observed, pattern = missing_mask(corpus, cell.pattern, cell.rate, cell.seed)
-    labelled, labels = label_mask(corpus, cell.share, cell.seed, cell.label_unit)
-    if cell.method in BASELINES:
-        fitted = fit_mlp(fill(corpus, observed, BASELINES[cell.method]), corpus, labelled, seed=cell.seed)
-        prediction, facts = fitted.prediction, fitted.facts
-    else:
-        own = ablated(config, cell.method)
-        trainer = Trainer(corpus.standardise(observed), observed, labelled, own, cell.seed, device)
-        fit = trainer.fit(checkpoint, resume=resume)
-        prediction, facts = fit.prediction, {"best_epoch": fit.best_epoch, "history": fit.history}
-    result: dict[str, Any] = {"cell": asdict(cell), "missing": pattern.as_dict(), "labels": labels, "fit": facts}
-    for split in ("valid", "test"):
-        rows = corpus.rows(split, labelled=True)
-        if len(rows):
-            result[split] = evaluate(prediction[rows], corpus.labels[rows].astype(np.float64), corpus.family)
-    return result
+__all__ = ["BASELINES", "METHODS", "Cell", "Grid", "area_over_rates", "column", "compare", "run_cell"]
 
 
 class Grid:
@@ -95,6 +32,7 @@ class Grid:
         resume: Use what the folder holds; otherwise it must hold no cells.
         device: Where to train.
         jobs: Processes that share the cells. Each cell trains on one thread, so its bits do not depend on them.
+        tests: Further tests of every cell, and what is written besides.
 
     Raises:
         ValueError: The folder holds the cells of other data or another configuration, or is not empty without resume.
@@ -108,17 +46,24 @@ class Grid:
         resume: bool = False,
         device: torch.device | str = "cpu",
         jobs: int = 1,
+        tests: Tests | None = None,
     ) -> None:
         self.corpus, self.config, self.folder, self.device = corpus, config, folder / "cells", device
-        self.resume, self.jobs = resume, jobs
-        identity = {"corpus": corpus.sha256, "config": asdict(config)}
+        self.resume, self.jobs, self.tests = resume, jobs, tests or Tests()
+        identity = {
+            "corpus": corpus.sha256,
+            "config": asdict(config),
+            "patterns": [p.as_dict() for p in self.tests.patterns],
+            "mask": self.tests.mask[1].sha256 if self.tests.mask else None,
+        }
         identity_file = self.folder / "identity.json"
         if identity_file.exists():
             if not resume:
                 raise ValueError(f"{self.folder} holds an earlier run; pass --resume to go on, or another --out")
-            stored = json.loads(identity_file.read_text())
-            names = {**stored["config"], "corpus": stored["corpus"]}
-            now = {**identity["config"], "corpus": identity["corpus"]}  # type: ignore[dict-item]
+            names, now = (
+                {**i["config"], **{k: v for k, v in i.items() if k != "config"}}
+                for i in (json.loads(identity_file.read_text()), json.loads(to_json(identity)))
+            )
             changed = [f"{k}: {names.get(k)!r} then, {v!r} now" for k, v in now.items() if names.get(k) != v]
             if changed:
                 raise ValueError(f"{self.folder} belongs to another run ({'; '.join(changed)})")
@@ -126,50 +71,19 @@ class Grid:
 
     def run(self, cells: Sequence[Cell]) -> Iterator[dict[str, Any]]:
         """Results of the cells in order; each is written as soon as it is known."""
-        if self.jobs == 1:
-            with _one_thread():
-                yield from map(self.cell, cells)
-            return
-        # A forked child inherits locks of OpenMP threads that it does not have.
-        pool = ProcessPoolExecutor(self.jobs, multiprocessing.get_context("spawn"), _start_worker, (self,))
-        try:
-            yield from pool.map(_run_in_worker, cells)
-        finally:
-            pool.shutdown(cancel_futures=True)
+        with sole_user(self.folder):
+            remove_temporaries(self.folder)
+            yield from spread(self.cell, cells, self.jobs, self.folder)
 
     def cell(self, cell: Cell) -> dict[str, Any]:
         """The result of one cell, from the folder or computed and put there."""
         file = self.folder / f"{cell.id}.json"
         if not file.exists():
             checkpoint = self.folder / f"{cell.id}.pt"
-            result = run_cell(self.corpus, cell, self.config, self.device, checkpoint, self.resume)
+            result = run_cell(self.corpus, cell, self.config, self.device, checkpoint, self.resume, self.tests)
             write_atomic(file, to_json(result))
             checkpoint.unlink(missing_ok=True)
         return json.loads(file.read_text())
-
-
-@contextmanager
-def _one_thread() -> Iterator[None]:
-    before = torch.get_num_threads()
-    torch.set_num_threads(1)
-    try:
-        yield
-    finally:
-        torch.set_num_threads(before)
-
-
-_grid: Grid | None = None
-
-
-def _start_worker(grid: Grid) -> None:
-    global _grid
-    _grid = grid
-    torch.set_num_threads(1)
-
-
-def _run_in_worker(cell: Cell) -> dict[str, Any]:
-    assert _grid is not None
-    return _grid.cell(cell)
 
 
 def column(results: Sequence[dict[str, Any]], metric: str, method: str, rate: float, share: float) -> list[float]:

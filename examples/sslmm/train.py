@@ -12,12 +12,14 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from examples.msa.best import BestPerMetric
 from examples.msa.checkpoint import load_checkpoint, rng_state, save_checkpoint, seed_everything, set_rng_state
 from examples.msa.corpus import SPLITS, Corpus
 
 from .config import Config
 from .losses import consistency_loss, drop_one_modality, pretraining_loss, reconstruction_error, supervised_loss
 from .model import SSLMM, Batch
+from .predict import batch_of, conversations_of, predict_conversations
 
 
 @dataclass
@@ -66,12 +68,15 @@ class Trainer:
         self.labels: Tensor = tensors["labels"]  # type: ignore[assignment]
         self.observed = torch.tensor(observed & corpus.available, device=self.device)
         self.labelled = torch.tensor(labelled & (corpus.split == SPLITS["train"]), device=self.device)
-        self.conversations = {name: _conversations(corpus, name) for name in SPLITS}
+        self.conversations = {name: conversations_of(corpus, code) for name, code in SPLITS.items()}
+        self.valid = torch.cat(self.conversations["valid"]).to(self.device)
+        self.known = self.labels[self.valid].isfinite()
         self.model = SSLMM(corpus.dims, config).to(self.device)
         self.teacher = copy.deepcopy(self.model).requires_grad_(False)
         self.optimiser = self._new_optimiser()
         self.stage, self.epoch = "pretrain", 0
         self.best = {"error": float("inf"), "epoch": 0, "weights": {}}
+        self.per_metric = BestPerMetric(corpus.family, self.labels[self.valid][self.known].cpu().numpy())
         self.history: dict[str, list[dict[str, float]]] = {"pretrain": [], "finetune": []}
         self.start = rng_state()
 
@@ -107,6 +112,7 @@ class Trainer:
             "stage": self.stage,
             "epoch": self.epoch,
             "best": self.best,
+            "per_metric": self.per_metric.state,
             "history": self.history,
         }
 
@@ -117,6 +123,7 @@ class Trainer:
         self.optimiser.load_state_dict(state["optimiser"])
         self.stage, self.epoch = state["stage"], state["epoch"]
         self.best, self.history = state["best"], state["history"]
+        self.per_metric.state = state["per_metric"]
 
     def _epochs(self) -> Iterator[int]:
         """Run the epochs that are left; yields their number, counted over both stages."""
@@ -148,7 +155,7 @@ class Trainer:
         size = self.config.conversations
         chunks = [order[i : i + size] for i in range(0, len(order), size)]
         for chunk in chunks:
-            batch, rows = self._batch([self.conversations["train"][i] for i in chunk])
+            batch, rows = batch_of(self.features, self.observed, [self.conversations["train"][i] for i in chunk])
             losses = step(batch, rows)
             self.optimiser.zero_grad()
             torch.stack(list(losses.values())).sum().backward()
@@ -189,40 +196,23 @@ class Trainer:
         torch._foreach_lerp_(list(self.teacher.parameters()), list(self.model.parameters()), 1 - decay)
 
     def _keep_best(self) -> None:
-        labels = self.labels[torch.cat(self.conversations["valid"]).to(self.device)]
-        known = labels.isfinite()
         # The mean of the weights predicts where one is kept (as in Mean Teacher).
         model = self.teacher if self.config.unlabelled == "mean_teacher" else self.model
-        error = float((self._predict_split("valid", model) - labels)[known].abs().mean())
+        predicted, _ = predict_conversations(model, self.features, self.observed, self.conversations["valid"])
+        self.per_metric.offer(predicted[self.known].cpu().numpy(), self.epoch, lambda: _copy(model))
+        error = float((predicted - self.labels[self.valid])[self.known].abs().mean())
         if error < self.best["error"]:
-            weights = {name: value.clone() for name, value in model.state_dict().items()}
-            self.best = {"error": error, "epoch": self.epoch, "weights": weights}
-
-    @torch.no_grad()
-    def _predict_split(self, name: str, model: SSLMM) -> Tensor:
-        model.eval()
-        batch, _ = self._batch(self.conversations[name])
-        return model(batch).prediction
+            self.best = {"error": error, "epoch": self.epoch, "weights": _copy(model)}
 
     def predict(self) -> np.ndarray:
         """Predicted score of each utterance of a split, float64 ``[N]``; nan for unused rows."""
         prediction = np.full(len(self.labels), np.nan)
-        for name, conversations in self.conversations.items():
+        for conversations in self.conversations.values():
             if conversations:
-                predicted = self._predict_split(name, self.model)
+                predicted, _ = predict_conversations(self.model, self.features, self.observed, conversations)
                 prediction[torch.cat(conversations).numpy()] = predicted.cpu().double().numpy()
         return prediction
 
-    def _batch(self, conversations: list[Tensor]) -> tuple[Batch, Tensor]:
-        sizes = torch.tensor([0] + [len(rows) for rows in conversations])
-        rows = torch.cat(conversations).to(self.device)
-        features = [x[rows] for x in self.features]
-        return Batch(features, self.observed[rows], sizes.cumsum(0).to(self.device)), rows
 
-
-def _conversations(corpus: Corpus, split: str) -> list[Tensor]:
-    """Row numbers of every conversation, restricted to one split."""
-    inside = corpus.split == SPLITS[split]
-    pieces = zip(corpus.video_ptr[:-1], corpus.video_ptr[1:], strict=True)
-    rows = [np.arange(start, stop)[inside[start:stop]] for start, stop in pieces]
-    return [torch.from_numpy(r) for r in rows if len(r)]
+def _copy(model: SSLMM) -> dict[str, Tensor]:
+    return {name: value.clone() for name, value in model.state_dict().items()}

@@ -1,0 +1,109 @@
+"""Models that are kept: fit on all labels, saved to a folder, opened again for other data."""
+
+from __future__ import annotations
+
+import argparse
+from collections.abc import Mapping
+from dataclasses import asdict
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from examples.msa.checkpoint import seed_everything
+from examples.msa.command import check_device
+from examples.msa.data import load_from
+from examples.msa.predictions import write_predictions
+from examples.msa.saved import SavedModel, calibrate, calibrated, describe_inputs, save_model
+from examples.msa.tool import Predictor, say_notes, score_parts, with_validation
+
+from .closed import ClosedForm
+from .ensemble import Ensemble, fit_ensemble
+from .model import Inputs, ModelConfig, SentimentModel
+from .options import base_arm
+from .train import Data, Member, Trained
+
+SYSTEM = "al_hcl"
+
+
+def fit_command(args: argparse.Namespace) -> int:
+    """``fit``: train on every label, and save what predicts."""
+    device = check_device(args.device)
+    torch.set_num_threads(args.threads)
+    seed_everything(args.seed)
+    corpus = with_validation(load_from(args))
+    statistics = corpus.statistics()
+    standard = corpus.standardise_by(statistics)
+    data = Data.of(standard, device, needed=("train", "valid"))
+    arm = base_arm(args)
+    ensemble, trained = fit_ensemble(standard, data, data.buyable, arm, args.seed)
+    value, variance = ensemble.values(data.inputs)
+    rows = standard.rows("valid", labelled=True)
+    calibration = calibrate(variance[rows], value[rows] - standard.labels[rows])
+    parts = [part for part in ("valid", "test") if len(standard.rows(part, labelled=True))]
+    scores = score_parts(value, standard, parts)
+    card = {
+        "config": {"model": asdict(arm.model), "training": asdict(arm.training), "members": len(trained)},
+        **describe_inputs(corpus, statistics),
+        "members": [_facts(t, path) for t, path in zip(trained, ensemble.paths, strict=True)],
+        "labels": len(data.buyable),
+        "seed": args.seed,
+        "calibration": calibration,
+        "scores": scores,
+    }
+    save_model(args.out, SYSTEM, card, _tensors(ensemble))
+    write_predictions(args.out / "predictions.csv", standard, value, calibrated(variance, calibration))
+    say_notes(corpus)
+    for part in parts:
+        print(f"{part}: n {scores[part]['n']}, MAE {scores[part]['mae']:.3f}, neg/pos {scores[part]['acc2_non0']:.3f}")
+    print(f"model: {args.out}")
+    return 0
+
+
+def _facts(trained: Trained, path: ClosedForm) -> dict[str, Any]:
+    scale = {"centre": trained.centre, "scale": trained.scale, "noise": trained.noise}
+    return {**scale, "closed_form": path.facts(), "training": trained.facts}
+
+
+def _tensors(ensemble: Ensemble) -> dict[str, Tensor]:
+    result: dict[str, Tensor] = {}
+    for k, (member, path) in enumerate(zip(ensemble.members, ensemble.paths, strict=True)):
+        result |= {f"member{k}.network.{name}": value for name, value in member.model.state_dict().items()}
+        result |= {f"member{k}.path.{name}": value for name, value in path.tensors().items()}
+    return result
+
+
+def load_ensemble(saved: SavedModel, device: torch.device) -> Ensemble:
+    """The ensemble that ``fit`` saved.
+
+    Raises:
+        ValueError: Card and weights do not fit together.
+    """
+    try:
+        return _load(saved, device)
+    except (KeyError, TypeError, RuntimeError) as error:
+        raise ValueError(f"{saved.folder}: card and weights do not fit together ({error})") from None
+
+
+def _load(saved: SavedModel, device: torch.device) -> Ensemble:
+    card = saved.card
+    config = ModelConfig(**_tuples(card["config"]["model"]))
+    dims = tuple(saved.modalities.values())
+    members, paths = [], []
+    for k, facts in enumerate(card["members"]):
+        model, learner = (SentimentModel(dims, card["sequences"], card["aligned"], config) for _ in range(2))
+        model.load_state_dict(saved.part(f"member{k}.network"))
+        tensors = {name: value.to(device) for name, value in saved.part(f"member{k}.path").items()}
+        members.append(Member(model.to(device), facts["centre"], facts["scale"], facts["noise"]))
+        paths.append(ClosedForm.load(facts["closed_form"], tensors, len(dims), learner.to(device)))
+    return Ensemble(members, paths)
+
+
+def open_model(saved: SavedModel, device: torch.device) -> Predictor:
+    """What predicts with a saved model."""
+    ensemble = load_ensemble(saved, device)
+    return lambda corpus: ensemble.values(Inputs.of(corpus, device))
+
+
+def _tuples(values: Mapping[str, Any]) -> dict[str, Any]:
+    return {key: tuple(v) if isinstance(v, list) else v for key, v in values.items()}

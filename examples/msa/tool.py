@@ -1,0 +1,175 @@
+"""``predict`` and ``evaluate``, the same for both systems, and what their ``fit`` commands share."""
+
+from __future__ import annotations
+
+import argparse
+import sys
+from collections.abc import Callable
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+from torch import device as Device
+
+from .command import add_device_argument, check_device
+from .corpus import SPLITS, TRAIN, VALID, Corpus
+from .data import add_data_arguments, load_from
+from .files import write_atomic
+from .metrics import REPORTED, evaluate
+from .missing import KINDS, hash_uniform
+from .patterns import add_test_arguments, test_patterns
+from .predictions import write_predictions
+from .report import to_json
+from .saved import SavedModel, calibrated, fit_inputs, load_model, rescaled
+
+# Predictions [N] and the variance of stochastic passes [N], float64, of a corpus that `fit_inputs` made.
+Predictor = Callable[[Corpus], tuple[np.ndarray, np.ndarray]]
+Opener = Callable[[SavedModel, Device], Predictor]
+VALIDATION = 0.15
+
+
+def with_validation(corpus: Corpus) -> Corpus:
+    """The corpus with a validation part that has labels: where there is none, some labelled train videos become one.
+
+    Whole videos, in an order that depends on their first id alone, until 15 % of the labels are there; with a single
+    labelled video, some of its utterances. A note says so.
+
+    Raises:
+        ValueError: The train part has fewer than two labels to share between training and validation.
+    """
+    if len(corpus.rows("valid", labelled=True)):
+        return corpus
+    train = corpus.rows("train", labelled=True)
+    if len(train) < 2:
+        raise ValueError(
+            f"{corpus.name} has {len(train)} labelled train utterance(s); training needs at least two, "
+            "one of them for validation"
+        )
+    video = corpus.video_index
+    groups = np.unique(video[train])
+    unit, keys = video, corpus.utterance_ids[corpus.video_ptr[groups]]
+    if len(groups) == 1:
+        unit, groups, keys = np.arange(len(corpus)), train, corpus.utterance_ids[train]
+    order = groups[np.argsort(hash_uniform("validation", 0, keys, 1)[:, 0], kind="stable")]
+    sizes = np.cumsum([(unit[train] == g).sum() for g in order])
+    count = min(int(np.searchsorted(sizes, VALIDATION * len(train))) + 1, len(order) - 1)
+    chosen = np.isin(unit, order[:count]) & (corpus.split == TRAIN)
+    what = "videos" if unit is video else "utterances"
+    note = f"no labelled validation part: {count} of {len(order)} labelled train {what} serve as one"
+    return replace(
+        corpus, split=np.where(chosen, np.int8(VALID), corpus.split).astype(np.int8), notes=(*corpus.notes, note)
+    )
+
+
+def say_notes(corpus: Corpus) -> None:
+    """Print the notes of a corpus on stderr: what a person must know of how the data were read."""
+    for note in corpus.notes:
+        print(f"note: {note}", file=sys.stderr)
+
+
+def add_model_arguments(parser: argparse.ArgumentParser, pairs: str) -> None:
+    """Options of a saved model and the data it is to read."""
+    parser.add_argument("--model", type=Path, required=True, metavar="DIR", help="folder that fit wrote")
+    add_device_argument(parser)
+    add_data_arguments(parser, pairs)
+
+
+def open_saved(args: argparse.Namespace, system: str, opener: Opener) -> tuple[SavedModel, Predictor, Corpus]:
+    """The model, what predicts with it, and the data as the model reads them."""
+    device = check_device(args.device)
+    model = load_model(args.model, system)
+    args.sequences = model.card["sequences"]
+    corpus = load_from(args)
+    predictor = opener(model, device)
+    if corpus.sequences and not model.card["sequences"]:
+        corpus = corpus.pooled()
+    return model, predictor, fit_inputs(corpus, model)
+
+
+def predict_arguments(pairs: str) -> Callable[[argparse.ArgumentParser], None]:
+    """Adds the options of ``predict``."""
+
+    def add(parser: argparse.ArgumentParser) -> None:
+        add_model_arguments(parser, pairs)
+        parser.add_argument(
+            "--out", type=Path, default=Path("predictions.csv"), metavar="FILE.csv", help="(%(default)s)"
+        )
+
+    return add
+
+
+def predict_command(system: str, opener: Opener) -> Callable[[argparse.Namespace], int]:
+    """``predict``: a row for every utterance of every split, also for those that lack modalities."""
+
+    def run(args: argparse.Namespace) -> int:
+        if args.out.is_dir():
+            raise ValueError(f"--out {args.out} is a folder; name a file, such as {args.out / 'predictions.csv'}")
+        model, predictor, corpus = open_saved(args, system, opener)
+        value, variance = predictor(corpus)
+        path = write_predictions(args.out, corpus, value, calibrated(variance, model.card["calibration"]))
+        say_notes(corpus)
+        print(f"predictions: {path} ({len(corpus)} utterances)")
+        return 0
+
+    return run
+
+
+def evaluate_arguments(pairs: str) -> Callable[[argparse.ArgumentParser], None]:
+    """Adds the options of ``evaluate``."""
+
+    def add(parser: argparse.ArgumentParser) -> None:
+        add_model_arguments(parser, pairs)
+        add_test_arguments(parser)
+        parser.add_argument(
+            "--pattern",
+            choices=[k for k in KINDS if k != "fixed"],
+            default="exact",
+            help="of --test-rates (%(default)s)",
+        )
+        parser.add_argument("--seed", type=int, default=0, help="of --test-rates (%(default)s)")
+        parser.add_argument("--out", type=Path, metavar="FILE.json", help="also write every number here")
+
+    return add
+
+
+def evaluate_command(system: str, opener: Opener) -> Callable[[argparse.Namespace], int]:
+    """``evaluate``: scores of a saved model on the labelled utterances of each part, under every asked pattern."""
+
+    def run(args: argparse.Namespace) -> int:
+        model, predictor, corpus = open_saved(args, system, opener)
+        parts = [part for part in SPLITS if len(corpus.rows(part, labelled=True))]
+        if not parts:
+            raise ValueError(f"{corpus.name} has no labelled utterance to score")
+        if corpus.family != model.card["family"]:
+            note = f"fitted on {model.card['family']}, scored as {corpus.family}: scores are set to its label range"
+            corpus = replace(corpus, notes=(*corpus.notes, note))
+        say_notes(corpus)
+        results = []
+        for pattern in test_patterns(corpus, args, args.pattern, args.seed):
+            value, _ = predictor(replace(corpus, available=pattern.observed))
+            value = rescaled(value, model.card["family"], corpus.family)
+            scores = score_parts(value, corpus, parts)
+            results.append({**pattern.as_dict(), "scores": scores})
+            for part in parts:
+                print(f"{pattern.name:20} {part:6} {_line(scores[part], corpus.family)}")
+        if args.out:
+            content = {"model": str(args.model), "fitted_on": model.card["data"], "data": corpus.describe()}
+            write_atomic(args.out, to_json({**content, "patterns": results}))
+            print(f"numbers: {args.out}")
+        return 0
+
+    return run
+
+
+def score_parts(value: np.ndarray, corpus: Corpus, parts: list[str]) -> dict[str, dict[str, Any]]:
+    """All metrics of the labelled utterances of each part."""
+    result = {}
+    for part in parts:
+        rows = corpus.rows(part, labelled=True)
+        result[part] = evaluate(value[rows].astype(np.float64), corpus.labels[rows].astype(np.float64), corpus.family)
+    return result
+
+
+def _line(scores: dict[str, Any], family: str) -> str:
+    return f"n {scores['n']:5d}  " + "  ".join(f"{m} {scores[m]:.3f}" for m in REPORTED[family])

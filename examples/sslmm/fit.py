@@ -1,0 +1,96 @@
+"""Models that are kept: fit on what the data show, saved to a folder, opened again for other data."""
+
+from __future__ import annotations
+
+import argparse
+from dataclasses import asdict
+from pathlib import Path
+
+import numpy as np
+import torch
+
+from examples.msa.command import add_device_argument, check_device
+from examples.msa.corpus import SPLITS, TRAIN, VALID
+from examples.msa.data import add_data_arguments, load_from
+from examples.msa.missing import label_mask
+from examples.msa.predictions import write_predictions
+from examples.msa.saved import SavedModel, calibrate, calibrated, describe_inputs, save_model
+from examples.msa.tool import Predictor, say_notes, score_parts, with_validation
+
+from .config import Config, add_config_arguments, config_from
+from .model import SSLMM
+from .options import add_pattern_arguments, mask_for
+from .predict import predict_corpus
+from .train import Trainer
+
+SYSTEM = "sslmm"
+
+
+def add_fit_arguments(parser: argparse.ArgumentParser) -> None:
+    """Options of ``fit``."""
+    add_data_arguments(parser, pairs="persistent")
+    parser.add_argument(
+        "--out", type=Path, default=Path("runs/sslmm-model"), metavar="DIR", help="folder of the model (%(default)s)"
+    )
+    parser.add_argument("--seed", type=int, default=0, help="(%(default)s)")
+    parser.add_argument("--resume", action="store_true", help="go on from the state that --out holds")
+    add_device_argument(parser)
+    parser.add_argument("--share", type=float, default=1.0, help="share of the train labels to use (%(default)s)")
+    add_pattern_arguments(parser, rate=0.0)
+    add_config_arguments(parser)
+
+
+def fit_command(args: argparse.Namespace) -> int:
+    """``fit``: train on the labels and modalities that are there, or on fewer, and save what predicts."""
+    device = check_device(args.device)
+    torch.set_num_threads(1)
+    corpus = with_validation(load_from(args).pooled())
+    observed, pattern = mask_for(corpus, args, args.seed)
+    # What is hidden on purpose is hidden in training; new data are predicted from all they have.
+    used = np.isin(corpus.split, (TRAIN, VALID))[:, None]
+    labelled, labels = label_mask(corpus, args.share, args.seed)
+    statistics = corpus.statistics(observed)
+    standard = corpus.standardise_by(statistics)
+    trainer = Trainer(
+        standard, np.where(used, observed, corpus.available), labelled, config_from(args), args.seed, device
+    )
+    checkpoint = args.out / "training.pt"
+    fitted = trainer.fit(checkpoint, resume=args.resume)
+    value, variance = predict_corpus(trainer.model, standard, device=device)
+    rows = standard.rows("valid", labelled=True)
+    calibration = calibrate(variance[rows], value[rows] - standard.labels[rows])
+    parts = [part for part in SPLITS if part != "train" and len(standard.rows(part, labelled=True))]
+    scores = score_parts(value, standard, parts)
+    card = {
+        "config": asdict(trainer.config),
+        **describe_inputs(corpus, statistics),
+        "labels": labels,
+        "missing": pattern.as_dict(),
+        "seed": args.seed,
+        "best_epoch": fitted.best_epoch,
+        "calibration": calibration,
+        "scores": scores,
+    }
+    save_model(args.out, SYSTEM, card, trainer.model.state_dict())
+    write_predictions(args.out / "predictions.csv", standard, value, calibrated(variance, calibration))
+    checkpoint.unlink(missing_ok=True)
+    say_notes(corpus)
+    for part in parts:
+        print(f"{part}: n {scores[part]['n']}, MAE {scores[part]['mae']:.3f}, neg/pos {scores[part]['acc2_non0']:.3f}")
+    print(f"model: {args.out}")
+    return 0
+
+
+def open_model(saved: SavedModel, device: torch.device) -> Predictor:
+    """What predicts with a saved model.
+
+    Raises:
+        ValueError: Card and weights do not fit together.
+    """
+    try:
+        model = SSLMM(list(saved.modalities.values()), Config(**saved.card["config"]))
+        model.load_state_dict(saved.weights)
+    except (KeyError, TypeError, RuntimeError) as error:
+        raise ValueError(f"{saved.folder}: card and weights do not fit together ({error})") from None
+    model.to(device)
+    return lambda corpus: predict_corpus(model, corpus, device=device)
