@@ -1,6 +1,6 @@
 """The autocast rule of the losses."""
 
-from collections.abc import Callable
+from collections.abc import Collection
 from typing import Any
 
 import torch
@@ -15,23 +15,21 @@ def _to_float32(value: Any) -> Any:
     return [_to_float32(item) for item in value] if isinstance(value, (list, tuple)) else value
 
 
-def compute_in_float32(name: str) -> None:
-    """Make ``msacore::<name>`` cast its 16-bit tensors to float32 inside autocast.
+def compute_in_float32(name: str, keep: Collection[str] = ()) -> None:
+    """Make ``msacore::<name>`` cast its 16-bit tensors to float32 inside autocast, all but the arguments in ``keep``.
 
     ``torch.library.register_autocast`` would do, but refuses operators with keyword-only arguments.
     """
     op = getattr(torch.ops.msacore, name).default
+    names = [argument.name for argument in op._schema.arguments]
 
-    def register(key: str) -> None:
-        keys = torch._C.DispatchKeySet(getattr(torch._C.DispatchKey, key))
-
+    def register(device: str) -> None:
         def kernel(*args: Any, **options: Any) -> Any:
-            with torch._C._ExcludeDispatchKeyGuard(keys):
-                return op(*_to_float32(args), **options)
+            cast = [a if name in keep else _to_float32(a) for name, a in zip(names, args, strict=False)]
+            with torch.autocast(device, enabled=False):
+                return op(*cast, **options)
 
-        _library.impl(name, kernel, key)
-        python_kernel: Callable[[Callable[..., Any]], Any] = op.py_impl(getattr(torch._C.DispatchKey, key))
-        python_kernel(kernel)
+        _library.impl(name, kernel, f"Autocast{device.upper()}")
 
-    register("AutocastCPU")
-    register("AutocastCUDA")
+    register("cpu")
+    register("cuda")

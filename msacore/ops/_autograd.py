@@ -1,9 +1,180 @@
-"""What the autograd formulas of all operators share."""
+"""What the autograd formulas of all operators share: registration, the short way, function transforms."""
 
 from collections.abc import Callable, Sequence
 from typing import Any, NoReturn
 
 import torch
+from torch import Tensor
+from torch.autograd import forward_ad
+from torch.utils import _pytree as pytree
+
+from msacore.ops import _torch
+
+Formula = Callable[..., Any]
+
+
+def _flatten(nested: Sequence[Any]) -> list[Any]:
+    return [t for item in nested for t in (item if isinstance(item, (list, tuple)) else [item])]
+
+
+def _nest(flat: Sequence[Any], sizes: Sequence[int | None]) -> list[Any]:
+    items = iter(flat)
+    return [next(items) if size is None else [next(items) for _ in range(size)] for size in sizes]
+
+
+def _sizes(nested: Sequence[Any]) -> list[int | None]:
+    return [len(item) if isinstance(item, (list, tuple)) else None for item in nested]
+
+
+class _Lists:
+    """Where lists of tensors stand among the arguments of a call and, once it has run, among its results.
+
+    An autograd function takes and returns tensors, not lists of them.
+    """
+
+    def __init__(self, arguments: Sequence[Any]) -> None:
+        self.arguments = _sizes(arguments)
+        self._results: list[int | None] | None = None
+        self._is_list = False
+
+    def flatten_results(self, output: Any) -> Any:
+        if not isinstance(output, list) and (isinstance(output, Tensor) or list not in map(type, output)):
+            return output
+        self._is_list = isinstance(output, list)
+        self._results = _sizes(output)
+        return tuple(_flatten(output))
+
+    def nest_results(self, flat: Any) -> Any:
+        if self._results is None:
+            return flat
+        return list(flat) if self._is_list else tuple(_nest(flat, self._results))
+
+
+def _name(op: Any) -> str:
+    return op.name().removesuffix(".default")
+
+
+def _refuse_tangents(op: Any, arguments: Sequence[Any]) -> None:
+    if any(isinstance(t, Tensor) and forward_ad.unpack_dual(t).tangent is not None for t in _flatten(arguments)):
+        raise RuntimeError(
+            f"{_name(op).removesuffix('_backward')}: forward-mode differentiation is not implemented, and an argument "
+            "carries a tangent; use reverse mode (backward, torch.func.vjp, torch.func.jacrev)"
+        )
+
+
+def _short_function(op: Any, setup_context: Formula | None, backward: Formula) -> type[torch.autograd.Function]:
+    """The formula as an autograd function, which costs less host time than torch's registered form of it."""
+
+    class Short(torch.autograd.Function):
+        # The older form of forward: torch inspects the signature of the newer one on every call. What is no tensor
+        # comes last, so that `ctx.needs_input_grad` counts as it does in the registered formula.
+        @staticmethod
+        def forward(ctx: Any, *inputs: Any) -> Any:
+            *flat, lists, options = inputs
+            arguments = _nest(flat, lists.arguments) if lists else flat
+            if _torch.is_in_transform():
+                with _torch.outer_transforms(), _torch.below_autograd():
+                    output = op(*arguments, **options)
+            else:
+                with _torch.below_autograd():
+                    output = op(*arguments, **options)
+            if setup_context is not None:
+                setup_context(ctx, arguments, options, output) if options else setup_context(ctx, arguments, output)
+            ctx.lists = lists
+            return lists.flatten_results(output) if lists else output
+
+        @staticmethod
+        def backward(ctx: Any, *grads: Any) -> tuple[Any, ...]:
+            if ctx.lists:
+                ctx.needs_input_grad = _nest(ctx.needs_input_grad, ctx.lists.arguments)
+                grads = ctx.lists.nest_results(grads)
+            # create_graph=True, forward mode, transforms: the gradient operator is called as any other, and refuses
+            # what is not implemented.
+            if torch.is_grad_enabled() or _torch.forward_mode_may_be_active() or _torch.is_in_transform():
+                return *_flatten(backward(ctx, *grads)), None, None
+            with _torch.below_autograd():
+                return *_flatten(backward(ctx, *grads)), None, None
+
+    Short.__name__ = Short.__qualname__ = _name(op)  # what profilers and anomaly mode show
+    return Short
+
+
+def _loop_over_batch(op: Any) -> Formula:
+    """Batching rule of an operator for ``torch.vmap``."""
+
+    def select(value: Any, dim: Any, i: int) -> Any:
+        if isinstance(value, (list, tuple)):
+            return [select(v, d, i) for v, d in zip(value, dim, strict=True)]
+        return value if dim is None else value.select(dim, i)
+
+    def stack(results: Sequence[Any]) -> Any:
+        if isinstance(results[0], Tensor):
+            return torch.stack(list(results))
+        return type(results[0])(stack(items) for items in zip(*results, strict=True))
+
+    def empty(arguments: Any, in_dims: Any, options: dict[str, Any]) -> Any:
+        """An empty batch of results: the fake kernel knows the shape of one."""
+
+        def fake(value: Any, dim: Any) -> Any:
+            if isinstance(value, (list, tuple)):
+                return [fake(v, d) for v, d in zip(value, dim, strict=True)]
+            if not isinstance(value, Tensor):
+                return value
+            shape = [size for i, size in enumerate(value.shape) if i != dim]
+            return value.new_empty(shape, device="meta")
+
+        device = next(t.device for t in pytree.tree_leaves(arguments) if isinstance(t, Tensor))
+        results = op(*fake(arguments, in_dims), **options)
+        return pytree.tree_map(lambda t: t.new_empty((0, *t.shape), device=device), results)
+
+    def rule(info: Any, in_dims: Any, *arguments: Any, **options: Any) -> tuple[Any, Any]:
+        if info.batch_size:
+            batch = stack([op(*select(arguments, in_dims, i), **options) for i in range(info.batch_size)])
+        else:
+            batch = empty(arguments, in_dims, options)
+        return batch, pytree.tree_map(lambda _: 0, batch)
+
+    return rule
+
+
+class _GuardedLibrary(torch.library.Library):
+    """Registers torch's autograd kernel of an operator behind ``guard``."""
+
+    def __init__(self, guard: Callable[[Formula], Formula]) -> None:
+        super().__init__("msacore", "FRAGMENT")
+        self._guard = guard
+
+    def impl(self, op_name: Any, fn: Any, dispatch_key: str = "", **options: Any) -> None:
+        super().impl(op_name, self._guard(fn) if dispatch_key == "Autograd" else fn, dispatch_key, **options)
+
+
+_libraries: list[torch.library.Library] = []  # a library that is collected takes its kernels with it
+
+
+def _register(op: Any, setup_context: Formula | None, backward: Formula) -> type[torch.autograd.Function]:
+    """Register formula and batching rule, and refuse tangents, which torch would drop without a word."""
+    function = _short_function(op, setup_context, backward)
+
+    def in_transform(*arguments: Any, **options: Any) -> Any:
+        lists = _Lists(arguments)
+        flat = _torch.apply_in_transform(function, *_flatten(arguments), lists, options)
+        return lists.nest_results(flat)
+
+    def guard(registered: Formula) -> Formula:
+        def kernel(keys: Any, *arguments: Any, **options: Any) -> Any:
+            if _torch.forward_mode_may_be_active():
+                _refuse_tangents(op, arguments)
+            if _torch.is_in_transform():
+                return in_transform(*arguments, **options)
+            return registered(keys, *arguments, **options)
+
+        return kernel
+
+    library = _GuardedLibrary(guard)
+    _libraries.append(library)
+    torch.library.register_autograd(_name(op), backward, setup_context=setup_context, lib=library)
+    torch.library.register_vmap(_name(op), _loop_over_batch(op), lib=library)
+    return function
 
 
 def refuse_second_derivative(name: str) -> None:
@@ -18,69 +189,27 @@ def refuse_second_derivative(name: str) -> None:
             "call backward without create_graph=True"
         )
 
-    torch.library.register_autograd(f"msacore::{name}", refuse)
+    _register(getattr(torch.ops.msacore, name).default, None, refuse)
 
 
-def is_plain_eager() -> bool:
-    """No compiler, autocast region or function transform wants to see the registered operator."""
-    return not (
-        torch.compiler.is_compiling()
-        or torch._C._is_any_autocast_enabled()
-        or torch._C._are_functorch_transforms_active()
-    )
+def differentiable(op: Any, setup_context: Formula, backward: Formula) -> Formula:
+    """Register an operator's autograd formula; return what the public function calls.
 
-
-def apply_of(function: type[torch.autograd.Function]) -> Callable[..., Any]:
-    """``function.apply`` less its support of function transforms, for callers that know there are none."""
-    return super(torch.autograd.Function, function).apply  # type: ignore[misc]
-
-
-def eager_autograd(
-    op: Callable[..., Any], setup_context: Callable[..., None], backward: Callable[..., tuple[Any, ...]]
-) -> Callable[..., Any]:
-    """Wrap an operator so that eager calls take a short way to the same autograd formula as ``register_autograd``.
-
-    The registered formula costs more host time than small inputs need to compute. Compilers, function transforms,
-    autocast and direct calls of the operator keep using the registered one.
+    The formula is that of ``torch.library.register_autograd``. Eager calls take a shorter way to it, because the
+    registered one costs more host time than small inputs need to compute. Compilers, tracers, function transforms,
+    autocast and direct calls of the operator use the registered one.
     """
-
-    def nest(flat: Sequence[Any], sizes: Sequence[int | None]) -> list[Any]:
-        items = iter(flat)
-        return [next(items) if size is None else [next(items) for _ in range(size)] for size in sizes]
-
-    def flatten(nested: Sequence[Any]) -> list[Any]:
-        return [t for item in nested for t in (item if isinstance(item, (list, tuple)) else [item])]
-
-    class Eager(torch.autograd.Function):
-        # The older form of forward: torch inspects the signature of the newer one on every call. What is no tensor
-        # comes last, so that `ctx.needs_input_grad` counts as it does in the registered formula.
-        @staticmethod
-        def forward(ctx: Any, *inputs: Any) -> Any:
-            *flat, sizes, options = inputs
-            arguments = nest(flat, sizes) if sizes else flat
-            with torch._C._AutoDispatchBelowAutograd():
-                output = op(*arguments, **options)
-            setup_context(ctx, arguments, options, output) if options else setup_context(ctx, arguments, output)
-            return output
-
-        @staticmethod
-        def backward(ctx: Any, *grads: Any) -> tuple[Any, ...]:
-            if torch.is_grad_enabled():  # create_graph=True: the registered formula refuses the second derivative
-                return *flatten(backward(ctx, *grads)), None, None
-            with torch._C._AutoDispatchBelowAutograd():
-                return *flatten(backward(ctx, *grads)), None, None
-
-    apply = apply_of(Eager)
+    apply = _torch.short_apply(_register(op, setup_context, backward))
 
     def call(*arguments: Any, **options: Any) -> Any:
-        if not is_plain_eager():
+        if not _torch.is_plain_eager():
             return op(*arguments, **options)
         if not torch.is_grad_enabled():
-            with torch._C._AutoDispatchBelowAutograd():
+            with _torch.below_autograd():
                 return op(*arguments, **options)
         if list not in map(type, arguments):
             return apply(*arguments, None, options)
-        sizes = [len(a) if isinstance(a, list) else None for a in arguments]
-        return apply(*flatten(arguments), sizes, options)
+        lists = _Lists(arguments)
+        return lists.nest_results(apply(*_flatten(arguments), lists, options))
 
     return call

@@ -5,7 +5,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from msacore.ops._autograd import eager_autograd, refuse_second_derivative
+from msacore.ops._autograd import differentiable, refuse_second_derivative
 from msacore.ops._check import check_device, check_dtype, check_floating, check_shape, fail
 from msacore.ops.propagation import check_steps
 
@@ -69,9 +69,8 @@ def _backward(ctx: Any, grad_out: Tensor) -> tuple[Tensor | None, ...]:
     return grad_x, None, None, grad_weight if wanted else None
 
 
-torch.library.register_autograd("msacore::graph_propagate", _backward, setup_context=_setup_context)
 refuse_second_derivative("graph_propagate_backward")
-_eager = eager_autograd(_graph_propagate, _setup_context, _backward)
+_eager = differentiable(_graph_propagate, _setup_context, _backward)
 
 # Positions of the weights among the arguments of the alternation.
 _WEIGHTS = (3, 6, 9)
@@ -114,11 +113,8 @@ def _alternating_backward(ctx: Any, grad_out: Tensor) -> tuple[Tensor | None, ..
     return tuple(grads)
 
 
-torch.library.register_autograd(
-    "msacore::alternating_graph_propagate", _alternating_backward, setup_context=_setup_context
-)
 refuse_second_derivative("alternating_graph_propagate_backward")
-_eager_alternating = eager_autograd(_alternating_graph_propagate, _setup_context, _alternating_backward)
+_eager_alternating = differentiable(_alternating_graph_propagate, _setup_context, _alternating_backward)
 
 Csr = tuple[Tensor, Tensor, Tensor | None]
 

@@ -6,8 +6,9 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from msacore.ops import _torch
 from msacore.ops._autocast import compute_in_float32
-from msacore.ops._autograd import apply_of, eager_autograd, is_plain_eager, refuse_second_derivative
+from msacore.ops._autograd import differentiable, refuse_second_derivative
 from msacore.ops._check import check_device, check_dtype, check_floating, check_shape, fail
 from msacore.ops.info_nce import check_temperature, loss_dtype
 
@@ -134,10 +135,9 @@ def _backward(ctx: Any, grad_loss: Tensor | None, grad_tiers: Tensor | None, _: 
     return list(grads[:modalities]), grads[modalities], list(grads[modalities + 1 :]), None, None
 
 
-torch.library.register_autograd("msacore::hierarchical_contrastive_loss", _backward, setup_context=_setup_context)
 refuse_second_derivative("hierarchical_contrastive_loss_backward")
 compute_in_float32("hierarchical_contrastive_loss")
-_eager = eager_autograd(_loss, _setup_context, _backward)
+_eager = differentiable(_loss, _setup_context, _backward)
 
 
 def _setup_scaling(ctx: Any, inputs: tuple[Any, ...], keyword_only_inputs: dict[str, Any], output: Any) -> None:
@@ -189,7 +189,7 @@ class _FewSamples(torch.autograd.Function):
             return None, None, None, None, *torch._foreach_mul(ctx.gradients, grads[0])
 
 
-_few_samples = apply_of(_FewSamples)
+_few_samples = _torch.short_apply(_FewSamples)
 
 
 def hierarchical_contrastive_loss(
@@ -254,7 +254,7 @@ def hierarchical_contrastive_loss(
     options = dict(tier_weights=list(tier_weights), temperatures=list(temperatures), intra_modal=intra_modal)
     labels = labels if intra_modal else None
     few = fused.device.type == "cpu" and fused.dtype.itemsize > 2 and fused.shape[:1].numel() <= _FEW_SAMPLES
-    if few and not return_tiers and torch.is_grad_enabled() and is_plain_eager():
+    if few and not return_tiers and torch.is_grad_enabled() and _torch.is_plain_eager():
         return _few_samples(len(unimodal), available, labels, options, *unimodal, fused, *high_level)
     loss, tiers, _ = _eager(list(unimodal), fused, list(high_level), available, labels, **options)
     return (loss, tiers) if return_tiers else loss

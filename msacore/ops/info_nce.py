@@ -7,7 +7,7 @@ import torch
 from torch import Tensor
 
 from msacore.ops._autocast import compute_in_float32
-from msacore.ops._autograd import eager_autograd, refuse_second_derivative
+from msacore.ops._autograd import differentiable, refuse_second_derivative
 from msacore.ops._check import check_device, check_dtype, check_floating, check_shape, fail
 
 _info_nce = torch.ops.msacore.info_nce.default
@@ -142,10 +142,9 @@ def _backward(ctx: Any, grad_out: Tensor | None, *_: Any) -> tuple[Tensor | None
     )
 
 
-torch.library.register_autograd("msacore::info_nce", _backward, setup_context=_setup_context)
 refuse_second_derivative("info_nce_backward")
 compute_in_float32("info_nce")
-_eager = eager_autograd(_info_nce, _setup_context, _backward)
+_eager = differentiable(_info_nce, _setup_context, _backward)
 
 
 def info_nce(

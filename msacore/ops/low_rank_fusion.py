@@ -7,7 +7,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from msacore.ops._autograd import eager_autograd, refuse_second_derivative
+from msacore.ops._autograd import differentiable, refuse_second_derivative
 from msacore.ops._check import cast_under_autocast, check_device, check_dtype, check_floating, check_shape, fail
 
 _low_rank_fusion = torch.ops.msacore.low_rank_fusion.default
@@ -123,9 +123,8 @@ def _backward(ctx: Any, grad_out: Tensor | None, _: Any) -> tuple[Any, ...]:
     return *grads, None
 
 
-torch.library.register_autograd("msacore::low_rank_fusion", _backward, setup_context=_setup_context)
 refuse_second_derivative("low_rank_fusion_backward")
-_eager = eager_autograd(_low_rank_fusion, _setup_context, _backward)
+_eager = differentiable(_low_rank_fusion, _setup_context, _backward)
 
 
 def low_rank_fusion(

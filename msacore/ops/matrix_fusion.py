@@ -6,7 +6,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from msacore.ops._autograd import eager_autograd, refuse_second_derivative
+from msacore.ops._autograd import differentiable, refuse_second_derivative
 from msacore.ops._check import cast_under_autocast, check_device, check_dtype, check_floating, check_shape, fail
 
 _matrix_fusion = torch.ops.msacore.matrix_fusion.default
@@ -116,14 +116,14 @@ def _setup_context(
 
 
 def _backward(ctx: Any, grad_fused: Tensor, grad_pairs: Tensor) -> tuple[Any, ...]:
-    features, others = ctx.saved_tensors[: ctx.modalities], ctx.saved_tensors[ctx.modalities :]
+    saved = ctx.saved_tensors  # read once: every reading unpacks, which checkpoints and offloading hooks allow once
+    features, others = saved[: ctx.modalities], saved[ctx.modalities :]
     grads = _matrix_fusion_backward(grad_fused, grad_pairs, list(features), *others, **ctx.options)
     return *grads, None, None
 
 
-torch.library.register_autograd("msacore::matrix_fusion", _backward, setup_context=_setup_context)
 refuse_second_derivative("matrix_fusion_backward")
-_eager = eager_autograd(_matrix_fusion, _setup_context, _backward)
+_eager = differentiable(_matrix_fusion, _setup_context, _backward)
 
 
 def matrix_fusion(

@@ -5,7 +5,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from msacore.ops._autograd import eager_autograd, refuse_second_derivative
+from msacore.ops._autograd import differentiable, refuse_second_derivative
 from msacore.ops._check import check_device, check_dtype, check_floating, check_shape, fail
 
 _propagate = torch.ops.msacore.propagate.default
@@ -110,12 +110,9 @@ for _fake, _op, _name in (
     _fake(_op, _name)
     _fake(f"{_op}_backward", "grad_out")
     refuse_second_derivative(f"{_op}_backward")
-torch.library.register_autograd("msacore::propagate", _propagate_gradient, setup_context=_save)
-torch.library.register_autograd("msacore::window_mean", _window_mean_gradient, setup_context=_save)
-torch.library.register_autograd("msacore::modality_mean", _modality_mean_gradient, setup_context=_save_positional)
-_eager_propagate = eager_autograd(_propagate, _save, _propagate_gradient)
-_eager_window_mean = eager_autograd(_window_mean, _save, _window_mean_gradient)
-_eager_modality_mean = eager_autograd(_modality_mean, _save_positional, _modality_mean_gradient)
+_eager_propagate = differentiable(_propagate, _save, _propagate_gradient)
+_eager_window_mean = differentiable(_window_mean, _save, _window_mean_gradient)
+_eager_modality_mean = differentiable(_modality_mean, _save_positional, _modality_mean_gradient)
 
 
 def _sides(op: str, window: tuple[int, int]) -> tuple[int, int]:

@@ -5,7 +5,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from msacore.ops._autograd import eager_autograd, refuse_second_derivative
+from msacore.ops._autograd import differentiable, refuse_second_derivative
 from msacore.ops._check import check_device, check_dtype, check_floating, check_shape, fail
 
 _rank_n_contrast = torch.ops.msacore.rank_n_contrast.default
@@ -47,9 +47,8 @@ def _backward(ctx: Any, grad_out: Tensor) -> tuple[Tensor | None, ...]:
     return _rank_n_contrast_backward(grad_out, *ctx.saved_tensors, **ctx.options), None, None
 
 
-torch.library.register_autograd("msacore::rank_n_contrast", _backward, setup_context=_setup_context)
 refuse_second_derivative("rank_n_contrast_backward")
-_eager = eager_autograd(_rank_n_contrast, _setup_context, _backward)
+_eager = differentiable(_rank_n_contrast, _setup_context, _backward)
 
 
 def rank_n_contrast(
