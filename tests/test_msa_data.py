@@ -13,39 +13,7 @@ from examples.msa.corpus import Corpus
 from examples.msa.data import add_data_arguments, load, load_from
 from examples.msa.mmsa_pickle import load_mmsa
 
-
-def mmsa(aligned=True, n=(6, 3, 4), seed=0, sims=False):
-    """A small file in the layout of MMSA, clips of a video in falling order."""
-    rng = np.random.default_rng(seed)
-    lengths = (8, 8, 8) if aligned else (8, 12, 10)
-    limit = 1.0 if sims else 3.0
-    root = {}
-    for part, (name, count) in enumerate(zip(("train", "valid", "test"), n, strict=True)):
-        words = rng.integers(1, 9, count)
-        bert = np.zeros((count, 3, 8), np.float32)
-        bert[:, 1] = np.arange(8) < words[:, None]
-        root[name] = {
-            "raw_text": np.array([f"words {i}" for i in range(count)]),
-            "text": rng.standard_normal((count, lengths[0], 7)).astype(np.float32),
-            "audio": rng.standard_normal((count, lengths[1], 5)).astype(np.float32),
-            "vision": rng.standard_normal((count, lengths[2], 6)).astype(np.float32),
-            "text_bert": bert,
-            "id": [f"vid{part}{i // 4}$_${count - i}" for i in range(count)],
-            "regression_labels": rng.uniform(-limit, limit, count).astype(np.float32),
-            "annotations": ["Positive"] * count,
-        }
-        if not aligned:
-            root[name]["audio_lengths"] = rng.integers(1, 13, count).tolist()
-            root[name]["vision_lengths"] = rng.integers(1, 11, count).tolist()
-        if sims:
-            root[name]["regression_labels_T"] = root[name]["regression_labels"]
-    return root
-
-
-def write(tmp_path, root, name="aligned_50.pkl", protocol=4):
-    path = tmp_path / name
-    path.write_bytes(pickle.dumps(root, protocol=protocol))
-    return path
+from .msa_files import mmsa, write
 
 
 @pytest.mark.parametrize("protocol", [0, 2, 4, 5])
@@ -102,7 +70,7 @@ def test_infinite_audio_becomes_zero_and_is_noted(tmp_path):
     root["train"]["audio"][2, 1, 3] = -np.inf
     c = load_mmsa(write(tmp_path, root))
     assert np.isfinite(c.features["audio"]).all()
-    assert c.notes == ("split 'train': 1 values -inf in audio set to 0",)
+    assert c.notes[0] == "split 'train': 1 values -inf in audio set to 0"
     root["valid"]["vision"][0, 0, 0] = np.nan
     with pytest.raises(ValueError, match=r"aligned_50.pkl, split 'valid': 'vision' holds 1 values"):
         load_mmsa(write(tmp_path, root))
@@ -198,8 +166,8 @@ def put(value, *keys):
     (drop("train", "regression_labels"), r"split 'train': it lacks the key 'regression_labels'"),
     (put(["a"], "train", "id"), r"split 'train': 'id' must list one entry"),
     (put([None] * 6, "train", "id"), r"split 'train': 'id' must hold strings"),
-    (put(np.zeros((6, 7), np.float32), "train", "text"), r"'text' must be \[6, L, d\], got \(6, 7\)"),
-    (put(np.zeros((6, 9, 5), np.float32), "train", "audio"), r"'audio' has 9 steps and text 8"),
+    (put(np.zeros((5, 7), np.float32), "train", "text"), r"'text' must be \[6, L, d\] or \[6, d\], got \(5, 7\)"),
+    (put(np.zeros((6, 7), np.float32), "train", "text"), r"split 'valid': 'text' is \(3, 8, 7\), in another split"),
     (put(np.zeros((6, 8, 9), np.float32), "train", "audio"), r"'audio' has different shapes"),
     (put(["x"] * 6, "train", "vision"), r"'vision' is no array of numbers"),
     (put(np.full(6, 7.0), "train", "regression_labels"), r"outside \[-3, 3\] of mosi"),

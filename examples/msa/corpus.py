@@ -37,6 +37,7 @@ class Corpus:
         transcripts: What is said, str objects ``[N]``, empty where unknown; None where the source has none.
         media: Path or address of each clip's recording, str objects ``[N]``, empty where unknown; or None.
         family_from: What the family was taken from.
+        videos: Name of each video, str ``[V]``; None where the source has none.
 
     Raises:
         ValueError: Shapes, lengths or values do not fit together.
@@ -57,6 +58,7 @@ class Corpus:
     transcripts: np.ndarray | None = None
     media: np.ndarray | None = None
     family_from: str = "given"
+    videos: np.ndarray | None = None
 
     def __post_init__(self) -> None:
         if self.available is None:
@@ -94,6 +96,7 @@ class Corpus:
         require(self.available.shape == (n, len(self.features)), f"available must be [{n}, {len(self.features)}]")
         for name, array in self._extras().items():
             require(array is None or array.shape == (n,), f"{name} must be [{n}]")
+        require(self.videos is None or self.videos.shape == (len(ptr) - 1,), f"videos must be [{len(ptr) - 1}]")
         if self.clips is not None:
             within = np.diff(self.video_index) == 0
             require(self.clips.dtype == np.int64, f"clips must be int64, got {self.clips.dtype}")
@@ -197,6 +200,7 @@ class Corpus:
             video_ptr=np.concatenate([[0], np.cumsum(np.diff(self.video_ptr)[chosen])]).astype(np.int64),
             utterance_ids=self.utterance_ids[rows],
             available=self.available[rows],
+            videos=None if self.videos is None else self.videos[chosen],
             **{k: None if v is None else v[rows] for k, v in self._extras().items()},
         )
 

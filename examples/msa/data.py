@@ -1,16 +1,18 @@
-"""One door to every data source, and the command-line options both systems share for it."""
+"""One door to every data source, and the command-line options that reading one takes."""
 
 from __future__ import annotations
 
 import argparse
+import zipfile
 from pathlib import Path
 
-from .corpus import Corpus
+from .corpus import LABEL_RANGE, Corpus
+from .folder import TABLES, load_folder
 from .mmsa_pickle import load_mmsa
-from .npz import MOSI_BLOCKS, MOSI_SPLITS, load_npz
-from .synthetic import PAIRS, SHAPES, synthetic
+from .npz import MOSI_SPLITS, load_npz
+from .synthetic import PAIRS, synthetic
 
-ZIP_MAGIC = b"PK\x03\x04"
+HDF_MAGIC = b"\x89HDF"
 
 
 def load(
@@ -23,21 +25,28 @@ def load(
     size: int | None = None,
     seed: int = 0,
     pairs: str = "independent",
+    video_key: str | None = None,
+    id_pattern: str | None = None,
+    repair: bool = False,
 ) -> Corpus:
-    """Load a file, or generate the embedded synthetic corpus when there is no path.
+    """Load a file or folder, or generate the embedded synthetic corpus when there is no path.
 
     The kind of file is told by its first bytes, not its name.
 
     Args:
-        path: An MMSA pickle or one of the project's ``.npz`` files; None for the synthetic corpus.
-        family: ``"mosi"``, ``"mosei"`` or ``"sims"``; for a pickle the metric family, for the synthetic corpus its
-            shapes.
+        path: A pickle or torch file in the layout of MMSA or MulT, an ``.npz`` with the documented keys, or a folder
+            with ``clips.csv`` (or that table itself); None for the synthetic corpus.
+        family: ``"mosi"``, ``"mosei"`` or ``"sims"``: metrics and label range, by default told from the file; for the
+            synthetic corpus its shapes.
         split: Split of ``mosi.npz``.
-        blocks: Feature blocks of ``mosi.npz``.
-        pooled: One vector per utterance and modality instead of sequences (``mosi.npz`` has no sequences).
+        blocks: Feature arrays to take of an ``.npz``.
+        pooled: One vector per utterance and modality instead of sequences.
         size: Utterances of the synthetic corpus; all of the set's when omitted.
         seed: Seed of the synthetic corpus.
         pairs: Of the synthetic corpus: :func:`examples.msa.synthetic.synthetic` says what it changes.
+        video_key: Key, array or column that holds the video of each utterance, where ids do not tell it.
+        id_pattern: Regular expression for the whole id, with a group ``video`` and perhaps a group ``clip``.
+        repair: Replace features that are not finite by the means of the train part instead of refusing them.
 
     Raises:
         ValueError: The file cannot be used; the message names the file and the part.
@@ -46,17 +55,58 @@ def load(
     if path is None:
         return synthetic(family or "mosi", seed=seed, size=size, pooled=pooled, pairs=pairs)
     path = Path(path)
-    if not path.is_file():
+    if not path.exists():
         raise FileNotFoundError(f"{path}: there is no such file")
-    with path.open("rb") as f:
-        magic = f.read(len(ZIP_MAGIC))
     if size is not None:
         raise ValueError(f"{path}: a size can be chosen for the synthetic corpus only")
-    if magic == ZIP_MAGIC:
-        return load_npz(path, split=split, blocks=blocks, pooled=pooled)
+    if video_key is not None and id_pattern is not None:
+        raise ValueError(f"{path}: --video-key and --id-pattern both say which video an utterance is of: give one")
+    kind = _kind(path)
+    reading = {"video_key": video_key, "id_pattern": id_pattern, "repair": repair, "family": family, "pooled": pooled}
+    if kind == "npz":
+        return load_npz(path, split=split, blocks=blocks, **reading)
     if split != "official" or blocks:
-        raise ValueError(f"{path}: splits and blocks can be chosen for mosi.npz only")
-    return load_mmsa(path, family=family, pooled=pooled)
+        raise ValueError(f"{path}: splits and blocks can be chosen for .npz files only, splits for mosi.npz only")
+    if kind == "folder":
+        return load_folder(path if path.is_dir() else path.parent, **reading)
+    return load_mmsa(path, **reading)
+
+
+def _kind(path: Path) -> str:
+    if path.is_dir() or path.name in TABLES:
+        return "folder"
+    with path.open("rb") as f:
+        magic = f.read(8)
+    if magic.startswith(HDF_MAGIC):
+        raise ValueError(f"{path}: HDF5 (.csd, .h5) is not read: write the features as .npy beside a clips.csv")
+    if magic.startswith(b"\x93NUMPY"):
+        raise ValueError(f"{path}: one array alone is no data set: put it beside a clips.csv and name the folder")
+    if magic[:4] != b"PK\x03\x04":
+        return "pickle"
+    try:
+        with zipfile.ZipFile(path) as archive:
+            return "pickle" if any(n.endswith("data.pkl") for n in archive.namelist()) else "npz"
+    except Exception as e:
+        # A damaged directory can fail in any way that zipfile knows.
+        raise ValueError(f"{path}: not a readable .npz of plain arrays ({type(e).__name__}: {e})") from e
+
+
+def add_reading_arguments(parser: argparse._ActionsContainer) -> None:
+    """Add the options that say how a file is to be read."""
+    parser.add_argument(
+        "--family", choices=sorted(LABEL_RANGE), help="metrics and label range (told from the file; synthetic: mosi)"
+    )
+    parser.add_argument(
+        "--split", choices=sorted(MOSI_SPLITS), default="official", help="split of mosi.npz (%(default)s)"
+    )
+    parser.add_argument("--blocks", nargs="+", metavar="BLOCK", help="feature arrays of an .npz (all of them)")
+    parser.add_argument("--video-key", metavar="KEY", help="key, array or column that holds each utterance's video")
+    parser.add_argument(
+        "--id-pattern", metavar="REGEX", help="for the whole id, as in '(?P<video>.+)_(?P<clip>[0-9]+)'"
+    )
+    parser.add_argument(
+        "--repair", action="store_true", help="replace features that are not finite by the means of the train part"
+    )
 
 
 def add_data_arguments(parser: argparse.ArgumentParser, pairs: str = "independent") -> None:
@@ -71,21 +121,9 @@ def add_data_arguments(parser: argparse.ArgumentParser, pairs: str = "independen
         "--data",
         type=Path,
         metavar="PATH",
-        help="MMSA pickle or project .npz; without it, the embedded synthetic corpus",
+        help="pickle, .npz or folder with clips.csv; without it, the embedded synthetic corpus",
     )
-    group.add_argument(
-        "--family", choices=sorted(SHAPES), help="metric family of a pickle, or shapes of the synthetic corpus (mosi)"
-    )
-    group.add_argument(
-        "--split", choices=sorted(MOSI_SPLITS), default="official", help="split of mosi.npz (%(default)s)"
-    )
-    group.add_argument(
-        "--blocks",
-        nargs="+",
-        choices=MOSI_BLOCKS,
-        metavar="BLOCK",
-        help=f"feature blocks of mosi.npz: {', '.join(MOSI_BLOCKS)}",
-    )
+    add_reading_arguments(group)
     group.add_argument("--sequences", action="store_true", help="keep token sequences where the source has them")
     group.add_argument("--size", type=int, metavar="N", help="utterances of the synthetic corpus (all of the set's)")
     group.add_argument(
@@ -110,4 +148,7 @@ def load_from(args: argparse.Namespace) -> Corpus:
         size=args.size,
         seed=args.data_seed,
         pairs=args.pairs,
+        video_key=args.video_key,
+        id_pattern=args.id_pattern,
+        repair=args.repair,
     )

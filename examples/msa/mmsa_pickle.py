@@ -1,170 +1,226 @@
-"""Pickles in the layout of MMSA: splits of ``text``, ``audio``, ``vision``, ``id``, ``regression_labels`` …"""
+"""Pickles in the layout of MMSA and MulT: splits of ``text``, ``audio``, ``vision``, ``id``, labels …"""
 
 from __future__ import annotations
 
-import re
+import zipfile
+from collections import Counter
 from collections.abc import Mapping
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 
-from .corpus import LABEL_RANGE, SPLITS, Corpus, masked_mean
-from .npz import group_offsets
-from .safe_pickle import plain, read_pickle
+from .corpus import SPLITS, TRAIN, Corpus
+from .intake import Intake, Part
+from .labels import labels_of
+from .safe_pickle import read_pickle
+from .torch_file import read_torch
+from .values import column, is_stored, numbers, texts
 
-MODALITIES = ("text", "audio", "vision")
+MODALITIES = {
+    "text": ("text", "language"),
+    "audio": ("audio", "acoustic"),
+    "vision": ("vision", "visual", "video"),
+}
+OTHER_NAMES = {"valid": ("val", "dev")}
+VIDEO_KEYS = ("video_id", "vid")
+CLIP_KEYS = ("clip_id", "clip")
 
 
-def load_mmsa(path: str | Path, family: str | None = None, pooled: bool = False) -> Corpus:
-    """Load an MMSA pickle (``aligned_50.pkl`` or ``unaligned_*.pkl`` of MOSI, MOSEI or SIMS).
+def load_mmsa(
+    path: str | Path,
+    family: str | None = None,
+    pooled: bool = False,
+    *,
+    video_key: str | None = None,
+    id_pattern: str | None = None,
+    repair: bool = False,
+) -> Corpus:
+    """Load a pickle or torch file in the layout of MMSA or MulT.
 
-    Sequences are called aligned when the three lengths agree and the file gives no ``audio_lengths``; then the text
-    mask holds for all. Text is masked by ``text_bert[:, 1]`` where present, else by its non-zero steps. ``-inf`` in
-    audio becomes 0, as in MMSA.
+    Sequences are called aligned when their lengths agree, the file gives no ``audio_lengths``, and all masks are equal.
+    Text is masked by ``text_bert[:, 1]`` where present; all other masks follow the data
+    (:func:`examples.msa.streams.masks_of`). ``-inf`` in audio becomes 0, as in MMSA.
 
     Args:
-        path: The file. It is read without running any code from it.
-        family: ``"mosi"``, ``"mosei"`` or ``"sims"``; by default from the folder or file name, else from the keys and
-            label range (SIMS has ``regression_labels_T``), MOSI and MOSEI being scored alike.
+        path: The file. It is read without running any code from it, and of its keys only those that are needed.
+        family: ``"mosi"``, ``"mosei"`` or ``"sims"``; by default told from the file
+            (:func:`examples.msa.family.family_of`).
         pooled: Masked means over time, split by split, instead of sequences.
+        video_key: Key of each split that holds the video of each utterance.
+        id_pattern: Regular expression for ids, see :func:`examples.msa.conversations.utterances`.
+        repair: Replace values that are not finite by the means of the train part.
 
     Raises:
         ValueError: The pickle is hostile, corrupt or truncated, or lacks a split, a key or a modality, or shapes
             disagree. The message names the file and the part.
     """
     path = Path(path)
-    root = read_pickle(path)
+    root = _read(path)
     if not isinstance(root, Mapping):
         raise ValueError(f"{path}: expected a dictionary with the splits {list(SPLITS)}, got {type(root).__name__}")
-    family = family or _guess_family(path, root)
-    if family not in LABEL_RANGE:
-        raise ValueError(f"{path}: family must be one of {sorted(LABEL_RANGE)}, got {family!r}")
-    repaired: list[str] = []
-    parts = [_part(path, root, name, pooled, repaired) for name in SPLITS]
-    ids = np.concatenate([p["ids"] for p in parts])
-    keys = [_video_and_clip(i) for i in ids.tolist()]
-    order = np.array(sorted(range(len(ids)), key=lambda i: keys[i]))
-    low, high = LABEL_RANGE[family]
-    labels = np.concatenate([p["labels"] for p in parts])[order]
-    if labels.min() < low - 1e-3 or labels.max() > high + 1e-3:
+    intake = Intake(path, pooled, repair, family, id_pattern)
+    splits = _splits(path, root)
+    modalities = _modalities(path, splits)
+    labels = labels_of(path, splits, intake.notes)
+    parts = [
+        _part(intake, f"{path}, split {name!r}", SPLITS[name], part, modalities, labels[name], video_key)
+        for name, part in splits.items()
+    ]
+    mixed = root.get("train_mix")
+    if isinstance(mixed, Mapping) and "train" in root:
+        parts.append(_unlabelled(intake, f"{path}, split 'train_mix'", mixed, modalities, parts[0], video_key))
+    _distinct(parts)
+    return intake.corpus([p for p in parts if p.ids])
+
+
+def _read(path: Path) -> Any:
+    if path.is_file() and zipfile.is_zipfile(path):
+        return read_torch(path, zipfile.ZipFile(path))
+    return read_pickle(path)
+
+
+def _splits(path: Path, root: Mapping) -> dict[str, Mapping]:
+    found = {}
+    for name in SPLITS:
+        key = next((k for k in (name, *OTHER_NAMES.get(name, ())) if isinstance(root.get(k), Mapping)), None)
+        if name == "train" and key is None and isinstance(root.get("train_mix"), Mapping):
+            key = "train_mix"
+        if key is not None:
+            found[name] = root[key]
+    # New data to predict often comes as one part; of a set with two, the third is more likely lost.
+    if len(found) in (0, 2):
+        lost = next(name for name in SPLITS if name not in found)
+        raise ValueError(f"{path}: it lacks the split {lost!r}; it has {sorted(map(str, root))[:20]}")
+    return found
+
+
+def _modalities(path: Path, splits: Mapping[str, Mapping]) -> dict[str, str]:
+    """Key of each modality that the file has; what is in one split must be in all."""
+    found: dict[str, str] = {}
+    for name, keys in MODALITIES.items():
+        having = {s: next((k for k in keys if is_stored(part.get(k))), None) for s, part in splits.items()}
+        key = next((k for k in having.values() if k is not None), None)
+        if key is None:
+            continue
+        found[name] = key
+        for split, own in having.items():
+            if own != key:
+                part = splits[split]
+                state = "is no array of numbers" if key in part else "it lacks the modality"
+                raise ValueError(f"{path}, split {split!r}: {state} {key!r}; it has {sorted(map(str, part))[:30]}")
+    if not found:
+        keys = sorted({str(k) for part in splits.values() for k in part})[:30]
+        raise ValueError(f"{path}: it holds none of the modalities {list(MODALITIES)}; it has {keys}")
+    return found
+
+
+def _part(
+    intake: Intake,
+    where: str,
+    split: int,
+    part: Mapping,
+    modalities: Mapping[str, str],
+    labels: np.ndarray | None,
+    video_key: str | None,
+) -> Part:
+    values, lengths = {}, {}
+    for name, key in modalities.items():
+        values[name], ragged = numbers(where, key, part[key])
+        if ragged is not None:
+            lengths[name] = ragged
+    n = len(next(iter(values.values()))) if labels is None else len(labels)
+    for name, x in values.items():
+        if x.ndim not in (2, 3) or len(x) != n or x.shape[-1] == 0:
+            raise ValueError(f"{where}: {modalities[name]!r} must be [{n}, L, d] or [{n}, d], got {x.shape}")
+        if name == "audio" and (infinite := int(np.isneginf(x).sum())):
+            intake.notes.append(f"{where.rpartition(', ')[2]}: {infinite} values -inf in audio set to 0")
+            values[name] = np.where(np.isneginf(x), np.float32(0), x)
+        if f"{name}_lengths" in part and x.ndim == 3:
+            lengths[name] = _lengths(where, part, name, n, x.shape[1])
+    words = _words(where, part, n) if "text_bert" in part else None
+    if words is not None and "text" in values and values["text"].shape[:2] != words.shape and values["text"].ndim == 3:
         raise ValueError(
-            f"{path}: labels reach from {labels.min():g} to {labels.max():g}, outside [{low:g}, {high:g}] of {family}"
+            f"{where}: 'text_bert' must be [{n}, 3, {values['text'].shape[1]}], got {words.shape[1]} steps"
         )
-    masks = {} if pooled else {m: _join(path, parts, "masks", m)[order] for m in MODALITIES}
-    return Corpus(
-        name=f"{family.upper()} ({path.name})",
-        family=family,
-        features={m: _join(path, parts, "features", m)[order] for m in MODALITIES},
-        labels=labels,
-        split=np.repeat(np.array(list(SPLITS.values()), dtype=np.int8), [len(p["labels"]) for p in parts])[order],
-        video_ptr=group_offsets(np.array([keys[i][0] for i in order])),
-        utterance_ids=ids[order],
+    train = np.full(n, split == TRAIN)
+    features, masks, available, aligned = intake.features(where, values, train, lengths, words)
+    intake.unimodal = intake.unimodal or "regression_labels_T" in part
+    if "id" not in part:
+        raise ValueError(f"{where}: it lacks the key 'id'; it has {sorted(map(str, part))[:30]}")
+    if video_key is not None and video_key not in part:
+        raise ValueError(
+            f"{where}: it lacks the key {video_key!r} of --video-key; it has {sorted(map(str, part))[:30]}"
+        )
+    video = video_key or next((k for k in VIDEO_KEYS if k in part), None)
+    clip = next((k for k in CLIP_KEYS if k in part), None)
+    said = next((k for k in ("raw_text", "transcript") if k in part), None)
+    return Part(
+        ids=column(where, "id", part["id"], n),
+        labels=np.full(n, np.nan, np.float32) if labels is None else labels,
+        split=np.full(n, split, np.int8),
+        features=features,
         masks=masks,
-        aligned=not pooled and all(p["aligned"] for p in parts),
-        notes=tuple(repaired),
+        available=available,
+        aligned=aligned,
+        videos=None if video is None else column(where, video, part[video], n),
+        clips=None if clip is None or video is None else column(where, clip, part[clip], n),
+        transcripts=None if said is None else texts(where, said, part[said], n),
+        media=texts(where, "media", part["media"], n) if "media" in part else None,
     )
 
 
-def _guess_family(path: Path, root: Mapping) -> str:
-    hint = f"{path.parent.name}/{path.name}".lower()
-    for family in ("mosei", "mosi", "sims"):
-        if family in hint:
-            return family
-    train = root.get("train")
-    return "sims" if isinstance(train, Mapping) and "regression_labels_T" in train else "mosi"
+def _unlabelled(
+    intake: Intake, where: str, part: Mapping, modalities: Mapping[str, str], train: Part, video_key: str | None
+) -> Part:
+    """Rows of ``train_mix`` (all clips of SIMS v2, labelled or not) that ``train`` does not have."""
+    lost = [key for key in modalities.values() if key not in part]
+    if lost:
+        raise ValueError(f"{where}: it lacks the modality {lost[0]!r}; it has {sorted(map(str, part))[:30]}")
+    counts = intake.counts.copy()
+    whole = _part(intake, where, TRAIN, part, modalities, None, video_key)
+    known = set(map(str, train.ids))
+    rows = np.array([i for i, name in enumerate(whole.ids) if str(name) not in known], dtype=np.int64)
+    intake.counts = counts if len(rows) == 0 else intake.counts
+    intake.notes.append(f"train_mix: {len(rows)} utterances beyond those of train, taken into it without a label")
+
+    def take(values: list | None) -> list | None:
+        return None if values is None else [values[i] for i in rows]
+
+    return replace(
+        whole,
+        ids=take(whole.ids),
+        labels=whole.labels[rows],
+        split=whole.split[rows],
+        features={m: x[rows] for m, x in whole.features.items()},
+        masks={m: x[rows] for m, x in whole.masks.items()},
+        available={m: x[rows] for m, x in whole.available.items()},
+        videos=take(whole.videos),
+        clips=take(whole.clips),
+        transcripts=take(whole.transcripts),
+        media=take(whole.media),
+    )
 
 
-def _part(path: Path, root: Mapping, name: str, pooled: bool, repaired: list[str]) -> dict[str, Any]:
-    part = root.get(name)
-    if not isinstance(part, Mapping):
-        raise ValueError(f"{path}: it lacks the split {name!r}; it has {sorted(map(str, root))}")
-    where = f"{path}, split {name!r}"
-    labels = _numbers(where, part, "regression_labels").reshape(-1)
-    n = len(labels)
-    if not np.isfinite(labels).all():
-        raise ValueError(f"{where}: 'regression_labels' holds values that are not finite")
-    features = {m: _features(where, part, m, n, repaired) for m in MODALITIES}
-    masks = _masks(where, part, features)
-    aligned = "audio_lengths" not in part and len({x.shape[1] for x in features.values()}) == 1
-    if pooled:
-        features = {m: masked_mean(features[m], masks[m]) for m in MODALITIES}
-    ids = [str(i) for i in _column(where, part, "id", n)]
-    return {"ids": np.array(ids, dtype=str), "labels": labels, "features": features, "masks": masks, "aligned": aligned}
+def _distinct(parts: list[Part]) -> None:
+    """Numbers that start anew in every split get the split's name in front."""
+    names = Counter(i for p in parts for i in p.ids)
+    if all(isinstance(i, int) for i in names) and max(names.values()) > 1:
+        for p in parts:
+            p.ids[:] = [f"{list(SPLITS)[p.split[0]]}/{i}" for i in p.ids]
 
 
-def _column(where: str, part: Mapping, key: str, n: int) -> list:
-    if key not in part:
-        raise ValueError(f"{where}: it lacks the key {key!r}; it has {sorted(map(str, part))}")
-    value = plain(part[key])
-    value = value.tolist() if isinstance(value, np.ndarray) else value
-    if not isinstance(value, (list, tuple)) or len(value) != n:
-        raise ValueError(f"{where}: {key!r} must list one entry for each of the {n} labels")
-    # Some releases store each id in a list of its own.
-    flat = [v[0] if isinstance(v, (list, tuple)) and v else v for v in map(plain, value)]
-    if not all(isinstance(v, (str, int)) for v in flat):
-        raise ValueError(f"{where}: {key!r} must hold strings")
-    return flat
+def _lengths(where: str, part: Mapping, name: str, n: int, size: int) -> np.ndarray:
+    lengths = numbers(where, f"{name}_lengths", part[f"{name}_lengths"])[0].reshape(-1)
+    if lengths.shape != (n,) or not ((lengths >= 0) & (lengths <= size)).all():
+        raise ValueError(f"{where}: '{name}_lengths' must hold {n} numbers in [0, {size}]")
+    return lengths.astype(np.int64)
 
 
-def _numbers(where: str, part: Mapping, key: str) -> np.ndarray:
-    if key not in part:
-        what = f"the modality {key!r}" if key in MODALITIES else f"the key {key!r}"
-        raise ValueError(f"{where}: it lacks {what}; it has {sorted(map(str, part))}")
-    value = plain(part[key])
-    try:
-        return np.asarray(value, dtype=np.float32)
-    except (TypeError, ValueError) as e:
-        raise ValueError(f"{where}: {key!r} is no array of numbers ({e})") from e
-
-
-def _features(where: str, part: Mapping, key: str, n: int, repaired: list[str]) -> np.ndarray:
-    x = _numbers(where, part, key)
-    if x.ndim != 3 or len(x) != n:
-        raise ValueError(f"{where}: {key!r} must be [{n}, L, d], got {x.shape}")
-    if key == "audio" and np.isneginf(x).any():
-        repaired.append(f"{where.rpartition(', ')[2]}: {int(np.isneginf(x).sum())} values -inf in audio set to 0")
-        x = np.where(np.isneginf(x), np.float32(0), x)
-    if not np.isfinite(x).all():
-        raise ValueError(f"{where}: {key!r} holds {int((~np.isfinite(x)).sum())} values that are not finite")
-    return x
-
-
-def _masks(where: str, part: Mapping, features: dict[str, np.ndarray]) -> dict[str, np.ndarray]:
-    n, steps = features["text"].shape[:2]
-    if "text_bert" in part:
-        bert = _numbers(where, part, "text_bert")
-        if bert.shape != (n, 3, steps):
-            raise ValueError(f"{where}: 'text_bert' must be [{n}, 3, {steps}], got {bert.shape}")
-        text = bert[:, 1] > 0
-    else:
-        text = (features["text"] != 0).any(-1)
-    masks = {"text": text}
-    for m in ("audio", "vision"):
-        length = features[m].shape[1]
-        if f"{m}_lengths" in part:
-            lengths = _numbers(where, part, f"{m}_lengths").reshape(-1)
-            if lengths.shape != (n,) or (lengths < 0).any() or (lengths > length).any():
-                raise ValueError(f"{where}: '{m}_lengths' must hold {n} numbers in [0, {length}]")
-            masks[m] = np.arange(length) < lengths[:, None]
-        elif length == steps:
-            masks[m] = text
-        else:
-            raise ValueError(f"{where}: {m!r} has {length} steps and text {steps}, but there is no '{m}_lengths'")
-    return masks
-
-
-def _join(path: Path, parts: list[dict[str, Any]], kind: str, modality: str) -> np.ndarray:
-    shapes = {p[kind][modality].shape[1:] for p in parts}
-    if len(shapes) > 1:
-        raise ValueError(f"{path}: {modality!r} has different shapes in the splits: {sorted(shapes)}")
-    return np.concatenate([p[kind][modality] for p in parts])
-
-
-def _video_and_clip(utterance: str) -> tuple[str, int, str]:
-    """``video$_$clip`` as a sort key: clips by number where they are numbers."""
-    video, _, clip = utterance.rpartition("$_$")
-    if not video:
-        return utterance, 0, ""
-    number = re.fullmatch(r"\d+", clip)
-    return video, int(clip) if number else 0, clip
+def _words(where: str, part: Mapping, n: int) -> np.ndarray:
+    bert = numbers(where, "text_bert", part["text_bert"])[0]
+    if bert.ndim != 3 or bert.shape[:2] != (n, 3):
+        size = bert.shape[-1] if bert.ndim else 0
+        raise ValueError(f"{where}: 'text_bert' must be [{n}, 3, {size}], got {bert.shape}")
+    return bert[:, 1] > 0

@@ -1,0 +1,72 @@
+"""Which set a file is scored as: MOSI, MOSEI or SIMS, told from its path, its keys and the range of its labels."""
+
+from __future__ import annotations
+
+import re
+from dataclasses import dataclass
+from pathlib import Path
+
+import numpy as np
+
+from .corpus import LABEL_RANGE
+
+_NAMES = re.compile(r"(mosei|mosi|sims)(?![a-uw-z])", re.I)
+_SLACK = 1e-3
+
+
+@dataclass(frozen=True)
+class Family:
+    """The family, what it was taken from, and a note where that is not certain."""
+
+    name: str
+    source: str
+    note: str | None = None
+
+
+def family_of(path: Path, labels: np.ndarray, unimodal: bool = False, given: str | None = None) -> Family:
+    """Decide on a family.
+
+    The part of the path that is nearest to the file and names one set counts first. Without one, labels for each
+    modality within [-1, 1] mean SIMS, and labels beyond [-1, 1] mean MOSI. Labels within [-1, 1] alone may be of any
+    set: then the family is ``mosi``, with a note.
+
+    Args:
+        path: The file or folder.
+        labels: ``[N]``, NaN where there is none.
+        unimodal: The file has labels for each modality, as SIMS has.
+        given: ``--family``.
+
+    Raises:
+        ValueError: The family is unknown, or the labels leave its range.
+    """
+    if given is not None and given not in LABEL_RANGE:
+        raise ValueError(f"{path}: family must be one of {sorted(LABEL_RANGE)}, got {given!r}")
+    known = labels[~np.isnan(labels)]
+    low, high = (float(known.min()), float(known.max())) if len(known) else (0.0, 0.0)
+    small = low >= -1 - _SLACK and high <= 1 + _SLACK
+    if given is not None:
+        result = Family(given, "given")
+    elif (named := _in_path(path)) is not None:
+        result = Family(named[0], f"the path ({named[1]})")
+    elif not small:
+        result = Family("mosi", f"labels from {low:g} to {high:g}")
+    elif unimodal and len(known):
+        result = Family("sims", f"labels of each modality, and labels from {low:g} to {high:g}")
+    else:
+        why = f"labels from {low:g} to {high:g} may be of any set" if len(known) else "nothing is labelled"
+        result = Family("mosi", "in doubt", f"family mosi: {why}; say --family sims if they are of SIMS")
+    bottom, top = LABEL_RANGE[result.name]
+    if low < bottom - _SLACK or high > top + _SLACK:
+        hint = "" if given else f", which was taken from {result.source}; --family says otherwise"
+        raise ValueError(
+            f"{path}: labels reach from {low:g} to {high:g}, outside [{bottom:g}, {top:g}] of {result.name}{hint}"
+        )
+    return result
+
+
+def _in_path(path: Path) -> tuple[str, str] | None:
+    for part in reversed(path.absolute().parts):
+        found = {m.lower() for m in _NAMES.findall(part)}
+        if len(found) == 1:
+            return found.pop(), part
+    return None

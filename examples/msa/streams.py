@@ -1,0 +1,129 @@
+"""Which steps of a sequence are data: the mask follows the values, checked against the lengths a file gives.
+
+Published sets pad at either end: word streams at the end, audio and vision of MOSI and MOSEI at the front. A length
+alone does not say at which end the padding is.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field
+
+import numpy as np
+
+
+@dataclass
+class Masks:
+    """Result of :func:`masks_of`.
+
+    Args:
+        masks: bool ``[N, L_m]`` of each modality.
+        aligned: Step ``l`` belongs to the same word in every modality.
+        front: Utterances of each modality that are padded at the front though lengths were given.
+        contradicted: Utterances of each modality whose values reach beyond the length given.
+        apart: The modalities have equal lengths, but are padded at different ends.
+    """
+
+    masks: dict[str, np.ndarray]
+    aligned: bool
+    front: dict[str, int] = field(default_factory=dict)
+    contradicted: dict[str, int] = field(default_factory=dict)
+    apart: bool = False
+
+
+def masks_of(features: dict[str, np.ndarray], lengths: dict[str, np.ndarray], words: np.ndarray | None = None) -> Masks:
+    """Masks of all sequences of a part.
+
+    Args:
+        features: ``[N, L_m, d_m]`` of each modality; a step is padding where it is 0 in every column.
+        lengths: Steps of each utterance, int ``[N]``, of the modalities for which the file says it.
+        words: Mask of the words, bool ``[N, L]``: it holds for text, and gives the length of every other modality
+            of the same ``L`` that has none of its own.
+
+    Returns:
+        For each utterance: where values lie within the length from the start, that mask; where they lie within it
+        from the end, that one; where an utterance could be either, the end that most of the others have. Values that
+        reach beyond the length at one end are data too; where they fill the whole sequence, only the length tells
+        data from padding. Zero steps between two others are data.
+    """
+    spans = {m: _span(x) for m, x in features.items()}
+    steps = {m: x.shape[1] for m, x in features.items()}
+    result = Masks({}, False)
+    shared = words is None and not lengths and len(set(steps.values())) == 1 and len(features) > 1
+    if shared:
+        ends = {_end(first, stop, steps[m]) for m, (first, stop) in spans.items()} - {0}
+        result.apart = len(ends) > 1
+        if not result.apart:
+            result.masks, result.aligned = dict.fromkeys(features, _union(spans, next(iter(steps.values())))), True
+            return result
+    for m, (first, stop) in spans.items():
+        own, size = lengths.get(m), steps[m]
+        if own is None and words is not None and words.shape[1] == size:
+            mask, front, beyond = _follow(first, stop, size, words.sum(1), words)
+            if m == "text":
+                # A language model gives values for padding too: they contradict nothing.
+                beyond = np.zeros_like(beyond)
+        elif own is not None:
+            mask, front, beyond = _follow(first, stop, size, own, None)
+        else:
+            mask, front, beyond = _between(first, stop, size), np.zeros(len(first), bool), np.zeros(len(first), bool)
+        result.masks[m] = mask
+        if front.any():
+            result.front[m] = int(front.sum())
+        if beyond.any():
+            result.contradicted[m] = int(beyond.sum())
+    if words is not None and not lengths and set(steps.values()) == {words.shape[1]}:
+        result.aligned = all(np.array_equal(mask, words) for mask in result.masks.values())
+        result.apart = bool(result.front) and not result.aligned
+    return result
+
+
+def _span(x: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
+    """First step with a value and the step behind the last one, int ``[N]``; both 0 in empty rows."""
+    there = (x != 0).any(-1)
+    size = there.shape[1]
+    first = np.where(there.any(1), there.argmax(1), 0)
+    stop = np.where(there.any(1), size - there[:, ::-1].argmax(1), 0)
+    return first, stop
+
+
+def _between(first: np.ndarray, stop: np.ndarray, size: int) -> np.ndarray:
+    place = np.arange(size)
+    return (place >= first[:, None]) & (place < stop[:, None])
+
+
+def _union(spans: dict[str, tuple[np.ndarray, np.ndarray]], size: int) -> np.ndarray:
+    first = np.min([np.where(stop > first, first, size) for first, stop in spans.values()], axis=0)
+    stop = np.max([stop for _, stop in spans.values()], axis=0)
+    return _between(first, stop, size)
+
+
+def _end(first: np.ndarray, stop: np.ndarray, size: int) -> int:
+    """The end at which most rows are padded: -1 the front, 1 the back, 0 where none or as many are at either."""
+    front = ((first > 0) & (stop == size)).sum()
+    back = ((first == 0) & (stop < size) & (stop > 0)).sum()
+    return int(np.sign(int(back) - int(front)))
+
+
+def _follow(
+    first: np.ndarray, stop: np.ndarray, size: int, length: np.ndarray, words: np.ndarray | None
+) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
+    """Mask of one modality, and which rows are padded at the front, and which reach beyond their length."""
+    zero = np.zeros_like(first)
+    there = stop > first
+    back, front = there & (stop <= length), there & (first >= size - length)
+    either = back & front
+    mostly_front = int((front & ~back).sum()) > int((back & ~front).sum())
+    back, front = (back & ~either, front) if mostly_front else (back, front & ~either)
+    beyond = there & ~back & ~front
+    full = beyond & (first == 0) & (stop == size) & (length > 0)
+    # A length that was counted on words is not that of the stream: there the values alone say where it starts.
+    exact_front = _between(first if words is not None else np.where(front, size - length, first), zero + size, size)
+    exact_back = _between(zero, length, size) if words is None else words
+    from_data = _between(first, stop, size)
+    default = exact_front if mostly_front and words is None else exact_back
+    counted = _between(size - length, zero + size, size) if mostly_front and words is None else exact_back
+    mask = np.where(front[:, None], exact_front, np.where(back[:, None], exact_back, default))
+    mask = np.where((beyond & ~full)[:, None], from_data, mask)
+    mask = np.where(full[:, None], counted, mask)
+    padded_front = (front & (length < size)) | (beyond & ~full & (first > 0) & (stop == size))
+    return mask, padded_front, beyond

@@ -1,0 +1,87 @@
+"""Files and bytes that ``torch.save`` wrote, read by the bounded pickle machine."""
+
+from __future__ import annotations
+
+import struct
+import zipfile
+from pathlib import Path
+from typing import Any
+
+from .safe_pickle import Machine, guarded
+from .stand_ins import StoredStorage, refuse
+
+MAGIC = 0x1950A86A20F9469CFC6C
+
+
+def _storage(identity: Any) -> tuple[str, StoredStorage]:
+    """Key and storage of torch's persistent id ``("storage", kind, key, place, count, …)``."""
+    if not isinstance(identity, tuple) or len(identity) < 5 or identity[0] != "storage":
+        refuse("an odd persistent id")
+    _, kind, key, _, count = identity[:5]
+    if kind not in ("bfloat16", "f8", "f4", "f2", "i8", "i4", "i2", "i1", "u1", "?") or not isinstance(key, str):
+        refuse("a storage of an odd type")
+    if not isinstance(count, int) or not 0 <= count < 1 << 40:
+        refuse("a storage of an odd size")
+    return key, StoredStorage(kind, count)
+
+
+def load_from_bytes(data: Any) -> StoredStorage:
+    """The storage in the bytes that a pickled tensor carries (torch's older form of ``torch.save``)."""
+    if hasattr(data, "read"):
+        data = data.read()
+    data = bytes(data) if isinstance(data, (bytes, memoryview)) else refuse("a tensor without bytes")
+    found: dict[str, StoredStorage] = {}
+
+    def storage(identity: Any) -> StoredStorage:
+        key, new = _storage(identity)
+        return found.setdefault(key, new)
+
+    position, parts = 0, []
+    for _ in range(5):
+        machine = Machine(data, position, storage)
+        parts.append(machine.load())
+        position = machine.position
+    magic, _, _, result, keys = parts
+    if magic != MAGIC or not isinstance(result, StoredStorage) or not isinstance(keys, list):
+        refuse("a tensor in an unknown form")
+    for key in keys:
+        if key not in found or position + 8 > len(data):
+            refuse("a tensor without its data")
+        (count,) = struct.unpack_from("<q", data, position)
+        size = count * found[key].itemsize
+        if count != found[key].count or not 0 <= size <= len(data) - position - 8:
+            refuse("a tensor without its data")
+        found[key].data = memoryview(data)[position + 8 : position + 8 + size]
+        position += 8 + size
+    return result
+
+
+def read_torch(path: Path, archive: zipfile.ZipFile) -> Any:
+    """The object in a zip file of ``torch.save``; tensors stay in the file until they are wanted.
+
+    Raises:
+        ValueError: The file is corrupt or holds anything but containers, arrays and tensors.
+    """
+    names = {i.filename: i for i in archive.infolist()}
+    root = next(n for n in names if n.endswith("data.pkl"))
+    folder = root[: -len("data.pkl")]
+
+    def member(name: str) -> bytes:
+        info = names[name]
+        # torch stores its parts as they are: a packed one is not torch's, and could unpack to anything.
+        if info.compress_type != zipfile.ZIP_STORED or info.file_size != info.compress_size or info.flag_bits & 1:
+            refuse(f"a packed part {name[:80]!r}")
+        return archive.read(info)
+
+    def storage(identity: Any) -> StoredStorage:
+        key, new = _storage(identity)
+        name = f"{folder}data/{key}"
+        if name not in names or names[name].file_size != new.count * new.itemsize:
+            refuse("a tensor without its data")
+        if key not in found:
+            new.data = lambda: member(name)
+            found[key] = new
+        return found[key]
+
+    found: dict[str, StoredStorage] = {}
+    return guarded(path, lambda: Machine(member(root), 0, storage).load())
