@@ -85,6 +85,26 @@ def test_float32_product_of_three_tf32_products(call: Callable[..., str], schedu
     assert (out - exact).abs().max() <= 3e-6 * exact.abs().max()
 
 
+@pytest.mark.parametrize("sign", [1.0, -1.0])
+def test_tensor_cores_cut_low_bits_off(call: Callable[..., str], sign: float) -> None:
+    """1 ± 15 · 2⁻²⁵ is several units in the last place away from 1; but each product is below the last bit kept."""
+    a, b, out = torch.full((16, 16), sign * 2.0**-13).half(), torch.full((16, 8), 2.0**-12).half(), torch.empty(16, 8)
+    a[:, 0], b[0] = 1, 1
+    assert call("mma_half", a, b, out, 16, 1) == ""
+    assert (out == 1).all()
+
+
+@pytest.mark.parametrize(("name", "dtype"), [("float32", torch.float32), ("half", torch.float16)])
+def test_long_sums_do_not_drift(call: Callable[..., str], name: str, dtype: torch.dtype) -> None:
+    """Sums of one sign, where what tensor cores cut off adds up."""
+    a, b = (torch.rand(64, 4000, generator=torch.Generator().manual_seed(seed)).to(dtype) for seed in (1, 2))
+    out = torch.empty(64, 64)
+    assert call(f"tile_product_{name}", a, b, out, 4000) == ""
+    exact = a.double() @ b.double().T
+    plain = (a.float() @ b.float().T).double()
+    assert (out - exact).abs().max() <= 2 * (plain - exact).abs().max() + 1e-6 * exact.max()
+
+
 def test_votes_and_atomics(call: Callable[..., str], schedule: str) -> None:
     out = torch.zeros(3, dtype=torch.int32)
     assert call("votes_and_atomics", out, 96) == ""

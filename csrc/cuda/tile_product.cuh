@@ -1,5 +1,9 @@
 // A block's product of two matrices: C [64, 64] += A · B over stages of the inner dimension that cp.async fills ahead,
 // on tensor cores where the types allow: mma of 16-bit types, three of tf32 for float32; FMA for double.
+//
+// Tensor cores cut their sums off instead of rounding them, always towards zero, so a long sum in one accumulator
+// drifts by a unit in the last place with almost every step. An accumulator therefore serves a few steps only, and is
+// then added to C by ordinary additions.
 #pragma once
 #include "cuda/device.cuh"
 
@@ -10,6 +14,11 @@ constexpr int kTile = 64, kTileThreads = 128;  // four warps, 32 x 32 of C each
 // Steps of the inner dimension that are staged at once.
 template <typename A>
 constexpr int kDepth = std::is_same_v<A, double> ? 16 : 32;
+
+// Stages that one accumulator serves: an mma of 16-bit types adds 16 steps at a time, of float32 8 steps in three
+// parts.
+template <typename A, typename B>
+constexpr int kStagesOfSum = std::is_same_v<A, B> && is_16_bit<A> ? 4 : 1;
 
 // Operands. Each copies the 16 bytes from its (row, column) on to shared memory, and zeros for what lies outside.
 // This one is a matrix in global memory; where it is `aligned`, address, stride and columns are multiples of 16 bytes.
@@ -167,6 +176,18 @@ __device__ __forceinline__ void clear(TileSums<C>& c) {
       for (int i = 0; i < 4; ++i) c[down][across][i] = 0;
 }
 
+// c += part; part ← 0.
+template <typename C>
+__device__ __forceinline__ void add_part(TileSums<C>& c, TileSums<C>& part) {
+#pragma unroll
+  for (int down = 0; down < 2; ++down)
+#pragma unroll
+    for (int across = 0; across < 4; ++across)
+#pragma unroll
+      for (int i = 0; i < 4; ++i) c[down][across][i] += part[down][across][i];
+  clear(part);
+}
+
 // C += A · B over `depth`. `AInner`: A is given as [64, depth], else as [depth, 64]; `BInner`: B as [64, depth], else
 // as [depth, 64]. Sums beyond the first `rows` and `columns` of the tile may be left out. Needs kTileBytes of dynamic
 // shared memory for `Stages`, of which all but one are in flight, and all threads of the block.
@@ -193,14 +214,25 @@ __device__ __forceinline__ void add_tile_product(TileSums<C>& c, const OperandA&
 #pragma unroll
   for (int s = 0; s < Stages - 1; ++s) copy(s * kDepth<C>, s);
   int s = 0;
+  [[maybe_unused]] TileSums<C> part;
+  if constexpr (!std::is_same_v<C, double>) clear(part);
+  const auto multiply = [&](TileSums<C>& to, int64_t k) {
+    if (rows_here > 16) {
+      multiply_stage<A, B, C, AInner, BInner, 2>(to, stage_a(s), stage_b(s), depth - k);
+    } else if (rows_here > 0) {
+      multiply_stage<A, B, C, AInner, BInner, 1>(to, stage_a(s), stage_b(s), depth - k);
+    }
+  };
   for (int64_t k = 0; k < depth; k += kDepth<C>) {
     async_wait<Stages - 2>();
     __syncthreads();  // this stage is complete, and the readers of the one before are done
     copy(k + (Stages - 1) * kDepth<C>, s == 0 ? Stages - 1 : s - 1);
-    if (rows_here > 16) {
-      multiply_stage<A, B, C, AInner, BInner, 2>(c, stage_a(s), stage_b(s), depth - k);
-    } else if (rows_here > 0) {
-      multiply_stage<A, B, C, AInner, BInner, 1>(c, stage_a(s), stage_b(s), depth - k);
+    if constexpr (std::is_same_v<C, double>) {
+      multiply(c, k);
+    } else {
+      constexpr int64_t kSteps = kStagesOfSum<A, B> * kDepth<C>;
+      multiply(part, k);
+      if ((k + kDepth<C>) % kSteps == 0 || k + kDepth<C> >= depth) add_part(c, part);
     }
     s = s + 1 == Stages ? 0 : s + 1;
   }

@@ -131,7 +131,8 @@ __device__ __forceinline__ void stage_rows(acc_t<T>* staged, const FewRows<acc_t
   }
 }
 
-// One warp's C [16, 8] += A [16, 8] · B [8, 8], of a(row, k) and b(k, column).
+// One warp's C [16, 8] += A [16, 8] · B [8, 8], of a(row, k) and b(k, column). The product is added to C by ordinary
+// additions: tensor cores would cut the sum off (tile_product.cuh).
 template <bool ExactA, bool ExactB, typename C, typename A, typename B>
 __device__ __forceinline__ void add_product(C (&c)[4], A a, B b) {
   if constexpr (std::is_same_v<C, double>) {
@@ -141,7 +142,10 @@ __device__ __forceinline__ void add_product(C (&c)[4], A a, B b) {
   } else {
     const int g = lane_id() / 4, t = lane_id() % 4;
     const float left[4] = {a(g, t), a(g + 8, t), a(g, t + 4), a(g + 8, t + 4)}, right[2] = {b(t, g), b(t + 4, g)};
-    mma_float<ExactA, ExactB>(c, left, right);
+    float product[4] = {};
+    mma_float<ExactA, ExactB>(product, left, right);
+#pragma unroll
+    for (int i = 0; i < 4; ++i) c[i] += product[i];
   }
 }
 

@@ -216,6 +216,7 @@ __global__ void __launch_bounds__(kTileThreads, 4)
             least = fminf(least, (sqrtf(fmaxf(square.high, 0)) + radii) * kAbove);
           });
           least = warp_reduce<4>(least, Min{});
+          __syncwarp();  // all lanes of the row have read what one of them replaces
           if (lane_id() % 4 == 0) upper[side][r] = least;
         }
       if (!__syncthreads_or(near != 0)) continue;

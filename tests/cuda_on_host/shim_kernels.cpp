@@ -1,5 +1,6 @@
 // Kernels that prove the shim: right ones, and ones with a planted fault. Bound by ctypes; an error comes back as text.
 #include "cuda/launch.cuh"
+#include "cuda/tile_product.cuh"
 
 namespace msacore::cuda {
 namespace {
@@ -85,6 +86,18 @@ __global__ void mma_float_kernel(const float* __restrict__ a, const float* __res
     mma_float(c, fa, fb);
   }
   for (int i = 0; i < 4; ++i) out[mma_row(i) * 8 + mma_column(i)] = c[i];
+}
+
+// C [64, 64] = A · Bᵀ of a [64, k] and b [64, k], k a multiple of 8.
+template <typename T>
+__global__ void tile_product_kernel(const T* __restrict__ a, const T* __restrict__ b, float* __restrict__ out, int k) {
+  TileSums<float> c;
+  clear(c);
+  add_tile_product<true, true>(c, Matrix<T>{a, k, kTile, k}, Matrix<T>{b, k, kTile, k}, k);
+  for_neighbours(c, [&](int i, int j, float first, float second) {
+    out[i * kTile + j] = first;
+    out[i * kTile + j + 1] = second;
+  });
 }
 
 __global__ void votes_and_atomics_kernel(int* __restrict__ out) {
@@ -178,6 +191,13 @@ EXPORT mma_bfloat16(const BFloat16* a, const BFloat16* b, float* out, int k, int
 }
 EXPORT mma_float32(const float* a, const float* b, float* out, int k) {
   return attempt(mma_float_kernel, 1, 32, 0, a, b, out, k);
+}
+EXPORT tile_product_float32(const float* a, const float* b, float* out, int k) {
+  return attempt(tile_product_kernel<float>, 1, kTileThreads, kTileBytes<float, float, float, true, true>, a, b, out,
+                 k);
+}
+EXPORT tile_product_half(const Half* a, const Half* b, float* out, int k) {
+  return attempt(tile_product_kernel<Half>, 1, kTileThreads, kTileBytes<Half, Half, float, true, true>, a, b, out, k);
 }
 EXPORT votes_and_atomics(int* out, int threads) { return attempt(votes_and_atomics_kernel, 1, threads, 0, out); }
 EXPORT divergent_barrier() { return attempt(divergent_barrier_kernel, 1, 64, 0); }

@@ -1,4 +1,4 @@
-// cp.async, mma and ldmatrix on the host, with the fragment layouts that common/mma.cuh states.
+// cp.async, mma and ldmatrix on the host, with the fragment layouts that cuda/mma.cuh states.
 #pragma once
 
 namespace cuda_on_host {
@@ -42,9 +42,36 @@ struct Fragments {
   const uint32_t *a, *b;
 };
 
-// C += A · B for all lanes; `a(row, k)` and `b(k, column)` read the operands where they lie. The products of 16-bit and
-// tf32 numbers are exact in float32.
-template <int K, typename A, typename B>
+// c + Σ left · right of `Count` products as tensor cores add: products are exact; every addend is cut off 24 bits below
+// the largest exponent, of a product the sum of its factors' exponents; what is left is added without error, and the
+// sum is cut off to float32. Low bits are lost, always towards zero, as published measurements of chips of compute
+// capability 8.0 say (Fasi, Higham, Mikaitis, Pranesh: Numerical behavior of NVIDIA tensor cores, 2021); later chips
+// keep a bit more. `Least`: the exponent of the smallest normal number of the factors' type.
+template <int Count, int Least>
+float cut_off_sum(float c, const float* left, const float* right) {
+  constexpr int kBits = 24, kNone = -1000;
+  const auto exponent = [](float x, int least) {
+    return std::max(static_cast<int>(__float_as_uint(x) >> 23 & 255) - 127, least);
+  };
+  double product[Count], plain = c;
+  int top = c == 0 ? kNone : exponent(c, -126);
+  for (int k = 0; k < Count; ++k) {
+    product[k] = static_cast<double>(left[k]) * right[k];
+    plain += product[k];
+    if (product[k] != 0) top = std::max(top, exponent(left[k], Least) + exponent(right[k], Least));
+  }
+  if (!std::isfinite(plain) || top == kNone) return static_cast<float>(plain);
+  const double units = __longlong_as_double(static_cast<long long>(1023 + kBits - top) << 52);
+  auto sum = static_cast<int64_t>(c * units);
+  for (int k = 0; k < Count; ++k) sum += static_cast<int64_t>(product[k] * units);
+  const double exact = static_cast<double>(sum) / units;
+  const auto nearest = static_cast<float>(exact);
+  return std::abs(static_cast<double>(nearest)) > std::abs(exact) ? std::nextafter(nearest, 0.0f) : nearest;
+}
+
+// C += A · B for all lanes, half of the K steps at a time; `a(row, k)` and `b(k, column)` read the operands where they
+// lie.
+template <int K, int Least, typename A, typename B>
 void multiply(Fragments* const* lanes, A a, B b) {
   float left[16][K], right[8][K];
   for (int k = 0; k < K; ++k) {
@@ -54,7 +81,7 @@ void multiply(Fragments* const* lanes, A a, B b) {
   for (int row = 0; row < 16; ++row) {
     for (int column = 0; column < 8; ++column) {
       float& c = lanes[row % 8 * 4 + column / 2]->c[row / 8 * 2 + column % 2];
-      for (int k = 0; k < K; ++k) c += left[row][k] * right[column][k];
+      for (int k = 0; k < K; k += K / 2) c = cut_off_sum<K / 2, Least>(c, left[row] + k, right[column] + k);
     }
   }
 }
@@ -63,7 +90,8 @@ template <typename T>
 void mma16(float (&c)[4], const uint32_t (&a)[4], const uint32_t (&b)[2], Site site = Site::here()) {
   Fragments mine{c, a, b};
   machine().collective("mma16", 0xffffffffu, site, mine, [](Fragments* const* lanes) {
-    multiply<16>(
+    constexpr int kLeast = std::numeric_limits<T>::min_exponent - 1;
+    multiply<16, kLeast>(
         lanes,
         [&](int row, int k) -> float {
           return from_bits<T>(lanes[row % 8 * 4 + k % 8 / 2]->a[row / 8 + k / 8 * 2], k % 2);
@@ -83,7 +111,7 @@ inline void mma_tf32(float (&c)[4], const uint32_t (&a)[4], const uint32_t (&b)[
   // The hardware ignores the low 13 bits.
   const auto value = [](uint32_t bits) { return __uint_as_float(bits & 0xffffe000u); };
   machine().collective("mma_tf32", 0xffffffffu, site, mine, [&](Fragments* const* lanes) {
-    multiply<8>(
+    multiply<8, -126>(
         lanes, [&](int row, int k) { return value(lanes[row % 8 * 4 + k % 4]->a[row / 8 + k / 4 * 2]); },
         [&](int k, int column) { return value(lanes[column * 4 + k % 4]->b[k / 4]); });
   });
