@@ -30,6 +30,7 @@ from .arms import ablations, comparison, contrast_sweep
 from .experiment import Experiment
 from .fit import SYSTEM, fit_command, open_model
 from .options import add_model_arguments, add_protocol_arguments, add_selection_arguments, base_arm
+from .pick import add_pick_arguments, pick_command
 from .report import build_report
 from .train import Data
 
@@ -139,6 +140,7 @@ COMMANDS = {
     "run": Command(
         "simulate rounds of bought labels and compare; writes a report", add_run_arguments, run_command, demo
     ),
+    "pick": Command("choose clips to label next, and make a page to label them on", add_pick_arguments, pick_command),
     "fit": Command("train on every label and save the model", add_fit_arguments, fit_command),
     "predict": Command(
         "predictions of a saved model for other data",

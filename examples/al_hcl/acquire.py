@@ -63,10 +63,11 @@ MEASURES: dict[str, Callable[[Prediction, Tensor], Tensor]] = {
 
 @dataclass(frozen=True)
 class Picks:
-    """Positions in the pool in pick order, and the uncertainty of each."""
+    """Positions in the pool in pick order, the uncertainty of each, and its score by the strategy."""
 
     positions: Tensor
     uncertainty: Tensor
+    scores: Tensor
 
 
 def acquire(pool: Prediction, available: Tensor, labelled: Tensor, config: SelectionConfig, seed: int) -> Picks:
@@ -91,4 +92,4 @@ def acquire(pool: Prediction, available: Tensor, labelled: Tensor, config: Selec
         options=config.options or None,
     )
     positions = chosen.indices.to(value.device)
-    return Picks(positions, value[positions])
+    return Picks(positions, value[positions], chosen.scores)

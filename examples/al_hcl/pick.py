@@ -1,0 +1,209 @@
+"""Which clips people should label next: picks, reasons, and a page to label them on."""
+
+from __future__ import annotations
+
+import argparse
+import re
+from dataclasses import dataclass, replace
+from pathlib import Path
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from examples.msa.annotate import write_page
+from examples.msa.checkpoint import derive, seed_everything
+from examples.msa.command import add_device_argument, check_device
+from examples.msa.corpus import TRAIN, UNUSED, Corpus
+from examples.msa.data import add_data_arguments, load_from
+from examples.msa.predictions import read_labels, write_table
+from examples.msa.tool import say_notes, with_validation
+from msacore.selection import select
+
+from .acquire import acquire
+from .active import Arm
+from .ensemble import fit_ensemble, new_model
+from .options import add_model_arguments, add_selection_arguments, base_arm
+from .pretrain import pretrain
+from .train import Data
+
+COLUMNS = ("id", "video", "clip", "score", "uncertainty", "nearest labelled clip")
+# Below this many labels a model says less of its own doubt than the features say of what is new.
+FEWEST = 8
+NEED_UNCERTAINTY = ("topk", "uncertainty_kcenter", "mmr", "prefilter")
+
+
+@dataclass(frozen=True)
+class Choice:
+    """Rows in pick order, their scores, their uncertainties (nan where no model was trained), and the row of the
+    nearest labelled clip of each (-1 where nothing is labelled)."""
+
+    rows: np.ndarray
+    scores: np.ndarray
+    uncertainty: np.ndarray
+    nearest: np.ndarray
+
+
+def add_pick_arguments(parser: argparse.ArgumentParser) -> None:
+    """Options of ``pick``."""
+    add_data_arguments(parser)
+    parser.add_argument(
+        "--labels", type=Path, metavar="FILE.csv", help="labels given so far: id, label (none before the first round)"
+    )
+    parser.add_argument(
+        "--out", type=Path, default=Path("runs/picks"), metavar="DIR", help="picks.csv, annotate.html (%(default)s)"
+    )
+    parser.add_argument("--seed", type=int, default=0, help="(%(default)s)")
+    add_device_argument(parser)
+    parser.add_argument("--threads", type=int, default=1, help="CPU threads (%(default)s)")
+    add_selection_arguments(parser)
+    add_model_arguments(parser)
+
+
+def pick_command(args: argparse.Namespace) -> int:
+    """``pick``: train on what is labelled, choose among what is not."""
+    device = check_device(args.device)
+    if args.budget < 1:
+        raise ValueError(f"--budget must be at least 1, got {args.budget}")
+    if args.out.is_file():
+        raise ValueError(f"--out {args.out}: it is a file; picks and page are written to a folder")
+    arm = base_arm(args)
+    torch.set_num_threads(args.threads)
+    seed_everything(args.seed)
+    source = load_from(args)
+    given = read_labels(args.labels, source) if args.labels else np.full(len(source), np.nan, np.float32)
+    pool, candidates = pool_of(source, given)
+    choice, notes = choose(pool, candidates, arm, args.seed, device)
+    say_notes(replace(pool, notes=(*pool.notes, *notes)))
+    picks = write_table(args.out / "picks.csv", COLUMNS, _lines(pool, choice))
+    known = {str(pool.utterance_ids[i]): float(given[i]) for i in np.flatnonzero(np.isfinite(given))}
+    base = None if args.data is None else args.data if args.data.is_dir() else args.data.parent
+    page = write_page(args.out / "annotate.html", source, choice.rows.tolist(), known, base)
+    labelled = int(pool.labelled[pool.split == TRAIN].sum())
+    print(f"picks: {picks} ({len(choice.rows)} of {len(candidates)} unlabelled; {labelled} labelled)\npage: {page}")
+    return 0
+
+
+def pool_of(corpus: Corpus, given: np.ndarray) -> tuple[Corpus, np.ndarray]:
+    """The corpus with the labels that people gave, and the rows that may be picked.
+
+    Picks come from the train part. Where the data have no label at all, the parts mean nothing yet: all rows are one
+    pool.
+
+    Raises:
+        ValueError: Nothing is left to label.
+    """
+    notes, split = list(corpus.notes), corpus.split
+    differing = int((np.isfinite(given) & corpus.labelled & (given != corpus.labels)).sum())
+    if differing:
+        notes.append(f"{differing} labels of the data are replaced by other ones of the labels file")
+    if not corpus.labelled.any():
+        split = np.where(split == UNUSED, UNUSED, TRAIN).astype(np.int8)
+        if (split == UNUSED).all():
+            split = np.full_like(split, TRAIN)
+    labels = np.where(np.isfinite(given), given, corpus.labels).astype(np.float32)
+    pool = replace(corpus, labels=labels, split=split, notes=tuple(notes))
+    candidates = np.flatnonzero((split == TRAIN) & ~pool.labelled)
+    if len(candidates) == 0:
+        raise ValueError(f"{corpus.name}: every utterance of the train part has a label; nothing is left to pick")
+    return pool, candidates
+
+
+def choose(pool: Corpus, candidates: np.ndarray, arm: Arm, seed: int, device: torch.device) -> tuple[Choice, list[str]]:
+    """Pick among the candidates, with a model where there are labels to train one; and what to say about it."""
+    notes = []
+    budget = arm.selection.budget
+    if budget > len(candidates):
+        notes.append(f"{len(candidates)} utterances are left to pick, fewer than the budget of {budget}")
+        budget = len(candidates)
+    selection = replace(arm.selection, budget=budget)
+    known = pool.rows("train", labelled=True)
+    if len(known) < FEWEST:
+        return _by_features(pool, candidates, known, replace(arm, selection=selection), seed, device, notes)
+    fitted = with_validation(pool)
+    standard = fitted.standardise()
+    data = Data.of(standard, device, needed=("train", "valid"))
+    ensemble, _ = fit_ensemble(standard, data, data.buyable, arm, seed)
+    prediction = ensemble.predict(data.inputs, arm.training.passes, seed)
+    rows, centres = (torch.from_numpy(r).to(device) for r in (candidates, np.flatnonzero(pool.labelled)))
+    picks = acquire(
+        prediction[rows],
+        data.inputs.available[rows],
+        prediction.embedding[centres],
+        selection,
+        derive(seed, "select", len(known)),
+    )
+    chosen = candidates[picks.positions.cpu().numpy()]
+    choice = Choice(
+        chosen,
+        picks.scores.cpu().numpy(),
+        picks.uncertainty.cpu().numpy(),
+        _nearest(prediction.embedding, chosen, centres),
+    )
+    return choice, notes + [note for note in fitted.notes if note not in pool.notes]
+
+
+def _by_features(
+    pool: Corpus, candidates: np.ndarray, known: np.ndarray, arm: Arm, seed: int, device: torch.device, notes: list[str]
+) -> tuple[Choice, list[str]]:
+    """Picks by what the modalities share, learned without labels; no model says how uncertain it is."""
+    standard = pool.standardise()
+    data = Data.of(standard, device, needed=())
+    start = derive(seed, "pretrain", 0)
+    torch.manual_seed(start)
+    embedding = pretrain(new_model(standard, arm.model, device), data, arm.training, start)
+    strategy = arm.selection.strategy
+    notes.append(f"{len(known)} labels are too few to train on ({FEWEST} are enough): picks differ from each other")
+    if strategy in NEED_UNCERTAINTY:
+        strategy = "kcenter"
+    centres = torch.from_numpy(known).to(device)
+    chosen = select(
+        embedding[torch.from_numpy(candidates).to(device)],
+        arm.selection.budget,
+        strategy=strategy,
+        labeled=embedding[centres] if len(known) else None,
+        gamma=arm.selection.gamma,
+        seed=derive(seed, "select", len(known)),
+        options=arm.selection.options or None,
+    )
+    rows = candidates[chosen.indices.cpu().numpy()]
+    nothing = np.full(len(rows), np.nan)
+    return Choice(rows, chosen.scores.cpu().numpy(), nothing, _nearest(embedding, rows, centres)), notes
+
+
+def _nearest(embedding: Tensor, rows: np.ndarray, labelled: Tensor) -> np.ndarray:
+    if len(labelled) == 0:
+        return np.full(len(rows), -1)
+    distances = torch.cdist(embedding[torch.from_numpy(rows).to(embedding.device)], embedding[labelled])
+    return labelled[distances.argmin(1)].cpu().numpy()
+
+
+def _lines(pool: Corpus, choice: Choice) -> list[tuple[str, ...]]:
+    videos, ids = video_names(pool), pool.utterance_ids
+    return [
+        (
+            str(ids[row]),
+            videos[row],
+            str(int(pool.positions[row])),
+            f"{score:.6g}",
+            f"{uncertainty:.6g}" if np.isfinite(uncertainty) else "",
+            str(ids[nearest]) if nearest >= 0 else "",
+        )
+        for row, score, uncertainty, nearest in zip(
+            choice.rows, choice.scores, choice.uncertainty, choice.nearest, strict=True
+        )
+    ]
+
+
+def video_names(corpus: Corpus) -> list[str]:
+    """Name of each row's video: what its ids have before their clip's number, else its number in the corpus."""
+    numbers = corpus.video_index.tolist()
+    stems = [re.sub(r"(\$_\$|[\W_]*\[?)\d+\]?$", "", str(name)) for name in corpus.utterance_ids.tolist()]
+    owners: dict[str, set[int]] = {}
+    for stem, number in zip(stems, numbers, strict=True):
+        owners.setdefault(stem, set()).add(number)
+    of_video: dict[int, set[str]] = {}
+    for stem, number in zip(stems, numbers, strict=True):
+        of_video.setdefault(number, set()).add(stem)
+    told = all(len(v) == 1 for v in owners.values()) and all(len(s) == 1 and "" not in s for s in of_video.values())
+    return stems if told else [f"video {number}" for number in numbers]
