@@ -1,5 +1,6 @@
 """What the autograd formulas of all operators share: registration, the short way, function transforms."""
 
+import types
 from collections.abc import Callable, Sequence
 from typing import Any, NoReturn
 
@@ -65,38 +66,36 @@ def _refuse_tangents(op: Any, arguments: Sequence[Any]) -> None:
 def _short_function(op: Any, setup_context: Formula | None, backward: Formula) -> type[torch.autograd.Function]:
     """The formula as an autograd function, which costs less host time than torch's registered form of it."""
 
-    class Short(torch.autograd.Function):
-        # The older form of forward: torch inspects the signature of the newer one on every call. What is no tensor
-        # comes last, so that `ctx.needs_input_grad` counts as it does in the registered formula.
-        @staticmethod
-        def forward(ctx: Any, *inputs: Any) -> Any:
-            *flat, lists, options = inputs
-            arguments = _nest(flat, lists.arguments) if lists else flat
-            if _torch.is_in_transform():
-                with _torch.outer_transforms(), _torch.below_autograd():
-                    output = op(*arguments, **options)
-            else:
-                with _torch.below_autograd():
-                    output = op(*arguments, **options)
-            if setup_context is not None:
-                setup_context(ctx, arguments, options, output) if options else setup_context(ctx, arguments, output)
-            ctx.lists = lists
-            return lists.flatten_results(output) if lists else output
-
-        @staticmethod
-        def backward(ctx: Any, *grads: Any) -> tuple[Any, ...]:
-            if ctx.lists:
-                ctx.needs_input_grad = _nest(ctx.needs_input_grad, ctx.lists.arguments)
-                grads = ctx.lists.nest_results(grads)
-            # create_graph=True, forward mode, transforms: the gradient operator is called as any other, and refuses
-            # what is not implemented.
-            if torch.is_grad_enabled() or _torch.forward_mode_may_be_active() or _torch.is_in_transform():
-                return *_flatten(backward(ctx, *grads)), None, None
+    # The older form of forward: torch inspects the signature of the newer one on every call. What is no tensor comes
+    # last, so that `ctx.needs_input_grad` counts as it does in the registered formula.
+    def forward(ctx: Any, *inputs: Any) -> Any:
+        *flat, lists, options = inputs
+        arguments = _nest(flat, lists.arguments) if lists else flat
+        if _torch.is_in_transform():
+            with _torch.outer_transforms(), _torch.below_autograd():
+                output = op(*arguments, **options)
+        else:
             with _torch.below_autograd():
-                return *_flatten(backward(ctx, *grads)), None, None
+                output = op(*arguments, **options)
+        if setup_context is not None:
+            setup_context(ctx, arguments, options, output) if options else setup_context(ctx, arguments, output)
+        ctx.lists = lists
+        return lists.flatten_results(output) if lists else output
 
-    Short.__name__ = Short.__qualname__ = _name(op)  # what profilers and anomaly mode show
-    return Short
+    def call_backward(ctx: Any, *grads: Any) -> tuple[Any, ...]:
+        if ctx.lists:
+            ctx.needs_input_grad = _nest(ctx.needs_input_grad, ctx.lists.arguments)
+            grads = ctx.lists.nest_results(grads)
+        # create_graph=True, forward mode, transforms: the gradient operator is called as any other, and refuses what is
+        # not implemented.
+        if torch.is_grad_enabled() or _torch.forward_mode_may_be_active() or _torch.is_in_transform():
+            return *_flatten(backward(ctx, *grads)), None, None
+        with _torch.below_autograd():
+            return *_flatten(backward(ctx, *grads)), None, None
+
+    # Profilers and anomaly mode show the name of the class.
+    members = {"forward": staticmethod(forward), "backward": staticmethod(call_backward)}
+    return types.new_class(_name(op), (torch.autograd.Function,), exec_body=lambda body: body.update(members))
 
 
 def _loop_over_batch(op: Any) -> Formula:

@@ -47,6 +47,11 @@ def forward_mode_may_be_active() -> bool:
     return getattr(forward_ad, "_current_level", 0) >= 0
 
 
+def is_tracing() -> bool:
+    """``torch.jit.trace`` records the call."""
+    return not torch.compiler.is_compiling() and _is_tracing()
+
+
 def is_plain_eager() -> bool:
     """No compiler, tracer, autocast region, function transform or forward mode wants to see the registered operator."""
     return not (
