@@ -22,6 +22,7 @@ from examples.msa.command import (
 from examples.msa.data import add_data_arguments, load_from
 from examples.msa.missing import KINDS
 from examples.msa.patterns import add_test_arguments, test_patterns
+from examples.msa.predictions import add_labels_argument
 from examples.msa.report import run_card
 from examples.msa.timing import StageTimer, add_progress_argument, progress
 from examples.msa.tool import evaluate_arguments, evaluate_command, predict_arguments, predict_command
@@ -77,6 +78,7 @@ def add_run_arguments(parser: argparse.ArgumentParser) -> None:
 def add_fit_arguments(parser: argparse.ArgumentParser) -> None:
     """Options of ``fit``."""
     add_data_arguments(parser)
+    add_labels_argument(parser)
     parser.add_argument(
         "--out", type=Path, default=Path("runs/al_hcl-model"), metavar="DIR", help="folder of the model (%(default)s)"
     )

@@ -12,10 +12,9 @@ from torch import Tensor
 
 from examples.msa.checkpoint import seed_everything
 from examples.msa.command import check_device
-from examples.msa.data import load_from
 from examples.msa.predictions import write_predictions
 from examples.msa.saved import SavedModel, calibrate, calibrated, describe_inputs, save_model
-from examples.msa.tool import Predictor, say_notes, score_parts, with_validation
+from examples.msa.tool import Predictor, load_labelled, say_notes, score_parts, with_validation
 
 from .closed import ClosedForm
 from .ensemble import Ensemble, fit_ensemble
@@ -31,7 +30,7 @@ def fit_command(args: argparse.Namespace) -> int:
     device = check_device(args.device)
     torch.set_num_threads(args.threads)
     seed_everything(args.seed)
-    corpus = with_validation(load_from(args))
+    corpus = with_validation(load_labelled(args))
     statistics = corpus.statistics()
     standard = corpus.standardise_by(statistics)
     data = Data.of(standard, device, needed=("train", "valid"))

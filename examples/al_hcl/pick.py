@@ -14,9 +14,9 @@ from torch import Tensor
 from examples.msa.annotate import write_page
 from examples.msa.checkpoint import derive, seed_everything
 from examples.msa.command import add_device_argument, check_device
-from examples.msa.corpus import TRAIN, UNUSED, Corpus
+from examples.msa.corpus import TRAIN, Corpus
 from examples.msa.data import add_data_arguments, load_from
-from examples.msa.predictions import read_labels, write_table
+from examples.msa.predictions import add_labels_argument, no_labels, read_labels, with_labels, write_table
 from examples.msa.tool import say_notes, with_validation
 from msacore.selection import select
 
@@ -47,9 +47,7 @@ class Choice:
 def add_pick_arguments(parser: argparse.ArgumentParser) -> None:
     """Options of ``pick``."""
     add_data_arguments(parser)
-    parser.add_argument(
-        "--labels", type=Path, metavar="FILE.csv", help="labels given so far: id, label (none before the first round)"
-    )
+    add_labels_argument(parser)
     parser.add_argument(
         "--out", type=Path, default=Path("runs/picks"), metavar="DIR", help="picks.csv, annotate.html (%(default)s)"
     )
@@ -71,8 +69,11 @@ def pick_command(args: argparse.Namespace) -> int:
     torch.set_num_threads(args.threads)
     seed_everything(args.seed)
     source = load_from(args)
-    given = read_labels(args.labels, source) if args.labels else np.full(len(source), np.nan, np.float32)
-    pool, candidates = pool_of(source, given)
+    given = read_labels(args.labels, source) if args.labels else no_labels(source)
+    pool = with_labels(source, given)
+    candidates = np.flatnonzero((pool.split == TRAIN) & ~pool.labelled)
+    if len(candidates) == 0:
+        raise ValueError(f"{pool.name}: every utterance of the train part has a label; nothing is left to pick")
     choice, notes = choose(pool, candidates, arm, args.seed, device)
     say_notes(replace(pool, notes=(*pool.notes, *notes)))
     picks = write_table(args.out / "picks.csv", COLUMNS, _lines(pool, choice))
@@ -82,31 +83,6 @@ def pick_command(args: argparse.Namespace) -> int:
     labelled = int(pool.labelled[pool.split == TRAIN].sum())
     print(f"picks: {picks} ({len(choice.rows)} of {len(candidates)} unlabelled; {labelled} labelled)\npage: {page}")
     return 0
-
-
-def pool_of(corpus: Corpus, given: np.ndarray) -> tuple[Corpus, np.ndarray]:
-    """The corpus with the labels that people gave, and the rows that may be picked.
-
-    Picks come from the train part. Where the data have no label at all, the parts mean nothing yet: all rows are one
-    pool.
-
-    Raises:
-        ValueError: Nothing is left to label.
-    """
-    notes, split = list(corpus.notes), corpus.split
-    differing = int((np.isfinite(given) & corpus.labelled & (given != corpus.labels)).sum())
-    if differing:
-        notes.append(f"{differing} labels of the data are replaced by other ones of the labels file")
-    if not corpus.labelled.any():
-        split = np.where(split == UNUSED, UNUSED, TRAIN).astype(np.int8)
-        if (split == UNUSED).all():
-            split = np.full_like(split, TRAIN)
-    labels = np.where(np.isfinite(given), given, corpus.labels).astype(np.float32)
-    pool = replace(corpus, labels=labels, split=split, notes=tuple(notes))
-    candidates = np.flatnonzero((split == TRAIN) & ~pool.labelled)
-    if len(candidates) == 0:
-        raise ValueError(f"{corpus.name}: every utterance of the train part has a label; nothing is left to pick")
-    return pool, candidates
 
 
 def choose(pool: Corpus, candidates: np.ndarray, arm: Arm, seed: int, device: torch.device) -> tuple[Choice, list[str]]:

@@ -2,15 +2,17 @@
 
 from __future__ import annotations
 
+import argparse
 import csv
 import io
 import math
 from collections.abc import Sequence
+from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
 
-from .corpus import Corpus
+from .corpus import TRAIN, UNUSED, Corpus
 from .files import write_atomic
 
 COLUMNS = ("id", "value", "uncertainty", "missing")
@@ -111,3 +113,34 @@ def read_labels(path: str | Path, corpus: Corpus) -> np.ndarray:
             raise ValueError(f"{where}: {name!r} has two labels, {labels[i]:g} and {value:g}")
         labels[i] = value
     return labels
+
+
+def add_labels_argument(parser: argparse.ArgumentParser) -> None:
+    """Add ``--labels``."""
+    parser.add_argument(
+        "--labels",
+        type=Path,
+        metavar="FILE.csv",
+        help="labels that people gave (columns id, label), as annotate.html saves",
+    )
+
+
+def no_labels(corpus: Corpus) -> np.ndarray:
+    """Labels of a corpus that nobody has labelled, float32 ``[N]``: NaN."""
+    return np.full(len(corpus), np.nan, np.float32)
+
+
+def with_labels(corpus: Corpus, given: np.ndarray) -> Corpus:
+    """The corpus with labels that people gave (NaN: none), which go before its own.
+
+    Where the data themselves have no label at all, the parts mean nothing yet: all rows become one train part.
+    """
+    notes, split = list(corpus.notes), corpus.split
+    differing = int((np.isfinite(given) & corpus.labelled & (given != corpus.labels)).sum())
+    if differing:
+        notes.append(f"{differing} labels of the data are replaced by other ones of the labels file")
+    if not corpus.labelled.any():
+        used = split != UNUSED
+        split = np.where(used if used.any() else True, TRAIN, UNUSED).astype(np.int8)
+    labels = np.where(np.isfinite(given), given, corpus.labels).astype(np.float32)
+    return replace(corpus, labels=labels, split=split, notes=tuple(notes))

@@ -19,7 +19,7 @@ from .files import write_atomic
 from .metrics import REPORTED, evaluate
 from .missing import KINDS, hash_uniform
 from .patterns import add_test_arguments, test_patterns
-from .predictions import write_predictions
+from .predictions import add_labels_argument, read_labels, with_labels, write_predictions
 from .report import to_json
 from .saved import SavedModel, calibrated, fit_inputs, load_model, rescaled
 
@@ -32,8 +32,8 @@ VALIDATION = 0.15
 def with_validation(corpus: Corpus) -> Corpus:
     """The corpus with a validation part that has labels: where there is none, some labelled train videos become one.
 
-    Whole videos, in an order that depends on their first id alone, until 15 % of the labels are there; with a single
-    labelled video, some of its utterances. A note says so.
+    Whole videos, in an order that depends on their first id alone, as many as have nearest to 15 % of the labels (at
+    least one); with a single labelled video, some of its utterances. A note says so.
 
     Raises:
         ValueError: The train part has fewer than two labels to share between training and validation.
@@ -53,13 +53,19 @@ def with_validation(corpus: Corpus) -> Corpus:
         unit, groups, keys = np.arange(len(corpus)), train, corpus.utterance_ids[train]
     order = groups[np.argsort(hash_uniform("validation", 0, keys, 1)[:, 0], kind="stable")]
     sizes = np.cumsum([(unit[train] == g).sum() for g in order])
-    count = min(int(np.searchsorted(sizes, VALIDATION * len(train))) + 1, len(order) - 1)
+    count = min(int(np.argmin(np.abs(sizes - VALIDATION * len(train)))) + 1, len(order) - 1)
     chosen = np.isin(unit, order[:count]) & (corpus.split == TRAIN)
     what = "videos" if unit is video else "utterances"
     note = f"no labelled validation part: {count} of {len(order)} labelled train {what} serve as one"
     return replace(
         corpus, split=np.where(chosen, np.int8(VALID), corpus.split).astype(np.int8), notes=(*corpus.notes, note)
     )
+
+
+def load_labelled(args: argparse.Namespace) -> Corpus:
+    """The corpus that the options ask for, with the labels of ``--labels``."""
+    corpus = load_from(args)
+    return corpus if args.labels is None else with_labels(corpus, read_labels(args.labels, corpus))
 
 
 def say_notes(corpus: Corpus) -> None:
@@ -81,6 +87,9 @@ def open_saved(args: argparse.Namespace, system: str, opener: Opener) -> tuple[S
     model = load_model(args.model, system)
     args.sequences = model.card["sequences"]
     corpus = load_from(args)
+    if getattr(args, "labels", None) is not None:
+        given = read_labels(args.labels, corpus)
+        corpus = replace(corpus, labels=np.where(np.isfinite(given), given, corpus.labels).astype(np.float32))
     predictor = opener(model, device)
     if corpus.sequences and not model.card["sequences"]:
         corpus = corpus.pooled()
@@ -120,6 +129,7 @@ def evaluate_arguments(pairs: str) -> Callable[[argparse.ArgumentParser], None]:
 
     def add(parser: argparse.ArgumentParser) -> None:
         add_model_arguments(parser, pairs)
+        add_labels_argument(parser)
         add_test_arguments(parser)
         parser.add_argument(
             "--pattern",

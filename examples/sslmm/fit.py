@@ -11,11 +11,11 @@ import torch
 
 from examples.msa.command import add_device_argument, check_device
 from examples.msa.corpus import SPLITS, TRAIN, VALID
-from examples.msa.data import add_data_arguments, load_from
+from examples.msa.data import add_data_arguments
 from examples.msa.missing import label_mask
-from examples.msa.predictions import write_predictions
+from examples.msa.predictions import add_labels_argument, write_predictions
 from examples.msa.saved import SavedModel, calibrate, calibrated, describe_inputs, save_model
-from examples.msa.tool import Predictor, say_notes, score_parts, with_validation
+from examples.msa.tool import Predictor, load_labelled, say_notes, score_parts, with_validation
 
 from .config import Config, add_config_arguments, config_from
 from .model import SSLMM
@@ -29,6 +29,7 @@ SYSTEM = "sslmm"
 def add_fit_arguments(parser: argparse.ArgumentParser) -> None:
     """Options of ``fit``."""
     add_data_arguments(parser, pairs="persistent")
+    add_labels_argument(parser)
     parser.add_argument(
         "--out", type=Path, default=Path("runs/sslmm-model"), metavar="DIR", help="folder of the model (%(default)s)"
     )
@@ -44,7 +45,7 @@ def fit_command(args: argparse.Namespace) -> int:
     """``fit``: train on the labels and modalities that are there, or on fewer, and save what predicts."""
     device = check_device(args.device)
     torch.set_num_threads(1)
-    corpus = with_validation(load_from(args).pooled())
+    corpus = with_validation(load_labelled(args).pooled())
     observed, pattern = mask_for(corpus, args, args.seed)
     # What is hidden on purpose is hidden in training; new data are predicted from all they have.
     used = np.isin(corpus.split, (TRAIN, VALID))[:, None]
