@@ -4,8 +4,6 @@
 
 #include <torch/csrc/stable/library.h>
 
-#include <tuple>
-
 #include "contrastive/cpu/classes.h"
 #include "contrastive/cpu/few.h"
 #include "contrastive/cpu/sweep.h"
@@ -78,9 +76,12 @@ struct Problem {
 
   Labels labels_of(const Term<A>& term) const { return {labels, term.rows.used.get(), size.samples}; }
 
-  A* stats_of(A* stats, size_t t, bool columns) const { return stats + (2 * t + columns) * 3 * size.samples; }
+  template <typename V>
+  V* stats_of(V* stats, size_t t, bool columns) const {
+    return stats + (2 * t + columns) * kStats * size.samples;
+  }
 
-  // Loss of a term whose sums are complete, in units of its tier. Fills stats [2, 3, N] of the term.
+  // Loss of a term whose sums are complete, in units of its tier. Fills stats [2, 4, N] of the term.
   double loss_of(size_t t, A* stats) const {
     const Term<A>& term = terms[t];
     double loss = 0;
@@ -95,11 +96,11 @@ struct Problem {
 
   void load(size_t t, const double* grad_tiers, const A* stats) {
     Term<A>& term = terms[t];
-    const int64_t tier = plans[t].tier, n = size.samples;
+    const int64_t tier = plans[t].tier;
     const double factor = grad_tiers[tier] / options.temperatures[tier] / (term.self() ? 1 : 2);
     const auto gradient_of = [factor](int64_t, int64_t count) { return factor / static_cast<double>(count); };
-    load_shares(term, term.rows, *term.a, stats + 2 * t * 3 * n, gradient_of);
-    if (!term.self()) load_shares(term, term.columns, *term.b, stats + (2 * t + 1) * 3 * n, gradient_of);
+    load_shares(term, term.rows, *term.a, stats_of(stats, t, false), gradient_of);
+    if (!term.self()) load_shares(term, term.columns, *term.b, stats_of(stats, t, true), gradient_of);
   }
 
   void add_up(const std::vector<double>& losses, A* tiers) const {
@@ -108,11 +109,11 @@ struct Problem {
     for (int64_t k = 0; k < kTiers; ++k) tiers[k] = static_cast<A>(sums[k]);
   }
 
-  // Fills tiers [3] and stats [T, 2, 3, N].
-  void forward(A* tiers, A* stats) {
+  // Fills tiers [3] and stats [T, 2, 4, N]; `kept` as in kept_shape, or null.
+  void forward(A* tiers, A* stats, A* kept) {
     std::vector<double> losses(terms.size());
     if (are_few(terms)) {
-      FewTerms<A>(terms).sum_exponentials([&](int64_t t) { losses[t] = loss_of(t, stats); });
+      sum_few_exponentials(terms, kept, [&](int64_t t) { losses[t] = loss_of(t, stats); });
       return add_up(losses, tiers);
     }
     sum_exponentials(terms, [](const auto&...) {});
@@ -127,8 +128,9 @@ struct Problem {
     add_up(losses, tiers);
   }
 
-  void backward(const double* grad_tiers, const A* stats, const std::vector<T*>& grads) {
+  void backward(const double* grad_tiers, const A* stats, const A* kept, const std::vector<T*>& grads) {
     for (size_t t = 0; t < terms.size(); ++t) load(t, grad_tiers, stats);
+    if (kept && are_few(terms)) return FewGradients<A>(terms, kept).project(sides, grads);
     for (Side<A>& side : sides) side.gradient = Buffer<A>(side.rows * side.width, A(0));
     add_gradients(terms, [](const auto&...) {}, [](const auto&...) {});
     for (Term<A>& term : terms) {
@@ -137,23 +139,6 @@ struct Problem {
       attract_classes(*term.a, classes, term.rows, *term.a, classes, term.rows, true);
     }
     for (size_t k = 0; k < sides.size(); ++k) sides[k].project(grads[k], A(1));
-  }
-
-  // Both at once, with given gradients of the tiers.
-  void forward_backward(const double* grad_tiers, A* tiers, A* stats, const std::vector<T*>& grads) {
-    if (!are_few(terms)) {
-      forward(tiers, stats);
-      return backward(grad_tiers, stats, grads);
-    }
-    std::vector<double> losses(terms.size());
-    FewTerms<A> few(terms);
-    few.sum_exponentials([&](int64_t t) {
-      losses[t] = loss_of(t, stats);
-      load(t, grad_tiers, stats);
-      few.weigh(t);
-    });
-    few.project(sides, grads);
-    add_up(losses, tiers);
   }
 };
 
@@ -171,100 +156,63 @@ std::vector<T*> data_of(std::vector<Tensor>& tensors) {
   return data;
 }
 
-std::tuple<Tensor, Tensor, Tensor> forward_cpu(const std::vector<Tensor>& unimodal, const Tensor& fused,
-                                               const std::vector<Tensor>& high_level, const OptionalTensor& available,
-                                               const OptionalTensor& labels, const std::vector<double>& tier_weights,
-                                               const std::vector<double>& temperatures, bool intra_modal) {
-  constexpr const char* op = "hierarchical_contrastive_loss";
-  const Inputs given{unimodal, fused, high_level, available, labels};
-  const Options options{tier_weights, temperatures, intra_modal};
-  const Sizes s = check_inputs(op, given, options);
-  const Inputs in = contiguous(given);
-  const ScalarType dtype = acc_dtype(fused.scalar_type());
-  Tensor loss = torch::stable::new_empty(fused, {}, dtype);
-  Tensor tiers = torch::stable::new_empty(fused, {kTiers}, dtype);
-  Tensor stats = torch::stable::new_empty(fused, {s.terms, 2, 3, s.samples}, dtype);
-  dispatch_floating(fused.scalar_type(), op, [&](auto tag) {
-    using T = typename decltype(tag)::type;
-    using A = acc_t<T>;
-    A* sums = tiers.mutable_data_ptr<A>();
-    Problem<T>(in, s, options).forward(sums, stats.mutable_data_ptr<A>());
-    *loss.mutable_data_ptr<A>() = weighted(tier_weights, sums);
-  });
-  return {loss, tiers, stats};
+template <typename A>
+A* data_if_any(const Tensor& t) {
+  return t.numel() ? const_cast<A*>(t.const_data_ptr<A>()) : nullptr;
 }
 
-std::vector<Tensor> backward_cpu(const OptionalTensor& grad_loss, const OptionalTensor& grad_tiers,
-                                 const std::vector<Tensor>& unimodal, const Tensor& fused,
-                                 const std::vector<Tensor>& high_level, const OptionalTensor& available,
-                                 const OptionalTensor& labels, const Tensor& stats_,
-                                 const std::vector<double>& tier_weights, const std::vector<double>& temperatures,
-                                 bool intra_modal) {
-  constexpr const char* op = "hierarchical_contrastive_loss_backward";
-  const Inputs given{unimodal, fused, high_level, available, labels};
-  const Options options{tier_weights, temperatures, intra_modal};
-  const Sizes s = check_inputs(op, given, options);
-  check_saved(op, s, acc_dtype(fused.scalar_type()), grad_loss, grad_tiers, stats_);
-  const Inputs in = contiguous(given);
-  const Tensor stats = torch::stable::contiguous(stats_);
-  const OptionalTensor tiers = contiguous(grad_tiers);
-  std::vector<Tensor> grads = new_gradients(in);
-  dispatch_floating(fused.scalar_type(), op, [&](auto tag) {
+void refuse_what_is_to_come(const char* op, const Inputs& in, const Options& options) {
+  for (const OptionalTensor& learned : in.learned_temperatures)
+    check(!learned && options.normalize, op, "`normalize` and learned `temperatures` are not implemented on the CPU");
+}
+
+void forward(const char* op, const Inputs& in, const Sizes& s, const Options& options, Results& results) {
+  refuse_what_is_to_come(op, in, options);
+  dispatch_floating(in.fused.scalar_type(), op, [&](auto tag) {
+    using T = typename decltype(tag)::type;
+    using A = acc_t<T>;
+    A* sums = results.tiers.template mutable_data_ptr<A>();
+    Problem<T>(in, s, options)
+        .forward(sums, results.stats.template mutable_data_ptr<A>(), data_if_any<A>(results.kept));
+    *results.loss.template mutable_data_ptr<A>() = weighted(options.tier_weights, sums);
+  });
+}
+
+void backward(const char* op, const Inputs& in, const Sizes& s, const Options& options, const OptionalTensor& grad_loss,
+              const OptionalTensor& grad_tiers, const Tensor& stats, const Tensor& kept, Gradients& grads) {
+  refuse_what_is_to_come(op, in, options);
+  dispatch_floating(in.fused.scalar_type(), op, [&](auto tag) {
     using T = typename decltype(tag)::type;
     using A = acc_t<T>;
     double gradient[kTiers];
     for (int64_t k = 0; k < kTiers; ++k)
-      gradient[k] = (grad_loss ? tier_weights[k] * static_cast<double>(*grad_loss->const_data_ptr<A>()) : 0.0) +
-                    (tiers ? static_cast<double>(tiers->const_data_ptr<A>()[k]) : 0.0);
-    Problem<T>(in, s, options).backward(gradient, stats.const_data_ptr<A>(), data_of<T>(grads));
+      gradient[k] = (grad_loss ? options.tier_weights[k] * static_cast<double>(*grad_loss->const_data_ptr<A>()) : 0.0) +
+                    (grad_tiers ? static_cast<double>(grad_tiers->const_data_ptr<A>()[k]) : 0.0);
+    Problem<T>(in, s, options)
+        .backward(gradient, stats.const_data_ptr<A>(), data_if_any<A>(kept), data_of<T>(grads.embeddings));
   });
-  return grads;
 }
 
-// The loss, and its gradients for a gradient of 1, in the order of the arguments.
-std::tuple<Tensor, std::vector<Tensor>> with_gradients_cpu(const std::vector<Tensor>& unimodal, const Tensor& fused,
-                                                           const std::vector<Tensor>& high_level,
-                                                           const OptionalTensor& available,
-                                                           const OptionalTensor& labels,
-                                                           const std::vector<double>& tier_weights,
-                                                           const std::vector<double>& temperatures, bool intra_modal) {
-  constexpr const char* op = "hierarchical_contrastive_loss";
-  const Inputs given{unimodal, fused, high_level, available, labels};
-  const Options options{tier_weights, temperatures, intra_modal};
-  const Sizes s = check_inputs(op, given, options);
-  const Inputs in = contiguous(given);
-  Tensor loss = torch::stable::new_empty(fused, {}, acc_dtype(fused.scalar_type()));
-  std::vector<Tensor> grads = new_gradients(in);
-  dispatch_floating(fused.scalar_type(), op, [&](auto tag) {
-    using T = typename decltype(tag)::type;
-    using A = acc_t<T>;
-    A tiers[kTiers];
-    const Buffer<A> stats(s.terms * 2 * 3 * s.samples);
-    Problem<T>(in, s, options).forward_backward(tier_weights.data(), tiers, stats.get(), data_of<T>(grads));
-    *loss.mutable_data_ptr<A>() = weighted(tier_weights, tiers);
-  });
-  return {loss, grads};
-}
+using Operators = HierarchicalOperators<forward, backward>;
 
 }  // namespace
 }  // namespace msacore::hierarchical_contrastive::cpu
 
-#define MSACORE_HIERARCHICAL_ARGUMENTS \
-  "Tensor[] unimodal, Tensor fused, Tensor[] high_level, Tensor? available, Tensor? labels"
-#define MSACORE_HIERARCHICAL_OPTIONS "*, float[] tier_weights, float[] temperatures, bool intra_modal"
+#define MSACORE_HIERARCHICAL_ARGUMENTS                                                        \
+  "Tensor[] unimodal, Tensor fused, Tensor[] high_level, Tensor? available, Tensor? labels, " \
+  "Tensor? learned_temperature_1, Tensor? learned_temperature_2, Tensor? learned_temperature_3"
+#define MSACORE_HIERARCHICAL_OPTIONS "*, float[] tier_weights, float[] temperatures, bool intra_modal, bool normalize"
 
 STABLE_TORCH_LIBRARY_FRAGMENT(msacore, m) {
   m.def("hierarchical_contrastive_loss(" MSACORE_HIERARCHICAL_ARGUMENTS ", " MSACORE_HIERARCHICAL_OPTIONS
-        ") -> (Tensor, Tensor, Tensor)");
+        ", bool keep) -> (Tensor, Tensor, Tensor, Tensor)");
   m.def("hierarchical_contrastive_loss_backward(Tensor? grad_loss, Tensor? grad_tiers, " MSACORE_HIERARCHICAL_ARGUMENTS
-        ", Tensor stats, " MSACORE_HIERARCHICAL_OPTIONS ") -> Tensor[]");
-  m.def("hierarchical_contrastive_loss_with_gradients(" MSACORE_HIERARCHICAL_ARGUMENTS ", " MSACORE_HIERARCHICAL_OPTIONS
-        ") -> (Tensor, Tensor[])");
+        ", Tensor stats, Tensor kept, " MSACORE_HIERARCHICAL_OPTIONS ") -> (Tensor[], Tensor, Tensor, Tensor)");
 }
 
 STABLE_TORCH_LIBRARY_IMPL(msacore, CPU, m) {
-  m.impl("hierarchical_contrastive_loss", TORCH_BOX(&msacore::hierarchical_contrastive::cpu::forward_cpu));
-  m.impl("hierarchical_contrastive_loss_backward", TORCH_BOX(&msacore::hierarchical_contrastive::cpu::backward_cpu));
-  m.impl("hierarchical_contrastive_loss_with_gradients",
-         TORCH_BOX(&msacore::hierarchical_contrastive::cpu::with_gradients_cpu));
+  m.impl("hierarchical_contrastive_loss",
+         TORCH_BOX(&msacore::hierarchical_contrastive::cpu::Operators::hierarchical_contrastive_loss));
+  m.impl("hierarchical_contrastive_loss_backward",
+         TORCH_BOX(&msacore::hierarchical_contrastive::cpu::Operators::hierarchical_contrastive_loss_backward));
 }

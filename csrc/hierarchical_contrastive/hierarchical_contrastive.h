@@ -1,9 +1,12 @@
-// Hierarchical contrastive loss: what the operator accepts, on every device.
+// Hierarchical contrastive loss: what the operators accept and return, on every device.
 #pragma once
 #include <string>
+#include <tuple>
 #include <vector>
 
+#include "core/dtype.h"
 #include "core/optional.h"
+#include "core/round.h"
 
 namespace msacore::hierarchical_contrastive {
 using msacore::contiguous;
@@ -16,6 +19,7 @@ struct Inputs {
   Tensor fused;
   std::vector<Tensor> high_level;
   OptionalTensor available, labels;
+  OptionalTensor learned_temperatures[kTiers];  // each takes the place of its number in Options
 
   // The sides of the terms: modalities, then fused, then pairs.
   std::vector<Tensor> embeddings() const {
@@ -28,7 +32,7 @@ struct Inputs {
 
 struct Options {
   std::vector<double> tier_weights, temperatures;
-  bool intra_modal;
+  bool intra_modal, normalize;
 };
 
 struct Sizes {
@@ -69,23 +73,59 @@ inline Sizes check_inputs(const char* op, const Inputs& in, const Options& optio
         options.tier_weights.size());
   check(options.temperatures.size() == kTiers, op, "expected `temperatures` to hold 3 numbers, got ",
         options.temperatures.size());
-  for (double value : options.temperatures) check_temperature(op, "temperatures", value);
+  for (int64_t k = 0; k < kTiers; ++k) {
+    const OptionalTensor& learned = in.learned_temperatures[k];
+    if (!learned) {
+      check_temperature(op, "temperatures", options.temperatures[k]);
+      continue;
+    }
+    const std::string name = "temperatures[" + std::to_string(k) + "]";
+    check_floating(*learned, op, name);
+    check_shape(*learned, op, name, {}, "[] (0-d)");
+    check_device(*learned, op, name, first);
+  }
   return {n, modalities, pairs, (options.intra_modal ? modalities : pairs) + modalities + pairs_of(pairs)};
 }
 
+// Of every term, direction (rows of its first side, rows of its second) and sample: what info_nce.h calls kHighest,
+// kLog, kPositive and kTotal.
+constexpr int64_t kStats = 4;
+
+// Few samples: the forward pass leaves the exponentials of the terms to the backward pass, [R, R] with R samples padded
+// to 16. A device that computes them again leaves zeros.
+constexpr int64_t kMostKept = int64_t{1} << 22;  // numbers
+inline std::vector<int64_t> kept_shape(const Sizes& s, const Options& options, bool keep) {
+  constexpr int64_t kFewSamples = 128;
+  const int64_t rows = round_up<int64_t>(s.samples, 16);
+  if (!keep || options.intra_modal || s.samples > kFewSamples || s.terms * rows * rows > kMostKept) return {0};
+  return {s.terms, rows, rows};
+}
+
 // The gradients of loss and tiers, and what the forward pass saved.
-inline void check_saved(const char* op, const Sizes& s, ScalarType dtype, const OptionalTensor& grad_loss,
-                        const OptionalTensor& grad_tiers, const Tensor& stats) {
+inline void check_saved(const char* op, const Sizes& s, const Options& options, const Tensor& like,
+                        const OptionalTensor& grad_loss, const OptionalTensor& grad_tiers, const Tensor& stats,
+                        const Tensor& kept) {
+  const ScalarType dtype = acc_dtype(like.scalar_type());
   if (grad_loss) {
     check_dtype(*grad_loss, op, "grad_loss", dtype);
     check_shape(*grad_loss, op, "grad_loss", {}, "[]");
+    check_device(*grad_loss, op, "grad_loss", like);
   }
   if (grad_tiers) {
     check_dtype(*grad_tiers, op, "grad_tiers", dtype);
     check_shape(*grad_tiers, op, "grad_tiers", {kTiers}, "[3]");
+    check_device(*grad_tiers, op, "grad_tiers", like);
   }
   check_dtype(stats, op, "stats", dtype);
-  check_shape(stats, op, "stats", {s.terms, 2, 3, s.samples}, "[T, 2, 3, N]");
+  check_shape(stats, op, "stats", {s.terms, 2, kStats, s.samples}, "[T, 2, 4, N]");
+  check_device(stats, op, "stats", like);
+  check_dtype(kept, op, "kept", dtype);
+  check_device(kept, op, "kept", like);
+  const std::vector<int64_t> full = kept_shape(s, options, true);
+  if (kept.dim() == 1 || full.size() == 1)
+    check_shape(kept, op, "kept", {0}, "[0]");
+  else
+    check_shape(kept, op, "kept", {full[0], full[1], full[2]}, "[T, R, R]");
 }
 
 inline std::vector<Tensor> contiguous(const std::vector<Tensor>& tensors) {
@@ -95,16 +135,81 @@ inline std::vector<Tensor> contiguous(const std::vector<Tensor>& tensors) {
 }
 
 inline Inputs contiguous(const Inputs& in) {
-  return {contiguous(in.unimodal), torch::stable::contiguous(in.fused), contiguous(in.high_level),
-          contiguous(in.available), contiguous(in.labels)};
+  return {contiguous(in.unimodal),
+          torch::stable::contiguous(in.fused),
+          contiguous(in.high_level),
+          contiguous(in.available),
+          contiguous(in.labels),
+          {contiguous(in.learned_temperatures[0]), contiguous(in.learned_temperatures[1]),
+           contiguous(in.learned_temperatures[2])}};
 }
 
-// One per embedding, in the order of the arguments.
-inline std::vector<Tensor> new_gradients(const Inputs& in) {
-  std::vector<Tensor> grads;
-  for (const Tensor& t : in.embeddings()) grads.push_back(torch::stable::new_empty(t, {t.size(0), t.size(1)}));
-  return grads;
-}
+struct Results {
+  Tensor loss, tiers, stats, kept;
+
+  Results(const Tensor& like, const Sizes& s, const Options& options, bool keep) {
+    const ScalarType dtype = acc_dtype(like.scalar_type());
+    loss = torch::stable::new_empty(like, {}, dtype);
+    tiers = torch::stable::new_empty(like, {kTiers}, dtype);
+    stats = torch::stable::new_empty(like, {s.terms, 2, kStats, s.samples}, dtype);
+    kept = torch::stable::new_empty(like, kept_shape(s, options, keep), dtype);
+  }
+};
+
+// Of the embeddings, in the order of the arguments, and of the learned temperatures; those of numbers hold nothing.
+struct Gradients {
+  std::vector<Tensor> embeddings;
+  Tensor temperatures[kTiers];
+
+  explicit Gradients(const Inputs& in) {
+    for (const Tensor& t : in.embeddings()) embeddings.push_back(torch::stable::new_empty(t, {t.size(0), t.size(1)}));
+    for (int64_t k = 0; k < kTiers; ++k)
+      temperatures[k] = in.learned_temperatures[k] ? torch::stable::new_empty(*in.learned_temperatures[k], {})
+                                                   : torch::stable::new_empty(in.fused, {0});
+  }
+};
+
+// The operators of a device: `forward` and `backward` get contiguous arguments that were checked.
+template <void (*forward)(const char* op, const Inputs&, const Sizes&, const Options&, Results&),
+          void (*backward)(const char* op, const Inputs&, const Sizes&, const Options&, const OptionalTensor& grad_loss,
+                           const OptionalTensor& grad_tiers, const Tensor& stats, const Tensor& kept, Gradients&)>
+struct HierarchicalOperators {
+  static std::tuple<Tensor, Tensor, Tensor, Tensor> hierarchical_contrastive_loss(
+      const std::vector<Tensor>& unimodal, const Tensor& fused, const std::vector<Tensor>& high_level,
+      const OptionalTensor& available, const OptionalTensor& labels, const OptionalTensor& learned_temperature_1,
+      const OptionalTensor& learned_temperature_2, const OptionalTensor& learned_temperature_3,
+      const std::vector<double>& tier_weights, const std::vector<double>& temperatures, bool intra_modal,
+      bool normalize, bool keep) {
+    constexpr const char* op = "hierarchical_contrastive_loss";
+    const Inputs in{unimodal,  fused,  high_level,
+                    available, labels, {learned_temperature_1, learned_temperature_2, learned_temperature_3}};
+    const Options options{tier_weights, temperatures, intra_modal, normalize};
+    const Sizes s = check_inputs(op, in, options);
+    Results results(fused, s, options, keep);
+    forward(op, contiguous(in), s, options, results);
+    return {results.loss, results.tiers, results.stats, results.kept};
+  }
+
+  static std::tuple<std::vector<Tensor>, Tensor, Tensor, Tensor> hierarchical_contrastive_loss_backward(
+      const OptionalTensor& grad_loss, const OptionalTensor& grad_tiers, const std::vector<Tensor>& unimodal,
+      const Tensor& fused, const std::vector<Tensor>& high_level, const OptionalTensor& available,
+      const OptionalTensor& labels, const OptionalTensor& learned_temperature_1,
+      const OptionalTensor& learned_temperature_2, const OptionalTensor& learned_temperature_3, const Tensor& stats,
+      const Tensor& kept, const std::vector<double>& tier_weights, const std::vector<double>& temperatures,
+      bool intra_modal, bool normalize) {
+    constexpr const char* op = "hierarchical_contrastive_loss_backward";
+    const Inputs given{unimodal,  fused,  high_level,
+                       available, labels, {learned_temperature_1, learned_temperature_2, learned_temperature_3}};
+    const Options options{tier_weights, temperatures, intra_modal, normalize};
+    const Sizes s = check_inputs(op, given, options);
+    check_saved(op, s, options, fused, grad_loss, grad_tiers, stats, kept);
+    const Inputs in = contiguous(given);
+    Gradients grads(in);
+    backward(op, in, s, options, contiguous(grad_loss), contiguous(grad_tiers), torch::stable::contiguous(stats),
+             torch::stable::contiguous(kept), grads);
+    return {grads.embeddings, grads.temperatures[0], grads.temperatures[1], grads.temperatures[2]};
+  }
+};
 
 // A term, between two sides.
 struct Plan {

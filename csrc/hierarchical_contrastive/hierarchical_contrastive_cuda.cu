@@ -2,8 +2,6 @@
 // backward; of many, every launch takes as many terms or embeddings as fit.
 #include "hierarchical_contrastive/hierarchical_contrastive.h"
 
-#include <tuple>
-
 #include "contrastive/cuda/classes.cuh"
 #include "contrastive/cuda/launch.cuh"
 #include "hierarchical_contrastive/hierarchical_contrastive_few_kernels.cuh"
@@ -15,11 +13,10 @@ namespace {
 
 static_assert(Tiers::kCount == kTiers);
 
-// The gradients of loss and tiers, null where there is none; that of the loss has `number` added.
+// The gradients of loss and tiers, null where there is none.
 template <typename A>
 struct Upstream {
   const A *loss, *tiers;
-  double number;
 
   // What the mean loss of a direction counts, for terms of which `both` directions count.
   LossGradient<A> of_tier(const Options& options, int64_t tier, bool both) const {
@@ -27,7 +24,6 @@ struct Upstream {
     gradient.out = loss;
     gradient.term = tiers ? tiers + tier : nullptr;
     gradient.weight = options.tier_weights[tier];
-    gradient.number = gradient.weight * number;
     gradient.scale = (both ? 0.5 : 1) / options.temperatures[tier];
     gradient.mean = true;
     return gradient;
@@ -120,7 +116,7 @@ struct Workspace {
       p.available = available;
       p.side_count = static_cast<int>(std::min<int64_t>(kSidesAtOnce, side_count - side));
       p.n = n;
-      p.stats = stats ? stats + term * 6 * n : nullptr;
+      p.stats = stats ? stats + term * 8 * n : nullptr;
       p.counts = counts + term * 4;
       for (int k = 0; k < p.side_count; ++k, ++side) {
         p.sides[k] = sides[side];
@@ -150,8 +146,8 @@ struct Workspace {
     problem.a.counts = counts + term * 4;
     problem.b.counts = problem.a.counts + 2;
     if (stats) {
-      problem.a.stats = stats + term * 6 * n;
-      problem.b.stats = self ? nullptr : problem.a.stats + 3 * n;
+      problem.a.stats = stats + term * 8 * n;
+      problem.b.stats = self ? nullptr : problem.a.stats + 4 * n;
     }
     problem.temperature = {nullptr, Temperature::kNumber, temperature};
     problem.both = !self;
@@ -185,9 +181,9 @@ void forward(Workspace<T>& workspace, const Sizes& s, Tensor& loss, Tensor& tier
   double* const loss_of = workspace.losses;
   workspace.for_groups(
       stats_bytes<T>, kStatsBytes, [&](const Terms<T, kTermsAtOnce>& terms, int64_t first, unsigned count) {
-        A* const stats_of = stat + first * 6 * n;
+        A* const stats_of = stat + first * 8 * n;
         double* const losses_of = loss_of + first * 2 * n;
-        const AnchorResults<A> rows{stats_of, 6, losses_of, 2}, columns{stats_of + 3 * n, 6, losses_of + n, 2};
+        const AnchorResults<A> rows{stats_of, 8, losses_of, 2}, columns{stats_of + 4 * n, 8, losses_of + n, 2};
         if (workspace.classes) workspace.classes->sum_positives(terms, count, 2, rows, columns);
         sum_statistics(terms, count, 2, rows, columns, stats, stream);
       });
@@ -302,91 +298,53 @@ void few_backward(const FewInputs<T>& few, const Options& options, const acc_t<T
          few_backward_bytes<T>(to.stride), stream, few, to);
 }
 
-std::tuple<Tensor, Tensor, Tensor> forward_cuda(const std::vector<Tensor>& unimodal, const Tensor& fused,
-                                                const std::vector<Tensor>& high_level, const OptionalTensor& available,
-                                                const OptionalTensor& labels, const std::vector<double>& tier_weights,
-                                                const std::vector<double>& temperatures, bool intra_modal) {
-  constexpr const char* op = "hierarchical_contrastive_loss";
-  const Inputs given{unimodal, fused, high_level, available, labels};
-  const Options options{tier_weights, temperatures, intra_modal};
-  const Sizes s = check_inputs(op, given, options);
-  const OnDeviceOf device(fused);
-  const Inputs in = contiguous(given);
-  const ScalarType dtype = acc_dtype(fused.scalar_type());
-  Tensor loss = torch::stable::new_empty(fused, {}, dtype);
-  Tensor tiers = torch::stable::new_empty(fused, {kTiers}, dtype);
-  Tensor stats = torch::stable::new_empty(fused, {s.terms, 2, 3, s.samples}, dtype);
-  dispatch_floating(fused.scalar_type(), op, [&](auto tag) {
-    using T = typename decltype(tag)::type;
-    if (are_few(s))
-      return few_forward(few_inputs<T>(in, s, options), tiers_of(plan_terms(s, intra_modal), options), loss, tiers,
-                         stats, device.stream);
-    Workspace<T> workspace(in, s, options, nullptr, {}, device.stream);
-    forward(workspace, s, loss, tiers, stats, device.stream);
-  });
-  return {loss, tiers, stats};
+void refuse_what_is_to_come(const char* op, const Inputs& in, const Options& options) {
+  for (const OptionalTensor& learned : in.learned_temperatures)
+    check(!learned && options.normalize, op, "`normalize` and learned `temperatures` are not implemented on CUDA");
 }
 
-// Of checked inputs, for gradients of loss and tiers with `number` added to that of the loss.
-std::vector<Tensor> gradients(const char* op, const Inputs& given, const Sizes& s, const Options& options,
-                              const Tensor& stats_, const OptionalTensor& grad_loss, const OptionalTensor& grad_tiers,
-                              double number) {
-  const OnDeviceOf device(given.fused);
-  const Inputs in = contiguous(given);
-  const Tensor stats = torch::stable::contiguous(stats_);
-  const OptionalTensor tiers = contiguous(grad_tiers);
-  std::vector<Tensor> grads = new_gradients(in);
+void forward(const char* op, const Inputs& in, const Sizes& s, const Options& options, Results& results) {
+  refuse_what_is_to_come(op, in, options);
+  const OnDeviceOf device(in.fused);
+  dispatch_floating(in.fused.scalar_type(), op, [&](auto tag) {
+    using T = typename decltype(tag)::type;
+    if (results.kept.numel())
+      clear_memory(results.kept.template mutable_data_ptr<acc_t<T>>(), results.kept.numel() * sizeof(acc_t<T>),
+                   device.stream);
+    if (are_few(s))
+      return few_forward(few_inputs<T>(in, s, options), tiers_of(plan_terms(s, options.intra_modal), options),
+                         results.loss, results.tiers, results.stats, device.stream);
+    Workspace<T> workspace(in, s, options, nullptr, {}, device.stream);
+    forward(workspace, s, results.loss, results.tiers, results.stats, device.stream);
+  });
+}
+
+void backward(const char* op, const Inputs& in, const Sizes& s, const Options& options, const OptionalTensor& grad_loss,
+              const OptionalTensor& grad_tiers, const Tensor& stats, const Tensor&, Gradients& grads) {
+  refuse_what_is_to_come(op, in, options);
+  const OnDeviceOf device(in.fused);
   dispatch_floating(in.fused.scalar_type(), op, [&](auto tag) {
     using T = typename decltype(tag)::type;
     using A = acc_t<T>;
-    const Upstream<A> upstream{data_or_null<A>(grad_loss), data_or_null<A>(tiers), number};
+    const Upstream<A> upstream{data_or_null<A>(grad_loss), data_or_null<A>(grad_tiers)};
     if (are_few(s)) {
       const FewInputs<T> few = few_inputs<T>(in, s, options);
-      if (fits(few)) return few_backward(few, options, stats.const_data_ptr<A>(), upstream, grads, device.stream);
+      if (fits(few))
+        return few_backward(few, options, stats.const_data_ptr<A>(), upstream, grads.embeddings, device.stream);
     }
     Workspace<T> workspace(in, s, options, stats.const_data_ptr<A>(), upstream, device.stream);
-    backward(workspace, grads, device.stream);
+    backward(workspace, grads.embeddings, device.stream);
   });
-  return grads;
 }
 
-// Gradients in the order of the arguments: unimodal, fused, high_level.
-std::vector<Tensor> backward_cuda(const OptionalTensor& grad_loss, const OptionalTensor& grad_tiers,
-                                  const std::vector<Tensor>& unimodal, const Tensor& fused,
-                                  const std::vector<Tensor>& high_level, const OptionalTensor& available,
-                                  const OptionalTensor& labels, const Tensor& stats,
-                                  const std::vector<double>& tier_weights, const std::vector<double>& temperatures,
-                                  bool intra_modal) {
-  constexpr const char* op = "hierarchical_contrastive_loss_backward";
-  const Inputs in{unimodal, fused, high_level, available, labels};
-  const Options options{tier_weights, temperatures, intra_modal};
-  const Sizes s = check_inputs(op, in, options);
-  check_saved(op, s, acc_dtype(fused.scalar_type()), grad_loss, grad_tiers, stats);
-  return gradients(op, in, s, options, stats, grad_loss, grad_tiers, 0);
-}
-
-// The loss, and its gradients for a gradient of 1, in the order of the arguments.
-std::tuple<Tensor, std::vector<Tensor>> with_gradients_cuda(const std::vector<Tensor>& unimodal, const Tensor& fused,
-                                                            const std::vector<Tensor>& high_level,
-                                                            const OptionalTensor& available,
-                                                            const OptionalTensor& labels,
-                                                            const std::vector<double>& tier_weights,
-                                                            const std::vector<double>& temperatures, bool intra_modal) {
-  constexpr const char* op = "hierarchical_contrastive_loss";
-  const Inputs in{unimodal, fused, high_level, available, labels};
-  const Options options{tier_weights, temperatures, intra_modal};
-  const Sizes s = check_inputs(op, in, options);
-  const auto [loss, tiers, stats] =
-      forward_cuda(unimodal, fused, high_level, available, labels, tier_weights, temperatures, intra_modal);
-  return {loss, gradients(op, in, s, options, stats, std::nullopt, std::nullopt, 1)};
-}
+using Operators = HierarchicalOperators<forward, backward>;
 
 }  // namespace
 }  // namespace msacore::hierarchical_contrastive::cuda
 
 MSACORE_CUDA_LIBRARY(m) {
-  m.impl("hierarchical_contrastive_loss", TORCH_BOX(&msacore::hierarchical_contrastive::cuda::forward_cuda));
-  m.impl("hierarchical_contrastive_loss_backward", TORCH_BOX(&msacore::hierarchical_contrastive::cuda::backward_cuda));
-  m.impl("hierarchical_contrastive_loss_with_gradients",
-         TORCH_BOX(&msacore::hierarchical_contrastive::cuda::with_gradients_cuda));
+  m.impl("hierarchical_contrastive_loss",
+         TORCH_BOX(&msacore::hierarchical_contrastive::cuda::Operators::hierarchical_contrastive_loss));
+  m.impl("hierarchical_contrastive_loss_backward",
+         TORCH_BOX(&msacore::hierarchical_contrastive::cuda::Operators::hierarchical_contrastive_loss_backward));
 }

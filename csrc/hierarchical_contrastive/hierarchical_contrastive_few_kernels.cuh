@@ -8,7 +8,7 @@ namespace msacore::hierarchical_contrastive::cuda {
 template <typename A>
 struct FewForward {
   Tiers tiers;
-  A* stats;            // [terms, 2, 3, n]
+  A* stats;            // [terms, 2, 4, n]
   LossSum* sums;       // [terms, 2, row tiles]
   unsigned* done;      // blocks, zero at the start
   A *loss, *of_tiers;  // [], [3]
@@ -69,7 +69,7 @@ __global__ void __launch_bounds__(kRowThreads, 2)
       const bool choice = is_choice(candidates, term.self() && used(own.factor[r]));
       const double total = all.positives.total;
       sum.loss = finish_anchor(all.softmax, total, all.positives.mean(), choice, scale,
-                               to.stats + int64_t{3} * direction * in.n, in.n, i);
+                               to.stats + int64_t{4} * direction * in.n, in.n, i);
       sum.anchors = total != 0;
     }
     sum.loss = warp_sum(sum.loss);
@@ -96,7 +96,7 @@ __global__ void __launch_bounds__(kRowThreads, 2)
 
 template <typename T>
 struct FewBackward {
-  const acc_t<T>* stats;                           // [terms, 2, 3, n]
+  const acc_t<T>* stats;                           // [terms, 2, 4, n]
   LossGradient<acc_t<T>> gradient[Tiers::kCount];  // of both directions' mean; of a term of a side with itself, of it
   T* grads[kFewSides];                             // [n, width_of(side)]
   int stride;                                      // of the gradients in shared memory
@@ -129,13 +129,14 @@ __global__ void __launch_bounds__(kRowThreads, 2)
     if (second && term.side[1] != own_side) continue;
     const int other_side = term.side[second ? 0 : 1];
     const auto takes_part = [&](int i) { return in.takes_part(term, i); };
-    const auto stats_of = [&](bool of_second) { return to.stats + int64_t{3} * (2 * t + of_second) * in.n; };
+    const auto stats_of = [&](bool of_second) { return to.stats + int64_t{4} * (2 * t + of_second) * in.n; };
     const A *const own_stats = stats_of(second), *const other_stats = term.self() ? own_stats : stats_of(!second);
     count_rows(in.n, own_stats, counts[0], takes_part);
     count_rows(in.n, other_stats, counts[1], takes_part);
     const auto gradient_of = [&](const A* stats, const int64_t (&count)[2], int i, bool part) {
-      if (!part || stats[2 * in.n + i] == A(0) || !is_choice(count[0], term.self())) return no_anchor<A>();
-      return anchor_gradient(stats, in.n, i, to.gradient[term.tier].of(i, count[1]));
+      if (!part || stats[3 * in.n + i] == A(0) || !is_choice(count[0], term.self())) return no_anchor<A>();
+      return anchor_gradient(stats, in.n, i, in.temperature[term.tier].template scale<A>(),
+                             to.gradient[term.tier].of(i, count[1]));
     };
     const A scale = in.temperature[term.tier].template scale<A>();
     load_rows(own, in, own_side, first, takes_part,

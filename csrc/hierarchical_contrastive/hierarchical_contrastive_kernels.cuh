@@ -45,7 +45,7 @@ struct Preparation {
   int64_t n;
   Need term_needs[kTermsAtOnce];
   const int64_t* labels[kTermsAtOnce];  // [n] or null
-  const acc_t<T>* stats;                // [terms, 2, 3, n], backward; else null
+  const acc_t<T>* stats;                // [terms, 2, 4, n], backward; else null
   int64_t* counts;                      // [terms, 2, 2], see Side
 };
 
@@ -59,7 +59,7 @@ __global__ void __launch_bounds__(kRowThreads, 4) prepare_kernel(const __grid_co
     const int64_t term = y - p.side_count;
     const int64_t* labels = p.labels[term];
     for (int64_t direction = 2 * term; direction < 2 * term + 2; ++direction)
-      count_rows(p.n, p.stats ? p.stats + direction * 3 * p.n : nullptr, p.counts + 2 * direction,
+      count_rows(p.n, p.stats ? p.stats + direction * 4 * p.n : nullptr, p.counts + 2 * direction,
                  [&](int64_t i) { return (!labels || labels[i] >= 0) && p.available.meets(p.term_needs[term], i); });
   }
 }
@@ -107,7 +107,7 @@ __device__ __forceinline__ void finish_tiers(const Tiers& tiers, A* loss, A* out
   }
 }
 
-// One block: loss and tiers from losses [terms, 2, n] and stats [terms, 2, 3, n].
+// One block: loss and tiers from losses [terms, 2, n] and stats [terms, 2, 4, n].
 template <typename A>
 __global__ void __launch_bounds__(kFinishThreads, 1)
     tiers_kernel(const double* __restrict__ losses, const A* __restrict__ stats, int64_t n,
@@ -116,7 +116,7 @@ __global__ void __launch_bounds__(kFinishThreads, 1)
     LossSum share{0, 0};
     for (int64_t i = lane_id(); i < n; i += kWarp) {
       share.loss += losses[direction * n + i];
-      share.anchors += stats[(direction * 3 + 2) * n + i] != A(0);
+      share.anchors += stats[(direction * 4 + 3) * n + i] != A(0);
     }
     return share;
   });

@@ -172,36 +172,28 @@ struct Problem {
   }
 };
 
-std::tuple<Tensor, Tensor, Tensor> info_nce_cpu(const Tensor& anchors, const OptionalTensor& candidates,
-                                                const OptionalTensor& learned_temperature,
-                                                const OptionalTensor& anchor_labels,
-                                                const OptionalTensor& candidate_labels, const OptionalTensor& weights,
-                                                const OptionalTensor& anchor_mask, const OptionalTensor& candidate_mask,
-                                                double temperature, bool symmetric, bool exclude_self,
-                                                int64_t reduction) {
-  constexpr const char* op = "info_nce";
-  const InfoNceInputs given{anchors,          candidates, learned_temperature, anchor_labels,
-                            candidate_labels, weights,    anchor_mask,         candidate_mask};
-  const InfoNceOptions options{temperature, symmetric, exclude_self, reduction};
-  const InfoNceSizes s = check_inputs(op, given, options);
-  const InfoNceInputs in = contiguous(given);
-  const ScalarType dtype = acc_dtype(anchors.scalar_type());
-  Tensor row_stats = torch::stable::new_empty(anchors, {3, s.anchors}, dtype);
-  Tensor column_stats = torch::stable::new_empty(anchors, {3, symmetric ? s.candidates : 0}, dtype);
-  Tensor loss = reduction == kNone ? torch::stable::new_empty(anchors, {s.anchors}, dtype)
-                                   : torch::stable::new_empty(anchors, {}, dtype);
-  dispatch_floating(anchors.scalar_type(), op, [&](auto tag) {
+void refuse_what_is_to_come(const char* op, const InfoNceInputs& in, const InfoNceOptions& options) {
+  check(!in.negatives && options.normalize && options.denominator == kAll, op,
+        "`negatives`, `denominator` and `normalize` are not implemented on the CPU");
+}
+
+void forward(const char* op, const InfoNceInputs& in, const InfoNceSizes& s, const InfoNceOptions& options,
+             InfoNceResults& results) {
+  refuse_what_is_to_come(op, in, options);
+  const int64_t reduction = options.reduction;
+  dispatch_floating(in.anchors.scalar_type(), op, [&](auto tag) {
     using T = typename decltype(tag)::type;
     using A = acc_t<T>;
     Problem<T> problem(op, in, s, options);
     problem.forward(op);
-    A* out = loss.mutable_data_ptr<A>();
+    A* out = results.loss.template mutable_data_ptr<A>();
     int64_t row_count = 0, column_count = 0;
-    std::vector<double> per_row =
-        anchor_losses(problem.term(), problem.term().rows, s.anchors, row_stats.mutable_data_ptr<A>(), &row_count);
-    if (symmetric) {
-      const std::vector<double> per_column = anchor_losses(problem.term(), problem.term().other(), s.candidates,
-                                                           column_stats.mutable_data_ptr<A>(), &column_count);
+    std::vector<double> per_row = anchor_losses(problem.term(), problem.term().rows, s.anchors,
+                                                results.anchor_stats.template mutable_data_ptr<A>(), &row_count);
+    if (options.symmetric) {
+      const std::vector<double> per_column =
+          anchor_losses(problem.term(), problem.term().other(), s.candidates,
+                        results.candidate_stats.template mutable_data_ptr<A>(), &column_count);
       if (reduction == kNone)
         for (int64_t i = 0; i < s.anchors; ++i) per_row[i] = (per_row[i] + per_column[i]) / 2;
       const double total = std::accumulate(per_column.begin(), per_column.end(), 0.0);
@@ -217,65 +209,57 @@ std::tuple<Tensor, Tensor, Tensor> info_nce_cpu(const Tensor& anchors, const Opt
     if (reduction == kNone)
       for (int64_t i = 0; i < s.anchors; ++i) out[i] = static_cast<A>(per_row[i]);
   });
-  return {loss, row_stats, column_stats};
 }
 
-std::tuple<Tensor, Tensor, Tensor, Tensor> info_nce_backward_cpu(
-    const Tensor& grad_out, const Tensor& anchors, const OptionalTensor& candidates,
-    const OptionalTensor& learned_temperature, const OptionalTensor& anchor_labels,
-    const OptionalTensor& candidate_labels, const OptionalTensor& weights, const OptionalTensor& anchor_mask,
-    const OptionalTensor& candidate_mask, const Tensor& row_stats, const Tensor& column_stats, double temperature,
-    bool symmetric, bool exclude_self, int64_t reduction) {
-  constexpr const char* op = "info_nce_backward";
-  const InfoNceInputs given{anchors,          candidates, learned_temperature, anchor_labels,
-                            candidate_labels, weights,    anchor_mask,         candidate_mask};
-  const InfoNceOptions options{temperature, symmetric, exclude_self, reduction};
-  const InfoNceSizes s = check_inputs(op, given, options);
-  check_saved(op, s, options, acc_dtype(anchors.scalar_type()), grad_out, row_stats, column_stats);
-  const InfoNceInputs in = contiguous(given);
-  const Tensor grad = torch::stable::contiguous(grad_out), rows = torch::stable::contiguous(row_stats),
-               columns = torch::stable::contiguous(column_stats);
-  Tensor grad_anchors, grad_candidates;
-  Tensor grad_temperature =
-      learned_temperature ? torch::stable::new_empty(*learned_temperature, {}) : torch::stable::new_empty(anchors, {0});
-  Tensor grad_weights = torch::stable::new_zeros(anchors, {weights ? s.anchors : 0, weights ? s.candidates : 0});
-  dispatch_floating(anchors.scalar_type(), op, [&](auto tag) {
+InfoNceGradients backward(const char* op, const InfoNceInputs& in, const InfoNceSizes& s, const InfoNceOptions& options,
+                          const Tensor& grad_out, const Tensor& anchor_stats, const Tensor& candidate_stats) {
+  refuse_what_is_to_come(op, in, options);
+  Tensor grad_weights =
+      torch::stable::new_zeros(in.anchors, {in.weights ? s.anchors : 0, in.weights ? s.candidates : 0});
+  std::optional<InfoNceGradients> grads;
+  dispatch_floating(in.anchors.scalar_type(), op, [&](auto tag) {
     using T = typename decltype(tag)::type;
     using A = acc_t<T>;
     Problem<T> problem(op, in, s, options);
-    problem.backward(grad.const_data_ptr<A>(), rows.const_data_ptr<A>(), columns.const_data_ptr<A>(),
-                     weights ? grad_weights.mutable_data_ptr<T>() : nullptr);
+    problem.backward(grad_out.const_data_ptr<A>(), anchor_stats.const_data_ptr<A>(),
+                     candidate_stats.const_data_ptr<A>(),
+                     in.weights ? grad_weights.template mutable_data_ptr<T>() : nullptr);
     // After the sweep: the memory of the panels, no longer needed, serves the results.
     for (Side<A>& side : problem.sides) side.panels = Buffer<A>();
-    grad_anchors = torch::stable::new_empty(anchors, {s.anchors, s.width});
-    grad_candidates = torch::stable::new_empty(anchors, {candidates ? s.candidates : 0, s.width});
-    const double slope =
-        problem.project(grad_anchors.mutable_data_ptr<T>(), grad_candidates.mutable_data_ptr<T>(), !candidates);
-    if (!learned_temperature) return;
-    dispatch_floating(learned_temperature->scalar_type(), op, [&](auto other) {
+    grads.emplace(in, s);
+    grads->weights = grad_weights;
+    const double slope = problem.project(grads->anchors.template mutable_data_ptr<T>(),
+                                         grads->candidates.template mutable_data_ptr<T>(), !in.candidates);
+    if (!in.learned_temperature) return;
+    dispatch_floating(in.learned_temperature->scalar_type(), op, [&](auto other) {
       using S = typename decltype(other)::type;
-      *grad_temperature.mutable_data_ptr<S>() = static_cast<S>(static_cast<acc_t<S>>(slope));
+      *grads->temperature.template mutable_data_ptr<S>() = static_cast<S>(static_cast<acc_t<S>>(slope));
     });
   });
-  return {grad_anchors, grad_candidates, grad_temperature, grad_weights};
+  return *grads;
 }
+
+using Operators = InfoNceOperators<forward, backward>;
 
 }  // namespace
 }  // namespace msacore::info_nce::cpu
 
 #define MSACORE_INFO_NCE_ARGUMENTS                                                           \
   "Tensor anchors, Tensor? candidates, Tensor? learned_temperature, Tensor? anchor_labels, " \
-  "Tensor? candidate_labels, Tensor? weights, Tensor? anchor_mask, Tensor? candidate_mask"
-#define MSACORE_INFO_NCE_OPTIONS "*, float temperature, bool symmetric, bool exclude_self, int reduction"
+  "Tensor? candidate_labels, Tensor? weights, Tensor? negatives, Tensor? negative_mask, "    \
+  "Tensor? anchor_mask, Tensor? candidate_mask"
+#define MSACORE_INFO_NCE_OPTIONS                                                               \
+  "*, float temperature, bool symmetric, bool exclude_self, bool normalize, int denominator, " \
+  "int reduction"
 
 STABLE_TORCH_LIBRARY_FRAGMENT(msacore, m) {
   m.def("info_nce(" MSACORE_INFO_NCE_ARGUMENTS ", " MSACORE_INFO_NCE_OPTIONS ") -> (Tensor, Tensor, Tensor)");
   m.def("info_nce_backward(Tensor grad_out, " MSACORE_INFO_NCE_ARGUMENTS
         ", Tensor anchor_stats, Tensor candidate_stats, " MSACORE_INFO_NCE_OPTIONS
-        ") -> (Tensor, Tensor, Tensor, Tensor)");
+        ") -> (Tensor, Tensor, Tensor, Tensor, Tensor)");
 }
 
 STABLE_TORCH_LIBRARY_IMPL(msacore, CPU, m) {
-  m.impl("info_nce", TORCH_BOX(&msacore::info_nce::cpu::info_nce_cpu));
-  m.impl("info_nce_backward", TORCH_BOX(&msacore::info_nce::cpu::info_nce_backward_cpu));
+  m.impl("info_nce", TORCH_BOX(&msacore::info_nce::cpu::Operators::info_nce));
+  m.impl("info_nce_backward", TORCH_BOX(&msacore::info_nce::cpu::Operators::info_nce_backward));
 }

@@ -1,36 +1,55 @@
-// InfoNCE: what the operator accepts, on every device.
+// InfoNCE: what the operators accept and return, on every device.
 #pragma once
 #include <torch/csrc/stable/ops.h>
 
+#include <tuple>
+
+#include "core/dtype.h"
 #include "core/optional.h"
 
 namespace msacore::info_nce {
 using msacore::contiguous;
 
 enum Reduction : int64_t { kNone = 0, kMean = 1, kSum = 2 };
+// Which candidates an anchor's denominator holds: all; for each positive itself and those that are not positive; only
+// those that are not positive.
+enum Denominator : int64_t { kAll = 0, kNegatives = 1, kDecoupled = 2 };
 
 struct InfoNceInputs {
-  Tensor anchors;
-  OptionalTensor candidates;  // absent: the anchors themselves
-  OptionalTensor learned_temperature, anchor_labels, candidate_labels, weights, anchor_mask, candidate_mask;
+  Tensor anchors;             // [N, d]
+  OptionalTensor candidates;  // [N', d]; absent: the anchors themselves
+  OptionalTensor learned_temperature, anchor_labels, candidate_labels, weights;
+  OptionalTensor negatives, negative_mask;  // [Q, d] and [Q]: candidates of the anchors that are positive for none
+  OptionalTensor anchor_mask, candidate_mask;
 };
 
 struct InfoNceOptions {
   double temperature;
-  bool symmetric, exclude_self;
-  int64_t reduction;
+  bool symmetric, exclude_self, normalize;
+  int64_t denominator, reduction;
 };
 
 struct InfoNceSizes {
-  int64_t anchors, candidates, width;
+  int64_t anchors, candidates, negatives, width;
 };
+
+// What the forward pass keeps of every row that may be an anchor, [rows, N], in the accumulation dtype. Similarities
+// are those before the division by the temperature; both logarithms are natural.
+enum Stat : int64_t {
+  kHighest = 0,   // highest similarity of the denominator (any shift of its size will do)
+  kLog = 1,       // log Σ exp((similarity - highest) / temperature) of the denominator; -inf where it is empty
+  kPositive = 2,  // mean similarity of the positives; with `kNegatives` the loss of the anchor
+  kTotal = 3,     // total weight of the positives; 0 where the anchor drops out of the loss
+  kRest = 4       // with `kNegatives` alone: Σ_p Ŵ_p Z / (exp s_p + Z), with Z the sum over the negatives
+};
+inline int64_t stat_rows(int64_t denominator) { return denominator == kNegatives ? 5 : 4; }
 
 inline InfoNceSizes check_inputs(const char* op, const InfoNceInputs& in, const InfoNceOptions& options) {
   const Tensor& anchors = in.anchors;
   check_floating(anchors, op, "anchors");
   check_shape(anchors, op, "anchors", {-1, -1}, "[N, d]");
   const int64_t n = anchors.size(0), d = anchors.size(1);
-  int64_t m = n;
+  int64_t m = n, q = 0;
   check(!in.weights || !in.anchor_labels, op, "expected `labels` or `weights`, got both");
   check(in.anchor_labels.has_value() == in.candidate_labels.has_value(), op,
         "expected `labels` for anchors and candidates, got one of the two");
@@ -51,6 +70,14 @@ inline InfoNceSizes check_inputs(const char* op, const InfoNceInputs& in, const 
   check_rows(op, in.candidate_labels, "labels[1]", ScalarType::Long, m, "[N']", anchors);
   check_rows(op, in.anchor_mask, "anchor_mask", ScalarType::Bool, n, "[N]", anchors);
   check_rows(op, in.candidate_mask, "candidate_mask", ScalarType::Bool, m, "[N']", anchors);
+  if (in.negatives) {
+    check_dtype(*in.negatives, op, "negatives", anchors.scalar_type());
+    check_shape(*in.negatives, op, "negatives", {-1, d}, "[Q, d]");
+    check_device(*in.negatives, op, "negatives", anchors);
+    q = in.negatives->size(0);
+  }
+  check(in.negatives || !in.negative_mask, op, "expected `negative_mask` only together with `negatives`");
+  check_rows(op, in.negative_mask, "negative_mask", ScalarType::Bool, q, "[Q]", anchors);
   if (in.weights) {
     check_dtype(*in.weights, op, "weights", anchors.scalar_type());
     check_shape(*in.weights, op, "weights", {n, m}, "[N, N']");
@@ -59,26 +86,34 @@ inline InfoNceSizes check_inputs(const char* op, const InfoNceInputs& in, const 
   if (!in.weights && !in.anchor_labels)
     check(n == m, op, "expected `candidates` to have as many rows as `anchors` (", n,
           ") when neither `labels` nor `weights` say which are positive, got ", m);
+  check(options.denominator >= kAll && options.denominator <= kDecoupled, op,
+        "expected `denominator` to be \"all\", \"negatives\" or \"decoupled\", got code ", options.denominator);
   check(options.reduction >= kNone && options.reduction <= kSum, op,
         "expected `reduction` to be \"none\", \"mean\" or \"sum\", got code ", options.reduction);
   if (options.symmetric && options.reduction == kNone)
     check(n == m, op, "expected `candidates` to have as many rows as `anchors` (", n,
           ") with `symmetric` and `reduction` \"none\", got ", m);
-  return {n, m, d};
+  return {n, m, q, d};
 }
 
 // The gradient of the loss, and what the forward pass saved.
-inline void check_saved(const char* op, const InfoNceSizes& s, const InfoNceOptions& options, ScalarType dtype,
+inline void check_saved(const char* op, const InfoNceSizes& s, const InfoNceOptions& options, const Tensor& like,
                         const Tensor& grad_out, const Tensor& anchor_stats, const Tensor& candidate_stats) {
+  const ScalarType dtype = acc_dtype(like.scalar_type());
   check_dtype(grad_out, op, "grad_out", dtype);
+  check_device(grad_out, op, "grad_out", like);
   if (options.reduction == kNone)
     check_shape(grad_out, op, "grad_out", {s.anchors}, "[N]");
   else
     check_shape(grad_out, op, "grad_out", {}, "[]");
+  const int64_t rows = stat_rows(options.denominator);
   check_dtype(anchor_stats, op, "anchor_stats", dtype);
-  check_shape(anchor_stats, op, "anchor_stats", {3, s.anchors}, "[3, N]");
+  check_shape(anchor_stats, op, "anchor_stats", {rows, s.anchors}, "[S, N]");
+  check_device(anchor_stats, op, "anchor_stats", like);
   check_dtype(candidate_stats, op, "candidate_stats", dtype);
-  check_shape(candidate_stats, op, "candidate_stats", {3, options.symmetric ? s.candidates : 0}, "[3, N'] or [3, 0]");
+  check_shape(candidate_stats, op, "candidate_stats", {rows, options.symmetric ? s.candidates : 0},
+              "[S, N'] or [S, 0]");
+  check_device(candidate_stats, op, "candidate_stats", like);
 }
 
 inline InfoNceInputs contiguous(const InfoNceInputs& in) {
@@ -88,8 +123,83 @@ inline InfoNceInputs contiguous(const InfoNceInputs& in) {
           contiguous(in.anchor_labels),
           contiguous(in.candidate_labels),
           contiguous(in.weights),
+          contiguous(in.negatives),
+          contiguous(in.negative_mask),
           contiguous(in.anchor_mask),
           contiguous(in.candidate_mask)};
 }
+
+struct InfoNceResults {
+  Tensor loss, anchor_stats, candidate_stats;
+
+  InfoNceResults(const Tensor& like, const InfoNceSizes& s, const InfoNceOptions& options) {
+    const ScalarType dtype = acc_dtype(like.scalar_type());
+    const int64_t rows = stat_rows(options.denominator);
+    loss = options.reduction == kNone ? torch::stable::new_empty(like, {s.anchors}, dtype)
+                                      : torch::stable::new_empty(like, {}, dtype);
+    anchor_stats = torch::stable::new_empty(like, {rows, s.anchors}, dtype);
+    candidate_stats = torch::stable::new_empty(like, {rows, options.symmetric ? s.candidates : 0}, dtype);
+  }
+};
+
+// Gradients of what was given; those of absent arguments hold nothing.
+struct InfoNceGradients {
+  Tensor anchors, candidates, temperature, weights, negatives;
+
+  InfoNceGradients(const InfoNceInputs& in, const InfoNceSizes& s) {
+    const auto rows = [&](const OptionalTensor& t, int64_t count) {
+      return torch::stable::new_empty(in.anchors, {t ? count : 0, s.width});
+    };
+    anchors = rows(in.anchors, s.anchors);
+    candidates = rows(in.candidates, s.candidates);
+    negatives = rows(in.negatives, s.negatives);
+    temperature = in.learned_temperature ? torch::stable::new_empty(*in.learned_temperature, {})
+                                         : torch::stable::new_empty(in.anchors, {0});
+    weights = torch::stable::new_empty(in.anchors, {in.weights ? s.anchors : 0, in.weights ? s.candidates : 0});
+  }
+};
+
+// The operators of a device. `forward` fills its results; `backward` makes the gradients when it has the memory for
+// them. Both get contiguous arguments that were checked.
+template <
+    void (*forward)(const char* op, const InfoNceInputs&, const InfoNceSizes&, const InfoNceOptions&, InfoNceResults&),
+    InfoNceGradients (*backward)(const char* op, const InfoNceInputs&, const InfoNceSizes&, const InfoNceOptions&,
+                                 const Tensor& grad_out, const Tensor& anchor_stats, const Tensor& candidate_stats)>
+struct InfoNceOperators {
+  static std::tuple<Tensor, Tensor, Tensor> info_nce(
+      const Tensor& anchors, const OptionalTensor& candidates, const OptionalTensor& learned_temperature,
+      const OptionalTensor& anchor_labels, const OptionalTensor& candidate_labels, const OptionalTensor& weights,
+      const OptionalTensor& negatives, const OptionalTensor& negative_mask, const OptionalTensor& anchor_mask,
+      const OptionalTensor& candidate_mask, double temperature, bool symmetric, bool exclude_self, bool normalize,
+      int64_t denominator, int64_t reduction) {
+    constexpr const char* op = "info_nce";
+    const InfoNceInputs in{anchors, candidates, learned_temperature, anchor_labels, candidate_labels,
+                           weights, negatives,  negative_mask,       anchor_mask,   candidate_mask};
+    const InfoNceOptions options{temperature, symmetric, exclude_self, normalize, denominator, reduction};
+    const InfoNceSizes s = check_inputs(op, in, options);
+    InfoNceResults results(anchors, s, options);
+    forward(op, contiguous(in), s, options, results);
+    return {results.loss, results.anchor_stats, results.candidate_stats};
+  }
+
+  static std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor> info_nce_backward(
+      const Tensor& grad_out, const Tensor& anchors, const OptionalTensor& candidates,
+      const OptionalTensor& learned_temperature, const OptionalTensor& anchor_labels,
+      const OptionalTensor& candidate_labels, const OptionalTensor& weights, const OptionalTensor& negatives,
+      const OptionalTensor& negative_mask, const OptionalTensor& anchor_mask, const OptionalTensor& candidate_mask,
+      const Tensor& anchor_stats, const Tensor& candidate_stats, double temperature, bool symmetric, bool exclude_self,
+      bool normalize, int64_t denominator, int64_t reduction) {
+    constexpr const char* op = "info_nce_backward";
+    const InfoNceInputs in{anchors, candidates, learned_temperature, anchor_labels, candidate_labels,
+                           weights, negatives,  negative_mask,       anchor_mask,   candidate_mask};
+    const InfoNceOptions options{temperature, symmetric, exclude_self, normalize, denominator, reduction};
+    const InfoNceSizes s = check_inputs(op, in, options);
+    check_saved(op, s, options, anchors, grad_out, anchor_stats, candidate_stats);
+    const InfoNceGradients grads =
+        backward(op, contiguous(in), s, options, torch::stable::contiguous(grad_out),
+                 torch::stable::contiguous(anchor_stats), torch::stable::contiguous(candidate_stats));
+    return {grads.anchors, grads.candidates, grads.temperature, grads.weights, grads.negatives};
+  }
+};
 
 }  // namespace msacore::info_nce

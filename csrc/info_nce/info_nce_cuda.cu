@@ -1,7 +1,6 @@
 // InfoNCE on CUDA: checks, workspace and launches.
-#include <tuple>
-
 #include "info_nce/info_nce.h"
+
 #include "contrastive/cuda/classes.cuh"
 #include "contrastive/cuda/launch.cuh"
 #include "info_nce/info_nce_kernels.cuh"
@@ -99,46 +98,36 @@ struct Workspace {
 };
 
 template <typename T>
-void forward(const Workspace<T>& workspace, Tensor& loss, Tensor& row_stats, Tensor& column_stats,
-             cudaStream_t stream) {
+void forward(const Workspace<T>& workspace, InfoNceResults& results, cudaStream_t stream) {
   using A = acc_t<T>;
   const Problem<T>& problem = workspace.terms.at[0];
   const int64_t n = problem.a.n, column_anchors = problem.both ? problem.b.n : 0;
   double *const row_losses = workspace.losses, *const column_losses = row_losses + n;
-  A *const rows = row_stats.mutable_data_ptr<A>(), *const columns = column_stats.mutable_data_ptr<A>();
-  const AnchorResults<A> of_rows{rows, 3, row_losses, 1}, of_columns{columns, 3, column_losses, 1};
+  A *const rows = results.anchor_stats.template mutable_data_ptr<A>(), *const columns =
+                                                                           results.candidate_stats
+                                                                               .template mutable_data_ptr<A>();
+  const AnchorResults<A> of_rows{rows, 4, row_losses, 1}, of_columns{columns, 4, column_losses, 1};
   const unsigned directions = problem.both ? 2 : 1;
   if (workspace.classes) workspace.classes->sum_positives(workspace.terms, 1, directions, of_rows, of_columns);
-  sum_statistics(workspace.terms, 1, directions, of_rows, of_columns, row_stats, stream);
+  sum_statistics(workspace.terms, 1, directions, of_rows, of_columns, results.anchor_stats, stream);
   launch(finish_kernel<A>, dim3(1), dim3(kFinishThreads), 0, stream, row_losses, rows, n, column_losses, columns,
-         column_anchors, problem.both, problem.gradient.mean, problem.gradient.per_anchor, loss.mutable_data_ptr<A>());
+         column_anchors, problem.both, problem.gradient.mean, problem.gradient.per_anchor,
+         results.loss.template mutable_data_ptr<A>());
 }
 
-std::tuple<Tensor, Tensor, Tensor> info_nce_cuda(const Tensor& anchors, const OptionalTensor& candidates,
-                                                 const OptionalTensor& learned_temperature,
-                                                 const OptionalTensor& anchor_labels,
-                                                 const OptionalTensor& candidate_labels, const OptionalTensor& weights,
-                                                 const OptionalTensor& anchor_mask,
-                                                 const OptionalTensor& candidate_mask, double temperature,
-                                                 bool symmetric, bool exclude_self, int64_t reduction) {
-  constexpr const char* op = "info_nce";
-  const InfoNceInputs given{anchors,          candidates, learned_temperature, anchor_labels,
-                            candidate_labels, weights,    anchor_mask,         candidate_mask};
-  const InfoNceOptions options{temperature, symmetric, exclude_self, reduction};
-  const InfoNceSizes s = check_inputs(op, given, options);
-  const OnDeviceOf device(anchors);
-  const InfoNceInputs in = contiguous(given);
-  const ScalarType dtype = acc_dtype(anchors.scalar_type());
-  Tensor row_stats = torch::stable::new_empty(anchors, {3, s.anchors}, dtype);
-  Tensor column_stats = torch::stable::new_empty(anchors, {3, symmetric ? s.candidates : 0}, dtype);
-  Tensor loss = reduction == kNone ? torch::stable::new_empty(anchors, {s.anchors}, dtype)
-                                   : torch::stable::new_empty(anchors, {}, dtype);
-  dispatch_floating(anchors.scalar_type(), op, [&](auto tag) {
+void refuse_what_is_to_come(const char* op, const InfoNceInputs& in, const InfoNceOptions& options) {
+  check(!in.negatives && options.normalize && options.denominator == kAll, op,
+        "`negatives`, `denominator` and `normalize` are not implemented on CUDA");
+}
+
+void forward(const char* op, const InfoNceInputs& in, const InfoNceSizes& s, const InfoNceOptions& options,
+             InfoNceResults& results) {
+  refuse_what_is_to_come(op, in, options);
+  const OnDeviceOf device(in.anchors);
+  dispatch_floating(in.anchors.scalar_type(), op, [&](auto tag) {
     using T = typename decltype(tag)::type;
-    const Workspace<T> workspace(op, in, s, options, nullptr, nullptr, nullptr, device.stream);
-    forward(workspace, loss, row_stats, column_stats, device.stream);
+    forward(Workspace<T>(op, in, s, options, nullptr, nullptr, nullptr, device.stream), results, device.stream);
   });
-  return {loss, row_stats, column_stats};
 }
 
 // Gradients of similarities in memory: bfloat16 where the rows are, so that the products run at full speed; float32 for
@@ -147,64 +136,51 @@ template <typename T>
 using KeptGradient = Kept<std::conditional_t<std::is_same_v<T, BFloat16>, BFloat16, acc_t<T>>, 1>;
 
 template <typename T>
-void backward(const Workspace<T>& workspace, Tensor& grad_anchors, Tensor& grad_candidates, Tensor& grad_temperature,
-              Tensor& grad_weights, bool one_tensor, const char* op, cudaStream_t stream) {
+void backward(const Workspace<T>& workspace, InfoNceGradients& grads, bool one_tensor, const char* op,
+              cudaStream_t stream) {
   using A = acc_t<T>;
   const Problem<T>& problem = workspace.terms.at[0];
   const Side<T>&a = problem.a, &b = problem.b;
   const std::vector<Output<A>> outputs{{a.gradient, a.rows, a.width}, {b.gradient, b.rows, b.width}};
   sum_gradients<2, KeptGradient<T>>(workspace.terms, 1, outputs, false,
-                                    problem.weights ? grad_weights.mutable_data_ptr<T>() : nullptr, workspace.slopes,
-                                    grad_anchors, stream);
+                                    problem.weights ? grads.weights.template mutable_data_ptr<T>() : nullptr,
+                                    workspace.slopes, grads.anchors, stream);
   if (workspace.classes) workspace.classes->add_gradients(workspace.terms, 1);
-  const Projections<T, 2> projections{
-      {{a, b, one_tensor, grad_anchors.mutable_data_ptr<T>()}, {b, b, false, grad_candidates.mutable_data_ptr<T>()}}};
+  const Projections<T, 2> projections{{{a, b, one_tensor, grads.anchors.template mutable_data_ptr<T>()},
+                                       {b, b, false, grads.candidates.template mutable_data_ptr<T>()}}};
   launch(project_kernel<T, 2>, dim3(grid_for(std::max(a.n, b.n), kRowThreads / kWarp).x, one_tensor ? 1 : 2),
          dim3(kRowThreads), 0, stream, projections, problem.temperature);
   if (problem.temperature.kind == Temperature::kNumber) return;
-  dispatch_floating(grad_temperature.scalar_type(), op, [&](auto tag) {
+  dispatch_floating(grads.temperature.scalar_type(), op, [&](auto tag) {
     using S = typename decltype(tag)::type;
     launch(temperature_kernel<S>, dim3(1), dim3(kFinishThreads), 0, stream, workspace.slopes,
-           int64_t{tiles(a.rows)} * tiles(b.rows), problem.temperature, grad_temperature.mutable_data_ptr<S>());
+           int64_t{tiles(a.rows)} * tiles(b.rows), problem.temperature,
+           grads.temperature.template mutable_data_ptr<S>());
   });
 }
 
-std::tuple<Tensor, Tensor, Tensor, Tensor> info_nce_backward_cuda(
-    const Tensor& grad_out, const Tensor& anchors, const OptionalTensor& candidates,
-    const OptionalTensor& learned_temperature, const OptionalTensor& anchor_labels,
-    const OptionalTensor& candidate_labels, const OptionalTensor& weights, const OptionalTensor& anchor_mask,
-    const OptionalTensor& candidate_mask, const Tensor& row_stats, const Tensor& column_stats, double temperature,
-    bool symmetric, bool exclude_self, int64_t reduction) {
-  constexpr const char* op = "info_nce_backward";
-  const InfoNceInputs given{anchors,          candidates, learned_temperature, anchor_labels,
-                            candidate_labels, weights,    anchor_mask,         candidate_mask};
-  const InfoNceOptions options{temperature, symmetric, exclude_self, reduction};
-  const InfoNceSizes s = check_inputs(op, given, options);
-  check_saved(op, s, options, acc_dtype(anchors.scalar_type()), grad_out, row_stats, column_stats);
-  const OnDeviceOf device(anchors);
-  const InfoNceInputs in = contiguous(given);
-  const Tensor grad = torch::stable::contiguous(grad_out), rows = torch::stable::contiguous(row_stats),
-               columns = torch::stable::contiguous(column_stats);
-  Tensor grad_anchors = torch::stable::new_empty(anchors, {s.anchors, s.width});
-  Tensor grad_candidates = torch::stable::new_empty(anchors, {candidates ? s.candidates : 0, s.width});
-  Tensor grad_temperature =
-      learned_temperature ? torch::stable::new_empty(*learned_temperature, {}) : torch::stable::new_empty(anchors, {0});
-  Tensor grad_weights = torch::stable::new_empty(anchors, {weights ? s.anchors : 0, weights ? s.candidates : 0});
-  dispatch_floating(anchors.scalar_type(), op, [&](auto tag) {
+InfoNceGradients backward(const char* op, const InfoNceInputs& in, const InfoNceSizes& s, const InfoNceOptions& options,
+                          const Tensor& grad_out, const Tensor& anchor_stats, const Tensor& candidate_stats) {
+  refuse_what_is_to_come(op, in, options);
+  const OnDeviceOf device(in.anchors);
+  InfoNceGradients grads(in, s);
+  dispatch_floating(in.anchors.scalar_type(), op, [&](auto tag) {
     using T = typename decltype(tag)::type;
     using A = acc_t<T>;
-    const Workspace<T> workspace(op, in, s, options, rows.const_data_ptr<A>(),
-                                 symmetric ? columns.const_data_ptr<A>() : nullptr, grad.const_data_ptr<A>(),
-                                 device.stream);
-    backward(workspace, grad_anchors, grad_candidates, grad_temperature, grad_weights, !candidates, op, device.stream);
+    const Workspace<T> workspace(op, in, s, options, anchor_stats.const_data_ptr<A>(),
+                                 options.symmetric ? candidate_stats.const_data_ptr<A>() : nullptr,
+                                 grad_out.const_data_ptr<A>(), device.stream);
+    backward(workspace, grads, !in.candidates, op, device.stream);
   });
-  return {grad_anchors, grad_candidates, grad_temperature, grad_weights};
+  return grads;
 }
+
+using Operators = InfoNceOperators<forward, backward>;
 
 }  // namespace
 }  // namespace msacore::info_nce::cuda
 
 MSACORE_CUDA_LIBRARY(m) {
-  m.impl("info_nce", TORCH_BOX(&msacore::info_nce::cuda::info_nce_cuda));
-  m.impl("info_nce_backward", TORCH_BOX(&msacore::info_nce::cuda::info_nce_backward_cuda));
+  m.impl("info_nce", TORCH_BOX(&msacore::info_nce::cuda::Operators::info_nce));
+  m.impl("info_nce_backward", TORCH_BOX(&msacore::info_nce::cuda::Operators::info_nce_backward));
 }

@@ -42,7 +42,7 @@ __global__ void __launch_bounds__(kFinishThreads, 1)
       int kept = 0;
       for (int64_t i = threadIdx.x; i < count; i += kFinishThreads) {
         total += losses[i];
-        kept += stats[2 * count + i] != A(0);
+        kept += stats[3 * count + i] != A(0);
       }
       total = block_sum(total);
       kept = block_sum(kept);

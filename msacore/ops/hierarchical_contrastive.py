@@ -6,7 +6,6 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from msacore.ops import _torch
 from msacore.ops._autocast import compute_in_float32
 from msacore.ops._autograd import differentiable, refuse_second_derivative
 from msacore.ops._check import check_device, check_dtype, check_floating, check_shape, fail
@@ -14,10 +13,9 @@ from msacore.ops.info_nce import check_temperature, loss_dtype
 
 _loss = torch.ops.msacore.hierarchical_contrastive_loss.default
 _loss_backward = torch.ops.msacore.hierarchical_contrastive_loss_backward.default
-_loss_with_gradients = torch.ops.msacore.hierarchical_contrastive_loss_with_gradients.default
 _TIERS = 3
 _MOST_MODALITIES = 64
-_FEW_SAMPLES = 128  # up to here the CPU computes the gradients along with the loss
+_FEW_SAMPLES, _MOST_KEPT = 128, 2**22  # csrc/hierarchical_contrastive/hierarchical_contrastive.h
 
 
 def _check_inputs(
@@ -27,12 +25,13 @@ def _check_inputs(
     high_level: Sequence[Tensor],
     available: Tensor | None,
     labels: Tensor | None,
-    *,
+    *learned_temperatures: Tensor | None,
     tier_weights: Sequence[float],
     temperatures: Sequence[float],
     intra_modal: bool,
+    normalize: bool,
 ) -> int:
-    """The checks of csrc/hierarchical_contrastive.h; returns the number of terms."""
+    """The checks of csrc/hierarchical_contrastive/hierarchical_contrastive.h; returns the number of terms."""
     modalities = len(unimodal)
     pairs = modalities * (modalities - 1) // 2
     if not 1 <= modalities <= _MOST_MODALITIES:
@@ -64,132 +63,83 @@ def _check_inputs(
     for name, values in (("tier_weights", tier_weights), ("temperatures", temperatures)):
         if len(values) != _TIERS:
             fail(op, f"expected `{name}` to hold 3 numbers, got {len(values)}")
-    for value in temperatures:
-        check_temperature(op, "temperatures", value)
+    for k, (value, learned) in enumerate(zip(temperatures, learned_temperatures, strict=True)):
+        if learned is None:
+            check_temperature(op, "temperatures", value)
+        else:
+            check_floating(op, f"temperatures[{k}]", learned)
+            check_shape(op, f"temperatures[{k}]", learned, (), "[] (0-d)")
+            check_device(op, f"temperatures[{k}]", learned, first)
     return (modalities if intra_modal else pairs) + modalities + pairs * (pairs - 1) // 2
 
 
+def _kept_shape(terms: int, samples: Any, intra_modal: bool, keep: bool) -> tuple[Any, ...]:
+    rows = (samples + 15) // 16 * 16
+    if not keep or intra_modal or samples > _FEW_SAMPLES or terms * rows * rows > _MOST_KEPT:
+        return (0,)
+    return terms, rows, rows
+
+
 @torch.library.register_fake("msacore::hierarchical_contrastive_loss")
-def _(*inputs: Any, **options: Any) -> tuple[Tensor, Tensor, Tensor]:
+def _(*inputs: Any, keep: bool, **options: Any) -> tuple[Tensor, Tensor, Tensor, Tensor]:
     terms = _check_inputs("hierarchical_contrastive_loss", *inputs, **options)
     fused = inputs[1]
-    dtype = loss_dtype(fused.dtype)
-    shapes = ((), (_TIERS,), (terms, 2, 3, fused.shape[0]))
-    loss, tiers, stats = (fused.new_empty(shape, dtype=dtype) for shape in shapes)
-    return loss, tiers, stats
+    n, dtype = fused.shape[0], loss_dtype(fused.dtype)
+    shapes = ((), (_TIERS,), (terms, 2, 4, n), _kept_shape(terms, n, options["intra_modal"], keep))
+    loss, tiers, stats, kept = (fused.new_empty(shape, dtype=dtype) for shape in shapes)
+    return loss, tiers, stats, kept
 
 
 @torch.library.register_fake("msacore::hierarchical_contrastive_loss_backward")
-def _(grad_loss: Tensor | None, grad_tiers: Tensor | None, *saved: Any, **options: Any) -> list[Tensor]:
-    *inputs, stats = saved
+def _(
+    grad_loss: Tensor | None, grad_tiers: Tensor | None, *saved: Any, **options: Any
+) -> tuple[list[Tensor], Tensor, Tensor, Tensor]:
+    *inputs, stats, kept = saved
     op = "hierarchical_contrastive_loss_backward"
     terms = _check_inputs(op, *inputs, **options)
-    unimodal, fused, high_level = inputs[:3]
+    unimodal, fused, high_level, _, _, *learned = inputs
+    n = fused.shape[0]
+    full = _kept_shape(terms, n, options["intra_modal"], True)
     for name, tensor, shape, meaning in (
         ("grad_loss", grad_loss, (), "[]"),
         ("grad_tiers", grad_tiers, (_TIERS,), "[3]"),
-        ("stats", stats, (terms, 2, 3, fused.shape[0]), "[T, 2, 3, N]"),
+        ("stats", stats, (terms, 2, 4, n), "[T, 2, 4, N]"),
+        ("kept", kept, (0,) if kept.dim() == 1 else full, "[0]" if kept.dim() == 1 else "[T, R, R]"),
     ):
         if tensor is not None:
             check_dtype(op, name, tensor, loss_dtype(fused.dtype))
             check_shape(op, name, tensor, shape, meaning)
-    return [t.new_empty(t.shape) for t in (*unimodal, fused, *high_level)]
-
-
-@torch.library.register_fake("msacore::hierarchical_contrastive_loss_with_gradients")
-def _(*inputs: Any, **options: Any) -> tuple[Tensor, list[Tensor]]:
-    _check_inputs("hierarchical_contrastive_loss", *inputs, **options)
-    unimodal, fused, high_level = inputs[:3]
-    loss = fused.new_empty((), dtype=loss_dtype(fused.dtype))
-    return loss, [t.new_empty(t.shape) for t in (*unimodal, fused, *high_level)]
+            check_device(op, name, tensor, fused)
+    one, two, three = (fused.new_empty((0,)) if t is None else t.new_empty(()) for t in learned)
+    return [t.new_empty(t.shape) for t in (*unimodal, fused, *high_level)], one, two, three
 
 
 def _setup_context(ctx: Any, inputs: tuple[Any, ...], keyword_only_inputs: dict[str, Any], output: Any) -> None:
-    unimodal, fused, high_level, available, labels = inputs
-    _, _, stats = output
-    ctx.mark_non_differentiable(stats)
+    unimodal, fused, high_level, *others = inputs
+    _, _, stats, kept = output
+    ctx.mark_non_differentiable(stats, kept)
     ctx.set_materialize_grads(False)
-    ctx.save_for_backward(*unimodal, fused, *high_level, available, labels, stats)
+    ctx.save_for_backward(*unimodal, fused, *high_level, *others, stats, kept)
     ctx.modalities = len(unimodal)
-    ctx.options = keyword_only_inputs
+    ctx.options = {name: value for name, value in keyword_only_inputs.items() if name != "keep"}
 
 
-def _backward(ctx: Any, grad_loss: Tensor | None, grad_tiers: Tensor | None, _: None) -> tuple[Any, ...]:
-    modalities = ctx.modalities
-    *embeddings, available, labels, stats = ctx.saved_tensors
-    grads: Sequence[Tensor | None]
-    if grad_loss is None and grad_tiers is None:
-        grads = [None] * len(embeddings)
-    else:
-        grads = _loss_backward(
-            grad_loss,
-            grad_tiers,
-            embeddings[:modalities],
-            embeddings[modalities],
-            embeddings[modalities + 1 :],
-            available,
-            labels,
-            stats,
-            **ctx.options,
-        )
-    return list(grads[:modalities]), grads[modalities], list(grads[modalities + 1 :]), None, None
+def _backward(ctx: Any, grad_loss: Tensor | None, grad_tiers: Tensor | None, *_: None) -> tuple[Any, ...]:
+    m = ctx.modalities
+    *embeddings, available, labels, one, two, three, stats, kept = ctx.saved_tensors
+    learned = one, two, three
+    grads: Sequence[Tensor | None] = [None] * len(embeddings)
+    slopes: Sequence[Tensor | None] = [None] * _TIERS
+    if grad_loss is not None or grad_tiers is not None:
+        inputs = embeddings[:m], embeddings[m], embeddings[m + 1 :], available, labels, *learned
+        grads, *slopes = _loss_backward(grad_loss, grad_tiers, *inputs, stats, kept, **ctx.options)
+    slopes = [None if t is None else slope for t, slope in zip(learned, slopes, strict=True)]
+    return list(grads[:m]), grads[m], list(grads[m + 1 :]), None, None, *slopes
 
 
 refuse_second_derivative("hierarchical_contrastive_loss_backward")
 compute_in_float32("hierarchical_contrastive_loss")
 _eager = differentiable(_loss, _setup_context, _backward)
-
-
-def _setup_scaling(ctx: Any, inputs: tuple[Any, ...], keyword_only_inputs: dict[str, Any], output: Any) -> None:
-    _, gradients = output
-    ctx.mark_non_differentiable(*gradients)
-    ctx.save_for_backward(*gradients)
-    ctx.modalities = len(inputs[0])
-
-
-def _scale(ctx: Any, grad_loss: Tensor, _: Any) -> tuple[Any, ...]:
-    if torch.is_grad_enabled():
-        fail("hierarchical_contrastive_loss", "second derivatives are not implemented")
-    grads = torch._foreach_mul(ctx.saved_tensors, grad_loss)
-    modalities = ctx.modalities
-    return list(grads[:modalities]), grads[modalities], list(grads[modalities + 1 :]), None, None
-
-
-torch.library.register_autograd(
-    "msacore::hierarchical_contrastive_loss_with_gradients", _scale, setup_context=_setup_scaling
-)
-
-
-class _FewSamples(torch.autograd.Function):
-    """Loss and gradients from one visit to tiles that stay in the cache; backward only scales the gradients.
-
-    Not for 16-bit embeddings: their gradients must be rounded after the scaling.
-    """
-
-    @staticmethod
-    def forward(ctx: Any, modalities: int, available: Any, labels: Any, options: Any, *embeddings: Tensor) -> Tensor:
-        unimodal, fused, high_level = embeddings[:modalities], embeddings[modalities], embeddings[modalities + 1 :]
-        inputs = list(unimodal), fused, list(high_level), available, labels
-        with torch._C._AutoDispatchBelowAutograd():
-            loss, ctx.gradients = _loss_with_gradients(*inputs, **options)
-        ctx.save_for_backward(*embeddings, available, labels)
-        ctx.modalities, ctx.options = modalities, options
-        return loss
-
-    @staticmethod
-    def backward(ctx: Any, *grads: Tensor) -> tuple[Any, ...]:
-        if torch.is_grad_enabled():  # create_graph=True: the registered formula refuses the second derivative
-            *embeddings, available, labels = ctx.saved_tensors
-            m = ctx.modalities
-            inputs = embeddings[:m], embeddings[m], embeddings[m + 1 :], available, labels
-            with torch.no_grad():
-                _, _, stats = _loss(*inputs, **ctx.options)
-            return None, None, None, None, *_loss_backward(grads[0], None, *inputs, stats, **ctx.options)
-        with torch._C._AutoDispatchBelowAutograd():
-            return None, None, None, None, *torch._foreach_mul(ctx.gradients, grads[0])
-
-
-_few_samples = _torch.short_apply(_FewSamples)
 
 
 def hierarchical_contrastive_loss(
@@ -235,9 +185,9 @@ def hierarchical_contrastive_loss(
         ``Σ_t tier_weights[t] · tiers[t]``, the loss of "AL-HCL: Active Learning and Hierarchical Contrastive Learning
         for Multimodal Sentiment Analysis with Fusion Guidance" (2026). One operator call forward and one backward; each
         embedding is normalised once, both directions of a term come from one sweep, and no similarity matrix is stored.
-        On the CPU, up to 128 float32 or float64 samples without ``return_tiers`` get their gradients along with the
-        loss where gradients are on; the backward pass then only scales them. Accumulates in float32 for 16-bit types
-        and computes in float32 under autocast. Deterministic; differentiable once; no host synchronisation on CUDA.
+        Where a gradient is wanted, the exponentials of up to 128 samples are kept for the backward pass: N² numbers a
+        term. Accumulates in float32 for 16-bit types and computes in float32 under autocast. Deterministic;
+        differentiable once; no host synchronisation on CUDA.
 
     Example:
         >>> text, audio, fused = torch.eye(4), torch.eye(4).roll(1, 0), torch.ones(4, 4)
@@ -251,10 +201,20 @@ def hierarchical_contrastive_loss(
             f'"cross_modal" or "intra_modal", got {tier1!r}'
         )
     intra_modal = tier1 == "intra_modal"
-    options = dict(tier_weights=list(tier_weights), temperatures=list(temperatures), intra_modal=intra_modal)
-    labels = labels if intra_modal else None
-    few = fused.device.type == "cpu" and fused.dtype.itemsize > 2 and fused.shape[:1].numel() <= _FEW_SAMPLES
-    if few and not return_tiers and torch.is_grad_enabled() and _torch.is_plain_eager():
-        return _few_samples(len(unimodal), available, labels, options, *unimodal, fused, *high_level)
-    loss, tiers, _ = _eager(list(unimodal), fused, list(high_level), available, labels, **options)
+    embeddings = (*unimodal, fused, *high_level)
+    loss, tiers, _, _ = _eager(
+        list(unimodal),
+        fused,
+        list(high_level),
+        available,
+        labels if intra_modal else None,
+        None,
+        None,
+        None,
+        tier_weights=list(tier_weights),
+        temperatures=list(temperatures),
+        intra_modal=intra_modal,
+        normalize=True,
+        keep=torch.is_grad_enabled() and any(t.requires_grad for t in embeddings),
+    )
     return (loss, tiers) if return_tiers else loss

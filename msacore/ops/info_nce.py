@@ -13,6 +13,7 @@ from msacore.ops._check import check_device, check_dtype, check_floating, check_
 _info_nce = torch.ops.msacore.info_nce.default
 _info_nce_backward = torch.ops.msacore.info_nce_backward.default
 _REDUCTIONS = {"none": 0, "mean": 1, "sum": 2}
+_DENOMINATORS = {"all": 0, "negatives": 1, "decoupled": 2}
 
 
 def check_temperature(op: str, name: str, value: float) -> None:
@@ -32,12 +33,16 @@ def _check_inputs(
     anchor_labels: Tensor | None,
     candidate_labels: Tensor | None,
     weights: Tensor | None,
+    negatives: Tensor | None,
+    negative_mask: Tensor | None,
     anchor_mask: Tensor | None,
     candidate_mask: Tensor | None,
     *,
     temperature: float,
     symmetric: bool,
     exclude_self: bool,
+    normalize: bool,
+    denominator: int,
     reduction: int,
 ) -> tuple[Any, Any]:
     """The checks of csrc/info_nce/info_nce.h; returns N and N'."""
@@ -60,11 +65,20 @@ def _check_inputs(
         check_device(op, "temperature", learned_temperature, anchors)
     else:
         check_temperature(op, "temperature", temperature)
+    q = 0
+    if negatives is not None:
+        check_dtype(op, "negatives", negatives, anchors.dtype)
+        check_shape(op, "negatives", negatives, (-1, d), "[Q, d]")
+        check_device(op, "negatives", negatives, anchors)
+        q = negatives.shape[0]
+    elif negative_mask is not None:
+        fail(op, "expected `negative_mask` only together with `negatives`")
     for name, tensor, dtype, rows, meaning in (
         ("labels[0]", anchor_labels, torch.int64, n, "[N]"),
         ("labels[1]", candidate_labels, torch.int64, m, "[N']"),
         ("anchor_mask", anchor_mask, torch.bool, n, "[N]"),
         ("candidate_mask", candidate_mask, torch.bool, m, "[N']"),
+        ("negative_mask", negative_mask, torch.bool, q, "[Q]"),
     ):
         if tensor is not None:
             check_dtype(op, name, tensor, dtype)
@@ -77,6 +91,9 @@ def _check_inputs(
     as_many = f"expected `candidates` to have as many rows as `anchors` ({n})"
     if weights is None and anchor_labels is None and n != m:
         fail(op, f"{as_many} when neither `labels` nor `weights` say which are positive, got {m}")
+    if not 0 <= denominator <= 2:
+        names = '"all", "negatives" or "decoupled"'
+        fail(op, f"expected `denominator` to be {names}, got code {denominator}")
     if not 0 <= reduction <= 2:
         fail(op, f'expected `reduction` to be "none", "mean" or "sum", got code {reduction}')
     if symmetric and reduction == _REDUCTIONS["none"] and n != m:
@@ -84,36 +101,46 @@ def _check_inputs(
     return n, m
 
 
+def _stat_rows(denominator: int) -> int:
+    """Numbers that the forward pass keeps of a row; csrc/info_nce/info_nce.h says which."""
+    return 5 if denominator == _DENOMINATORS["negatives"] else 4
+
+
 @torch.library.register_fake("msacore::info_nce")
 def _(*inputs: Any, **options: Any) -> tuple[Tensor, Tensor, Tensor]:
     n, m = _check_inputs("info_nce", *inputs, **options)
-    anchors, dtype = inputs[0], loss_dtype(inputs[0].dtype)
+    anchors, dtype, rows = inputs[0], loss_dtype(inputs[0].dtype), _stat_rows(options["denominator"])
     return (
         anchors.new_empty((n,) if options["reduction"] == _REDUCTIONS["none"] else (), dtype=dtype),
-        anchors.new_empty((3, n), dtype=dtype),
-        anchors.new_empty((3, m if options["symmetric"] else 0), dtype=dtype),
+        anchors.new_empty((rows, n), dtype=dtype),
+        anchors.new_empty((rows, m if options["symmetric"] else 0), dtype=dtype),
     )
 
 
 @torch.library.register_fake("msacore::info_nce_backward")
-def _(grad_out: Tensor, *saved: Any, **options: Any) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+def _(grad_out: Tensor, *saved: Any, **options: Any) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
     *inputs, anchor_stats, candidate_stats = saved
     op = "info_nce_backward"
     n, m = _check_inputs(op, *inputs, **options)
-    anchors, candidates, learned_temperature, _, _, weights, _, _ = inputs
+    anchors, candidates, learned_temperature, _, _, weights, negatives, *_ = inputs
     dtype = loss_dtype(anchors.dtype)
-    check_dtype(op, "grad_out", grad_out, dtype)
-    per_anchor = options["reduction"] == _REDUCTIONS["none"]
-    check_shape(op, "grad_out", grad_out, (n,) if per_anchor else (), "[N]" if per_anchor else "[]")
-    check_dtype(op, "anchor_stats", anchor_stats, dtype)
-    check_shape(op, "anchor_stats", anchor_stats, (3, n), "[3, N]")
-    check_dtype(op, "candidate_stats", candidate_stats, dtype)
-    check_shape(op, "candidate_stats", candidate_stats, (3, m if options["symmetric"] else 0), "[3, N'] or [3, 0]")
+    per_anchor, rows = options["reduction"] == _REDUCTIONS["none"], _stat_rows(options["denominator"])
+    columns = m if options["symmetric"] else 0
+    for name, tensor, shape, meaning in (
+        ("grad_out", grad_out, (n,) if per_anchor else (), "[N]" if per_anchor else "[]"),
+        ("anchor_stats", anchor_stats, (rows, n), "[S, N]"),
+        ("candidate_stats", candidate_stats, (rows, columns), "[S, N'] or [S, 0]"),
+    ):
+        check_dtype(op, name, tensor, dtype)
+        check_shape(op, name, tensor, shape, meaning)
+        check_device(op, name, tensor, anchors)
+    d = anchors.shape[1]
     return (
-        anchors.new_empty(anchors.shape),
-        anchors.new_empty((0 if candidates is None else m, anchors.shape[1])),
+        anchors.new_empty((n, d)),
+        anchors.new_empty((0 if candidates is None else m, d)),
         anchors.new_empty((0,)) if learned_temperature is None else learned_temperature.new_empty(()),
         anchors.new_empty((0, 0) if weights is None else (n, m)),
+        anchors.new_empty((0 if negatives is None else negatives.shape[0], d)),
     )
 
 
@@ -127,9 +154,9 @@ def _setup_context(ctx: Any, inputs: tuple[Any, ...], keyword_only_inputs: dict[
 
 def _backward(ctx: Any, grad_out: Tensor | None, *_: Any) -> tuple[Tensor | None, ...]:
     if grad_out is None:
-        return (None,) * 8
+        return (None,) * 10
     saved = ctx.saved_tensors
-    anchors, candidates, temperature, weights = _info_nce_backward(grad_out, *saved, **ctx.options)
+    anchors, candidates, temperature, weights, negatives = _info_nce_backward(grad_out, *saved, **ctx.options)
     return (
         anchors,
         None if saved[1] is None else candidates,
@@ -137,6 +164,8 @@ def _backward(ctx: Any, grad_out: Tensor | None, *_: Any) -> tuple[Tensor | None
         None,
         None,
         None if saved[5] is None else weights,
+        None if saved[6] is None else negatives,
+        None,
         None,
         None,
     )
@@ -217,11 +246,15 @@ def info_nce(
         anchor_labels,
         candidate_labels,
         weights,
+        None,
+        None,
         anchor_mask,
         candidate_mask,
         temperature=1.0 if learned is not None else temperature,
         symmetric=symmetric,
         exclude_self=exclude_self,
+        normalize=True,
+        denominator=0,
         reduction=_REDUCTIONS[reduction],
     )
     return loss

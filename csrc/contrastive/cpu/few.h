@@ -1,5 +1,5 @@
-// Contrastive terms of so few rows that a term is one tile: it stays in the cache from the similarities to the
-// gradients, and loss and gradient come from one visit. For two-sided terms with diagonal positives and bounded
+// Contrastive terms of so few rows that a term is one tile. The tiles of exponentials are kept from the forward pass to
+// the backward pass, which then computes no similarity again. For two-sided terms with diagonal positives and bounded
 // exponents; results do not depend on the number of threads.
 #pragma once
 #include <vector>
@@ -16,14 +16,16 @@ bool are_few(const std::vector<Term<A>>& terms) {
   });
 }
 
-// s ← 2^(s·scale - scale), zero where a row or column takes no part; adds to the sums of rows and columns.
+// e[i][j] ← 2^(s·scale - scale), zero where a row or column takes no part; adds to the sums of rows and columns.
 template <typename A>
-MSACORE_SIMD void exponentials_in_place(const Tile<A>& t, double* __restrict__ sum_a, double* __restrict__ sum_b) {
+MSACORE_SIMD void exponentials_of(const Tile<A>& t, A* __restrict__ exponentials, double* __restrict__ sum_a,
+                                  double* __restrict__ sum_b) {
   A columns[kBlock] = {};
   for (int64_t i = 0; i < t.m; ++i) {
-    A* __restrict__ s = t.s + i * kTileRow;
+    const A* __restrict__ s = t.s + i * kTileRow;
+    A* __restrict__ out = exponentials + i * t.n;
     if (!takes_part(t.from_a[i])) {
-      for (int64_t j = 0; j < t.n; ++j) s[j] = 0;
+      for (int64_t j = 0; j < t.n; ++j) out[j] = 0;
       continue;
     }
     const A scale = t.scale;
@@ -32,69 +34,96 @@ MSACORE_SIMD void exponentials_in_place(const Tile<A>& t, double* __restrict__ s
 #pragma omp simd reduction(+ : row)
     for (int64_t j = 0; j < t.n; ++j) {
       const A e = exp2_of(s[j] * scale + from[j]);
-      s[j] = e;
+      out[j] = e;
       row += e;
     }
     sum_a[i] += row;
-    for (int64_t j = 0; j < t.n; ++j) columns[j] += s[j];
+    for (int64_t j = 0; j < t.n; ++j) columns[j] += out[j];
   }
   for (int64_t j = 0; j < t.n; ++j) sum_b[j] += columns[j];
 }
 
-// s[i][j] ← s[i][j] (share_a[i] + share_b[j]), from exponentials to gradients of the log-sum-exps.
+// s[i][j] ← e[i][j] (share_a[i] + share_b[j]), from exponentials to gradients of the log-sum-exps.
 template <typename A>
-MSACORE_SIMD void weigh_exponentials(const Tile<A>& t, const A* __restrict__ share_a, const A* __restrict__ share_b) {
+MSACORE_SIMD void weigh_exponentials(const Tile<A>& t, const A* __restrict__ exponentials,
+                                     const A* __restrict__ share_a, const A* __restrict__ share_b) {
   for (int64_t i = 0; i < t.m; ++i) {
     A* __restrict__ s = t.s + i * kTileRow;
+    const A* __restrict__ e = exponentials + i * t.n;
     const A share = share_a[i];
-    for (int64_t j = 0; j < t.n; ++j) s[j] *= share + share_b[j];
+    for (int64_t j = 0; j < t.n; ++j) s[j] = e[j] * (share + share_b[j]);
   }
 }
 
-// One tile per term, and what visits them.
+// Numbers that a term keeps.
 template <typename A>
-class FewTerms {
- public:
-  explicit FewTerms(std::vector<Term<A>>& terms) : terms_(terms) {
-    for (Term<A>& term : terms_) tiles_.emplace_back(term.a->rows * kTileRow);
-  }
+int64_t exponential_count(const Term<A>& term) {
+  return term.a->rows * term.b->rows;
+}
 
-  // Sums of exponentials and positives of every term, then then(index) on the same thread.
-  template <typename Then>
-  void sum_exponentials(Then&& then) {
-    torch::stable::parallel_for(0, count(), grain(), [&](int64_t begin, int64_t end) {
+// The tile of a term, at `s`.
+template <typename A>
+Tile<A> few_tile(const Term<A>& term, A* s) {
+  return {term.a->rows, term.b->rows, s, term.rows.from.get(), term.columns.from.get(), static_cast<A>(term.scale), 0};
+}
+
+// How many terms, or blocks of rows of a side, are worth a thread.
+template <typename A>
+int64_t few_grain(const std::vector<Term<A>>& terms) {
+  int64_t most = 1;
+  for (const Term<A>& term : terms) most = std::max(most, term.a->rows * term.b->rows * term.a->width);
+  return std::max<int64_t>(1, 200000 / most);
+}
+
+// Sums of exponentials and positives of every term, then then(index) on the same thread. The exponentials [rows of a,
+// rows of b] of one term after the other go to `kept`, unless it is null.
+template <typename A, typename Then>
+void sum_few_exponentials(std::vector<Term<A>>& terms, A* kept, Then&& then) {
+  torch::stable::parallel_for(0, static_cast<int64_t>(terms.size()), few_grain(terms), [&](int64_t begin, int64_t end) {
+    const Buffer<A> tile(kBlock * kTileRow), own(kept ? 0 : kBlock * kBlock);
+    for (int64_t k = begin; k < end; ++k) {
+      Term<A>& term = terms[k];
+      open_rows(term.rows, *term.a, term.scale, true);
+      open_rows(term.columns, *term.b, term.scale, true);
+      start_sums(term.rows, *term.a, true);
+      start_sums(term.columns, *term.b, true);
+      const Side<A>&a = *term.a, &b = *term.b;
+      const Tile<A> t = few_tile(term, tile.get());
+      small_product<A>(
+          {a.rows, b.rows, a.d, a.row(0), a.stride, 1, b.panels.get(), kPanel * b.width, kPanel, t.s, kTileRow, false});
+      for (int64_t i = 0; i < std::min(a.n, b.n); ++i) {
+        if (!takes_part(t.from_a[i]) || !takes_part(t.from_b[i])) continue;
+        term.rows.total[i] = term.columns.total[i] = 1;
+        term.rows.positive[i] = term.columns.positive[i] = t.s[i * kTileRow + i];
+      }
+      exponentials_of(t, kept ? kept + k * exponential_count(term) : own.get(), term.rows.sum.get(),
+                      term.columns.sum.get());
+      then(k);
+    }
+  });
+}
+
+// Gradients of terms whose shares are loaded, from their exponentials.
+template <typename A>
+class FewGradients {
+ public:
+  FewGradients(std::vector<Term<A>>& terms, const A* kept) : terms_(terms) {
+    for (Term<A>& term : terms_) tiles_.emplace_back(term.a->rows * kTileRow);
+    torch::stable::parallel_for(0, count(), few_grain(terms_), [&](int64_t begin, int64_t end) {
       for (int64_t k = begin; k < end; ++k) {
         Term<A>& term = terms_[k];
         open_rows(term.rows, *term.a, term.scale, true);
         open_rows(term.columns, *term.b, term.scale, true);
-        start_sums(term.rows, *term.a, true);
-        start_sums(term.columns, *term.b, true);
-        const Side<A>&a = *term.a, &b = *term.b;
-        const Tile<A> t = tile(k);
-        small_product<A>({a.rows, b.rows, a.d, a.row(0), a.stride, 1, b.panels.get(), kPanel * b.width, kPanel, t.s,
-                          kTileRow, false});
-        for (int64_t i = 0; i < std::min(a.n, b.n); ++i) {
-          if (!takes_part(t.from_a[i]) || !takes_part(t.from_b[i])) continue;
-          term.rows.total[i] = term.columns.total[i] = 1;
-          term.rows.positive[i] = term.columns.positive[i] = t.s[i * kTileRow + i];
-        }
-        exponentials_in_place(t, term.rows.sum.get(), term.columns.sum.get());
-        then(k);
+        const Tile<A> t = few_tile(term, tiles_[k].get());
+        weigh_exponentials(t, kept + k * exponential_count(term), term.rows.share.get(), term.columns.share.get());
+        for (int64_t i = 0; i < std::min(term.a->n, term.b->n); ++i)
+          if (takes_part(t.from_a[i]) && takes_part(t.from_b[i]))
+            t.s[i * kTileRow + i] -= term.rows.attract[i] + term.columns.attract[i];
       }
     });
   }
 
-  // Turns the exponentials of a term, whose shares are loaded, into gradients of its similarities.
-  void weigh(int64_t k) {
-    const Term<A>& term = terms_[k];
-    const Tile<A> t = tile(k);
-    weigh_exponentials(t, term.rows.share.get(), term.columns.share.get());
-    for (int64_t i = 0; i < std::min(term.a->n, term.b->n); ++i)
-      if (takes_part(t.from_a[i]) && takes_part(t.from_b[i]))
-        t.s[i * kTileRow + i] -= term.rows.attract[i] + term.columns.attract[i];
-  }
-
-  // Gradients of all sides with respect to their embeddings, once every term is weighed.
+  // Of all sides, with respect to their embeddings.
   template <typename T>
   void project(const std::vector<Side<A>>& sides, const std::vector<T*>& grads) const {
     constexpr int64_t kRows = 32;
@@ -102,7 +131,7 @@ class FewTerms {
     for (const Side<A>& side : sides) blocks = std::max(blocks, (side.rows + kRows - 1) / kRows);
     const int64_t all = static_cast<int64_t>(sides.size());
     // Blocks outermost: equal shares of every side for every thread.
-    torch::stable::parallel_for(0, blocks * all, grain(), [&](int64_t begin, int64_t end) {
+    torch::stable::parallel_for(0, blocks * all, few_grain(terms_), [&](int64_t begin, int64_t end) {
       Buffer<A> gradient;
       int64_t held = 0;
       double pull[kRows];
@@ -120,24 +149,6 @@ class FewTerms {
 
  private:
   int64_t count() const { return static_cast<int64_t>(terms_.size()); }
-
-  // How many terms, or blocks of rows of a side, are worth a thread.
-  int64_t grain() const {
-    int64_t most = 1;
-    for (const Term<A>& term : terms_) most = std::max(most, term.a->rows * term.b->rows * term.a->width);
-    return std::max<int64_t>(1, 200000 / most);
-  }
-
-  Tile<A> tile(int64_t k) const {
-    const Term<A>& term = terms_[k];
-    return {term.a->rows,
-            term.b->rows,
-            tiles_[k].get(),
-            term.rows.from.get(),
-            term.columns.from.get(),
-            static_cast<A>(term.scale),
-            0};
-  }
 
   // gradient [rows, width] ← Σ over the terms of a side, in their order, of gradients of similarities · other rows.
   void gather(const Side<A>& side, int64_t row, int64_t rows, A* gradient) const {

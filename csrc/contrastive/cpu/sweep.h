@@ -280,8 +280,8 @@ void sum_exponentials(std::vector<Term<A>>& terms, Inspect&& inspect) {
   });
 }
 
-// Losses per anchor of one direction, zero where dropped, and how many count. Fills stats [3, n]: log-sum-exp, mean
-// similarity of the positives, their total weight.
+// Losses per anchor of one direction, zero where dropped, and how many count. Fills stats [4, n]: highest similarity,
+// logarithm of the sum of exponentials relative to it, mean similarity of the positives, their total weight.
 template <typename A>
 std::vector<double> anchor_losses(const Term<A>& term, const Direction<A>& direction, int64_t n, A* stats,
                                   int64_t* count) {
@@ -290,13 +290,17 @@ std::vector<double> anchor_losses(const Term<A>& term, const Direction<A>& direc
   *count = 0;
   for (int64_t i = 0; i < n; ++i) {
     const bool kept = direction.total[i] != 0;
-    double log = 0;  // of the sum of exponentials, to base 2
-    if (kept) log = std::log2(direction.sum[i]) + (term.bounded() ? scale : static_cast<double>(direction.highest[i]));
-    if (kept && direction.choice(i)) loss[i] = (log - scale * direction.positive[i]) * M_LN2;
+    double highest = 0, log = 0;  // the logarithm to base 2
+    if (kept) {
+      highest = term.bounded() ? 1.0 : static_cast<double>(direction.highest[i]) / scale;
+      log = std::log2(direction.sum[i]);
+    }
+    if (kept && direction.choice(i)) loss[i] = ((highest - direction.positive[i]) * scale + log) * M_LN2;
     *count += kept;
-    stats[i] = static_cast<A>(log * M_LN2);
-    stats[n + i] = static_cast<A>(kept ? direction.positive[i] : 0.0);
-    stats[2 * n + i] = static_cast<A>(direction.total[i]);
+    stats[i] = static_cast<A>(highest);
+    stats[n + i] = static_cast<A>(log * M_LN2);
+    stats[2 * n + i] = static_cast<A>(kept ? direction.positive[i] : 0.0);
+    stats[3 * n + i] = static_cast<A>(direction.total[i]);
   }
   return loss;
 }
@@ -306,21 +310,22 @@ std::vector<double> anchor_losses(const Term<A>& term, const Direction<A>& direc
 template <typename A, typename GradientOf>
 void load_shares(const Term<A>& term, Direction<A>& direction, const Side<A>& side, const A* stats,
                  GradientOf&& gradient_of) {
+  const double scale = static_cast<double>(static_cast<A>(term.scale));
   const int64_t n = side.n;
   int64_t count = 0;
-  for (int64_t i = 0; stats && i < n; ++i) count += stats[2 * n + i] != 0;
+  for (int64_t i = 0; stats && i < n; ++i) count += stats[3 * n + i] != 0;
   direction.share = Buffer<A>(side.rows, A(0));
   direction.log = Buffer<A>(side.rows, std::numeric_limits<A>::infinity());
   direction.attract = Buffer<A>(side.rows, A(0));
   direction.positive = Buffer<double>(side.rows, 0.0);
   for (int64_t i = 0; stats && i < n; ++i) {
-    if (stats[2 * n + i] == 0 || !direction.choice(i)) continue;
-    const double gradient = gradient_of(i, count), log = stats[i] * M_LOG2E;
+    if (stats[3 * n + i] == 0 || !direction.choice(i)) continue;
+    const double gradient = gradient_of(i, count), log = stats[i] * scale + stats[n + i] * M_LOG2E;
     direction.log[i] = static_cast<A>(log);
     direction.share[i] =
         static_cast<A>(term.bounded() ? gradient * exp2_of(static_cast<A>(term.scale) - log) : gradient);
-    direction.attract[i] = static_cast<A>(gradient / stats[2 * n + i]);
-    direction.positive[i] = stats[n + i];
+    direction.attract[i] = static_cast<A>(gradient / stats[3 * n + i]);
+    direction.positive[i] = stats[2 * n + i];
   }
 }
 

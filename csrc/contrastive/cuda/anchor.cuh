@@ -173,20 +173,21 @@ __device__ __forceinline__ Positives<A> positives_of(const A (&weight)[Count], c
   return positives;
 }
 
-// Writes what the backward pass needs of anchor i to stats [3, n]; returns its loss. `positive`: mean similarity of the
+// Writes what the backward pass needs of anchor i to stats [4, n]; returns its loss. `positive`: mean similarity of the
 // positives; `scale`: of exponents.
 template <typename A>
 __device__ __forceinline__ double finish_anchor(const Softmax<double>& all, double total, double positive, bool choice,
                                                 double scale, A* stats, int64_t n, int64_t i) {
-  double loss = 0, log_sum_exp = 0;
+  double loss = 0, highest = 0, log = 0;
   if (total != 0 && choice) {
-    const double log = log2(all.sum);
-    log_sum_exp = (all.maximum + log) * 0.6931471805599453;
-    loss = (all.maximum - scale * positive + log) * 0.6931471805599453;
+    log = log2(all.sum) * 0.6931471805599453;
+    highest = all.maximum / scale;
+    loss = (all.maximum - scale * positive) * 0.6931471805599453 + log;
   }
-  stats[i] = static_cast<A>(log_sum_exp);
-  stats[n + i] = static_cast<A>(positive);
-  stats[2 * n + i] = static_cast<A>(total);
+  stats[i] = static_cast<A>(highest);
+  stats[n + i] = static_cast<A>(log);
+  stats[2 * n + i] = static_cast<A>(positive);
+  stats[3 * n + i] = static_cast<A>(total);
   return loss;
 }
 
@@ -194,12 +195,11 @@ __device__ __forceinline__ double finish_anchor(const Softmax<double>& all, doub
 template <typename A>
 struct LossGradient {
   const A *out, *term;  // `out`: one number, or [n] where `per_anchor`
-  double number;        // beside them
   double weight, scale;
   bool mean, per_anchor;
 
   __device__ double of(int64_t i, int64_t anchors) const {
-    double gradient = number;
+    double gradient = 0;
     if (out) gradient += weight * static_cast<double>(out[per_anchor ? i : 0]);
     if (term) gradient += static_cast<double>(*term);
     if (mean) gradient /= static_cast<double>(anchors);
@@ -220,11 +220,13 @@ __device__ __forceinline__ AnchorGradient<A> no_anchor() {
   return {0, -kNothing<A>, 0, 0};
 }
 
-// Of an anchor that counts and has a choice; `gradient` is that of its loss, stats [3, n] are of the forward pass.
+// Of an anchor that counts and has a choice; `gradient` is that of its loss, stats [4, n] are of the forward pass;
+// `scale`: of exponents.
 template <typename A>
-__device__ __forceinline__ AnchorGradient<A> anchor_gradient(const A* stats, int64_t n, int64_t i, double gradient) {
-  return {static_cast<A>(gradient), static_cast<A>(stats[i] * 1.4426950408889634),
-          static_cast<A>(gradient / stats[2 * n + i]), stats[n + i]};
+__device__ __forceinline__ AnchorGradient<A> anchor_gradient(const A* stats, int64_t n, int64_t i, double scale,
+                                                             double gradient) {
+  return {static_cast<A>(gradient), static_cast<A>(stats[i] * scale + stats[n + i] * 1.4426950408889634),
+          static_cast<A>(gradient / stats[3 * n + i]), stats[2 * n + i]};
 }
 
 // What the softmax counts in the gradient of the similarity of two rows that each may be the other's anchor.

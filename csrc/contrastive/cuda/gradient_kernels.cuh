@@ -18,9 +18,10 @@ template <typename T>
 __device__ __forceinline__ AnchorGradient<acc_t<T>> anchor_gradient(const Problem<T>& problem, const Side<T>& own,
                                                                     const Side<T>& other, int64_t i) {
   using A = acc_t<T>;
-  const bool counts = i < own.n && own.stats && own.stats[2 * own.n + i] != A(0);
+  const bool counts = i < own.n && own.stats && own.stats[3 * own.n + i] != A(0);
   if (!counts || !problem.choice(other, i)) return no_anchor<A>();
-  return anchor_gradient(own.stats, own.n, i, problem.gradient.of(i, own.counts[1]));
+  return anchor_gradient(own.stats, own.n, i, problem.temperature.template scale<A>(),
+                         problem.gradient.of(i, own.counts[1]));
 }
 
 // Neighbours in one access; of 16 bits each nvcc would make two.

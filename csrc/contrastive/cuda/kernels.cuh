@@ -53,7 +53,7 @@ __device__ __forceinline__ void count_rows(int64_t n, const A* stats, int64_t* c
   int part = 0, kept = 0;
   for (int64_t i = threadIdx.x; i < n; i += kRowThreads) {
     part += takes_part(i);
-    kept += stats && stats[2 * n + i] != A(0);
+    kept += stats && stats[3 * n + i] != A(0);
   }
   part = block_sum(part);
   kept = block_sum(kept);
@@ -69,7 +69,7 @@ struct Terms {
   Problem<T> at[Most];
 };
 
-// Where statistics [3, n] and losses [n] of a direction go, `step` numbers per row and term apart. Positives come
+// Where statistics [4, n] and losses [n] of a direction go, `step` numbers per row and term apart. Positives come
 // first: until the loss is known, their mean similarity is in its place.
 template <typename A>
 struct AnchorResults {
@@ -82,7 +82,7 @@ struct AnchorResults {
     return {stats + term * stats_step * n, stats_step, losses + term * losses_step * n, losses_step};
   }
   __device__ void set_positives(int64_t n, int64_t i, double total, double mean) const {
-    stats[2 * n + i] = static_cast<A>(total);
+    stats[3 * n + i] = static_cast<A>(total);
     losses[i] = mean;
   }
 };
@@ -195,7 +195,7 @@ __global__ void __launch_bounds__(kRowThreads, 3)
       results.set_positives(own.n, i, sum.total, sum.mean());
     }
     if (m.end)
-      results.losses[i] = finish_anchor(all, results.stats[2 * own.n + i], results.losses[i], problem.choice(other, i),
+      results.losses[i] = finish_anchor(all, results.stats[3 * own.n + i], results.losses[i], problem.choice(other, i),
                                         problem.temperature.template scale<A>(), results.stats, own.n, i);
   }
 }
