@@ -84,7 +84,8 @@ def _short_function(op: Any, setup_context: Formula | None, backward: Formula) -
 
     def call_backward(ctx: Any, *grads: Any) -> tuple[Any, ...]:
         if ctx.lists:
-            ctx.needs_input_grad = _nest(ctx.needs_input_grad, ctx.lists.arguments)
+            if list not in map(type, ctx.needs_input_grad):  # a second backward pass finds it nested
+                ctx.needs_input_grad = _nest(ctx.needs_input_grad, ctx.lists.arguments)
             grads = ctx.lists.nest_results(grads)
         # create_graph=True, forward mode, transforms: the gradient operator is called as any other, and refuses what is
         # not implemented.
