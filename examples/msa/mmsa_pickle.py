@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import zipfile
 from collections import Counter
 from collections.abc import Mapping
 from dataclasses import replace
@@ -76,8 +75,10 @@ def load_mmsa(
 
 
 def _read(path: Path) -> Any:
-    if path.is_file() and zipfile.is_zipfile(path):
-        return read_torch(path, zipfile.ZipFile(path))
+    if path.is_file():
+        with path.open("rb") as f:
+            if f.read(4) == b"PK\x03\x04":
+                return read_torch(path)
     return read_pickle(path)
 
 
@@ -125,11 +126,13 @@ def _part(
     labels: np.ndarray | None,
     video_key: str | None,
 ) -> Part:
-    values, lengths = {}, {}
+    values, lengths, present = {}, {}, {}
     for name, key in modalities.items():
         values[name], ragged = numbers(where, key, part[key])
-        if ragged is not None:
+        if ragged is not None and values[name].ndim == 3:
             lengths[name] = ragged
+        elif ragged is not None:
+            present[name] = ragged > 0
     n = len(next(iter(values.values()))) if labels is None else len(labels)
     for name, x in values.items():
         if x.ndim not in (2, 3) or len(x) != n or x.shape[-1] == 0:
@@ -145,7 +148,7 @@ def _part(
             f"{where}: 'text_bert' must be [{n}, 3, {values['text'].shape[1]}], got {words.shape[1]} steps"
         )
     train = np.full(n, split == TRAIN)
-    features, masks, available, aligned = intake.features(where, values, train, lengths, words)
+    features, masks, available, aligned = intake.features(where, values, train, lengths, words, None, present)
     intake.unimodal = intake.unimodal or "regression_labels_T" in part
     if "id" not in part:
         raise ValueError(f"{where}: it lacks the key 'id'; it has {sorted(map(str, part))[:30]}")

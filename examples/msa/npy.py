@@ -14,6 +14,8 @@ from typing import IO
 
 import numpy as np
 
+from .stand_ins import from_bytes
+
 MAX_HEADER = 10_000
 # How far a packed file may unfold: padding packs well, features do not.
 FREE_BYTES = 64 << 20
@@ -26,6 +28,10 @@ _HEADER = re.compile(
 
 class NotPlain(ValueError):
     """The file is damaged, or holds something else than plain arrays."""
+
+
+class HoldsObjects(NotPlain):
+    """The array is sound, as far as can be seen, but of objects or records."""
 
 
 @dataclass(frozen=True)
@@ -42,8 +48,12 @@ class Header:
         return math.prod(self.shape) * self.dtype.itemsize
 
     def build(self, data: bytes) -> np.ndarray:
-        """The array of ``size`` bytes, writable."""
-        flat = np.frombuffer(bytearray(data), self.dtype)
+        """The array of ``size`` bytes, writable.
+
+        Raises:
+            ValueError: A text in it is none.
+        """
+        flat = from_bytes(bytearray(data), self.dtype)
         return flat.reshape(self.shape, order="F" if self.fortran else "C")
 
 
@@ -63,7 +73,7 @@ def read_header(f: IO[bytes], size: int) -> Header:
         raise NotPlain("an array with an endless header")
     match = _HEADER.fullmatch(f.read(length).decode("latin1"))
     if match is None:
-        raise NotPlain("an array of objects or records: only plain numbers and texts are read")
+        raise HoldsObjects("an array of objects or records: only plain numbers and texts are read")
     shape = tuple(int(s) for s in re.findall(r"\d+", match[3]))
     header = Header(np.dtype(match[1]), shape, match[2] == "True", 8 + struct.calcsize(form) + length)
     if header.dtype.itemsize == 0 or header.size != size - header.start:
@@ -153,4 +163,5 @@ def _named(path: Path, kind: str) -> Iterator[None]:
         raise
     except Exception as e:
         what = str(e) if isinstance(e, NotPlain) else f"{type(e).__name__}: {e}"
-        raise ValueError(f"{path}: not a readable {kind} of plain arrays ({what})") from e
+        failure = HoldsObjects if isinstance(e, HoldsObjects) else ValueError
+        raise failure(f"{path}: not a readable {kind} of plain arrays ({what})") from e

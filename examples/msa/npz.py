@@ -17,7 +17,7 @@ import numpy as np
 from .conversations import SINGLE
 from .corpus import LABEL_RANGE, TRAIN, UNUSED, VALID, Corpus
 from .intake import Intake, Part
-from .npy import Archive
+from .npy import Archive, HoldsObjects
 from .values import column, texts
 
 MOSI_SPLITS = {"official": "split", "bclstm": "split_bclstm", "clean752": "split_clean752"}
@@ -144,20 +144,14 @@ def _any(intake: Intake, archive: Archive, blocks: tuple[str, ...] | None, video
     key = next((k for k in LABELS if k in archive), None)
     marks = {"split", "utt_id", "id", "video_index", "video_id"} & set(archive)
     if key is None and not marks:
-        raise ValueError(
-            f"{path}: it lacks the key 'label', and every other that tells rows; it has {sorted(archive)[:50]}"
-        )
+        raise ValueError(f"{path}: it lacks the keys 'label' and 'utt_id'; it has {sorted(archive)[:50]}")
     first = key or ("utt_id" if "utt_id" in marks else min(marks))
     shape = archive.header(first).shape
     n = shape[0] if shape else 0
-    found = [
-        k for k in archive
-        if k not in LABELS and not k.endswith(NO_FEATURES)
-        and archive.header(k).dtype.kind in "fiu" and len(archive.header(k).shape) in (2, 3)
-    ]  # fmt: skip
+    found = [k for k in blocks or archive if k in archive and _is_feature(intake, archive, k)]
     unknown = [b for b in blocks or () if b not in found]
     if unknown:
-        raise ValueError(f"{path}: unknown blocks {unknown}; choose from {found}")
+        raise ValueError(f"{path}: unknown blocks {unknown}; it has {sorted(archive)[:50]}")
     if not found:
         raise ValueError(f"{path}: it holds no features, arrays [{n}, d] or [{n}, L, d]; it has {sorted(archive)[:50]}")
     values = {b: (b, _number(archive, b, n)) for b in blocks or found}
@@ -173,6 +167,17 @@ def _any(intake: Intake, archive: Archive, blocks: tuple[str, ...] | None, video
     videos = None if video_key is None else _videos(archive, video_key, n)
     _facts(intake, archive)
     return _corpus(intake, archive, labels, split, values, videos, None)
+
+
+def _is_feature(intake: Intake, archive: Archive, key: str) -> bool:
+    if key in LABELS or key.endswith(NO_FEATURES):
+        return False
+    try:
+        header = archive.header(key)
+    except HoldsObjects:
+        intake.notes.append(f"the array {key!r} holds objects and is not read")
+        return False
+    return header.dtype.kind in "fiu" and len(header.shape) in (2, 3)
 
 
 def _facts(intake: Intake, archive: Archive) -> None:

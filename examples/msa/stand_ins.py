@@ -32,6 +32,20 @@ def checked_shape(shape: Any, limit: int) -> tuple[int, ...]:
     return tuple(shape)
 
 
+def from_bytes(data: Any, dtype: np.dtype) -> np.ndarray:
+    """A flat array over bytes. NumPy makes texts of any 32-bit number, which Python's own functions then fail on.
+
+    Raises:
+        ValueError: An element of a text is no character.
+    """
+    flat = np.frombuffer(data, dtype=dtype)
+    if dtype.kind == "U" and flat.size:
+        codes = np.frombuffer(data, dtype=np.dtype("u4").newbyteorder(dtype.byteorder))
+        if codes.max() > 0x10FFFF:
+            raise ValueError("a text with a character that does not exist")
+    return flat
+
+
 class LongText:
     """UTF-8 of a long text, decoded when an array needs it."""
 
@@ -111,7 +125,7 @@ class StoredArray:
             flat[:] = self.data
         else:
             raw = self.data.read() if hasattr(self.data, "read") else self.data
-            flat = np.frombuffer(raw, dtype=self.dtype)
+            flat = from_bytes(raw, self.dtype)
         return flat.reshape(self.shape, order=self.order).copy()
 
 

@@ -56,32 +56,45 @@ def load_from_bytes(data: Any) -> StoredStorage:
     return result
 
 
-def read_torch(path: Path, archive: zipfile.ZipFile) -> Any:
+def read_torch(path: Path) -> Any:
     """The object in a zip file of ``torch.save``; tensors stay in the file until they are wanted.
 
     Raises:
         ValueError: The file is corrupt or holds anything but containers, arrays and tensors.
     """
-    names = {i.filename: i for i in archive.infolist()}
-    root = next(n for n in names if n.endswith("data.pkl"))
-    folder = root[: -len("data.pkl")]
+    return guarded(path, lambda: _Parts(zipfile.ZipFile(path)).load())
 
-    def member(name: str) -> bytes:
-        info = names[name]
+
+class _Parts:
+    """The parts of a torch file: a pickle, and a part for each storage.
+
+    Args:
+        archive: The file; it stays open as long as a tensor of it is not yet read.
+    """
+
+    def __init__(self, archive: zipfile.ZipFile) -> None:
+        self.archive = archive
+        self.names = {i.filename: i for i in archive.infolist()}
+        root = next((n for n in self.names if n.endswith("data.pkl")), None)
+        self.root = root if root is not None else refuse("a zip file without a pickle of torch")
+        self.found: dict[str, StoredStorage] = {}
+
+    def load(self) -> Any:
+        return Machine(self.read(self.root), 0, self.storage).load()
+
+    def read(self, name: str) -> bytes:
+        info = self.names[name]
         # torch stores its parts as they are: a packed one is not torch's, and could unpack to anything.
         if info.compress_type != zipfile.ZIP_STORED or info.file_size != info.compress_size or info.flag_bits & 1:
             refuse(f"a packed part {name[:80]!r}")
-        return archive.read(info)
+        return self.archive.read(info)
 
-    def storage(identity: Any) -> StoredStorage:
+    def storage(self, identity: Any) -> StoredStorage:
         key, new = _storage(identity)
-        name = f"{folder}data/{key}"
-        if name not in names or names[name].file_size != new.count * new.itemsize:
+        name = f"{self.root[: -len('data.pkl')]}data/{key}"
+        if name not in self.names or self.names[name].file_size != new.count * new.itemsize:
             refuse("a tensor without its data")
-        if key not in found:
-            new.data = lambda: member(name)
-            found[key] = new
-        return found[key]
-
-    found: dict[str, StoredStorage] = {}
-    return guarded(path, lambda: Machine(member(root), 0, storage).load())
+        if key not in self.found:
+            new.data = lambda: self.read(name)
+            self.found[key] = new
+        return self.found[key]

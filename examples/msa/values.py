@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import math
-import pickle
+from collections.abc import Iterator
+from contextlib import contextmanager
 from typing import Any
 
 import numpy as np
@@ -26,18 +27,26 @@ def numbers(where: str, key: str, value: Any) -> tuple[np.ndarray, np.ndarray | 
             with zeros at the end; None is an empty sequence.
 
     Returns:
-        The array, and the lengths ``[N]`` where sequences had to be padded, else None.
+        The array, and the lengths ``[N]`` where sequences had to be padded (of single vectors 1, or 0 for an empty
+        one), else None.
 
     Raises:
         ValueError: There are other things than numbers in it, or rows of unequal width.
     """
-    try:
+    with _named(where, key, "is no array of numbers"):
         value = _unstored(value)
         if isinstance(value, list) and any(v is None or np.ndim(v) > 0 for v in value):
             return _stacked([np.zeros(0, np.float32) if v is None else _float32(v) for v in value])
         return _float32(value), None
-    except (TypeError, ValueError, pickle.UnpicklingError, MemoryError, OverflowError) as e:
-        raise ValueError(f"{where}: {key!r} is no array of numbers ({e})") from e
+
+
+@contextmanager
+def _named(where: str, key: str, what: str) -> Iterator[None]:
+    """Turn whatever a damaged value raises when its array is built into one ValueError that names it."""
+    try:
+        yield
+    except Exception as e:
+        raise ValueError(f"{where}: {key!r} {what} ({str(e)[:300]})") from e
 
 
 def _unstored(value: Any) -> Any:
@@ -75,8 +84,11 @@ def _stacked(rows: list[np.ndarray]) -> tuple[np.ndarray, np.ndarray | None]:
     lengths = np.array([len(r) if r.size else 0 for r in rows])
     out = np.zeros((len(rows), longest, *full[0].shape[1:]), np.float32)
     for row, length, values in zip(out, lengths, rows, strict=True):
-        row[:length] = values[:length]
-    return out, None if full[0].ndim == 1 or (lengths == longest).all() else lengths
+        if length:
+            row[:length] = values
+    if full[0].ndim == 1:
+        lengths, longest = (lengths > 0).astype(lengths.dtype), 1
+    return out, None if (lengths == longest).all() else lengths
 
 
 def column(where: str, key: str, value: Any, n: int) -> list[Any]:
@@ -85,10 +97,8 @@ def column(where: str, key: str, value: Any, n: int) -> list[Any]:
     Raises:
         ValueError: There is another number of entries, or something else in it.
     """
-    try:
+    with _named(where, key, "cannot be read"):
         value = _unstored(value)
-    except (ValueError, pickle.UnpicklingError, MemoryError) as e:
-        raise ValueError(f"{where}: {key!r} cannot be read ({e})") from e
     value = value.tolist() if isinstance(value, np.ndarray) else value
     if not isinstance(value, list) or len(value) != n:
         raise ValueError(f"{where}: {key!r} must list one entry for each of the {n} labels")
@@ -112,6 +122,8 @@ def _entry(where: str, key: str, value: Any) -> Any:
             value = value.decode("latin1")
     if isinstance(value, bool) or not isinstance(value, (str, int, float)):
         _no_entry(where, key)
+    if isinstance(value, str) and value.encode("utf-8", "replace").decode() != value:
+        raise ValueError(f"{where}: {key!r} holds half a character")
     return value
 
 
@@ -121,10 +133,8 @@ def _no_entry(where: str, key: str) -> None:
 
 def texts(where: str, key: str, value: Any, n: int) -> list[str]:
     """One text for each of ``n`` utterances; entries that are neither text nor number become empty."""
-    try:
+    with _named(where, key, "cannot be read"):
         value = _unstored(value)
-    except (ValueError, pickle.UnpicklingError, MemoryError) as e:
-        raise ValueError(f"{where}: {key!r} cannot be read ({e})") from e
     value = value.tolist() if isinstance(value, np.ndarray) else value
     if not isinstance(value, list) or len(value) != n:
         raise ValueError(f"{where}: {key!r} must list one entry for each of the {n} labels")
@@ -135,7 +145,8 @@ def texts(where: str, key: str, value: Any, n: int) -> list[str]:
         if isinstance(v, list) and len(v) == 1:
             v = v[0]
         v = bytes(v).decode("utf-8", "replace") if isinstance(v, (bytes, memoryview)) else v
-        result.append(str(v) if isinstance(v, (str, int, float)) and not isinstance(v, bool) else "")
+        v = str(v) if isinstance(v, (str, int, float)) and not isinstance(v, bool) else ""
+        result.append(v.encode("utf-8", "replace").decode())
     return result
 
 
