@@ -5,7 +5,9 @@
 
 #include <map>
 #include <string>
+#include <utility>
 
+#include "cpu/interrupt.h"
 #include "cpu/simd.h"
 
 namespace {
@@ -33,8 +35,28 @@ std::map<std::string, std::string> build_info() {
   };
 }
 
+// What the handler of a signal raised while an operator ran, until Python takes it; of no owner at the interpreter's
+// end.
+pybind11::object& raised() {
+  static auto* const exception = new pybind11::object(pybind11::none());
+  return *exception;
+}
+
+bool handlers_raise() {
+  const pybind11::gil_scoped_acquire gil;
+  if (PyErr_CheckSignals() == 0) return false;
+  raised() = pybind11::error_already_set().value();
+  return true;
+}
+
 }  // namespace
 
 PYBIND11_MODULE(_C, m) {
   m.def("build_info", &build_info, "Compiler, instruction sets, CUDA version and architectures of this build.");
+  m.def(
+      "hear_signals", [] { msacore::cpu::interrupt_hook = &handlers_raise; },
+      "Make long operators on the CPU run the handlers of signals, and end when one raises.");
+  m.def(
+      "take_raised", [] { return std::exchange(raised(), pybind11::none()); },
+      "What a handler raised when it ended an operator, once; None otherwise.");
 }

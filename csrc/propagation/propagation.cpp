@@ -21,13 +21,20 @@ namespace {
 
 constexpr int64_t kGrain = 32768;  // element updates a thread should have at least
 
-void check_offset_values(const char* op, const int64_t* offsets, const WindowSizes& s) {
+void check_values(const char* op, const Call& call) {
+  const WindowSizes& s = call.sizes;
+  const int64_t *offsets = call.offsets, *positions = call.positions;
   check(offsets[0] == 0, op, "expected `offsets[0]` to be 0, got ", offsets[0]);
   check(offsets[s.conversations] == s.utterances, op, "expected `offsets[-1]` to be N = ", s.utterances, ", got ",
         offsets[s.conversations]);
   for (int64_t v = 0; v < s.conversations; ++v)
     check(offsets[v] <= offsets[v + 1], op, "expected `offsets` to be non-decreasing, got ", offsets[v], " before ",
           offsets[v + 1], " at position ", v);
+  for (int64_t v = 0; positions && v < s.conversations; ++v)
+    for (int64_t i = offsets[v] + 1; i < offsets[v + 1]; ++i)
+      check(positions[i - 1] < positions[i], op,
+            "expected `positions` to increase strictly within a conversation, got ", positions[i - 1], " before ",
+            positions[i], " at row ", i);
 }
 
 // A modality count known at compile time keeps all sums of an utterance in registers; 0 is the general form.
@@ -70,7 +77,7 @@ MSACORE_INLINE void forward_step(const Conversation<A>& c, int64_t modalities, c
   const int64_t M = kM > 0 ? kM : modalities;
   const auto use = [&](int64_t i, Row<A>* u) __attribute__((always_inline)) {
     Row<A> in_registers[kM > 0 ? kM : 1];
-    Row<A>* others = kM > 0 ? in_registers : c.work + 2 * M;
+    Row<A>* others = kM > 0 ? in_registers : c.others;
     for (int64_t m = 0; m < M; ++m) {
       const int64_t e = i * M + m;
       u[m] = gates.intra[kGated ? e : i] * u[m] + c.x[e];
@@ -83,7 +90,7 @@ MSACORE_INLINE void forward_step(const Conversation<A>& c, int64_t modalities, c
       next[e] = kGated ? row.where(gates.next_sends[e]) : row;
     }
   };
-  for_each_window<kM>(h, c.length, M, c.past, c.future, c.ends, c.work, use);
+  for_each_window<kM>(h, c.length, M, c.reach, c.include_self, c.windows, use);
 }
 
 // All steps from x in c.h; returns the result's place. A state buffer holds what a node sends, zeros where it does not.
@@ -101,6 +108,7 @@ MSACORE_SIMD const Row<A>* forward_tile(const Call& call, const Conversation<A>&
     const Gates<A> gates = c.gates(call, k);
     c.gated(call, k) ? forward_step<kM, true>(c, M, gates, h, next) : forward_step<kM, false>(c, M, gates, h, next);
     std::swap(h, next);
+    if (c.interrupted(call)) break;
   }
   return h;
 }
@@ -113,7 +121,7 @@ MSACORE_INLINE void backward_step(const Conversation<A>& c, int64_t modalities, 
   const int64_t M = kM > 0 ? kM : modalities;
   const auto use = [&](int64_t i, Row<A>* lambda) __attribute__((always_inline)) {
     Row<A> in_registers[kM > 0 ? kM : 1];
-    Row<A>* g = kM > 0 ? in_registers : c.work + 2 * M;
+    Row<A>* g = kM > 0 ? in_registers : c.others;
     for (int64_t m = 0; m < M; ++m) {
       const int64_t e = i * M + m;
       if (kGated) lambda[m] = lambda[m].where(gates.next_sends[e]);
@@ -130,13 +138,13 @@ MSACORE_INLINE void backward_step(const Conversation<A>& c, int64_t modalities, 
   };
   if (first) {
     Row<A> in_registers[kM > 0 ? kM : 1];
-    Row<A>* lambda = kM > 0 ? in_registers : c.work;
+    Row<A>* lambda = kM > 0 ? in_registers : c.windows.sums;
     for (int64_t i = 0; i < c.length; ++i) {
       for (int64_t m = 0; m < M; ++m) lambda[m] = h[i * M + m];
       use(i, lambda);
     }
   } else {
-    for_each_window<kM>(h, c.length, M, c.future, c.past, c.ends, c.work, use);
+    for_each_window<kM>(h, c.length, M, c.heard_by, c.include_self, c.windows, use);
   }
 }
 
@@ -154,6 +162,7 @@ MSACORE_SIMD const Row<A>* backward_tile(const Call& call, const Conversation<A>
     c.gated(call, k) ? backward_step<kM, true>(c, M, gates, alpha, first, h, next)
                      : backward_step<kM, false>(c, M, gates, alpha, first, h, next);
     std::swap(h, next);
+    if (c.interrupted(call)) break;
   }
   const auto use = [&](int64_t i, Row<A>* lambda) __attribute__((always_inline)) {
     for (int64_t m = 0; m < (kM > 0 ? kM : M); ++m) {
@@ -161,7 +170,7 @@ MSACORE_SIMD const Row<A>* backward_tile(const Call& call, const Conversation<A>
       c.x[e] = c.x[e] + (call.gate ? lambda[m].where(c.gate[e]) : lambda[m]);
     }
   };
-  for_each_window<kM>(h, c.length, M, c.future, c.past, c.ends, c.work, use);
+  for_each_window<kM>(h, c.length, M, c.heard_by, c.include_self, c.windows, use);
   return c.x;
 }
 
@@ -185,8 +194,7 @@ MSACORE_SIMD const Row<A>* window_mean_tile(const Call& call, const Conversation
         c.next[e] = scale(e) * sum[m];
     }
   };
-  for_each_window<kM>(c.h, c.length, M, kTransposed ? c.future : c.past, kTransposed ? c.past : c.future, c.ends,
-                      c.work, use);
+  for_each_window<kM>(c.h, c.length, M, kTransposed ? c.heard_by : c.reach, c.include_self, c.windows, use);
   return c.next;
 }
 
@@ -216,22 +224,13 @@ MSACORE_SIMD void modality_mean_range(const T* __restrict__ h, const bool* __res
   }
 }
 
-enum class Direction { kForward, kBackward };
-
-// The operators and their gradients map [N, M, d] to [N, M, d]; `tile` runs one task of the kind.
+// Maps h [N, M, d] to `out`, conversation by conversation; `tile` runs one task of the kind.
 template <typename Tile>
-Tensor over_conversations(const char* op, const std::string& name, const Tensor& h_, const Tensor& offsets_,
-                          const std::string& gate_name, const OptionalTensor& gate_, int64_t past, int64_t future,
-                          int64_t steps, double alpha, Send send, Tile&& tile) {
-  check_window(op, past, future);
-  WindowSizes s = check_states(op, name, h_, gate_name, gate_);
-  s.conversations = check_offsets(op, offsets_, h_);
-  const Tensor h = torch::stable::contiguous(h_), offsets = torch::stable::contiguous(offsets_);
-  const OptionalTensor gate = contiguous(gate_);
-  const Call call{s, offsets.const_data_ptr<int64_t>(), data_or_null<bool>(gate), past, future, steps, alpha, send};
-  check_offset_values(op, call.offsets, s);
-  Tensor out = on_huge_pages(torch::stable::new_empty(h, {s.utterances, s.modalities, s.width}));
-  if (out.numel() == 0) return out;
+void over_conversations(const char* op, const Call& call, const Tensor& h, Tensor& out, Tile&& tile) {
+  check_values(op, call);
+  if (out.numel() == 0) return;
+  on_huge_pages(out);
+  const WindowSizes& s = call.sizes;
   dispatch_floating(h.scalar_type(), op, [&](auto tag) {
     using T = typename decltype(tag)::type;
     const T* from = h.const_data_ptr<T>();
@@ -243,42 +242,51 @@ Tensor over_conversations(const char* op, const std::string& name, const Tensor&
       });
     });
   });
-  return out;
+  call.interruption->check(op);
 }
 
-template <Direction kDirection>
-Tensor propagate_cpu(const Tensor& x, const Tensor& offsets, const OptionalTensor& available, int64_t past,
-                     int64_t future, int64_t steps, double alpha, int64_t send) {
-  constexpr bool kForward = kDirection == Direction::kForward;
-  constexpr const char* op = kForward ? "propagate" : "propagate_backward";
-  check_steps(op, steps, alpha);
-  return over_conversations(op, kForward ? "x" : "grad_out", x, offsets, "available", available, past, future, steps,
-                            alpha, check_send(op, send), [](auto count, const Call& call, const auto& c) {
-                              constexpr int kM = decltype(count)::value;
-                              return kForward ? forward_tile<kM>(call, c) : backward_tile<kM>(call, c);
-                            });
+Call call_of(const WindowSizes& sizes, const Windows& windows, const OptionalTensor& gate, Direction direction,
+             Interruption& interruption) {
+  return {sizes,
+          windows.offsets.const_data_ptr<int64_t>(),
+          data_or_null<int64_t>(windows.positions),
+          data_or_null<bool>(gate),
+          windows.past,
+          windows.future,
+          windows.include_self,
+          1,
+          0.0,
+          Send::kNever,
+          direction == Direction::kBackward,
+          &interruption};
 }
 
-template <Direction kDirection>
-Tensor window_mean_cpu(const Tensor& h, const Tensor& offsets, const OptionalTensor& senders, int64_t past,
-                       int64_t future) {
-  constexpr bool kForward = kDirection == Direction::kForward;
-  return over_conversations(kForward ? "window_mean" : "window_mean_backward", kForward ? "h" : "grad_out", h, offsets,
-                            "senders", senders, past, future, 1, 0.0, Send::kNever,
-                            [](auto count, const Call& call, const auto& c) {
-                              return window_mean_tile<decltype(count)::value, !kForward>(call, c);
-                            });
+void propagate(const char* op, const PropagateCall& given, Direction direction, const Tensor& x, Tensor& out) {
+  Interruption interruption;
+  Call call = call_of(given.sizes, given.windows, given.gate, direction, interruption);
+  call.steps = given.steps;
+  call.alpha = given.alpha;
+  call.send = given.send;
+  over_conversations(op, call, x, out, [](auto count, const Call& call, const auto& c) {
+    constexpr int kM = decltype(count)::value;
+    return call.backward ? backward_tile<kM>(call, c) : forward_tile<kM>(call, c);
+  });
 }
 
-template <Direction kDirection>
-Tensor modality_mean_cpu(const Tensor& h_, const OptionalTensor& senders_) {
-  constexpr bool kForward = kDirection == Direction::kForward;
-  constexpr const char* op = kForward ? "modality_mean" : "modality_mean_backward";
-  const WindowSizes s = check_states(op, kForward ? "h" : "grad_out", h_, "senders", senders_);
-  const Tensor h = torch::stable::contiguous(h_);
-  const OptionalTensor senders = contiguous(senders_);
-  Tensor out = on_huge_pages(torch::stable::new_empty(h, {s.utterances, s.modalities, s.width}));
-  if (out.numel() == 0) return out;
+void window_mean(const char* op, const WindowMeanCall& given, Direction direction, const Tensor& h, Tensor& out) {
+  Interruption interruption;
+  const Call call = call_of(given.sizes, given.windows, given.gate, direction, interruption);
+  over_conversations(op, call, h, out, [](auto count, const Call& call, const auto& c) {
+    constexpr int kM = decltype(count)::value;
+    return call.backward ? window_mean_tile<kM, true>(call, c) : window_mean_tile<kM, false>(call, c);
+  });
+}
+
+void modality_mean(const char* op, const ModalityMeanCall& call, Direction direction, const Tensor& h, Tensor& out) {
+  if (out.numel() == 0) return;
+  on_huge_pages(out);
+  const WindowSizes& s = call.sizes;
+  const bool* gate = data_or_null<bool>(call.gate);
   dispatch_floating(h.scalar_type(), op, [&](auto tag) {
     using T = typename decltype(tag)::type;
     const T* from = h.const_data_ptr<T>();
@@ -286,34 +294,41 @@ Tensor modality_mean_cpu(const Tensor& h_, const OptionalTensor& senders_) {
     const int64_t grain = std::max<int64_t>(1, kGrain / (s.modalities * s.modalities * s.width));
     torch::stable::parallel_for(0, s.utterances, grain, [&](int64_t begin, int64_t end) {
       std::vector<acc_t<T>> sum(s.width);
-      modality_mean_range<!kForward>(from, data_or_null<bool>(senders), to, sum.data(), s, begin, end);
+      direction == Direction::kForward ? modality_mean_range<false>(from, gate, to, sum.data(), s, begin, end)
+                                       : modality_mean_range<true>(from, gate, to, sum.data(), s, begin, end);
     });
   });
-  return out;
 }
+
+using Operators = PropagationOperators<propagate, window_mean, modality_mean>;
 
 }  // namespace
 }  // namespace msacore::propagation::cpu
 
 STABLE_TORCH_LIBRARY_FRAGMENT(msacore, m) {
   m.def(
-      "propagate(Tensor x, Tensor offsets, Tensor? available, *, int past, int future, int steps, float alpha, int "
-      "send) -> Tensor");
+      "propagate(Tensor x, Tensor offsets, Tensor? available, Tensor? positions, *, int past, int future, bool "
+      "include_self, int steps, float alpha, int send) -> Tensor");
   m.def(
-      "propagate_backward(Tensor grad_out, Tensor offsets, Tensor? available, *, int past, int future, int steps, "
-      "float alpha, int send) -> Tensor");
-  m.def("window_mean(Tensor h, Tensor offsets, Tensor? senders, *, int past, int future) -> Tensor");
-  m.def("window_mean_backward(Tensor grad_out, Tensor offsets, Tensor? senders, *, int past, int future) -> Tensor");
+      "propagate_backward(Tensor grad_out, Tensor offsets, Tensor? available, Tensor? positions, *, int past, int "
+      "future, bool include_self, int steps, float alpha, int send) -> Tensor");
+  m.def(
+      "window_mean(Tensor h, Tensor offsets, Tensor? senders, Tensor? positions, *, int past, int future, bool "
+      "include_self) -> Tensor");
+  m.def(
+      "window_mean_backward(Tensor grad_out, Tensor offsets, Tensor? senders, Tensor? positions, *, int past, int "
+      "future, bool include_self) -> Tensor");
   m.def("modality_mean(Tensor h, Tensor? senders) -> Tensor");
   m.def("modality_mean_backward(Tensor grad_out, Tensor? senders) -> Tensor");
 }
 
 STABLE_TORCH_LIBRARY_IMPL(msacore, CPU, m) {
-  using namespace msacore::propagation::cpu;
-  m.impl("propagate", TORCH_BOX(&propagate_cpu<Direction::kForward>));
-  m.impl("propagate_backward", TORCH_BOX(&propagate_cpu<Direction::kBackward>));
-  m.impl("window_mean", TORCH_BOX(&window_mean_cpu<Direction::kForward>));
-  m.impl("window_mean_backward", TORCH_BOX(&window_mean_cpu<Direction::kBackward>));
-  m.impl("modality_mean", TORCH_BOX(&modality_mean_cpu<Direction::kForward>));
-  m.impl("modality_mean_backward", TORCH_BOX(&modality_mean_cpu<Direction::kBackward>));
+  using msacore::propagation::Direction;
+  using msacore::propagation::cpu::Operators;
+  m.impl("propagate", TORCH_BOX(&Operators::propagate<Direction::kForward>));
+  m.impl("propagate_backward", TORCH_BOX(&Operators::propagate<Direction::kBackward>));
+  m.impl("window_mean", TORCH_BOX(&Operators::window_mean<Direction::kForward>));
+  m.impl("window_mean_backward", TORCH_BOX(&Operators::window_mean<Direction::kBackward>));
+  m.impl("modality_mean", TORCH_BOX(&Operators::modality_mean<Direction::kForward>));
+  m.impl("modality_mean_backward", TORCH_BOX(&Operators::modality_mean<Direction::kBackward>));
 }

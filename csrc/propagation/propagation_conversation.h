@@ -1,23 +1,29 @@
-// What one conversation needs in a propagation: how its means are scaled, who sends, and the buffers of its tile.
+// What one conversation needs in a propagation: who is within reach, how its means are scaled, who sends, and the
+// buffers of its tile.
 #pragma once
 #include <algorithm>
 #include <cstdint>
 #include <memory>
 #include <vector>
 
+#include "cpu/interrupt.h"
 #include "propagation/propagation.h"
 #include "propagation/propagation_window_tile.h"
 
 namespace msacore::propagation::cpu {
 
-// What the operator was called with; `gate` [N, M] says who sends, null when everybody does.
+// What the operator was called with, as pointers; `gate` [N, M] and `positions` [N] may be null.
 struct Call {
   WindowSizes sizes;
-  const int64_t* offsets;
+  const int64_t *offsets, *positions;
   const bool* gate;
-  int64_t past, future, steps;
+  int64_t past, future;
+  bool include_self;
+  int64_t steps;
   double alpha;
   Send send;
+  bool backward;
+  Interruption* interruption;
 };
 
 // The half-steps of one step. Ungated: intra [length], inter [1]; gated: everything per node, [length, M], with all
@@ -29,28 +35,65 @@ struct Gates {
   const Bits *sends, *next_sends;
 };
 
+// Rows within reach of every row of a conversation, found in one walk: neither end of a window ever moves back.
+class Reaches {
+ public:
+  // `positions` [length] or null; past and future as in the operator, -1 for the whole side.
+  void find(int64_t length, const int64_t* positions, int64_t past, int64_t future) {
+    first_.resize(length);
+    last_.resize(length);
+    int64_t first = 0, last = 0;
+    for (int64_t i = 0; i < length; ++i) {
+      const auto beyond = [&](int64_t from, int64_t to, int64_t side) {
+        // Positions rise, so that their distance fits an unsigned number whatever they are.
+        const uint64_t apart = positions ? static_cast<uint64_t>(positions[to]) - static_cast<uint64_t>(positions[from])
+                                         : static_cast<uint64_t>(to - from);
+        return side >= 0 && apart > static_cast<uint64_t>(side);
+      };
+      while (beyond(first, i, past)) ++first;
+      while (last + 1 < length && (last < i || !beyond(i, last + 1, future))) ++last;
+      first_[i] = first;
+      last_[i] = last;
+    }
+  }
+  Reach view() const { return {first_.data(), last_.data()}; }
+
+ private:
+  std::vector<int64_t> first_, last_;
+};
+
 // The scales (1-α)/count of one conversation and its tile buffers, kept by a thread from task to task.
 template <typename A>
 struct Conversation {
   using Bits = typename Row<A>::Bits;
-  int64_t length = 0, past = 0, future = 0;
+  int64_t length = 0, nodes = 0;
+  bool include_self = true;
+  Reach reach, heard_by;  // of a row: from whom it hears; who hears it (gradients only)
   std::vector<A> intra, gated_intra, inter, gated_inter;
   std::vector<Bits> gate, everybody;
-  int64_t nodes = 0;
-  std::unique_ptr<Row<A>[]> buffer;
-  Row<A>*x, *h, *next, *ends, *work;
-  int64_t capacity = -1;
+  Row<A>*x, *h, *next;
+  WindowRows<A> windows;
+  Row<A>* others;  // of general modality counts, [M]
+  mutable Interruption::Work work;
 
   void prepare(const Call& call, int64_t begin, int64_t end) {
     const int64_t M = call.sizes.modalities;
     const A keep = static_cast<A>(1 - call.alpha);
     length = end - begin;
     nodes = length * M;
-    past = call.past < 0 ? length - 1 : std::min(call.past, length - 1);
-    future = call.future < 0 ? length - 1 : std::min(call.future, length - 1);
+    include_self = call.include_self;
+    const int64_t* positions = call.positions ? call.positions + begin : nullptr;
+    reaches_.find(length, positions, call.past, call.future);
+    reach = reaches_.view();
+    if (call.backward) {
+      reversed_.find(length, positions, call.future, call.past);
+      heard_by = reversed_.view();
+    }
     intra.resize(length);
-    for (int64_t i = 0; i < length; ++i)
-      intra[i] = keep / static_cast<A>(std::min(i, past) + std::min(length - 1 - i, future) + 1);
+    for (int64_t i = 0; i < length; ++i) {
+      const int64_t count = reach.last[i] - reach.first[i] + include_self;
+      intra[i] = count ? keep / static_cast<A>(count) : A(0);
+    }
     inter.assign(nodes, M > 1 ? keep / static_cast<A>(M - 1) : A(0));
     if (call.gate) prepare_gates(call.gate + begin * M, M, keep);
     reserve(M);
@@ -66,44 +109,53 @@ struct Conversation {
             never && k + 1 < call.steps ? gate.data() : everybody.data()};
   }
 
+  // Counts a step; true when the call is to end.
+  bool interrupted(const Call& call) const { return call.interruption->stop(work, nodes); }
+
  private:
   void prepare_gates(const bool* sends, int64_t M, A keep) {
     everybody.assign(nodes, Bits(-1));
     gate.resize(nodes);
     gated_intra.resize(nodes);
     gated_inter.resize(nodes);
+    senders_.resize(length + 1);
     for (int64_t e = 0; e < nodes; ++e) gate[e] = sends[e] ? Bits(-1) : Bits(0);
     for (int64_t m = 0; m < M; ++m) {
-      int64_t senders = 0;
-      for (int64_t j = 0; j < future; ++j) senders += sends[j * M + m];
+      senders_[0] = 0;
+      for (int64_t i = 0; i < length; ++i) senders_[i + 1] = senders_[i] + sends[i * M + m];
       for (int64_t i = 0; i < length; ++i) {
-        if (i + future < length) senders += sends[(i + future) * M + m];
-        if (i > past) senders -= sends[(i - past - 1) * M + m];
-        gated_intra[i * M + m] = senders ? keep / static_cast<A>(senders) : A(0);
+        const int64_t self = include_self ? 0 : sends[i * M + m];
+        const int64_t count = senders_[reach.last[i] + 1] - senders_[reach.first[i]] - self;
+        gated_intra[i * M + m] = count ? keep / static_cast<A>(count) : A(0);
       }
     }
     for (int64_t i = 0; i < length; ++i) {
       int64_t here = 0;
       for (int64_t m = 0; m < M; ++m) here += sends[i * M + m];
       for (int64_t m = 0; m < M; ++m) {
-        const int64_t others = here - sends[i * M + m];
-        gated_inter[i * M + m] = others ? keep / static_cast<A>(others) : A(0);
+        const int64_t count = here - sends[i * M + m];
+        gated_inter[i * M + m] = count ? keep / static_cast<A>(count) : A(0);
       }
     }
   }
 
   void reserve(int64_t M) {
-    const int64_t rows = 4 * nodes + 3 * M;
-    if (rows > capacity) {
-      buffer.reset(new Row<A>[rows]);
-      capacity = rows;
+    const int64_t stored = 2 * (length + 1) * M, rows = 3 * nodes + stored + 4 * M;
+    if (rows > capacity_) {
+      buffer_.reset(new Row<A>[rows]);
+      capacity_ = rows;
     }
-    x = buffer.get();
+    x = buffer_.get();
     h = x + nodes;
     next = h + nodes;
-    ends = next + nodes;
-    work = ends + nodes;
+    windows = {next + nodes, next + nodes + stored};
+    others = windows.sums + 3 * M;
   }
+
+  Reaches reaches_, reversed_;
+  std::vector<int64_t> senders_;  // among the rows before, of one modality
+  std::unique_ptr<Row<A>[]> buffer_;
+  int64_t capacity_ = -1;
 };
 
 }  // namespace msacore::propagation::cpu

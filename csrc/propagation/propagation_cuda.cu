@@ -1,4 +1,5 @@
-// Propagation over conversations on CUDA: checks, workspace and launches.
+// Propagation over conversations on CUDA: workspace and launches.
+#include "core/round.h"
 #include "cuda/registration.cuh"
 #include "propagation/propagation.h"
 #include "propagation/propagation_kernels.cuh"
@@ -7,125 +8,100 @@ namespace msacore::propagation::cuda {
 using namespace msacore::cuda;
 namespace {
 
-// `side` of a window: -1 is the whole conversation, and nothing reaches further than N.
-int64_t reach_of(int64_t side, const WindowSizes& s) { return side < 0 ? s.utterances : std::min(side, s.utterances); }
+// Shared memory of a block where the mean conversation does not need more: four blocks on a multiprocessor of 228 KiB.
+#ifdef __CUDACC__
+constexpr int64_t kShare = 56 * 1024;
+#else
+constexpr int64_t kShare = 2048;  // so that short conversations already go every way
+#endif
 
-template <typename A>
-Tensor scales(const Neighbours& graph, const Tensor& like, int64_t kinds, A keep, cudaStream_t stream) {
-  const int64_t nodes = graph.gate ? graph.utterances * graph.modalities : 0;
-  Tensor out = torch::stable::new_empty(like, {kinds, nodes}, acc_dtype(like.scalar_type()));
-  A* const intra = out.mutable_data_ptr<A>();
-  if (graph.gate) {
-    launch(scales_kernel<A>, grid_for(graph.utterances, kThreads), dim3(kThreads), 0, stream, graph, intra,
-           kinds > 1 ? intra + nodes : nullptr, keep);
-  }
-  return out;
+Neighbours neighbours(const WindowSizes& s, const Windows& windows, const OptionalTensor& gate) {
+  return {windows.offsets.const_data_ptr<int64_t>(),
+          data_or_null<int64_t>(windows.positions),
+          data_or_null<bool>(gate),
+          s.utterances,
+          s.conversations,
+          windows.past,
+          windows.future,
+          static_cast<int>(s.modalities),
+          windows.include_self};
 }
 
-// Columns and capacity of a block. Lengths are on the device, so the capacity is four times the mean; where that is too
-// much for two blocks on a multiprocessor, a block takes fewer columns, but full sectors of memory.
+// Columns at a time and shared memory of a block. The lengths are on the device; the host knows their mean alone, and
+// gives room for twice as much: at full width if that leaves room for other blocks, else at full sectors of memory.
 template <typename T>
 void plan(Call<T>& call) {
-  constexpr int64_t kWidest = 5, kNarrowest = 3;
-  const int64_t M = call.graph.modalities, limit = static_cast<int64_t>(shared_limit());
-  const int64_t mean = (call.graph.utterances + call.graph.conversations - 1) / call.graph.conversations;
-  const int64_t wanted = std::min(call.graph.utterances, 4 * mean) * M;
-  const auto bytes = [&](int shift) { return int64_t(3 * sizeof(acc_t<T>)) << shift; };  // of a node
-  int shift = kWidest;
-  while (shift > 0 && int64_t{1} << (shift - 1) >= call.width) --shift;
-  while (shift > kNarrowest && wanted * bytes(shift) > limit / 2) --shift;
-  call.shift = shift;
-  call.capacity = std::min(wanted, limit / bytes(shift));
+  const int64_t mean = ceil_div(call.graph.utterances, call.graph.conversations);
+  const int64_t usual = std::min(call.graph.utterances, 2 * mean), limit = static_cast<int64_t>(shared_limit());
+  call.shift = kWidestShift;
+  while (call.shift > 0 && int64_t{1} << (call.shift - 1) >= call.width) --call.shift;
+  const int narrow = std::min(call.shift, kTaskShift);
+  call.budget = std::max(std::min(call.bytes(usual, call.shift), kShare), std::min(call.bytes(usual, narrow), limit));
 }
 
-template <bool kForward, typename T>
-void run_propagate(Call<T>& call, const T* from, Tensor& out, cudaStream_t stream) {
+template <Kind kKind, int kM, typename T>
+void run(Call<T> call, const Tensor& from, Tensor& out, cudaStream_t stream) {
   using A = acc_t<T>;
-  const int64_t nodes = call.graph.utterances * call.graph.modalities;
-  const Tensor scale = scales<A>(call.graph, out, 2, 1 - call.alpha, stream);
-  call.intra = scale.const_data_ptr<A>();
-  call.inter = call.intra + scale.size(1);
+  const int64_t N = call.graph.utterances;
   plan(call);
-  const bool all_fit = nodes <= call.capacity;
-  Tensor scratch = torch::stable::new_empty(out, {3, all_fit ? 0 : nodes * call.width}, acc_dtype(out.scalar_type()));
-  const int64_t tasks = call.graph.conversations * call.slices();
-  launch(propagate_kernel<kForward, T>, dim3(std::min(tasks, kMaxBlocks)), dim3(kThreads),
-         3 * sizeof(A) * (call.capacity << call.shift), stream, call, from, out.mutable_data_ptr<T>(),
-         all_fit ? nullptr : scratch.mutable_data_ptr<A>());
+  const int64_t slices = call.bytes(N, 0) > call.budget ? ceil_div(call.width, int64_t{1} << call.shift) : 0;
+  const int64_t states = slices > 0 ? call.buffers() * out.numel() : 0;
+  Tensor scratch = torch::stable::new_empty(out, {states}, acc_dtype(out.scalar_type()));
+  Tensor scales = torch::stable::new_empty(out, {slices * N * call.scales_of_row()}, acc_dtype(out.scalar_type()));
+  Tensor reaches = torch::stable::new_empty(out, {slices * N * call.reaches_of_row()}, ScalarType::Long);
+  if (slices > 0) {
+    call.scratch = scratch.mutable_data_ptr<A>();
+    call.scales = scales.mutable_data_ptr<A>();
+    call.reaches = reaches.mutable_data_ptr<int64_t>();
+  }
+  const int64_t tasks = call.graph.conversations * call.tasks_of_conversation();
+  launch(conversations_kernel<kKind, kM, T>, dim3(static_cast<unsigned>(std::min(tasks, kMaxBlocks))), dim3(kThreads),
+         static_cast<size_t>(call.budget), stream, call, from.const_data_ptr<T>(), out.mutable_data_ptr<T>());
 }
 
-template <bool kForward>
-Tensor propagate_cuda(const Tensor& x_, const Tensor& offsets_, const OptionalTensor& available_, int64_t past,
-                      int64_t future, int64_t steps, double alpha, int64_t send) {
-  constexpr const char* op = kForward ? "propagate" : "propagate_backward";
-  check_steps(op, steps, alpha);
-  check_window(op, past, future);
-  const bool never = check_send(op, send) == Send::kNever;
-  WindowSizes s = check_states(op, kForward ? "x" : "grad_out", x_, "available", available_);
-  s.conversations = check_offsets(op, offsets_, x_);
-  const OnDeviceOf device(x_);
-  const Tensor x = torch::stable::contiguous(x_), offsets = torch::stable::contiguous(offsets_);
-  const OptionalTensor available = contiguous(available_);
-  Tensor out = torch::stable::new_empty(x, {s.utterances, s.modalities, s.width});
-  if (out.numel() == 0 || s.conversations == 0) return out;
-  const Neighbours graph{offsets.const_data_ptr<int64_t>(),
-                         data_or_null<bool>(available),
-                         s.utterances,
-                         s.conversations,
-                         reach_of(past, s),
-                         reach_of(future, s),
-                         static_cast<int>(s.modalities)};
+bool nothing_to_do(const WindowSizes& s, const Tensor& out) { return out.numel() == 0 || s.conversations == 0; }
+
+void propagate(const char* op, const PropagateCall& given, Direction direction, const Tensor& x, Tensor& out) {
+  if (nothing_to_do(given.sizes, out)) return;
+  const OnDeviceOf device(x);
+  const Neighbours graph = neighbours(given.sizes, given.windows, given.gate);
   dispatch_floating(x.scalar_type(), op, [&](auto tag) {
     using T = typename decltype(tag)::type;
-    Call<T> call{graph, nullptr, nullptr, s.width, steps, static_cast<acc_t<T>>(alpha), never, 0, 0};
-    run_propagate<kForward>(call, x.const_data_ptr<T>(), out, device.stream);
+    using A = acc_t<T>;
+    const A alpha = static_cast<A>(given.alpha);
+    const A others = graph.modalities > 1 ? (1 - alpha) / static_cast<A>(graph.modalities - 1) : A(0);
+    const auto run_kind = [&](auto forward, auto modalities) {
+      constexpr int kM = decltype(modalities)::value;
+      constexpr Kind kKind = decltype(forward)::value ? Kind::kPropagate : Kind::kPropagateGradient;
+      run<kKind, kM>(Call<T>{graph, given.sizes.width, given.steps, alpha, others, given.send == Send::kNever,
+                             kM == 0 || !graph.include_self, 0, 0, nullptr, nullptr, nullptr},
+                     x, out, device.stream);
+    };
+    const auto run_direction = [&](auto modalities) {
+      direction == Direction::kForward ? run_kind(std::true_type{}, modalities)
+                                       : run_kind(std::false_type{}, modalities);
+    };
+    graph.modalities == 3 ? run_direction(std::integral_constant<int, 3>{})
+                          : run_direction(std::integral_constant<int, 0>{});
   });
-  return out;
 }
 
-template <bool kForward>
-Tensor window_mean_cuda(const Tensor& h_, const Tensor& offsets_, const OptionalTensor& senders_, int64_t past,
-                        int64_t future) {
-  constexpr const char* op = kForward ? "window_mean" : "window_mean_backward";
-  check_window(op, past, future);
-  WindowSizes s = check_states(op, kForward ? "h" : "grad_out", h_, "senders", senders_);
-  s.conversations = check_offsets(op, offsets_, h_);
-  const OnDeviceOf device(h_);
-  const Tensor h = torch::stable::contiguous(h_), offsets = torch::stable::contiguous(offsets_);
-  const OptionalTensor senders = contiguous(senders_);
-  Tensor out = torch::stable::new_empty(h, {s.utterances, s.modalities, s.width});
-  if (out.numel() == 0 || s.conversations == 0) return out;
-  const Neighbours graph{offsets.const_data_ptr<int64_t>(),
-                         data_or_null<bool>(senders),
-                         s.utterances,
-                         s.conversations,
-                         reach_of(past, s),
-                         reach_of(future, s),
-                         static_cast<int>(s.modalities)};
+void window_mean(const char* op, const WindowMeanCall& given, Direction direction, const Tensor& h, Tensor& out) {
+  if (nothing_to_do(given.sizes, out)) return;
+  const OnDeviceOf device(h);
+  const Neighbours graph = neighbours(given.sizes, given.windows, given.gate);
   dispatch_floating(h.scalar_type(), op, [&](auto tag) {
     using T = typename decltype(tag)::type;
-    using A = acc_t<T>;
-    const Tensor scale = scales<A>(graph, h, 1, A(1), device.stream);
-    const T* from = h.const_data_ptr<T>();
-    T* to = out.mutable_data_ptr<T>();
-    const bool wide = can_vectorise<A>(s.width, {from, to});
-    const Lanes lanes(s.width, wide ? kPer16<A> : 1);
-    launch(wide ? window_mean_kernel<kForward, kPer16<A>, T> : window_mean_kernel<kForward, 1, T>,
-           grid_for(s.utterances * lanes.count(), kThreads), dim3(kThreads), 0, device.stream, graph,
-           senders ? scale.const_data_ptr<A>() : nullptr, from, to, s.width, lanes);
+    const Call<T> call{graph, given.sizes.width, 1, 0, 0, true, !graph.include_self, 0, 0, nullptr, nullptr, nullptr};
+    direction == Direction::kForward ? run<Kind::kWindowMean, 0>(call, h, out, device.stream)
+                                     : run<Kind::kWindowMeanGradient, 0>(call, h, out, device.stream);
   });
-  return out;
 }
 
-template <bool kForward>
-Tensor modality_mean_cuda(const Tensor& h_, const OptionalTensor& senders_) {
-  constexpr const char* op = kForward ? "modality_mean" : "modality_mean_backward";
-  const WindowSizes s = check_states(op, kForward ? "h" : "grad_out", h_, "senders", senders_);
-  const OnDeviceOf device(h_);
-  const Tensor h = torch::stable::contiguous(h_);
-  const OptionalTensor senders = contiguous(senders_);
-  Tensor out = torch::stable::new_empty(h, {s.utterances, s.modalities, s.width});
-  if (out.numel() == 0) return out;
+void modality_mean(const char* op, const ModalityMeanCall& call, Direction direction, const Tensor& h, Tensor& out) {
+  if (out.numel() == 0) return;
+  const OnDeviceOf device(h);
+  const WindowSizes& s = call.sizes;
   dispatch_floating(h.scalar_type(), op, [&](auto tag) {
     using T = typename decltype(tag)::type;
     using A = acc_t<T>;
@@ -133,22 +109,29 @@ Tensor modality_mean_cuda(const Tensor& h_, const OptionalTensor& senders_) {
     T* to = out.mutable_data_ptr<T>();
     const bool wide = can_vectorise<A>(s.width, {from, to});
     const Lanes lanes(s.width, wide ? kPer16<A> : 1);
-    launch(wide ? modality_mean_kernel<kForward, kPer16<A>, T> : modality_mean_kernel<kForward, 1, T>,
-           grid_for(s.utterances * lanes.count(), kThreads), dim3(kThreads), 0, device.stream,
-           data_or_null<bool>(senders), from, to, s.utterances, static_cast<int>(s.modalities), s.width, lanes);
+    const auto run_kernel = [&](auto kernel) {
+      launch(kernel, grid_for(s.utterances * lanes.count(), kThreads), dim3(kThreads), 0, device.stream,
+             data_or_null<bool>(call.gate), from, to, s.utterances, static_cast<int>(s.modalities), s.width, lanes);
+    };
+    if (direction == Direction::kForward)
+      run_kernel(wide ? modality_mean_kernel<true, kPer16<A>, T> : modality_mean_kernel<true, 1, T>);
+    else
+      run_kernel(wide ? modality_mean_kernel<false, kPer16<A>, T> : modality_mean_kernel<false, 1, T>);
   });
-  return out;
 }
+
+using Operators = PropagationOperators<propagate, window_mean, modality_mean>;
 
 }  // namespace
 }  // namespace msacore::propagation::cuda
 
 MSACORE_CUDA_LIBRARY(m) {
-  using namespace msacore::propagation::cuda;
-  m.impl("propagate", TORCH_BOX(&propagate_cuda<true>));
-  m.impl("propagate_backward", TORCH_BOX(&propagate_cuda<false>));
-  m.impl("window_mean", TORCH_BOX(&window_mean_cuda<true>));
-  m.impl("window_mean_backward", TORCH_BOX(&window_mean_cuda<false>));
-  m.impl("modality_mean", TORCH_BOX(&modality_mean_cuda<true>));
-  m.impl("modality_mean_backward", TORCH_BOX(&modality_mean_cuda<false>));
+  using msacore::propagation::Direction;
+  using msacore::propagation::cuda::Operators;
+  m.impl("propagate", TORCH_BOX(&Operators::propagate<Direction::kForward>));
+  m.impl("propagate_backward", TORCH_BOX(&Operators::propagate<Direction::kBackward>));
+  m.impl("window_mean", TORCH_BOX(&Operators::window_mean<Direction::kForward>));
+  m.impl("window_mean_backward", TORCH_BOX(&Operators::window_mean<Direction::kBackward>));
+  m.impl("modality_mean", TORCH_BOX(&Operators::modality_mean<Direction::kForward>));
+  m.impl("modality_mean_backward", TORCH_BOX(&Operators::modality_mean<Direction::kBackward>));
 }

@@ -67,39 +67,73 @@ MSACORE_SIMD void store_rows(const Row<A>* __restrict__ from, int64_t rows, int6
   }
 }
 
-// Window sums over the `length` utterances of h [length, M], each handed to use(i, sums [M]).
+// Σ h[j] over a window of rows of h [length, M] whose ends never move back, kept as Σ h[first … middle), stored for
+// every first row, plus Σ h[middle … end).
 //
-// The utterances are cut into blocks as long as a window, so that every window is the end of one block and the start of
-// the next: two additions per element whatever the width, and no difference of running sums, which would lose digits
-// and carry a NaN beyond the windows that hold it. kM > 0 fixes M at compile time and keeps sums in registers; else
-// `work` holds 2·M rows. `ends` holds min(window, length) · M rows.
+// A row is added once when it enters, once when the stored sums are used up and made again from all that the window
+// holds, and once when the two are joined: three additions whatever the width, and no difference of running sums, which
+// would lose digits and carry a NaN beyond the windows that hold it. `stored` holds (longest window, at least 1) · M
+// rows, `sum` M rows.
+template <int kM, typename A>
+struct SlidingSum {
+  const Row<A>* h;
+  int64_t modalities;
+  Row<A>*stored, *sum;
+  int64_t start = 0, middle = 0, end = 0;
+
+  // To rows first … last; none where last is first - 1.
+  MSACORE_INLINE void move(int64_t first, int64_t last) {
+    const int64_t M = kM > 0 ? kM : modalities;
+    if (first < middle) {
+      for (; end <= last; ++end)
+        for (int64_t m = 0; m < M; ++m) sum[m] = sum[m] + h[end * M + m];
+      return;
+    }
+    for (int64_t m = 0; m < M; ++m) sum[m] = Row<A>{};
+    for (int64_t j = last; j >= first; --j)
+      for (int64_t m = 0; m < M; ++m) stored[(j - first) * M + m] = sum[m] = sum[m] + h[j * M + m];
+    for (int64_t m = 0; m < M; ++m) sum[m] = Row<A>{};
+    if (last < first)
+      for (int64_t m = 0; m < M; ++m) stored[m] = Row<A>{};
+    start = first;
+    middle = end = last + 1;
+  }
+  MSACORE_INLINE Row<A> total(int64_t first, int64_t m) const {
+    return stored[(first - start) * (kM > 0 ? kM : modalities) + m] + sum[m];
+  }
+};
+
+// Rows [first[i], last[i]] are within reach of row i, i itself among them.
+struct Reach {
+  const int64_t *first, *last;
+};
+
+// Memory of for_each_window, in rows: `stored` [2, length + 1, M], `sums` [3, M].
+template <typename A>
+struct WindowRows {
+  Row<A>*stored, *sums;
+};
+
+// Window sums over the `length` rows of h [length, M], each handed to use(i, sums [M]). Without `include_self` what
+// lies before i and what lies after it are windows of their own. kM > 0 fixes M at compile time and keeps sums in
+// registers.
 template <int kM, typename A, typename Use>
-MSACORE_INLINE void for_each_window(const Row<A>* __restrict__ h, int64_t length, int64_t modalities, int64_t past,
-                                    int64_t future, Row<A>* __restrict__ ends, Row<A>* __restrict__ work,
-                                    const Use& use) {
+MSACORE_INLINE void for_each_window(const Row<A>* h, int64_t length, int64_t modalities, const Reach& reach,
+                                    bool include_self, const WindowRows<A>& rows, const Use& use) {
   const int64_t M = kM > 0 ? kM : modalities;
-  const int64_t window = past + future + 1;
   Row<A> in_registers[kM > 0 ? 2 * kM : 1];
-  Row<A>* sum = kM > 0 ? in_registers : work;
-  Row<A>* total = sum + M;
-  for (int64_t first = 0; first < length; first += window) {
-    const int64_t begin = first - past, count = std::min(window, length - first);
-    const int64_t before = std::max<int64_t>(0, -begin);  // leading positions that precede the conversation
-    for (int64_t m = 0; m < M; ++m) sum[m] = Row<A>{};
-    for (int64_t j = std::min(begin + window, length) - 1; j >= begin + before; --j) {
-      for (int64_t m = 0; m < M; ++m) sum[m] = sum[m] + h[j * M + m];
-      if (j - begin < count)
-        for (int64_t m = 0; m < M; ++m) ends[(j - begin) * M + m] = sum[m];
+  Row<A>* total = kM > 0 ? in_registers : rows.sums;
+  SlidingSum<kM, A> window{h, M, rows.stored, kM > 0 ? in_registers + kM : rows.sums + M};
+  SlidingSum<kM, A> later{h, M, rows.stored + (length + 1) * M, rows.sums + 2 * M};
+  for (int64_t i = 0; i < length; ++i) {
+    const int64_t first = reach.first[i], last = reach.last[i];
+    window.move(first, include_self ? last : i - 1);
+    for (int64_t m = 0; m < M; ++m) total[m] = window.total(first, m);
+    if (!include_self) {
+      later.move(i + 1, last);
+      for (int64_t m = 0; m < M; ++m) total[m] = total[m] + later.total(i + 1, m);
     }
-    for (int64_t m = 0; m < M; ++m) sum[m] = Row<A>{};
-    for (int64_t r = 0; r < count; ++r) {
-      const int64_t last = begin + window + r - 1;
-      if (r > 0 && last < length)
-        for (int64_t m = 0; m < M; ++m) sum[m] = sum[m] + h[last * M + m];
-      const Row<A>* end = ends + std::max(r, before) * M;
-      for (int64_t m = 0; m < M; ++m) total[m] = end[m] + sum[m];
-      use(first + r, total);
-    }
+    use(i, total);
   }
 }
 

@@ -6,10 +6,26 @@ import torch
 from torch import Tensor
 
 from msacore.ops._autograd import differentiable, refuse_second_derivative
-from msacore.ops._check import check_device, check_dtype, check_floating, check_shape, fail
+from msacore.ops._check import (
+    as_choice,
+    as_flag,
+    as_indices,
+    as_integer,
+    as_number,
+    as_optional_indices,
+    as_optional_tensor,
+    as_tensor,
+    as_window,
+    check_device,
+    check_dtype,
+    check_floating,
+    check_shape,
+    fail,
+)
+from msacore.ops._interrupt import interruptible
 
 _propagate = torch.ops.msacore.propagate.default
-_propagate_backward = torch.ops.msacore.propagate_backward.default
+_propagate_backward = interruptible(torch.ops.msacore.propagate_backward.default)
 _window_mean = torch.ops.msacore.window_mean.default
 _window_mean_backward = torch.ops.msacore.window_mean_backward.default
 _modality_mean = torch.ops.msacore.modality_mean.default
@@ -34,7 +50,7 @@ def _check_states(op: str, name: str, h: Tensor, gate_name: str, gate: Tensor | 
         check_device(op, gate_name, gate, h)
 
 
-def _check_window(op: str, offsets: Tensor, like: Tensor, past: int, future: int) -> None:
+def _check_windows(op: str, offsets: Tensor, positions: Tensor | None, like: Tensor, past: int, future: int) -> None:
     if past < -1 or future < -1:
         fail(op, f"expected the entries of `window` to be at least -1, got ({past}, {future})")
     check_dtype(op, "offsets", offsets, torch.int64)
@@ -42,6 +58,10 @@ def _check_window(op: str, offsets: Tensor, like: Tensor, past: int, future: int
     if offsets.shape[0] < 1:
         fail(op, "expected `offsets` to have shape [V + 1] with V at least 0, got [0]")
     check_device(op, "offsets", offsets, like)
+    if positions is not None:
+        check_dtype(op, "positions", positions, torch.int64)
+        check_shape(op, "positions", positions, (like.shape[0],), "[N]")
+        check_device(op, "positions", positions, like)
 
 
 def _fake_propagate(op: str, name: str) -> None:
@@ -50,9 +70,11 @@ def _fake_propagate(op: str, name: str) -> None:
         x: Tensor,
         offsets: Tensor,
         available: Tensor | None,
+        positions: Tensor | None,
         *,
         past: int,
         future: int,
+        include_self: bool,
         steps: int,
         alpha: float,
         send: int,
@@ -61,15 +83,24 @@ def _fake_propagate(op: str, name: str) -> None:
         if send not in SEND.values():
             fail(op, f"expected `send` to be 0 (after_fill) or 1 (never), got {send}")
         _check_states(op, name, x, "available", available)
-        _check_window(op, offsets, x, past, future)
+        _check_windows(op, offsets, positions, x, past, future)
         return x.new_empty(x.shape)
 
 
 def _fake_window_mean(op: str, name: str) -> None:
     @torch.library.register_fake(f"msacore::{op}")
-    def _(h: Tensor, offsets: Tensor, senders: Tensor | None, *, past: int, future: int) -> Tensor:
+    def _(
+        h: Tensor,
+        offsets: Tensor,
+        senders: Tensor | None,
+        positions: Tensor | None,
+        *,
+        past: int,
+        future: int,
+        include_self: bool,
+    ) -> Tensor:
         _check_states(op, name, h, "senders", senders)
-        _check_window(op, offsets, h, past, future)
+        _check_windows(op, offsets, positions, h, past, future)
         return h.new_empty(h.shape)
 
 
@@ -91,11 +122,11 @@ def _save_positional(ctx: Any, inputs: tuple[Any, ...], output: Tensor) -> None:
 
 
 def _propagate_gradient(ctx: Any, grad_out: Tensor) -> tuple[Tensor | None, ...]:
-    return _propagate_backward(grad_out, *ctx.saved_tensors, **ctx.options), None, None
+    return _propagate_backward(grad_out, *ctx.saved_tensors, **ctx.options), None, None, None
 
 
 def _window_mean_gradient(ctx: Any, grad_out: Tensor) -> tuple[Tensor | None, ...]:
-    return _window_mean_backward(grad_out, *ctx.saved_tensors, **ctx.options), None, None
+    return _window_mean_backward(grad_out, *ctx.saved_tensors, **ctx.options), None, None, None
 
 
 def _modality_mean_gradient(ctx: Any, grad_out: Tensor) -> tuple[Tensor | None, ...]:
@@ -110,15 +141,9 @@ for _fake, _op, _name in (
     _fake(_op, _name)
     _fake(f"{_op}_backward", "grad_out")
     refuse_second_derivative(f"{_op}_backward")
-_eager_propagate = differentiable(_propagate, _save, _propagate_gradient)
+_eager_propagate = interruptible(differentiable(_propagate, _save, _propagate_gradient))
 _eager_window_mean = differentiable(_window_mean, _save, _window_mean_gradient)
 _eager_modality_mean = differentiable(_modality_mean, _save_positional, _modality_mean_gradient)
-
-
-def _sides(op: str, window: tuple[int, int]) -> tuple[int, int]:
-    if len(window) != 2:
-        fail(op, f"expected `window` to be (past, future), got {window!r}")
-    return window[0], window[1]
 
 
 def propagate(
@@ -126,7 +151,9 @@ def propagate(
     offsets: Tensor,
     *,
     available: Tensor | None = None,
-    window: tuple[int, int] = (2, 2),
+    positions: Tensor | None = None,
+    window: int | tuple[int, int] = (2, 2),
+    include_self: bool = True,
     steps: int = 4,
     alpha: float = 0.1,
     send: str = "after_fill",
@@ -135,17 +162,20 @@ def propagate(
 
     ``steps`` times: ``u = (1 - alpha) · A_intra h + alpha · x``, then ``h = (1 - alpha) · A_inter u + alpha · x``.
     ``A_intra`` averages over the utterances ``j`` of the same conversation and modality with
-    ``-past <= j - i <= future``, ``A_inter`` over the other modalities of the same utterance.
+    ``-past <= p[j] - p[i] <= future``, ``A_inter`` over the other modalities of the same utterance.
 
     Args:
         x: Initial states, ``[N, M, d]``; float16, bfloat16, float32 or float64. A missing node holds what stands for
             it, such as a mask token.
-        offsets: Utterances of conversation ``v`` are ``offsets[v]:offsets[v + 1]``; ``[V + 1]``, int64, non-decreasing
-            from 0 to ``N``.
+        offsets: Utterances of conversation ``v`` are ``offsets[v]:offsets[v + 1]``; ``[V + 1]``, integers,
+            non-decreasing from 0 to ``N``.
         available: Which nodes are present, ``[N, M]``, bool; all when omitted.
-        window: ``(past, future)``, how many utterances each side; -1 for the whole side.
+        positions: The utterances' numbers ``p``, ``[N]``, integers that increase strictly within a conversation:
+            utterances that are not there leave a gap. The row's number when omitted.
+        window: ``(past, future)``, how far each side reaches; one integer for both; -1 for the whole side.
+        include_self: Whether an utterance is in its own window. A window that then holds nobody sends nothing.
         steps: Number of steps, at least 0 (0 gives a copy of ``x``).
-        alpha: Share of ``x`` kept in each half-step, in ``[0, 1]``.
+        alpha: Share of ``x`` kept in each half-step, in ``[0, 1]``; a number, not differentiable.
         send: Missing nodes always receive. With ``"after_fill"`` they send from the first inter half-step on, with
             ``"never"`` never. Means run over senders only; a node that receives nothing keeps ``alpha · x``.
 
@@ -153,54 +183,90 @@ def propagate(
         ``[N, M, d]``, dtype and device of ``x``, contiguous.
 
     Raises:
-        RuntimeError: A shape, dtype, device or range above does not hold (values of ``offsets``: on CPU only).
+        RuntimeError: A shape, dtype, device or range above does not hold (values of ``offsets`` and ``positions``: on
+            the CPU only; CUDA then gives wrong numbers, but stays in bounds).
+        ValueError: ``send`` is another word.
+        KeyboardInterrupt: Ctrl-C during many steps on the CPU.
 
     Note:
-        Costs the same for every window, and stores nothing for the gradient, which is one pass more of the same kind.
-        Accumulates in float32 for 16-bit types. Deterministic. Differentiable once in ``x``. No host synchronisation;
-        safe in CUDA graphs. Sums never subtract: a non-finite ``x`` reaches only nodes within reach.
+        The work does not depend on the window, and nothing is stored for the gradient, which is one pass more of the
+        same kind. Accumulates in float32 for 16-bit types. Deterministic. Differentiable once in ``x``. No host
+        synchronisation; safe in CUDA graphs. Sums never subtract: a non-finite ``x`` reaches only nodes within reach.
+        Relations are named by who receives: ``past`` are utterances before the receiving one. GCNet's code names them
+        by the sender's view, so that its "past" edges are ``future`` here.
 
     Example:
         >>> x = torch.tensor([[[1.0], [3.0]], [[5.0], [7.0]]])
-        >>> propagate(x, torch.tensor([0, 2]), window=(0, 0), steps=1, alpha=0.0).squeeze(-1)
+        >>> propagate(x, torch.tensor([0, 2]), window=0, steps=1, alpha=0.0).squeeze(-1)
         tensor([[3., 1.],
                 [7., 5.]])
     """
-    past, future = _sides("propagate", window)
-    if send not in SEND:
-        fail("propagate", f'expected `send` to be "after_fill" or "never", got {send!r}')
-    return _eager_propagate(x, offsets, available, past=past, future=future, steps=steps, alpha=alpha, send=SEND[send])
+    op = "propagate"
+    past, future = as_window(op, window)
+    return _eager_propagate(
+        as_tensor(op, "x", x),
+        as_indices(op, "offsets", offsets),
+        as_optional_tensor(op, "available", available),
+        as_optional_indices(op, "positions", positions),
+        past=past,
+        future=future,
+        include_self=as_flag(op, "include_self", include_self),
+        steps=as_integer(op, "steps", steps),
+        alpha=as_number(op, "alpha", alpha),
+        send=as_choice(op, "send", send, SEND),
+    )
 
 
 def window_mean(
-    h: Tensor, offsets: Tensor, *, senders: Tensor | None = None, window: tuple[int, int] = (2, 2)
+    h: Tensor,
+    offsets: Tensor,
+    *,
+    senders: Tensor | None = None,
+    positions: Tensor | None = None,
+    window: int | tuple[int, int] = (2, 2),
+    include_self: bool = True,
 ) -> Tensor:
     """Average over a window of utterances of the same conversation and modality: ``A_intra h`` of :func:`propagate`.
 
     Args:
         h: States, ``[N, M, d]``; float16, bfloat16, float32 or float64.
-        offsets: Utterances of conversation ``v`` are ``offsets[v]:offsets[v + 1]``; ``[V + 1]``, int64, non-decreasing
-            from 0 to ``N``.
+        offsets: Utterances of conversation ``v`` are ``offsets[v]:offsets[v + 1]``; ``[V + 1]``, integers,
+            non-decreasing from 0 to ``N``.
         senders: Nodes that count in a mean, ``[N, M]``, bool; all when omitted. The others are unread.
-        window: ``(past, future)``, how many utterances each side; -1 for the whole side.
+        positions: The utterances' numbers, ``[N]``, integers that increase strictly within a conversation; the row's
+            number when omitted.
+        window: ``(past, future)``, how far each side reaches; one integer for both; -1 for the whole side.
+        include_self: Whether an utterance is in its own window.
 
     Returns:
         ``[N, M, d]``, dtype and device of ``h``, contiguous; zeros where no sender is in the window.
 
     Raises:
-        RuntimeError: A shape, dtype, device or range above does not hold (values of ``offsets``: on CPU only).
+        RuntimeError: A shape, dtype, device or range above does not hold (values of ``offsets`` and ``positions``: on
+            the CPU only).
 
     Note:
-        ``out[i, m] = Σ_j s[j, m] h[j, m] / Σ_j s[j, m]`` at a cost that does not depend on the window. Accumulates in
+        ``out[i, m] = Σ_j s[j, m] h[j, m] / Σ_j s[j, m]`` with work that does not depend on the window. Accumulates in
         float32 for 16-bit types. Deterministic. Differentiable once in ``h``.
 
     Example:
         >>> h = torch.tensor([1.0, 3.0, 8.0]).view(3, 1, 1)
         >>> window_mean(h, torch.tensor([0, 3]), window=(1, 0)).flatten()
         tensor([1.0000, 2.0000, 5.5000])
+        >>> window_mean(h, torch.tensor([0, 3]), window=1, positions=torch.tensor([0, 1, 9])).flatten()
+        tensor([2., 2., 8.])
     """
-    past, future = _sides("window_mean", window)
-    return _eager_window_mean(h, offsets, senders, past=past, future=future)
+    op = "window_mean"
+    past, future = as_window(op, window)
+    return _eager_window_mean(
+        as_tensor(op, "h", h),
+        as_indices(op, "offsets", offsets),
+        as_optional_tensor(op, "senders", senders),
+        as_optional_indices(op, "positions", positions),
+        past=past,
+        future=future,
+        include_self=as_flag(op, "include_self", include_self),
+    )
 
 
 def modality_mean(h: Tensor, *, senders: Tensor | None = None) -> Tensor:
@@ -224,4 +290,5 @@ def modality_mean(h: Tensor, *, senders: Tensor | None = None) -> Tensor:
         >>> modality_mean(torch.tensor([[[2.0], [4.0], [8.0]]])).flatten()
         tensor([6., 5., 3.])
     """
-    return _eager_modality_mean(h, senders)
+    op = "modality_mean"
+    return _eager_modality_mean(as_tensor(op, "h", h), as_optional_tensor(op, "senders", senders))

@@ -1,25 +1,41 @@
 """Message propagation over conversations in plain PyTorch."""
 
+from functools import partial
+
 import torch
 from torch import Tensor
 
 
 def window_mean(
-    h: Tensor, offsets: Tensor, *, senders: Tensor | None = None, window: tuple[int, int] = (2, 2)
+    h: Tensor,
+    offsets: Tensor,
+    *,
+    senders: Tensor | None = None,
+    positions: Tensor | None = None,
+    window: int | tuple[int, int] = (2, 2),
+    include_self: bool = True,
 ) -> Tensor:
-    """Add up the neighbours one relative position after the other, and divide by how many sent."""
+    """Add up the neighbours one row's distance after the other, and divide by how many sent."""
     utterances = h.shape[0]
     conversation = torch.repeat_interleave(offsets.diff())
     longest = int(offsets.diff().max()) if len(offsets) > 1 else 0
-    past, future = (min(side, longest) if side >= 0 else longest for side in window)
+    sides = (window, window) if isinstance(window, int) else window
+    # Python's numbers: two positions may be further apart than an int64 can say.
+    places = list(range(utterances)) if positions is None else positions.tolist()
     sends = h.new_ones(h.shape[:2], dtype=torch.bool) if senders is None else senders
     sent = torch.where(sends[..., None], h, 0)
     total, count = torch.zeros_like(h), h.new_zeros(h.shape[:2])
-    for position in range(-past, future + 1):
-        target = torch.arange(max(0, -position), min(utterances, utterances - position), device=h.device)
-        target = target[conversation[target] == conversation[target + position]]
-        total = total.index_add(0, target, sent[target + position])
-        count = count.index_add(0, target, sends[target + position].to(h.dtype))
+    past, future = (longest if positions is not None or side < 0 else min(side, longest) for side in sides)
+    for distance in range(-past, future + 1):
+        side = sides[0] if distance < 0 else sides[1]
+        target = torch.arange(max(0, -distance), min(utterances, utterances - distance), device=h.device)
+        if distance == 0 and not include_self:
+            target = target[:0]
+        target = target[conversation[target] == conversation[target + distance]]
+        apart = [abs(places[i + distance] - places[i]) for i in target.tolist()]
+        target = target[torch.tensor([side < 0 or a <= side for a in apart], dtype=torch.bool, device=h.device)]
+        total = total.index_add(0, target, sent[target + distance])
+        count = count.index_add(0, target, sends[target + distance].to(h.dtype))
     return total / count.clamp(min=1)[..., None]
 
 
@@ -39,17 +55,20 @@ def propagate(
     offsets: Tensor,
     *,
     available: Tensor | None = None,
-    window: tuple[int, int] = (2, 2),
+    positions: Tensor | None = None,
+    window: int | tuple[int, int] = (2, 2),
+    include_self: bool = True,
     steps: int = 4,
     alpha: float = 0.1,
     send: str = "after_fill",
 ) -> Tensor:
     """Alternate the two half-steps; each mixes in ``alpha · x``, which α = 0 leaves unread."""
     kept = alpha * x if alpha else torch.zeros_like(x)
+    intra_mean = partial(window_mean, positions=positions, window=window, include_self=include_self)
     h = x.clone()
     for step in range(steps):
         intra_senders = available if send == "never" or step == 0 else None
         inter_senders = available if send == "never" else None
-        u = (1 - alpha) * window_mean(h, offsets, senders=intra_senders, window=window) + kept
+        u = (1 - alpha) * intra_mean(h, offsets, senders=intra_senders) + kept
         h = (1 - alpha) * modality_mean(u, senders=inter_senders) + kept
     return h

@@ -16,6 +16,20 @@ def conversations(*lengths: int) -> Tensor:
     return torch.tensor([0, *lengths]).cumsum(0)
 
 
+def gaps(lengths: Any, generator: torch.Generator) -> Tensor:
+    """Numbers of utterances some of which are not there; the last conversation spans all that an int64 can say."""
+    limits = torch.iinfo(torch.int64)
+    steps = torch.randint(1, 4, (sum(lengths),), generator=generator)
+    parts = [
+        part.cumsum(0) + torch.randint(-5, 6, (), generator=generator)
+        for part in steps.split(list(lengths))
+        if len(part)
+    ]
+    if parts and len(parts[-1]) > 2:
+        parts[-1][0], parts[-1][-1] = limits.min, limits.max
+    return torch.cat(parts) if parts else steps
+
+
 def _sample(
     device: torch.device, dtype: torch.dtype, first: str, gate: str | None, name: str, sizes: Any, **options: Any
 ) -> Sample:
@@ -26,6 +40,8 @@ def _sample(
     arguments["offsets"] = conversations(*lengths).to(device)
     if gate is not None:
         arguments[gate] = (torch.rand(utterances, modalities, generator=generator) < 0.6).to(device)
+    if options.pop("gaps", False):
+        arguments["positions"] = gaps(lengths, generator).to(device)
     return Sample(name, {**arguments, **options}, small=name in SMALL)
 
 
@@ -43,10 +59,20 @@ SIZES = {
     "no width": ((3,), 3, 0),
     "large": ((24, 7, 0, 13, 1), 3, 37),
     "many modalities": ((14, 5), 6, 20),
-    "one long": ((26, *[1] * 9), 3, 5),  # more than four times the mean: on a GPU it goes through global memory
+    "one long": ((60, *[1] * 9), 3, 5),  # on a GPU it goes through global memory
 }
-SMALL = ("odd", "another size", "five modalities", "no utterance", "ungated", "odd, never", "alpha 0, never")
-WINDOWS = {"narrow": (1, 0), "whole": (-1, -1), "past": (-1, 1), "future": (2, -1), "wider than all": (30, 25)}
+SMALL = (
+    *("odd", "another size", "five modalities", "no utterance", "ungated", "odd, never", "alpha 0, never"),
+    *("odd, gaps without self", "nobody in reach"),
+)
+WINDOWS = {
+    "narrow": (1, 0),
+    "whole": (-1, -1),
+    "past": (-1, 1),
+    "future": (2, -1),
+    "wider than all": (30, 25),
+    "equal": 3,
+}
 
 
 def _propagate_samples(device: torch.device, dtype: torch.dtype) -> list[Sample]:
@@ -66,6 +92,14 @@ def _propagate_samples(device: torch.device, dtype: torch.dtype) -> list[Sample]
         sample(f"{size}, never", size, steps=3, send="never")
     for size in ("odd", "five modalities", "large", "one long"):
         sample(f"{size}, all available", size, ungated=True)
+    for send in ("after_fill", "never"):
+        sample(f"gaps, {send}", "large", steps=2, window=(3, 1), gaps=True, send=send)
+        sample(f"without self, {send}", "large", steps=2, window=(2, 3), include_self=False, send=send)
+        sample(f"others of the whole, {send}", "many modalities", window=-1, include_self=False, send=send)
+    sample("odd, gaps without self", "odd", gaps=True, include_self=False, window=(1, 2), alpha=0.3, send="never")
+    sample("five modalities, gaps without self", "five modalities", gaps=True, include_self=False, window=(2, -1))
+    sample("one long, gaps without self", "one long", steps=2, gaps=True, include_self=False, window=(9, 4))
+    sample("nobody in reach", "odd", ungated=True, include_self=False, window=0, steps=2)
     sample("alpha 0, never", "odd", alpha=0.0, send="never")
     sample("alpha 1", "odd", alpha=1.0)
     return samples
@@ -75,7 +109,16 @@ def _window_mean_samples(device: torch.device, dtype: torch.dtype) -> list[Sampl
     samples = [_sample(device, dtype, "h", "senders", name, sizes) for name, sizes in SIZES.items()]
     for name, window in WINDOWS.items():
         samples.append(_sample(device, dtype, "h", "senders", f"{name} window", SIZES["large"], window=window))
-    samples.append(_sample(device, dtype, "h", None, "ungated", SIZES["odd"], window=(-1, 1)))
+    for name, gate, size, options in [
+        ("ungated", None, "odd", dict(window=(-1, 1))),
+        ("gaps", "senders", "large", dict(window=(3, 1), gaps=True)),
+        ("ungated gaps", None, "many modalities", dict(window=(2, -1), gaps=True)),
+        ("without self", "senders", "large", dict(window=(2, 3), include_self=False)),
+        ("odd, gaps without self", "senders", "odd", dict(window=2, gaps=True, include_self=False)),
+        ("one long, gaps without self", None, "one long", dict(window=(9, 4), gaps=True, include_self=False)),
+        ("nobody in reach", "senders", "odd", dict(window=(0, 0), include_self=False)),
+    ]:
+        samples.append(_sample(device, dtype, "h", gate, name, SIZES[size], **options))
     return samples
 
 
@@ -106,8 +149,13 @@ def _bad_states(first: str, gate: str) -> dict[str, BadInput]:
     }
 
 
-BAD_OFFSETS = {
-    "offsets of int32": BadInput(changed(offsets=lambda o: o.int()), ("`offsets`", "int64", "int32")),
+def _added(name: str, change: Callable[[Tensor], Tensor]) -> Callable[[Arguments], Arguments]:
+    """With `name` a change of the rows' numbers of the first sample."""
+    return lambda arguments: {**arguments, name: change(torch.arange(7))}
+
+
+BAD_WINDOWS = {
+    "offsets of floats": BadInput(changed(offsets=lambda o: o.float()), ("`offsets`", "int64", "float32")),
     "offsets of two dimensions": BadInput(changed(offsets=lambda o: o[None]), ("`offsets`", "[V + 1]")),
     "empty offsets": BadInput(changed(offsets=lambda o: o[:0]), ("`offsets`", "[V + 1]", "[0]")),
     "offsets that start late": BadInput(changed(offsets=lambda o: o.clamp(min=1)), ("`offsets[0]`", "1"), values=True),
@@ -117,6 +165,16 @@ BAD_OFFSETS = {
     ),
     "window below -1": BadInput(lambda a: {**a, "window": (2, -2)}, ("`window`", "at least -1", "-2")),
     "window of three": BadInput(lambda a: {**a, "window": (1, 2, 3)}, ("`window`", "(past, future)")),
+    "window of a float": BadInput(lambda a: {**a, "window": 1.5}, ("`window`", "integer", "1.5")),
+    "include_self of a number": BadInput(lambda a: {**a, "include_self": 1}, ("`include_self`", "True or False")),
+    "positions of floats": BadInput(_added("positions", Tensor.float), ("`positions`", "int64", "float32")),
+    "positions of another length": BadInput(_added("positions", lambda p: p[1:]), ("`positions`", "[N] = [7]", "[6]")),
+    "equal positions": BadInput(
+        _added("positions", lambda p: p // 2), ("`positions`", "increase strictly", "got 0 before 0"), values=True
+    ),
+    "falling positions": BadInput(
+        _added("positions", lambda p: -p), ("`positions`", "increase strictly", "got 0 before -1"), values=True
+    ),
 }
 
 CASES = [
@@ -128,9 +186,13 @@ CASES = [
         gradients=("x",),
         bad_inputs={
             **_bad_states("x", "available"),
-            **BAD_OFFSETS,
+            **BAD_WINDOWS,
             "negative steps": BadInput(changed(steps=lambda _: -1), ("`steps`", "-1")),
             "alpha above one": BadInput(lambda a: {**a, "alpha": 1.5}, ("`alpha`", "1.5")),
+            "alpha with gradient": BadInput(
+                lambda a: {**a, "alpha": torch.tensor(0.1, requires_grad=True)}, ("`alpha`", "not differentiable")
+            ),
+            "steps of a float": BadInput(changed(steps=lambda _: 2.0), ("`steps`", "integer", "2.0")),
             "unknown send": BadInput(changed(send=lambda _: "always"), ("`send`", "after_fill", "always")),
         },
         hidden=_non_senders("x", "available", "after_fill"),
@@ -142,7 +204,7 @@ CASES = [
         reference=reference.propagation.window_mean,
         samples=_window_mean_samples,
         gradients=("h",),
-        bad_inputs={**_bad_states("h", "senders"), **BAD_OFFSETS},
+        bad_inputs={**_bad_states("h", "senders"), **BAD_WINDOWS},
         hidden=_non_senders("h", "senders"),
     ),
     OpCase(

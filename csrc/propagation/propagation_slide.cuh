@@ -1,0 +1,172 @@
+// Who is within reach of whom, and sums over windows that slide along a conversation, on the device.
+#pragma once
+#include "cuda/rows.cuh"
+
+namespace msacore::propagation::cuda {
+using namespace msacore::cuda;
+
+// The operator's graph; `positions` [N] and `gate` [N, M] may be null, past and future -1 for the whole side.
+struct Neighbours {
+  const int64_t *offsets, *positions;
+  const bool* gate;
+  int64_t utterances, conversations, past, future;
+  int modalities;
+  bool include_self;
+
+  __device__ int64_t begin(int64_t v) const { return clamped(offsets[v], utterances + 1); }
+  __device__ int64_t end(int64_t v) const { return begin(v + 1); }
+
+  // Whether `later` is more than `side` after `earlier`, both rows of [N].
+  __device__ bool beyond(int64_t earlier, int64_t later, int64_t side) const {
+    const uint64_t apart = positions
+                               ? static_cast<uint64_t>(positions[later]) - static_cast<uint64_t>(positions[earlier])
+                               : static_cast<uint64_t>(later - earlier);
+    return side >= 0 && apart > static_cast<uint64_t>(side);
+  }
+};
+
+// Rows [first, last] of one conversation that are within reach of row i, i itself among them.
+template <typename Index>
+struct Reach {
+  Index first, last;
+
+  __device__ Reach(const Neighbours& graph, int64_t begin, Index length, Index i, int64_t past, int64_t future) {
+    if (!graph.positions) {
+      first = past < 0 || past >= i ? 0 : static_cast<Index>(i - past);
+      last = future < 0 || future >= length - 1 - i ? length - 1 : static_cast<Index>(i + future);
+      return;
+    }
+    first = static_cast<Index>(
+        lower_bound(i, 1, [&](int64_t j) { return int64_t{!graph.beyond(begin + j, begin + i, past)}; }));
+    last = static_cast<Index>(i + lower_bound(length - 1 - i, 1, [&](int64_t k) {
+                                return int64_t{graph.beyond(begin + i, begin + i + 1 + k, future)};
+                              }));
+  }
+};
+
+// Consecutive rows that each of `threads` threads takes of `length`. A run begins with a sum over its first window; it
+// is long enough for that to be at most four additions a row, whatever the window.
+template <typename Index>
+__device__ Index run_of_rows(const Neighbours& graph, Index length, int threads) {
+  const auto side = [&](int64_t reach) { return reach < 0 || reach > length ? int64_t{length} : reach; };
+  const int64_t widest = side(graph.past) + side(graph.future) + 1, window = widest < length ? widest : length;
+  const Index even = (length + threads - 1) / threads, quarter = static_cast<Index>((window + 3) / 4);
+  return even > quarter ? even : quarter;
+}
+
+// Of a conversation: the rows within reach of every row, and what its sums are scaled by, (1-α)/count, 0 where nobody
+// is counted.
+template <typename A, typename Index>
+struct Table {
+  A *intra, *gated_intra, *gated_inter;  // [length], of gated half-steps [length, M]
+  Index *first, *last, *senders;         // [length], [length]; senders up to a row [length, M]
+
+  __device__ Table(const Neighbours& graph, A* scales, Index* reaches, Index length)
+      : intra(scales),
+        gated_intra(scales + length),
+        gated_inter(gated_intra + length * graph.modalities),
+        first(reaches),
+        last(reaches + length),
+        senders(reaches + 2 * length) {}
+
+  // By all threads of the block; others may read after a barrier. kTransposed: the reaches say who hears a row.
+  template <bool kTransposed>
+  __device__ void fill(const Neighbours& graph, int64_t begin, Index length, A keep) const {
+    const int M = graph.modalities;
+    const bool* const gate = graph.gate ? graph.gate + begin * M : nullptr;
+    if (gate) {
+      count_senders(gate, length, M);
+      __syncthreads();
+    }
+    const auto scale = [&](Index count) { return count > 0 ? keep / static_cast<A>(count) : A(0); };
+    for (Index i = thread_in_block(); i < length; i += threads_in_block()) {
+      const Reach<Index> reach(graph, begin, length, i, graph.past, graph.future);
+      intra[i] = scale(reach.last - reach.first + graph.include_self);
+      int here = 0;
+      for (int m = 0; gate && m < M; ++m) here += gate[i * M + m];
+      for (int m = 0; gate && m < M; ++m) {
+        const Index before = reach.first > 0 ? senders[(reach.first - 1) * M + m] : 0;
+        const Index self = graph.include_self ? 0 : gate[i * M + m];
+        gated_intra[i * M + m] = scale(senders[reach.last * M + m] - before - self);
+        gated_inter[i * M + m] = scale(here - gate[i * M + m]);
+      }
+      const Reach<Index> heard = kTransposed ? Reach<Index>(graph, begin, length, i, graph.future, graph.past) : reach;
+      first[i] = heard.first;
+      last[i] = heard.last;
+    }
+  }
+
+ private:
+  // A warp takes a modality: a vote counts 32 rows.
+  __device__ void count_senders(const bool* gate, Index length, int M) const {
+    const unsigned here_and_before = kAllLanes >> (kWarp - 1 - lane_id());
+    for (int m = warp_id(); m < M; m += threads_in_block() / kWarp) {
+      Index before = 0;
+      for (Index start = 0; start < length; start += kWarp) {
+        const Index i = start + lane_id();
+        const unsigned vote = __ballot_sync(kAllLanes, i < length && gate[i * M + m]);
+        if (i < length) senders[i * M + m] = before + __popc(vote & here_and_before);
+        before += __popc(vote);
+      }
+    }
+  }
+};
+
+// A thread's rows begin … end - 1 of its column; `stride` from node to node.
+template <typename A, typename Index>
+struct Column {
+  Index stride, begin, end;
+};
+
+// Sums over windows that slide along one thread's rows, for G neighbouring modalities at once. `from` is read at any
+// row; `slots` only at the rows begin … end - 1, which are this thread's own. `row` and `node` are the strides of
+// utterances and modalities.
+template <int G, typename A, typename Index>
+struct Slide {
+  const A* from;
+  A* slots;
+  Index row, node, begin, end;
+
+  // Calls use(i, sums [G]) with Σ from[j], first(i) ≤ j ≤ last(i), for all rows; neither bound falls from row to row,
+  // and first(i) ≤ last(i) + 1.
+  //
+  // Some rows' windows share a place where all of them can be cut: sums from there backwards are added up once, each
+  // waiting in its row's slot, and joined by the sum from there forwards. So a row costs a fixed number of additions,
+  // and there is no difference of running sums, which would lose digits and carry a NaN beyond the windows that hold
+  // it.
+  template <typename First, typename Last, typename Use>
+  __device__ __forceinline__ void run(First&& first, Last&& last, Use&& use) const {
+    for (Index i = begin; i < end;) {
+      const Index cut = last(i);
+      Index final = i;
+      while (final + 1 < end && first(final + 1) <= cut + 1) ++final;
+      A sums[G];
+#pragma unroll
+      for (int g = 0; g < G; ++g) sums[g] = 0;
+      Index j = cut;
+      for (Index r = final; r >= i; --r) {
+        for (const Index stop = first(r); j >= stop; --j) add(sums, from + j * row);
+#pragma unroll
+        for (int g = 0; g < G; ++g) slots[r * row + g * node] = sums[g];
+      }
+#pragma unroll
+      for (int g = 0; g < G; ++g) sums[g] = 0;
+      j = cut + 1;
+      for (; i <= final; ++i) {
+        for (const Index stop = last(i); j <= stop; ++j) add(sums, from + j * row);
+        A total[G];
+#pragma unroll
+        for (int g = 0; g < G; ++g) total[g] = slots[i * row + g * node] + sums[g];
+        use(i, total);
+      }
+    }
+  }
+
+ private:
+  __device__ __forceinline__ void add(A* sums, const A* at) const {
+#pragma unroll
+    for (int g = 0; g < G; ++g) sums[g] += at[g * node];
+  }
+};
+
+}  // namespace msacore::propagation::cuda

@@ -1,0 +1,53 @@
+"""Ctrl-C during a loop of many steps on the CPU."""
+
+import signal
+import subprocess
+import sys
+import time
+
+import pytest
+
+# A program that announces itself, computes for ever, and says what ended it.
+_PROGRAM = """
+import torch, msacore
+x = torch.ones(6, 3, 4, requires_grad=True)
+offsets = torch.tensor([0, 4, 6])
+steps = 2**40
+print("started", flush=True)
+try:
+    {call}
+except KeyboardInterrupt:
+    print("interrupted", flush=True)
+"""
+
+_CALLS = {
+    "propagate": "msacore.propagate(x, offsets, steps=steps)",
+    "without gradients": "torch.no_grad().__enter__(); msacore.propagate(x, offsets, steps=steps)",
+    "a handler that returns first": (
+        "import signal; first = signal.signal(signal.SIGUSR1, lambda *_: print('heard', flush=True)); "
+        "msacore.propagate(x, offsets, steps=steps)"
+    ),
+}
+
+
+@pytest.mark.parametrize("call", _CALLS.values(), ids=_CALLS)
+def test_many_steps_hear_ctrl_c(call: str) -> None:
+    program = subprocess.Popen(
+        [sys.executable, "-c", _PROGRAM.format(call=call)],
+        stdout=subprocess.PIPE,
+        stderr=subprocess.PIPE,
+        text=True,
+    )
+    try:
+        assert program.stdout is not None
+        assert program.stdout.readline() == "started\n"
+        time.sleep(0.5)
+        if "SIGUSR1" in call:
+            program.send_signal(signal.SIGUSR1)
+            assert program.stdout.readline() == "heard\n"
+        program.send_signal(signal.SIGINT)
+        out, error = program.communicate(timeout=60)
+    finally:
+        program.kill()
+    assert out == "interrupted\n", error
+    assert program.returncode == 0, error
