@@ -18,13 +18,13 @@ template <typename A>
 struct Upstream {
   const A *loss, *tiers;
 
-  // What the mean loss of a direction counts, for terms of which `both` directions count.
+  // What the mean loss of a direction counts, for terms with one or with `both` directions.
   LossGradient<A> of_tier(const Options& options, int64_t tier, bool both) const {
     LossGradient<A> gradient{};
     gradient.out = loss;
     gradient.term = tiers ? tiers + tier : nullptr;
     gradient.weight = options.tier_weights[tier];
-    gradient.scale = (both ? 0.5 : 1) / options.temperatures[tier];
+    gradient.scale = both ? 0.5 : 1;
     gradient.mean = true;
     return gradient;
   }
@@ -54,19 +54,21 @@ struct Workspace {
   std::vector<Plan> plans;
   std::vector<Need> needs;  // of sides
   std::vector<Side<T>> sides;
+  Temperature temperatures[kTiers];
   const int64_t* labels;
   const A* stats;  // null forward
   Upstream<A> upstream;
   int64_t n, rows;
   T* units;
-  A *factors, *inverse_norms, *gradients;
+  A *factors, *gradients;
+  InverseNorm<A>* inverse_norms;
   int64_t* counts;
   double* losses;
   Scratch scratch;
   std::optional<Classes> classes;  // where positives of equal label are sums over them
 
-  Workspace(const Inputs& in, const Sizes& s, const Options& options, const A* stats, const Upstream<A>& upstream,
-            cudaStream_t stream)
+  Workspace(const char* op, const Inputs& in, const Sizes& s, const Options& options, const A* stats,
+            const Upstream<A>& upstream, cudaStream_t stream)
       : options(options),
         plans(plan_terms(s, options.intra_modal)),
         needs(needs_of(s)),
@@ -82,10 +84,12 @@ struct Workspace {
           memory.take(units, numbers);
           memory.take(gradients, stats ? numbers : 0);
           memory.take(factors, count * rows);
-          memory.take(inverse_norms, count * n);
+          memory.take(inverse_norms, count * rows);
           memory.take(counts, s.terms * 4);
           memory.take(losses, stats ? 0 : s.terms * 2 * n);
         }) {
+    for (int64_t k = 0; k < kTiers; ++k)
+      temperatures[k] = temperature_of(op, in.learned_temperatures[k], options.temperatures[k]);
     const std::vector<Tensor> embeddings = in.embeddings();
     const int64_t count = static_cast<int64_t>(embeddings.size());
     int64_t before = 0;
@@ -99,7 +103,7 @@ struct Workspace {
       side.width = width;
       side.unit = units + before;
       side.factor = factors + k * rows;
-      side.inverse_norm = inverse_norms + k * n;
+      side.inverse_norm = inverse_norms + k * rows;
       if (stats) side.gradient = gradients + before;
       sides.push_back(side);
       before += rows * width;
@@ -116,6 +120,7 @@ struct Workspace {
       p.available = available;
       p.side_count = static_cast<int>(std::min<int64_t>(kSidesAtOnce, side_count - side));
       p.n = n;
+      p.normalize = options.normalize;
       p.stats = stats ? stats + term * 8 * n : nullptr;
       p.counts = counts + term * 4;
       for (int k = 0; k < p.side_count; ++k, ++side) {
@@ -136,7 +141,6 @@ struct Workspace {
   Problem<T> problem(int64_t term) {
     const Plan& plan = plans[term];
     const bool self = plan.first == plan.second;
-    const double temperature = options.temperatures[plan.tier];
     Problem<T> problem{};
     problem.a = sides[plan.first];
     problem.b = sides[plan.second];
@@ -149,7 +153,8 @@ struct Workspace {
       problem.a.stats = stats + term * 8 * n;
       problem.b.stats = self ? nullptr : problem.a.stats + 4 * n;
     }
-    problem.temperature = {nullptr, Temperature::kNumber, temperature};
+    problem.temperature = temperatures[plan.tier];
+    problem.unit_rows = options.normalize;
     problem.both = !self;
     problem.exclude_self = self;
     problem.pairwise = self && !classes;
@@ -185,7 +190,7 @@ void forward(Workspace<T>& workspace, const Sizes& s, Tensor& loss, Tensor& tier
         double* const losses_of = loss_of + first * 2 * n;
         const AnchorResults<A> rows{stats_of, 8, losses_of, 2}, columns{stats_of + 4 * n, 8, losses_of + n, 2};
         if (workspace.classes) workspace.classes->sum_positives(terms, count, 2, rows, columns);
-        sum_statistics(terms, count, 2, rows, columns, stats, stream);
+        sum_statistics<false>(terms, count, 2, rows, columns, stats, stream);
       });
   launch(tiers_kernel<A>, dim3(1), dim3(kFinishThreads), 0, stream, loss_of, stat, n,
          tiers_of(workspace.plans, workspace.options), loss.mutable_data_ptr<A>(), tiers.mutable_data_ptr<A>());
@@ -195,23 +200,54 @@ void forward(Workspace<T>& workspace, const Sizes& s, Tensor& loss, Tensor& tier
 template <typename T>
 using KeptGradient = std::conditional_t<std::is_same_v<T, BFloat16>, Kept<BFloat16, 2>, Kept<acc_t<T>, 1>>;
 
+bool any_learned(const Inputs& in) {
+  return std::any_of(in.learned_temperatures, in.learned_temperatures + kTiers,
+                     [](const OptionalTensor& learned) { return learned.has_value(); });
+}
+
+// The gradients of learned temperatures, from the slopes of the terms.
 template <typename T>
-void backward(Workspace<T>& workspace, std::vector<Tensor>& grads, cudaStream_t stream) {
+void temperature_gradients(const Workspace<T>& workspace, const double* term_slopes, Gradients& grads,
+                           cudaStream_t stream) {
+  const Tiers tiers = tiers_of(workspace.plans, workspace.options);
+  for (int64_t k = 0; k < kTiers; ++k) {
+    const Temperature& temperature = workspace.temperatures[k];
+    if (temperature.kind == Temperature::kNumber) continue;
+    const int64_t begin = k > 0 ? tiers.end[k - 1] : 0;
+    launch(temperature_kernel, dim3(1), dim3(kSumThreads), 0, stream, term_slopes + begin, tiers.end[k] - begin,
+           temperature, gradient_of(temperature, grads.temperatures[k]));
+  }
+}
+
+template <typename T>
+void backward(Workspace<T>& workspace, const Inputs& in, Gradients& grads, cudaStream_t stream) {
   std::vector<Output<acc_t<T>>> outputs;
   for (const Side<T>& side : workspace.sides) outputs.push_back({side.gradient, side.rows, side.width});
+  const int64_t in_term = int64_t{tiles(workspace.rows)} * tiles(workspace.rows);
+  const bool learned = any_learned(in);
+  double *slopes = nullptr, *term_slopes = nullptr;
+  const Scratch scratch(in.fused, [&](Scratch& memory) {
+    if (learned) memory.take(slopes, kTermsAtOnce * in_term);
+    if (learned) memory.take(term_slopes, static_cast<int64_t>(workspace.plans.size()));
+  });
   workspace.for_groups(gradient_bytes<T, KeptGradient<T>>, kGradientStripBytes,
                        [&](const Terms<T, kTermsAtOnce>& terms, int64_t first, unsigned count) {
-                         sum_gradients<kSidesAtOnce, KeptGradient<T>, T>(terms, count, outputs, first > 0, nullptr,
-                                                                         nullptr, grads.front(), stream);
+                         sum_gradients<kSidesAtOnce, KeptGradient<T>, false>(
+                             terms, count, outputs, first > 0, static_cast<T*>(nullptr), slopes, in.fused, stream);
+                         if (learned)
+                           launch(sum_kernel, dim3(count), dim3(kSumThreads), 0, stream, slopes, in_term,
+                                  term_slopes + first);
                          if (workspace.classes) workspace.classes->add_gradients(terms, count);
                        });
-  for (size_t first = 0; first < grads.size(); first += kSidesAtOnce) {
+  if (learned) temperature_gradients(workspace, term_slopes, grads, stream);
+  const std::vector<Tensor>& embeddings = grads.embeddings;
+  for (size_t first = 0; first < embeddings.size(); first += kSidesAtOnce) {
     Projections<T, kSidesAtOnce> projections{};
     unsigned members = 0;
-    for (size_t k = first; k < std::min(grads.size(), first + kSidesAtOnce); ++k)
-      projections.at[members++] = {workspace.sides[k], workspace.sides[k], false, grads[k].mutable_data_ptr<T>()};
+    for (size_t k = first; k < std::min(embeddings.size(), first + kSidesAtOnce); ++k)
+      projections.at[members++] = {workspace.sides[k], workspace.sides[k], false, embeddings[k].mutable_data_ptr<T>()};
     launch(project_kernel<T, kSidesAtOnce>, dim3(grid_for(workspace.n, kRowThreads / kWarp).x, members),
-           dim3(kRowThreads), 0, stream, projections, Temperature{nullptr, Temperature::kNumber, 1});
+           dim3(kRowThreads), 0, stream, projections, workspace.options.normalize);
   }
 }
 
@@ -238,7 +274,7 @@ bool fits(const FewInputs<T>& few) {
 }
 
 template <typename T>
-FewInputs<T> few_inputs(const Inputs& in, const Sizes& s, const Options& options) {
+FewInputs<T> few_inputs(const char* op, const Inputs& in, const Sizes& s, const Options& options) {
   FewInputs<T> few{};
   const std::vector<Tensor> embeddings = in.embeddings();
   const std::vector<Need> needs = needs_of(s);
@@ -259,7 +295,9 @@ FewInputs<T> few_inputs(const Inputs& in, const Sizes& s, const Options& options
   for (const Plan& plan : plan_terms(s, options.intra_modal))
     few.terms[few.term_count++] = {static_cast<uint8_t>(plan.tier),
                                    {static_cast<uint8_t>(plan.first), static_cast<uint8_t>(plan.second)}};
-  for (int64_t k = 0; k < kTiers; ++k) few.temperature[k] = {nullptr, Temperature::kNumber, options.temperatures[k]};
+  few.normalize = options.normalize;
+  for (int64_t k = 0; k < kTiers; ++k)
+    few.temperature[k] = temperature_of(op, in.learned_temperatures[k], options.temperatures[k]);
   return few;
 }
 
@@ -287,24 +325,27 @@ void few_forward(const FewInputs<T>& few, const Tiers& tiers, Tensor& loss, Tens
 }
 
 template <typename T>
-void few_backward(const FewInputs<T>& few, const Options& options, const acc_t<T>* stats,
-                  const Upstream<acc_t<T>>& upstream, std::vector<Tensor>& grads, cudaStream_t stream) {
+void few_backward(const FewInputs<T>& few, const Inputs& in, const Options& options, const acc_t<T>* stats,
+                  const Upstream<acc_t<T>>& upstream, Gradients& grads, cudaStream_t stream) {
   FewBackward<T> to{};
   to.stats = stats;
-  for (int64_t k = 0; k < kTiers; ++k) to.gradient[k] = upstream.of_tier(options, k, k > 0 || !options.intra_modal);
-  for (size_t k = 0; k < grads.size(); ++k) to.grads[k] = grads[k].mutable_data_ptr<T>();
+  for (int64_t k = 0; k < kTiers; ++k) {
+    to.gradient[k] = upstream.of_tier(options, k, k > 0 || !options.intra_modal);
+    to.temperature_gradient[k] = gradient_of(few.temperature[k], grads.temperatures[k]);
+  }
+  for (size_t k = 0; k < grads.embeddings.size(); ++k) to.grads[k] = grads.embeddings[k].template mutable_data_ptr<T>();
   to.stride = static_cast<int>(few_stride(few));
-  launch(few_backward_kernel<T>, dim3(few_tiles(few), few.side_count), dim3(kRowThreads),
-         few_backward_bytes<T>(to.stride), stream, few, to);
-}
-
-void refuse_what_is_to_come(const char* op, const Inputs& in, const Options& options) {
-  for (const OptionalTensor& learned : in.learned_temperatures)
-    check(!learned && options.normalize, op, "`normalize` and learned `temperatures` are not implemented on CUDA");
+  const dim3 grid(std::max(1u, few_tiles(few)), few.side_count);
+  const bool learned = any_learned(in);
+  const Scratch scratch(in.fused, [&](Scratch& memory) {
+    if (learned) memory.take(to.slopes, int64_t{grid.x} * grid.y * kTiers);
+    if (learned) memory.take(to.done, 1);
+  });
+  if (learned) clear_memory(to.done, sizeof(unsigned), stream);
+  launch(few_backward_kernel<T>, grid, dim3(kRowThreads), few_backward_bytes<T>(to.stride), stream, few, to);
 }
 
 void forward(const char* op, const Inputs& in, const Sizes& s, const Options& options, Results& results) {
-  refuse_what_is_to_come(op, in, options);
   const OnDeviceOf device(in.fused);
   dispatch_floating(in.fused.scalar_type(), op, [&](auto tag) {
     using T = typename decltype(tag)::type;
@@ -312,28 +353,26 @@ void forward(const char* op, const Inputs& in, const Sizes& s, const Options& op
       clear_memory(results.kept.template mutable_data_ptr<acc_t<T>>(), results.kept.numel() * sizeof(acc_t<T>),
                    device.stream);
     if (are_few(s))
-      return few_forward(few_inputs<T>(in, s, options), tiers_of(plan_terms(s, options.intra_modal), options),
+      return few_forward(few_inputs<T>(op, in, s, options), tiers_of(plan_terms(s, options.intra_modal), options),
                          results.loss, results.tiers, results.stats, device.stream);
-    Workspace<T> workspace(in, s, options, nullptr, {}, device.stream);
+    Workspace<T> workspace(op, in, s, options, nullptr, {}, device.stream);
     forward(workspace, s, results.loss, results.tiers, results.stats, device.stream);
   });
 }
 
 void backward(const char* op, const Inputs& in, const Sizes& s, const Options& options, const OptionalTensor& grad_loss,
               const OptionalTensor& grad_tiers, const Tensor& stats, const Tensor&, Gradients& grads) {
-  refuse_what_is_to_come(op, in, options);
   const OnDeviceOf device(in.fused);
   dispatch_floating(in.fused.scalar_type(), op, [&](auto tag) {
     using T = typename decltype(tag)::type;
     using A = acc_t<T>;
     const Upstream<A> upstream{data_or_null<A>(grad_loss), data_or_null<A>(grad_tiers)};
     if (are_few(s)) {
-      const FewInputs<T> few = few_inputs<T>(in, s, options);
-      if (fits(few))
-        return few_backward(few, options, stats.const_data_ptr<A>(), upstream, grads.embeddings, device.stream);
+      const FewInputs<T> few = few_inputs<T>(op, in, s, options);
+      if (fits(few)) return few_backward(few, in, options, stats.const_data_ptr<A>(), upstream, grads, device.stream);
     }
-    Workspace<T> workspace(in, s, options, stats.const_data_ptr<A>(), upstream, device.stream);
-    backward(workspace, grads.embeddings, device.stream);
+    Workspace<T> workspace(op, in, s, options, stats.const_data_ptr<A>(), upstream, device.stream);
+    backward(workspace, in, grads, device.stream);
   });
 }
 

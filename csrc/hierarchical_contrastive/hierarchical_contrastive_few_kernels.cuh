@@ -42,16 +42,16 @@ __global__ void __launch_bounds__(kRowThreads, 2)
 #pragma unroll
     for (int half = 0; half < 2; ++half) {
       const int r = mma_row(2 * half);
-      A exponent[4], weight[4], similarity[4];
+      A candidate[4], weight[4], similarity[4];
 #pragma unroll
       for (int k = 0; k < 4; ++k) {
         const int j = few_candidate(k / 2, k % 2);
         const bool part = pairs.take_part(r, j);
         similarity[k] = part ? c[k / 2][2 * half + k % 2] : A(0);
-        exponent[k] = part ? similarity[k] * scale : kNothing<A>;
+        candidate[k] = part ? similarity[k] : kNothing<A>;
         weight[k] = part ? pairs.weight(r, j) : A(0);
       }
-      merge(stats[half].softmax, softmax_of<1, 2>(exponent));
+      merge(stats[half].softmax, softmax_of<1, 2>(candidate, scale), scale);
       merge(stats[half].positives, positives_of<1, 2>(weight, similarity));
     }
   }
@@ -65,7 +65,7 @@ __global__ void __launch_bounds__(kRowThreads, 2)
     const int r = lane_id(), i = first + r;
     if (r < kFewRows && i < in.n) {
       Stats<double> all = no_stats<double>();
-      for (int w = 0; w < kRowThreads / kWarp; ++w) merge(all, in_double(of_warps[w][r]));
+      for (int w = 0; w < kRowThreads / kWarp; ++w) merge(all, in_double(of_warps[w][r]), static_cast<double>(scale));
       const bool choice = is_choice(candidates, term.self() && used(own.factor[r]));
       const double total = all.positives.total;
       sum.loss = finish_anchor(all.softmax, total, all.positives.mean(), choice, scale,
@@ -100,11 +100,37 @@ struct FewBackward {
   LossGradient<acc_t<T>> gradient[Tiers::kCount];  // of both directions' mean; of a term of a side with itself, of it
   T* grads[kFewSides];                             // [n, width_of(side)]
   int stride;                                      // of the gradients in shared memory
+  // Where temperatures are learned: what blocks count in the slopes (anchor.cuh), blocks that are done, zero at the
+  // start, and the results; else null.
+  double* slopes;  // [blocks, tiers]
+  unsigned* done;
+  TemperatureGradient temperature_gradient[Tiers::kCount];
 };
 
 template <typename T>
 constexpr int64_t few_backward_bytes(int64_t stride) {
   return FewStages<T>::kBytes + (kFewRows * (kFewGradientStride + stride)) * sizeof(acc_t<T>);
+}
+
+// The last block that is done adds the slopes up. Called by all blocks.
+template <typename T>
+__device__ __forceinline__ void finish_slopes(const FewInputs<T>& in, const FewBackward<T>& to,
+                                              const double (&slopes)[Tiers::kCount]) {
+  const int64_t blocks = int64_t{gridDim.x} * gridDim.y, block = int64_t{blockIdx.y} * gridDim.x + blockIdx.x;
+  bool last = false;
+  if (thread_in_block() == 0) {
+    for (int k = 0; k < Tiers::kCount; ++k) to.slopes[block * Tiers::kCount + k] = slopes[k];
+    __threadfence();
+    last = atomicAdd(to.done, 1u) + 1 == blocks;
+  }
+  if (!__syncthreads_or(last)) return;
+  __threadfence();
+  for (int k = 0; k < Tiers::kCount; ++k) {
+    double sum = 0;
+    for (int64_t i = thread_in_block(); i < blocks; i += kRowThreads) sum += to.slopes[i * Tiers::kCount + k];
+    sum = block_sum(sum);
+    if (thread_in_block() == 0) to.temperature_gradient[k].set(-sum / in.temperature[k].value());
+  }
 }
 
 // Grid [row tiles, sides]: a block has rows of an embedding, and goes through the terms that it is in.
@@ -122,6 +148,9 @@ __global__ void __launch_bounds__(kRowThreads, 2)
   MSACORE_SHARED(own_gradients, AnchorGradient<A>[kFewRows]);
   MSACORE_SHARED(other_gradients, AnchorGradient<A>[kFewCandidates]);
   MSACORE_SHARED(counts, int64_t[2][2]);
+  MSACORE_SHARED(slopes, double[Tiers::kCount]);
+  if (thread_in_block() == 0)
+    for (int k = 0; k < Tiers::kCount; ++k) slopes[k] = 0;
   for (int k = thread_in_block(); k < kFewRows * to.stride; k += kRowThreads) of_rows[k] = 0;
   for (int t = 0; t < in.term_count; ++t) {
     const FewTerm& term = in.terms[t];
@@ -131,16 +160,16 @@ __global__ void __launch_bounds__(kRowThreads, 2)
     const auto takes_part = [&](int i) { return in.takes_part(term, i); };
     const auto stats_of = [&](bool of_second) { return to.stats + int64_t{4} * (2 * t + of_second) * in.n; };
     const A *const own_stats = stats_of(second), *const other_stats = term.self() ? own_stats : stats_of(!second);
-    count_rows(in.n, own_stats, counts[0], takes_part);
-    count_rows(in.n, other_stats, counts[1], takes_part);
+    count_rows(in.n, in.n, own_stats, counts[0], takes_part);
+    count_rows(in.n, in.n, other_stats, counts[1], takes_part);
     const auto gradient_of = [&](const A* stats, const int64_t (&count)[2], int i, bool part) {
-      if (!part || stats[3 * in.n + i] == A(0) || !is_choice(count[0], term.self())) return no_anchor<A>();
-      return anchor_gradient(stats, in.n, i, in.temperature[term.tier].template scale<A>(),
-                             to.gradient[term.tier].of(i, count[1]));
+      if (!part || stats[kTotal * in.n + i] == A(0) || !is_choice(count[0], term.self())) return no_anchor<A>();
+      return anchor_gradient(stats, in.n, i, to.gradient[term.tier].of(i, count[1], in.temperature[term.tier]));
     };
     const A scale = in.temperature[term.tier].template scale<A>();
     load_rows(own, in, own_side, first, takes_part,
               [&](int r, int i, bool part) { own_gradients[r] = gradient_of(own_stats, counts[0], i, part); });
+    A own_slope = 0, other_slope = 0;  // of the anchors of this side and of the other
     for (int column = 0; column < in.n; column += kFewCandidates) {
       load_rows(other, in, other_side, column, takes_part,
                 [&](int r, int i, bool part) { other_gradients[r] = gradient_of(other_stats, counts[1], i, part); });
@@ -153,9 +182,15 @@ __global__ void __launch_bounds__(kRowThreads, 2)
         for (int i = 0; i < 4; ++i) {
           const int r = mma_row(i), j = few_candidate(tile, i);
           A gradient = 0;
-          if (pairs.take_part(r, j))
-            gradient = other.factor[j] * (softmax_gradient(own_gradients[r], other_gradients[j], c[tile][i] * scale) -
-                                          pairs.weight(r, j) * (own_gradients[r].attract + other_gradients[j].attract));
+          if (pairs.take_part(r, j)) {
+            const A similarity = c[tile][i], weight = pairs.weight(r, j);
+            const auto of_anchor = [&](const AnchorGradient<A>& anchor, A& slope) {
+              return relative(anchor.share * probability(anchor, similarity, scale) - weight * anchor.attract, anchor,
+                              similarity, slope);
+            };
+            gradient =
+                other.factor[j] * (of_anchor(own_gradients[r], own_slope) + of_anchor(other_gradients[j], other_slope));
+          }
           of_similarities[r * kFewGradientStride + j] = gradient;
         }
       __syncthreads();
@@ -181,6 +216,10 @@ __global__ void __launch_bounds__(kRowThreads, 2)
         for (int i = 0; i < 4; ++i) at(i) = g[i];
       }
     }
+    if (to.slopes && !second) {  // a term counts where its first side is; of one side, all rows are anchors there
+      const double slope = block_sum(static_cast<double>(term.self() ? own_slope : own_slope + other_slope));
+      if (thread_in_block() == 0) slopes[term.tier] += slope;
+    }
   }
   load_rows(
       own, in, own_side, first, [&](int i) { return in.available.meets(in.needs[own_side], i); },
@@ -192,12 +231,15 @@ __global__ void __launch_bounds__(kRowThreads, 2)
     const A factor = own.factor[r], low = own.scale[0][r], high = own.scale[1][r];
     const auto unit = [&](int k) { return static_cast<A>(x[k]) * low * high * factor; };
     A dot = 0;
-    for (int k = lane_id(); any && k < d; k += kWarp) dot += gradient[k] * unit(k);
+    for (int k = lane_id(); any && in.normalize && k < d; k += kWarp) dot += gradient[k] * unit(k);
     dot = warp_sum(dot);
     T* const grad = to.grads[own_side] + int64_t{first + r} * d;
-    for (int k = lane_id(); k < d; k += kWarp)
-      grad[k] = static_cast<T>(any ? (gradient[k] - dot * unit(k)) * factor * low * high : A(0));
+    for (int k = lane_id(); k < d; k += kWarp) {
+      const A across = in.normalize && any ? gradient[k] - dot * unit(k) : gradient[k];
+      grad[k] = static_cast<T>(any ? across * factor * low * high : A(0));
+    }
   }
+  if (to.slopes) finish_slopes(in, to, slopes);
 }
 
 }  // namespace msacore::hierarchical_contrastive::cuda

@@ -32,6 +32,7 @@ struct FewInputs {
   int n, width, pair_width, pairs;  // `pairs`: the first side that is one
   int side_count, term_count;
   bool by_four;  // rows begin where four numbers can be read at once
+  bool normalize;
   FewTerm terms[kFewTerms];
   Temperature temperature[Tiers::kCount];
 
@@ -50,8 +51,9 @@ struct FewInputs {
   }
 };
 
-// Rows of a side: 1 / |x| = factor · scale[0] · scale[1]. The scales are two powers of two that share the exponent, for
-// a single one may be out of range. A negative factor marks a row that takes no part, 0 one of zeros.
+// Rows of a side: 1 / |x|, or 1 where rows are not normalised, is factor · scale[0] · scale[1]. The scales are two
+// powers of two that share the exponent, for a single one may be out of range. A negative factor marks a row that takes
+// no part, 0 one of zeros.
 template <typename A, int Rows>
 struct FewRows {
   A factor[Rows], scale[2][Rows];
@@ -70,40 +72,52 @@ __device__ __forceinline__ void load_rows(FewRows<acc_t<T>, Rows>& rows, const F
   __syncthreads();
   if (group < Rows) {
     bool part[kTurns];
-    double square[kTurns];
+    double largest[kTurns], square[kTurns];
 #pragma unroll
     for (int turn = 0; turn < kTurns; ++turn) {
       const int i = first + group + turn * kGroups;
       part[turn] = i < in.n && takes_part(i);
-      square[turn] = 0;
+      largest[turn] = square[turn] = 0;
     }
-    for (int k = 4 * lane; k < d; k += 4 * kLanes)
+    // Calls body(turn, value) with what this lane reads of its rows.
+    const auto for_values = [&](const auto& body) {
+      for (int k = 4 * lane; k < d; k += 4 * kLanes)
 #pragma unroll
-      for (int turn = 0; turn < kTurns; ++turn) {
-        if (!part[turn]) continue;
-        const Vector<T, 4> values = in.four(in.x[side] + int64_t{first + group + turn * kGroups} * d, k, d);
+        for (int turn = 0; turn < kTurns; ++turn) {
+          if (!part[turn]) continue;
+          const Vector<T, 4> values = in.four(in.x[side] + int64_t{first + group + turn * kGroups} * d, k, d);
 #pragma unroll
-        for (int e = 0; e < 4; ++e) {
-          const double value = static_cast<double>(static_cast<A>(values.at[e]));
-          square[turn] += value * value;
+          for (int e = 0; e < 4; ++e) body(turn, static_cast<double>(static_cast<A>(values.at[e])));
         }
-      }
+    };
+    if constexpr (std::is_same_v<T, double>) {  // squares of the others are in the range of double
+      for_values([&](int turn, double value) { largest[turn] = Max{}(largest[turn], fabs(value)); });
+#pragma unroll
+      for (int turn = 0; turn < kTurns; ++turn) largest[turn] = warp_reduce<kLanes>(largest[turn], Max{});
+    }
+    for_values([&](int turn, double value) {
+      if constexpr (std::is_same_v<T, double>) value = inverse_power(largest[turn]).times(value);
+      square[turn] += value * value;
+    });
     double own_square = 0;  // of the row that this lane completes
+    int own_shrunk = 0;
     bool own_part = false;
 #pragma unroll
     for (int turn = 0; turn < kTurns; ++turn) {
       square[turn] = warp_sum<kLanes>(square[turn]);
-      if (lane == turn) own_square = square[turn];
-      if (lane == turn) own_part = part[turn];
+      if (lane != turn) continue;
+      own_square = square[turn];
+      own_shrunk = std::is_same_v<T, double> ? inverse_power(largest[turn]).exponent : 0;
+      own_part = part[turn];
     }
     if (lane < kTurns) {
       const int r = group + lane * kGroups, i = first + r;
-      const double inverse = own_square == 0 ? 0 : 1 / sqrt(own_square);
-      int exponent = 0;
-      const double factor = inverse > 0 ? frexp(inverse, &exponent) : inverse;
-      rows.factor[r] = own_part ? static_cast<A>(factor) : A(-1);
-      rows.scale[0][r] = static_cast<A>(ldexp(1.0, exponent / 2));
-      rows.scale[1][r] = static_cast<A>(ldexp(1.0, exponent - exponent / 2));
+      InverseNorm<double> inverse{1, 0};
+      if (in.normalize) inverse = inverse_root(own_square, own_shrunk);
+      const TwoPowers<A> scale = two_powers<A>(inverse.exponent);
+      rows.factor[r] = own_part ? static_cast<A>(inverse.mantissa) : A(-1);
+      rows.scale[0][r] = scale.low;
+      rows.scale[1][r] = scale.high;
       rows.label[r] = own_part && in.labels ? in.labels[i] : -1;
       also(r, i, own_part);
     }

@@ -43,6 +43,7 @@ struct Preparation {
   Need side_needs[kSidesAtOnce];
   int side_count;
   int64_t n;
+  bool normalize;
   Need term_needs[kTermsAtOnce];
   const int64_t* labels[kTermsAtOnce];  // [n] or null
   const acc_t<T>* stats;                // [terms, 2, 4, n], backward; else null
@@ -54,12 +55,15 @@ template <typename T>
 __global__ void __launch_bounds__(kRowThreads, 4) prepare_kernel(const __grid_constant__ Preparation<T> p) {
   const int y = static_cast<int>(blockIdx.y);
   if (y < p.side_count) {
-    prepare_rows(p.sides[y], 0, [&](int64_t i) { return p.available.meets(p.side_needs[y], i); });
+    const Side<T>& side = p.sides[y];
+    prepare_rows(
+        side, p.n, p.normalize, 0, [&](int64_t i) { return side.x + i * side.d; },
+        [&](int64_t i) { return p.available.meets(p.side_needs[y], i); });
   } else if (blockIdx.x == 0) {
     const int64_t term = y - p.side_count;
     const int64_t* labels = p.labels[term];
     for (int64_t direction = 2 * term; direction < 2 * term + 2; ++direction)
-      count_rows(p.n, p.stats ? p.stats + direction * 4 * p.n : nullptr, p.counts + 2 * direction,
+      count_rows(p.n, p.n, p.stats ? p.stats + direction * kAnchorStats * p.n : nullptr, p.counts + 2 * direction,
                  [&](int64_t i) { return (!labels || labels[i] >= 0) && p.available.meets(p.term_needs[term], i); });
   }
 }
@@ -116,7 +120,7 @@ __global__ void __launch_bounds__(kFinishThreads, 1)
     LossSum share{0, 0};
     for (int64_t i = lane_id(); i < n; i += kWarp) {
       share.loss += losses[direction * n + i];
-      share.anchors += stats[(direction * 4 + 3) * n + i] != A(0);
+      share.anchors += stats[(direction * kAnchorStats + kTotal) * n + i] != A(0);
     }
     return share;
   });

@@ -7,26 +7,22 @@
 
 namespace msacore::info_nce::cuda {
 using namespace contrastive::cuda;
+using contrastive::cuda::Denominator;  // info_nce::Denominator holds the operator's codes
 namespace {
 
-Temperature temperature_of(const char* op, const InfoNceInputs& in, const InfoNceOptions& options) {
-  if (!in.learned_temperature) return {nullptr, Temperature::kNumber, options.temperature};
-  return dispatch_floating(in.learned_temperature->scalar_type(), op, [&](auto tag) {
-    using S = typename decltype(tag)::type;
-    constexpr Temperature::Kind kind = std::is_same_v<S, float>    ? Temperature::kFloat
-                                       : std::is_same_v<S, double> ? Temperature::kDouble
-                                       : std::is_same_v<S, Half>   ? Temperature::kHalf
-                                                                   : Temperature::kBFloat16;
-    return Temperature{in.learned_temperature->const_data_ptr<S>(), kind, 0};
-  });
+Denominator denominator_of(const InfoNceOptions& options) {
+  return options.denominator == info_nce::kAll         ? Denominator::kAll
+         : options.denominator == info_nce::kNegatives ? Denominator::kNegatives
+                                                       : Denominator::kDecoupled;
 }
 
-// The loss as one term, and the memory its two sides live in.
+// The loss as one term, and the memory its two sides live in. The negatives of all anchors lie behind the candidates.
 template <typename T>
 struct Workspace {
   using A = acc_t<T>;
-  T *anchor_units, *candidate_units;
-  A *anchor_factors, *candidate_factors, *anchor_norms, *candidate_norms, *anchor_gradients, *candidate_gradients;
+  T* units[2];
+  A *factors[2], *gradients[2];
+  InverseNorm<A>* norms[2];
   int64_t* counts;
   double *losses, *slopes;
   Scratch scratch;
@@ -37,96 +33,97 @@ struct Workspace {
   Workspace(const char* op, const InfoNceInputs& in, const InfoNceSizes& s, const InfoNceOptions& options,
             const A* row_stats, const A* column_stats, const A* grad_out, cudaStream_t stream)
       : scratch(in.anchors, [&](Scratch& memory) {
-          const int64_t width = padded(s.width, 32), n = padded(s.anchors, kTile), m = padded(s.candidates, kTile);
-          memory.take(anchor_units, n * width);
-          memory.take(candidate_units, m * width);
-          memory.take(anchor_factors, n);
-          memory.take(candidate_factors, m);
-          memory.take(anchor_norms, s.anchors);
-          memory.take(candidate_norms, s.candidates);
+          const int64_t width = padded(s.width, 32);
+          const int64_t rows[2] = {padded(s.anchors, kTile), padded(s.candidates + s.negatives, kTile)};
+          for (int r = 0; r < 2; ++r) {
+            memory.take(units[r], rows[r] * width);
+            memory.take(factors[r], rows[r]);
+            memory.take(norms[r], rows[r]);
+            memory.take(gradients[r], grad_out ? rows[r] * width : 0);
+          }
           memory.take(counts, 4);
           memory.take(losses, grad_out ? 0 : s.anchors + s.candidates);
-          memory.take(anchor_gradients, grad_out ? n * width : 0);
-          memory.take(candidate_gradients, grad_out ? m * width : 0);
-          memory.take(slopes, grad_out ? int64_t{tiles(n)} * tiles(m) : 0);
+          memory.take(slopes, grad_out && in.learned_temperature ? int64_t{tiles(rows[0])} * tiles(rows[1]) : 0);
         }) {
-    const Tensor& candidates = in.candidates ? *in.candidates : in.anchors;
-    const auto side = [&](const Tensor& x, const OptionalTensor& labels, int64_t size) {
+    const auto side = [&](int r, const Tensor& x, const OptionalTensor& labels, int64_t negatives, const A* stats) {
       Side<T> side{};
       side.x = x.const_data_ptr<T>();
-      side.n = size;
+      side.n = x.size(0);
       side.d = s.width;
-      side.rows = padded(size, kTile);
+      side.rows = padded(side.n + negatives, kTile);
       side.width = padded(s.width, 32);
+      side.unit = units[r];
+      side.factor = factors[r];
+      side.inverse_norm = norms[r];
+      side.gradient = gradients[r];
       side.labels = data_or_null<int64_t>(labels);
+      side.counts = counts + 2 * r;
+      side.stats = stats;
       return side;
     };
     Problem<T>& problem = terms.at[0];
     problem = {};
-    problem.a = side(in.anchors, in.anchor_labels, s.anchors);
-    problem.a.unit = anchor_units;
-    problem.a.factor = anchor_factors;
-    problem.a.inverse_norm = anchor_norms;
-    problem.a.gradient = anchor_gradients;
-    problem.a.counts = counts;
-    problem.a.stats = row_stats;
-    problem.b = side(candidates, in.candidate_labels, s.candidates);
-    problem.b.unit = candidate_units;
-    problem.b.factor = candidate_factors;
-    problem.b.inverse_norm = candidate_norms;
-    problem.b.gradient = candidate_gradients;
-    problem.b.counts = counts + 2;
-    problem.b.stats = column_stats;
-    problem.temperature = temperature_of(op, in, options);
+    problem.a = side(0, in.anchors, in.anchor_labels, 0, row_stats);
+    problem.b = side(1, in.candidates ? *in.candidates : in.anchors, in.candidate_labels, s.negatives, column_stats);
+    problem.temperature = temperature_of(op, in.learned_temperature, options.temperature);
     problem.weights = data_or_null<T>(in.weights);
     problem.both = options.symmetric;
     problem.exclude_self = options.exclude_self;
-    if (by_classes(problem.a.labels, s.anchors, s.candidates))
+    problem.unit_rows = options.normalize;
+    problem.denominator = denominator_of(options);
+    const bool apart = problem.denominator != Denominator::kAll;
+    if (!apart && by_classes(problem.a.labels, s.anchors, s.candidates))
       classes.emplace(problem.a.labels, s.anchors, problem.b.labels, s.candidates, in.anchors, stream);
     // Asked of the arguments: without rows their pointers may be null.
-    problem.pairwise = in.weights || (in.anchor_labels && !classes);
+    problem.pairwise = apart || in.weights || (in.anchor_labels && !classes);
     problem.gradient.out = grad_out;
     problem.gradient.weight = 1;
     problem.gradient.scale = problem.both ? 0.5 : 1;
     problem.gradient.mean = options.reduction == kMean;
     problem.gradient.per_anchor = options.reduction == kNone;
+    const Roles<T> roles{{problem.a, problem.b},
+                         {data_or_null<bool>(in.anchor_mask), data_or_null<bool>(in.candidate_mask)},
+                         data_or_null<T>(in.negatives),
+                         data_or_null<bool>(in.negative_mask),
+                         s.negatives,
+                         options.normalize};
     const unsigned blocks = grid_for(std::max(problem.a.rows, problem.b.rows), kRowThreads / kWarp).x;
-    launch(
-        prepare_kernel<T>, dim3(blocks + 1, 2), dim3(kRowThreads), 0, stream,
-        Roles<T>{{problem.a, problem.b}, {data_or_null<bool>(in.anchor_mask), data_or_null<bool>(in.candidate_mask)}});
+    launch(prepare_kernel<T>, dim3(blocks + 1, 2), dim3(kRowThreads), 0, stream, roles);
   }
 };
 
-template <typename T>
-void forward(const Workspace<T>& workspace, InfoNceResults& results, cudaStream_t stream) {
-  using A = acc_t<T>;
+template <bool Apart, typename T>
+void sum_direction(const Workspace<T>& workspace, const AnchorResults<acc_t<T>>& rows,
+                   const AnchorResults<acc_t<T>>& columns, const Tensor& like, cudaStream_t stream) {
   const Problem<T>& problem = workspace.terms.at[0];
-  const int64_t n = problem.a.n, column_anchors = problem.both ? problem.b.n : 0;
-  double *const row_losses = workspace.losses, *const column_losses = row_losses + n;
-  A *const rows = results.anchor_stats.template mutable_data_ptr<A>(), *const columns =
-                                                                           results.candidate_stats
-                                                                               .template mutable_data_ptr<A>();
-  const AnchorResults<A> of_rows{rows, 4, row_losses, 1}, of_columns{columns, 4, column_losses, 1};
   const unsigned directions = problem.both ? 2 : 1;
-  if (workspace.classes) workspace.classes->sum_positives(workspace.terms, 1, directions, of_rows, of_columns);
-  sum_statistics(workspace.terms, 1, directions, of_rows, of_columns, results.anchor_stats, stream);
-  launch(finish_kernel<A>, dim3(1), dim3(kFinishThreads), 0, stream, row_losses, rows, n, column_losses, columns,
-         column_anchors, problem.both, problem.gradient.mean, problem.gradient.per_anchor,
-         results.loss.template mutable_data_ptr<A>());
-}
-
-void refuse_what_is_to_come(const char* op, const InfoNceInputs& in, const InfoNceOptions& options) {
-  check(!in.negatives && options.normalize && options.denominator == kAll, op,
-        "`negatives`, `denominator` and `normalize` are not implemented on CUDA");
+  if (workspace.classes) workspace.classes->sum_positives(workspace.terms, 1, directions, rows, columns);
+  sum_statistics<Apart>(workspace.terms, 1, directions, rows, columns, like, stream);
+  if (problem.denominator == Denominator::kNegatives)
+    sum_against_negatives(workspace.terms, 1, directions, rows, columns, like, stream);
 }
 
 void forward(const char* op, const InfoNceInputs& in, const InfoNceSizes& s, const InfoNceOptions& options,
              InfoNceResults& results) {
-  refuse_what_is_to_come(op, in, options);
   const OnDeviceOf device(in.anchors);
   dispatch_floating(in.anchors.scalar_type(), op, [&](auto tag) {
     using T = typename decltype(tag)::type;
-    forward(Workspace<T>(op, in, s, options, nullptr, nullptr, nullptr, device.stream), results, device.stream);
+    using A = acc_t<T>;
+    const Workspace<T> workspace(op, in, s, options, nullptr, nullptr, nullptr, device.stream);
+    const Problem<T>& problem = workspace.terms.at[0];
+    const int64_t n = problem.a.n, column_anchors = problem.both ? problem.b.n : 0;
+    const int64_t stats = stat_rows(options.denominator);
+    const AnchorResults<A> rows{results.anchor_stats.template mutable_data_ptr<A>(), stats, workspace.losses, 1};
+    const AnchorResults<A> columns{results.candidate_stats.template mutable_data_ptr<A>(), stats, workspace.losses + n,
+                                   1};
+    if (problem.denominator == Denominator::kAll) {
+      sum_direction<false>(workspace, rows, columns, in.anchors, device.stream);
+    } else {
+      sum_direction<true>(workspace, rows, columns, in.anchors, device.stream);
+    }
+    launch(finish_kernel<A>, dim3(1), dim3(kFinishThreads), 0, device.stream, rows.losses, rows.stats, n,
+           columns.losses, columns.stats, column_anchors, problem.both, problem.gradient.mean,
+           problem.gradient.per_anchor, results.loss.template mutable_data_ptr<A>());
   });
 }
 
@@ -135,33 +132,52 @@ void forward(const char* op, const InfoNceInputs& in, const InfoNceSizes& s, con
 template <typename T>
 using KeptGradient = Kept<std::conditional_t<std::is_same_v<T, BFloat16>, BFloat16, acc_t<T>>, 1>;
 
+// The rows of a side from `first` on, as far as project_kernel reads them.
 template <typename T>
-void backward(const Workspace<T>& workspace, InfoNceGradients& grads, bool one_tensor, const char* op,
+Side<T> rows_from(Side<T> side, int64_t first, int64_t count) {
+  side.n = count;
+  side.unit += first * side.width;
+  side.factor += first;
+  side.inverse_norm += first;
+  side.gradient += first * side.width;
+  return side;
+}
+
+template <typename T>
+void backward(const Workspace<T>& workspace, const InfoNceInputs& in, const InfoNceSizes& s, InfoNceGradients& grads,
               cudaStream_t stream) {
   using A = acc_t<T>;
   const Problem<T>& problem = workspace.terms.at[0];
   const Side<T>&a = problem.a, &b = problem.b;
   const std::vector<Output<A>> outputs{{a.gradient, a.rows, a.width}, {b.gradient, b.rows, b.width}};
-  sum_gradients<2, KeptGradient<T>>(workspace.terms, 1, outputs, false,
-                                    problem.weights ? grads.weights.template mutable_data_ptr<T>() : nullptr,
-                                    workspace.slopes, grads.anchors, stream);
+  T* const weights = problem.weights ? grads.weights.template mutable_data_ptr<T>() : nullptr;
+  double* const slopes = in.learned_temperature ? workspace.slopes : nullptr;
+  if (problem.denominator == Denominator::kAll) {
+    sum_gradients<2, KeptGradient<T>, false>(workspace.terms, 1, outputs, false, weights, slopes, grads.anchors,
+                                             stream);
+  } else {
+    sum_gradients<2, KeptGradient<T>, true>(workspace.terms, 1, outputs, false, weights, slopes, grads.anchors, stream);
+  }
   if (workspace.classes) workspace.classes->add_gradients(workspace.terms, 1);
-  const Projections<T, 2> projections{{{a, b, one_tensor, grads.anchors.template mutable_data_ptr<T>()},
-                                       {b, b, false, grads.candidates.template mutable_data_ptr<T>()}}};
-  launch(project_kernel<T, 2>, dim3(grid_for(std::max(a.n, b.n), kRowThreads / kWarp).x, one_tensor ? 1 : 2),
-         dim3(kRowThreads), 0, stream, projections, problem.temperature);
-  if (problem.temperature.kind == Temperature::kNumber) return;
-  dispatch_floating(grads.temperature.scalar_type(), op, [&](auto tag) {
-    using S = typename decltype(tag)::type;
-    launch(temperature_kernel<S>, dim3(1), dim3(kFinishThreads), 0, stream, workspace.slopes,
+  const bool one_tensor = !in.candidates;
+  Projections<T, 3> projections{};
+  unsigned members = 0;
+  projections.at[members++] = {a, b, one_tensor, grads.anchors.template mutable_data_ptr<T>()};
+  if (in.candidates) projections.at[members++] = {b, b, false, grads.candidates.template mutable_data_ptr<T>()};
+  if (in.negatives) {
+    const Side<T> negatives = rows_from(b, b.n, s.negatives);
+    projections.at[members++] = {negatives, negatives, false, grads.negatives.template mutable_data_ptr<T>()};
+  }
+  launch(project_kernel<T, 3>, dim3(grid_for(std::max({a.n, b.n, s.negatives}), kRowThreads / kWarp).x, members),
+         dim3(kRowThreads), 0, stream, projections, problem.unit_rows);
+  if (in.learned_temperature)  // the slopes of no tile may be at no address
+    launch(temperature_kernel, dim3(1), dim3(kSumThreads), 0, stream, workspace.slopes,
            int64_t{tiles(a.rows)} * tiles(b.rows), problem.temperature,
-           grads.temperature.template mutable_data_ptr<S>());
-  });
+           gradient_of(problem.temperature, grads.temperature));
 }
 
 InfoNceGradients backward(const char* op, const InfoNceInputs& in, const InfoNceSizes& s, const InfoNceOptions& options,
                           const Tensor& grad_out, const Tensor& anchor_stats, const Tensor& candidate_stats) {
-  refuse_what_is_to_come(op, in, options);
   const OnDeviceOf device(in.anchors);
   InfoNceGradients grads(in, s);
   dispatch_floating(in.anchors.scalar_type(), op, [&](auto tag) {
@@ -170,7 +186,7 @@ InfoNceGradients backward(const char* op, const InfoNceInputs& in, const InfoNce
     const Workspace<T> workspace(op, in, s, options, anchor_stats.const_data_ptr<A>(),
                                  options.symmetric ? candidate_stats.const_data_ptr<A>() : nullptr,
                                  grad_out.const_data_ptr<A>(), device.stream);
-    backward(workspace, grads, !in.candidates, op, device.stream);
+    backward(workspace, in, s, grads, device.stream);
   });
   return grads;
 }

@@ -7,11 +7,15 @@ using namespace contrastive::cuda;
 
 constexpr int kFinishThreads = 1024;  // the one block that adds everything up
 
-// Anchors and candidates.
+// Anchors and candidates, with the negatives of all anchors behind the latter.
 template <typename T>
 struct Roles {
   Side<T> side[2];
   const bool* mask[2];  // [n] or null
+  const T* negatives;   // [negative_count, d]
+  const bool* negative_mask;
+  int64_t negative_count;
+  bool normalize;
 };
 
 // The last block of a role counts; the others prepare its rows. Grid [blocks, 2].
@@ -19,11 +23,18 @@ template <typename T>
 __global__ void __launch_bounds__(kRowThreads, 4) prepare_kernel(const __grid_constant__ Roles<T> roles) {
   const Side<T>& side = roles.side[blockIdx.y];
   const bool* mask = roles.mask[blockIdx.y];
-  const auto takes_part = [&](int64_t i) { return (!mask || mask[i]) && (!side.labels || side.labels[i] >= 0); };
+  const int64_t count = side.n + (blockIdx.y == 1 ? roles.negative_count : 0);
+  const auto row_of = [&](int64_t i) {
+    return i < side.n ? side.x + i * side.d : roles.negatives + (i - side.n) * side.d;
+  };
+  const auto takes_part = [&](int64_t i) {
+    if (i >= side.n) return !roles.negative_mask || roles.negative_mask[i - side.n];
+    return (!mask || mask[i]) && (!side.labels || side.labels[i] >= 0);
+  };
   if (blockIdx.x == gridDim.x - 1) {
-    count_rows(side.n, side.stats, side.counts, takes_part);
+    count_rows(side.n, count, side.stats, side.counts, takes_part);
   } else {
-    prepare_rows(side, 1, takes_part);
+    prepare_rows(side, count, roles.normalize, 1, row_of, takes_part);
   }
 }
 
@@ -42,7 +53,7 @@ __global__ void __launch_bounds__(kFinishThreads, 1)
       int kept = 0;
       for (int64_t i = threadIdx.x; i < count; i += kFinishThreads) {
         total += losses[i];
-        kept += stats[3 * count + i] != A(0);
+        kept += stats[contrastive::cuda::kTotal * count + i] != A(0);
       }
       total = block_sum(total);
       kept = block_sum(kept);
@@ -52,18 +63,6 @@ __global__ void __launch_bounds__(kFinishThreads, 1)
     const double columns = sum(column_losses, column_stats, m);
     if (threadIdx.x == 0) *out = static_cast<A>(both ? (rows + columns) / 2 : rows);
   }
-}
-
-// One block: grad_temperature ← -Σ slopes / temperature².
-template <typename S>
-__global__ void __launch_bounds__(kFinishThreads, 1)
-    temperature_kernel(const double* __restrict__ slopes, int64_t count,
-                       const __grid_constant__ Temperature temperature, S* __restrict__ grad) {
-  double sum = 0;
-  for (int64_t i = threadIdx.x; i < count; i += kFinishThreads) sum += slopes[i];
-  sum = block_sum(sum);
-  const double value = temperature.value();
-  if (threadIdx.x == 0) *grad = static_cast<S>(static_cast<acc_t<S>>(-sum / (value * value)));
 }
 
 }  // namespace msacore::info_nce::cuda

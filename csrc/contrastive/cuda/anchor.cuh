@@ -1,5 +1,6 @@
 // An anchor of a contrastive loss on CUDA: statistics of its similarities, its loss, and what its gradients need.
-// Exponents are to base 2.
+// Exponents are to base 2. They are taken relative to the highest similarity before they are scaled: small temperatures
+// make them so large that differences of scaled ones would be rounding errors.
 #pragma once
 #include <limits>
 
@@ -47,6 +48,42 @@ struct Temperature {
   }
 };
 
+// 2^exponent in two factors, for it may be out of range itself.
+template <typename A>
+struct TwoPowers {
+  A low, high;
+  int exponent;
+
+  __device__ A times(A x) const { return x * low * high; }
+};
+template <typename A = double>
+__device__ __forceinline__ TwoPowers<A> two_powers(int exponent) {
+  const auto power = [](int e) { return static_cast<A>(ldexp(1.0, e)); };
+  return {power(exponent / 2), power(exponent - exponent / 2), exponent};
+}
+// The power of two that brings `x` > 0 into [1/2, 1); of 0 it is 1.
+__device__ __forceinline__ TwoPowers<double> inverse_power(double x) {
+  int exponent = 0;
+  frexp(x, &exponent);
+  return two_powers(-exponent);
+}
+
+// 1 / |x| = mantissa · 2^exponent, the mantissa in [1/2, 1): the number itself may be out of range. A mantissa of 0
+// marks a row without gradient; rows that are not normalised have 1.
+template <typename A>
+struct InverseNorm {
+  A mantissa;
+  int exponent;
+};
+// From the square of |x · 2^shrunk|.
+__device__ __forceinline__ InverseNorm<double> inverse_root(double square, int shrunk) {
+  if (square == 0) return {0, 0};
+  if (!(square <= std::numeric_limits<double>::max())) return {NAN, 0};
+  int exponent = 0;
+  const double mantissa = frexp(1 / sqrt(square), &exponent);
+  return {mantissa, exponent + shrunk};
+}
+
 // A negative factor marks a row that takes no part.
 __device__ __forceinline__ bool used(float factor) { return !(factor < 0); }
 __device__ __forceinline__ bool used(double factor) { return !(factor < 0); }
@@ -70,10 +107,10 @@ struct Larger {
   __device__ __forceinline__ double operator()(double a, double b) const { return fmax(a, b); }
 };
 
-// Of some candidates of an anchor: largest exponent, Σ 2^(exponent - maximum).
+// Of some candidates of an anchor: highest similarity, Σ 2^((similarity - highest) · scale).
 template <typename A>
 struct Softmax {
-  A maximum, sum;
+  A highest, sum;
 };
 
 // Of some candidates of an anchor: Σ weight, Σ weight · similarity.
@@ -100,10 +137,10 @@ __device__ __forceinline__ Stats<A> no_stats() {
 }
 
 template <typename A>
-__device__ __forceinline__ void merge(Softmax<A>& to, const Softmax<A>& from) {
-  const A maximum = Larger{}(to.maximum, from.maximum), shift = maximum == kNothing<A> ? A(0) : maximum;
-  to.sum = to.sum * power2(to.maximum - shift) + from.sum * power2(from.maximum - shift);
-  to.maximum = maximum;
+__device__ __forceinline__ void merge(Softmax<A>& to, const Softmax<A>& from, A scale) {
+  const A highest = Larger{}(to.highest, from.highest), base = highest == kNothing<A> ? A(0) : highest;
+  to.sum = to.sum * power2((to.highest - base) * scale) + from.sum * power2((from.highest - base) * scale);
+  to.highest = highest;
 }
 
 template <typename A>
@@ -113,14 +150,14 @@ __device__ __forceinline__ void merge(Positives<A>& to, const Positives<A>& from
 }
 
 template <typename A>
-__device__ __forceinline__ void merge(Stats<A>& to, const Stats<A>& from) {
-  merge(to.softmax, from.softmax);
+__device__ __forceinline__ void merge(Stats<A>& to, const Stats<A>& from, A scale) {
+  merge(to.softmax, from.softmax, scale);
   merge(to.positives, from.positives);
 }
 
 template <typename A>
 __device__ __forceinline__ Softmax<double> in_double(const Softmax<A>& softmax) {
-  return {softmax.maximum, softmax.sum};
+  return {softmax.highest, softmax.sum};
 }
 template <typename A>
 __device__ __forceinline__ Positives<double> in_double(const Positives<A>& positives) {
@@ -139,26 +176,26 @@ __device__ __forceinline__ A lanes_reduce(A value, Op op) {
   return value;
 }
 
-// Of `Count` candidates of each of those lanes.
+// Of `Count` candidates of each of those lanes; kNothing for one that does not count.
 template <int First, int Last, int Count, typename A>
-__device__ __forceinline__ Softmax<A> softmax_of(const A (&exponent)[Count]) {
+__device__ __forceinline__ Softmax<A> softmax_of(const A (&similarity)[Count], A scale) {
   Softmax<A> softmax = no_softmax<A>();
 #pragma unroll
-  for (int k = 0; k < Count; ++k) softmax.maximum = Larger{}(softmax.maximum, exponent[k]);
-  softmax.maximum = lanes_reduce<First, Last>(softmax.maximum, Larger{});
-  const A shift = softmax.maximum == kNothing<A> ? A(0) : softmax.maximum;
+  for (int k = 0; k < Count; ++k) softmax.highest = Larger{}(softmax.highest, similarity[k]);
+  softmax.highest = lanes_reduce<First, Last>(softmax.highest, Larger{});
+  const A base = softmax.highest == kNothing<A> ? A(0) : softmax.highest;
 #pragma unroll
-  for (int k = 0; k < Count; ++k) softmax.sum += power2(exponent[k] - shift);
+  for (int k = 0; k < Count; ++k) softmax.sum += power2((similarity[k] - base) * scale);
   softmax.sum = lanes_reduce<First, Last>(softmax.sum, Sum{});
   return softmax;
 }
-// The same, of powers 2^(exponent - maximum) for any `maximum` that these stay in range of.
+// The same, of powers 2^((similarity - 1) · scale) that stay in range.
 template <int First, int Last, int Count, typename A>
-__device__ __forceinline__ Softmax<A> sum_of_powers(const A (&power)[Count], A maximum) {
+__device__ __forceinline__ Softmax<A> sum_of_powers(const A (&power)[Count]) {
   A sum = 0;
 #pragma unroll
   for (int k = 0; k < Count; ++k) sum += power[k];
-  return {maximum, lanes_reduce<First, Last>(sum, Sum{})};
+  return {A(1), lanes_reduce<First, Last>(sum, Sum{})};
 }
 template <int First, int Last, int Count, typename A>
 __device__ __forceinline__ Positives<A> positives_of(const A (&weight)[Count], const A (&similarity)[Count]) {
@@ -173,66 +210,110 @@ __device__ __forceinline__ Positives<A> positives_of(const A (&weight)[Count], c
   return positives;
 }
 
-// Writes what the backward pass needs of anchor i to stats [4, n]; returns its loss. `positive`: mean similarity of the
-// positives; `scale`: of exponents.
+// Which candidates an anchor's denominator holds: all; for each positive itself and those that are not positive; only
+// those that are not positive.
+enum class Denominator : uint8_t { kAll, kNegatives, kDecoupled };
+
+// What the forward pass leaves of an anchor, in numbers of their own arrays: highest similarity of the denominator,
+// natural logarithm of its sum relative to that (-inf where it is empty), mean similarity of the positives (kNegatives:
+// the loss), their total weight (0: the anchor dropped out), and with kNegatives alone Σ weight · share of the
+// negatives in the denominator, over the total.
+enum AnchorStat : int { kHighest, kLog, kPositive, kTotal, kRest };
+constexpr int kAnchorStats = 4;
+
+constexpr double kLn2 = 0.6931471805599453, kLog2E = 1.4426950408889634;
+
+// Writes what the backward pass needs of anchor i to stats [4, n]; returns its loss, zero where it drops out. `total`
+// and `positive`: weight and mean similarity of the positives; `choice`: the loss is not zero for sure; `scale`: of
+// exponents.
 template <typename A>
-__device__ __forceinline__ double finish_anchor(const Softmax<double>& all, double total, double positive, bool choice,
+__device__ __forceinline__ double finish_anchor(Softmax<double> all, double total, double positive, bool choice,
                                                 double scale, A* stats, int64_t n, int64_t i) {
-  double loss = 0, highest = 0, log = 0;
-  if (total != 0 && choice) {
-    log = log2(all.sum) * 0.6931471805599453;
-    highest = all.maximum / scale;
-    loss = (all.maximum - scale * positive) * 0.6931471805599453 + log;
-  }
-  stats[i] = static_cast<A>(highest);
-  stats[n + i] = static_cast<A>(log);
-  stats[2 * n + i] = static_cast<A>(positive);
-  stats[3 * n + i] = static_cast<A>(total);
+  double loss = 0;
+  if (all.highest == kNothing<double>) all.highest = 0;
+  const double log = log2(all.sum) * kLn2;
+  if (total != 0 && choice) loss = (all.highest - positive) * scale * kLn2 + log;
+  stats[kHighest * n + i] = static_cast<A>(all.highest);
+  stats[kLog * n + i] = static_cast<A>(log);
+  stats[kPositive * n + i] = static_cast<A>(positive);
+  stats[kTotal * n + i] = static_cast<A>(total);
   return loss;
 }
 
-// Backward: what the loss of an anchor counts. Null pointers count as 0.
+// The gradient of an anchor's loss: that of a reduced loss, or of its own, over the anchors where the loss is a mean,
+// and over the temperature, because similarities are those before the division by it.
 template <typename A>
 struct LossGradient {
   const A *out, *term;  // `out`: one number, or [n] where `per_anchor`
   double weight, scale;
   bool mean, per_anchor;
 
-  __device__ double of(int64_t i, int64_t anchors) const {
+  __device__ double of(int64_t i, int64_t anchors, const Temperature& temperature) const {
     double gradient = 0;
     if (out) gradient += weight * static_cast<double>(out[per_anchor ? i : 0]);
     if (term) gradient += static_cast<double>(*term);
     if (mean) gradient /= static_cast<double>(anchors);
-    return gradient * scale;
+    return gradient * scale / temperature.value();
   }
 };
 
-// An anchor in the gradients of its similarities: weights of softmax and positives, logarithm (base 2) of the sum of
-// exponentials, and the positives' mean similarity.
+// An anchor in the gradients of its similarities: weights of softmax and positives, what exponents are relative to
+// (their logarithm in base 2), and the positives' mean similarity (kNegatives: the loss).
 template <typename A>
 struct AnchorGradient {
-  A share, log, attract, positive;
+  A share, highest, log, attract, positive;
+
+  // That of a candidate over that of the denominator.
+  __device__ A exponent(A similarity, A scale) const { return (similarity - highest) * scale - log; }
 };
 
 // Of a row that is no anchor.
 template <typename A>
 __device__ __forceinline__ AnchorGradient<A> no_anchor() {
-  return {0, -kNothing<A>, 0, 0};
+  return {0, 0, -kNothing<A>, 0, 0};
 }
 
-// Of an anchor that counts and has a choice; `gradient` is that of its loss, stats [4, n] are of the forward pass;
-// `scale`: of exponents.
+// Of an anchor that counts; `gradient` is that of its loss, stats [4 or 5, n] are of the forward pass.
 template <typename A>
-__device__ __forceinline__ AnchorGradient<A> anchor_gradient(const A* stats, int64_t n, int64_t i, double scale,
-                                                             double gradient) {
-  return {static_cast<A>(gradient), static_cast<A>(stats[i] * scale + stats[n + i] * 1.4426950408889634),
-          static_cast<A>(gradient / stats[3 * n + i]), stats[2 * n + i]};
+__device__ __forceinline__ AnchorGradient<A> anchor_gradient(const A* stats, int64_t n, int64_t i, double gradient,
+                                                             Denominator denominator = Denominator::kAll) {
+  const double rest = denominator == Denominator::kNegatives ? static_cast<double>(stats[kRest * n + i]) : 1;
+  return {static_cast<A>(gradient * rest), stats[kHighest * n + i], static_cast<A>(stats[kLog * n + i] * kLog2E),
+          static_cast<A>(gradient / stats[kTotal * n + i]), stats[kPositive * n + i]};
+}
+
+// The share of a candidate in an anchor's denominator.
+template <typename A>
+__device__ __forceinline__ A probability(const AnchorGradient<A>& anchor, A similarity, A scale) {
+  return power2(anchor.exponent(similarity, scale));
+}
+
+// Of a positive set against a sum that it is no part of, from its exponent over that of the sum: the sum's share of
+// both, and the loss log(1 + sum / exponential).
+template <typename A>
+__device__ __forceinline__ A rest_of(A exponent) {
+  return 1 / (1 + power2(exponent));
+}
+template <typename A>
+__device__ __forceinline__ A loss_against_rest(A exponent) {
+  const A small = static_cast<A>(log1p(power2(exponent > 0 ? -exponent : exponent)));
+  return exponent > 0 ? small : small - exponent * static_cast<A>(kLn2);
+}
+
+// Adds to `slope` what the pair counts in Σ gradient · (similarity - highest of the anchor). The gradients of an anchor
+// add up to nothing, so this is Σ gradient · similarity, but of small differences.
+template <typename A>
+__device__ __forceinline__ A relative(A gradient, const AnchorGradient<A>& anchor, A similarity, A& slope) {
+  slope += gradient * (similarity - anchor.highest);
+  return gradient;
 }
 
 // What the softmax counts in the gradient of the similarity of two rows that each may be the other's anchor.
 template <typename A>
-__device__ __forceinline__ A softmax_gradient(const AnchorGradient<A>& a, const AnchorGradient<A>& b, A exponent) {
-  return a.share * power2(exponent - a.log) + b.share * power2(exponent - b.log);
+__device__ __forceinline__ A softmax_gradient(const AnchorGradient<A>& a, const AnchorGradient<A>& b, A similarity,
+                                              A scale, A& slope) {
+  return relative(a.share * probability(a, similarity, scale), a, similarity, slope) +
+         relative(b.share * probability(b, similarity, scale), b, similarity, slope);
 }
 
 }  // namespace msacore::contrastive::cuda

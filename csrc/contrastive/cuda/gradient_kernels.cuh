@@ -18,10 +18,10 @@ template <typename T>
 __device__ __forceinline__ AnchorGradient<acc_t<T>> anchor_gradient(const Problem<T>& problem, const Side<T>& own,
                                                                     const Side<T>& other, int64_t i) {
   using A = acc_t<T>;
-  const bool counts = i < own.n && own.stats && own.stats[3 * own.n + i] != A(0);
+  const bool counts = i < own.n && own.stats && own.stats[kTotal * own.n + i] != A(0);
   if (!counts || !problem.choice(other, i)) return no_anchor<A>();
-  return anchor_gradient(own.stats, own.n, i, problem.temperature.template scale<A>(),
-                         problem.gradient.of(i, own.counts[1]));
+  return anchor_gradient(own.stats, own.n, i, problem.gradient.of(i, own.counts[1], problem.temperature),
+                         problem.denominator);
 }
 
 // Neighbours in one access; of 16 bits each nvcc would make two.
@@ -45,27 +45,66 @@ __device__ __forceinline__ void attract_pairs(const SimilarityTile<T>& tile, con
   });
 }
 
+// Similarities c ← their gradients, where positives are no part of the denominator, or only of their own: `each`.
+// Returns what the pairs count in the slope (anchor.cuh).
+template <typename T>
+__device__ __forceinline__ acc_t<T> gradients_apart(const SimilarityTile<T>& tile, const AnchorGradient<acc_t<T>>* rows,
+                                                    const AnchorGradient<acc_t<T>>* columns, bool each, acc_t<T> scale,
+                                                    TileSums<acc_t<T>>& c) {
+  using A = acc_t<T>;
+  A slope = 0;
+  for_pairs(c, [&](A& value, int i, int j) {
+    const A similarity = value;
+    value = 0;
+    if (!tile.takes_part(i, j)) return;
+    const A weight = tile.weight(i, j);
+    const AnchorGradient<A>&a = rows[i], &b = columns[j];
+    if (weight == A(0)) {
+      value = softmax_gradient(a, b, similarity, scale, slope);
+    } else {
+      const auto pull = [&](const AnchorGradient<A>& anchor) {
+        const A rest = each ? rest_of(anchor.exponent(similarity, scale)) : A(1);
+        return relative(-weight * anchor.attract * rest, anchor, similarity, slope);
+      };
+      value = pull(a) + pull(b);
+    }
+  });
+  return slope;
+}
+
 // The gradients of the weights of the tile's pairs, from their similarities.
 template <typename T>
 __device__ __forceinline__ void weight_gradients(const SimilarityTile<T>& tile, const AnchorGradient<acc_t<T>>* rows,
-                                                 const AnchorGradient<acc_t<T>>* columns, TileSums<acc_t<T>>& c,
-                                                 T* grad_weights) {
+                                                 const AnchorGradient<acc_t<T>>* columns, acc_t<T> scale,
+                                                 TileSums<acc_t<T>>& c, T* grad_weights) {
   using A = acc_t<T>;
   const int64_t n = tile.problem.a.n, m = tile.problem.b.n;
-  const A inverse_temperature = static_cast<A>(1 / tile.problem.temperature.value());
+  const Denominator denominator = tile.problem.denominator;
+  const A temperature = static_cast<A>(tile.problem.temperature.value());
   for_pairs(c, [&](A similarity, int i, int j) {
     if (tile.row + i >= n || tile.column + j >= m) return;
-    const A pull = tile.takes_part(i, j) ? rows[i].attract * (similarity - rows[i].positive) +
-                                               columns[j].attract * (similarity - columns[j].positive)
-                                         : A(0);
-    grad_weights[(tile.row + i) * m + tile.column + j] = static_cast<T>(-pull * inverse_temperature);
+    A gradient = 0;
+    const bool part = tile.takes_part(i, j);
+    if (part && denominator == Denominator::kNegatives) {
+      // Of the loss of a single positive, over that of the anchor. A pair of weight 0 stays where it is.
+      const auto excess = [&](const AnchorGradient<A>& anchor) {
+        return anchor.attract == A(0) ? A(0)
+                                      : anchor.attract * temperature *
+                                            (loss_against_rest(anchor.exponent(similarity, scale)) - anchor.positive);
+      };
+      if (tile.weight(i, j) != A(0)) gradient = excess(rows[i]) + excess(columns[j]);
+    } else if (part) {
+      gradient =
+          rows[i].attract * (rows[i].positive - similarity) + columns[j].attract * (columns[j].positive - similarity);
+    }
+    grad_weights[(tile.row + i) * m + tile.column + j] = static_cast<T>(gradient);
   });
 }
 
 // Grid as for statistics_kernel. Writes the strips' gradients of the plain products of `unit` rows [terms, parts,
 // strip, b.rows], kept as K, but for positives that are sums over classes; and, for a single term and unless null,
-// those of the weights and what each tile adds to Σ gradient · similarity over all pairs.
-template <typename T, typename K, int Most>
+// those of the weights; and unless null what each tile adds to Σ gradient · similarity over all pairs [terms, tiles].
+template <typename T, typename K, int Most, bool Apart>
 __global__ void __launch_bounds__(kTileThreads, sizeof(T) == 8 ? 2 : 3)
     gradient_kernel(const __grid_constant__ Terms<T, Most> terms, int64_t first,
                     typename K::Number* __restrict__ strips, T* __restrict__ grad_weights,
@@ -81,12 +120,12 @@ __global__ void __launch_bounds__(kTileThreads, sizeof(T) == 8 ? 2 : 3)
   const int64_t row = first + int64_t{blockIdx.y} * kTile, column = int64_t{blockIdx.x} * kTile;
   const int r = thread_in_block() % kTile;
   const A scale = problem.temperature.template scale<A>();
-  const bool bounded = is_bounded(scale);
+  const bool bounded = !Apart && problem.bounded(scale);
   double slope = 0;  // an anchor's positives count in the first tile of its row or column
   const auto load_anchor = [&](AnchorGradient<A>& to, const AnchorGradient<A>& anchor, bool first_tile) {
-    if (first_tile) slope -= static_cast<double>(anchor.share) * anchor.positive;
+    if (!Apart && first_tile) slope -= static_cast<double>(anchor.share) * (anchor.positive - anchor.highest);
     to = anchor;
-    if (bounded) to.share *= power2(scale - anchor.log);
+    if (bounded) to.share *= power2((1 - anchor.highest) * scale - anchor.log);
   };
   if (thread_in_block() < kTile) {
     load_anchor(rows[r], anchor_gradient(problem, problem.a, problem.b, row + r), column == 0);
@@ -94,36 +133,40 @@ __global__ void __launch_bounds__(kTileThreads, sizeof(T) == 8 ? 2 : 3)
     load_anchor(columns[r], anchor_gradient(problem, problem.b, problem.a, column + r), row == 0);
   }
   TileSums<A> c;
-  const SimilarityTile<T> tile = similarity_tile(problem, row, column, a, b, c);
-  if (grad_weights) weight_gradients(tile, rows, columns, c, grad_weights);
+  const SimilarityTile<T> tile = load_tile(problem, row, column, a, b);
+  find_similarities(tile, c);
+  if (grad_weights) weight_gradients(tile, rows, columns, scale, c, grad_weights);
   A softmax_slope = 0;
-  const auto add_softmax = [&](const auto& gradient_of) {
-    const auto replace = [&](A& value, int i, int j) {
-      const A gradient = gradient_of(rows[i], columns[j], value * scale);
-      softmax_slope += gradient * value;
-      value = gradient;
-    };
-    if (tile.whole) {
-      for_pairs(c, replace);
-    } else {
-      for_pairs(c, [&](A& value, int i, int j) { tile.takes_part(i, j) ? replace(value, i, j) : void(value = 0); });
-    }
-  };
-  if (bounded) {
-    add_softmax([&](const AnchorGradient<A>& a, const AnchorGradient<A>& b, A exponent) {
-      return (a.share + b.share) * power2(exponent - scale);
-    });
+  if constexpr (Apart) {
+    softmax_slope = gradients_apart(tile, rows, columns, problem.denominator == Denominator::kNegatives, scale, c);
   } else {
-    add_softmax([](const AnchorGradient<A>& a, const AnchorGradient<A>& b, A exponent) {
-      return softmax_gradient(a, b, exponent);
-    });
-  }
-  if (problem.pairwise) {
-    attract_pairs(tile, rows, columns, c);
-  } else if (problem.diagonal() && tile.on_diagonal()) {
-    for_pairs(c, [&](A& gradient, int i, int j) {
-      if (i == j && tile.takes_part(i, j)) gradient -= rows[i].attract + columns[j].attract;
-    });
+    const auto add_softmax = [&](const auto& gradient_of) {
+      if (tile.whole) {
+        for_pairs(c, [&](A& value, int i, int j) { value = gradient_of(rows[i], columns[j], value); });
+      } else {
+        for_pairs(c, [&](A& value, int i, int j) {
+          value = tile.takes_part(i, j) ? gradient_of(rows[i], columns[j], value) : A(0);
+        });
+      }
+    };
+    if (bounded) {  // highest is 1
+      add_softmax([&](const AnchorGradient<A>& a, const AnchorGradient<A>& b, A similarity) {
+        const A gradient = (a.share + b.share) * power2((similarity - 1) * scale);
+        softmax_slope += gradient * (similarity - 1);
+        return gradient;
+      });
+    } else {
+      add_softmax([&](const AnchorGradient<A>& a, const AnchorGradient<A>& b, A similarity) {
+        return softmax_gradient(a, b, similarity, scale, softmax_slope);
+      });
+    }
+    if (problem.pairwise) {
+      attract_pairs(tile, rows, columns, c);
+    } else if (problem.diagonal() && tile.on_diagonal()) {
+      for_pairs(c, [&](A& gradient, int i, int j) {
+        if (i == j && tile.takes_part(i, j)) gradient -= rows[i].attract + columns[j].attract;
+      });
+    }
   }
   using Number = typename K::Number;
   for_neighbours(c, [&](int i, int j, A first_gradient, A second_gradient) {
@@ -139,7 +182,8 @@ __global__ void __launch_bounds__(kTileThreads, sizeof(T) == 8 ? 2 : 3)
   });
   if (slopes) {
     slope = block_sum(slope + softmax_slope);
-    if (thread_in_block() == 0) slopes[(row / kTile) * gridDim.x + blockIdx.x] = slope;
+    const int64_t tiles = problem.a.rows / kTile * gridDim.x;
+    if (thread_in_block() == 0) slopes[blockIdx.z * tiles + row / kTile * gridDim.x + blockIdx.x] = slope;
   }
 }
 
@@ -203,6 +247,60 @@ __global__ void __launch_bounds__(kTileThreads, sizeof(T) == 2   ? 4
   }
 }
 
+// Where the gradient of a learned temperature goes; of a number nowhere.
+struct TemperatureGradient {
+  void* at;
+  Temperature::Kind kind;
+
+  __device__ void set(double gradient) const {
+    switch (kind) {
+      case Temperature::kFloat:
+        *static_cast<float*>(at) = static_cast<float>(gradient);
+        break;
+      case Temperature::kDouble:
+        *static_cast<double*>(at) = gradient;
+        break;
+      case Temperature::kHalf:
+        *static_cast<Half*>(at) = static_cast<Half>(static_cast<float>(gradient));
+        break;
+      case Temperature::kBFloat16:
+        *static_cast<BFloat16*>(at) = static_cast<BFloat16>(static_cast<float>(gradient));
+        break;
+      default:
+        break;
+    }
+  }
+};
+
+namespace {  // several families include this file
+
+constexpr int kSumThreads = 1024;
+
+__device__ __forceinline__ double sum_of(const double* values, int64_t count) {
+  double sum = 0;
+  for (int64_t i = threadIdx.x; i < count; i += kSumThreads) sum += values[i];
+  return block_sum(sum);
+}
+
+// A block per sum: sums[i] ← Σ values[i · count …].
+__global__ void __launch_bounds__(kSumThreads, 1)
+    sum_kernel(const double* __restrict__ values, int64_t count, double* __restrict__ sums) {
+  const double sum = sum_of(values + blockIdx.x * count, count);
+  if (threadIdx.x == 0) sums[blockIdx.x] = sum;
+}
+
+// One block: the gradient of a temperature, -Σ slopes / temperature. The gradients in the slopes are over the
+// temperature already.
+__global__ void __launch_bounds__(kSumThreads, 1)
+    temperature_kernel(const double* __restrict__ slopes, int64_t count,
+                       const __grid_constant__ Temperature temperature,
+                       const __grid_constant__ TemperatureGradient gradient) {
+  const double sum = sum_of(slopes, count);
+  if (threadIdx.x == 0) gradient.set(-sum / temperature.value());
+}
+
+}  // namespace
+
 // The way from the gradients of unit rows to that of an embedding.
 template <typename T>
 struct Projection {
@@ -215,22 +313,20 @@ struct Projections {
   Projection<T> at[Most];
 };
 
-// Grid [blocks, projections]: grad_x ← (g - <g, u> u) / (|x| temperature), a warp per row, where g is the gradient of
-// the unit row u: that of one role, or the sum of two.
+// Grid [blocks, projections]: grad_x ← (g - <g, u> u) / |x|, or g where rows were not normalised; a warp per row. g is
+// the gradient of the unit row u: that of one role, or the sum of two.
 template <typename T, int Most>
 __global__ void __launch_bounds__(kRowThreads, 4)
-    project_kernel(const __grid_constant__ Projections<T, Most> projections,
-                   const __grid_constant__ Temperature temperature) {
+    project_kernel(const __grid_constant__ Projections<T, Most> projections, bool normalized) {
   using A = acc_t<T>;
   const Projection<T>& projection = projections.at[blockIdx.y];
   const Side<T>&own = projection.own, &second = projection.second;
   const int64_t warps = int64_t{gridDim.x} * (kRowThreads / kWarp);
-  const A scale = static_cast<A>(1 / temperature.value());
   for (int64_t i = int64_t{blockIdx.x} * (kRowThreads / kWarp) + warp_id(); i < own.n; i += warps) {
     // `gradient` is that of products of `unit` rows, so that of a unit row still has its factor in it.
     const A factor = own.factor[i], second_factor = projection.two_roles ? second.factor[i] : A(0);
     const bool first = !(factor <= 0), other = !(second_factor <= 0);
-    const A inverse_norm = first ? own.inverse_norm[i] : other ? second.inverse_norm[i] : A(0);
+    const InverseNorm<A> inverse_norm = first ? own.inverse_norm[i] : second.inverse_norm[i];
     const T* unit = first ? own.unit : second.unit;
     const A unit_factor = first ? factor : second_factor;
     const auto at = [&](int64_t k) {
@@ -242,10 +338,15 @@ __global__ void __launch_bounds__(kRowThreads, 4)
     const auto u = [&](int64_t k) { return static_cast<A>(unit[i * own.width + k]) * unit_factor; };
     const bool any = first || other;
     A dot = 0;
-    for (int64_t k = lane_id(); any && k < own.d; k += kWarp) dot += at(k) * u(k);
+    for (int64_t k = lane_id(); any && normalized && k < own.d; k += kWarp) dot += at(k) * u(k);
     dot = warp_sum(dot);
-    for (int64_t k = lane_id(); k < own.d; k += kWarp)
-      projection.grad_x[i * own.d + k] = static_cast<T>(any ? (at(k) - dot * u(k)) * inverse_norm * scale : A(0));
+    const TwoPowers<double> power = two_powers(inverse_norm.exponent);
+    const auto scaled = [&](A gradient) { return power.times(static_cast<double>(gradient * inverse_norm.mantissa)); };
+    for (int64_t k = lane_id(); k < own.d; k += kWarp) {
+      A gradient = 0;
+      if (any) gradient = static_cast<A>(scaled(normalized ? at(k) - dot * u(k) : at(k)));
+      projection.grad_x[i * own.d + k] = static_cast<T>(gradient);
+    }
   }
 }
 

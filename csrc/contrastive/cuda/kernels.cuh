@@ -9,51 +9,67 @@
 
 namespace msacore::contrastive::cuda {
 
-// Prepares row i of a side; called by a warp.
+// 1 / |x| of a row, the mantissa in double; called by a warp. In double the row is scaled by a power of two first, for
+// squares would overflow or underflow; of narrower types they cannot. A NaN or an infinity gives NaN.
 template <typename T>
-__device__ __forceinline__ void prepare_row(const Side<T>& side, bool takes_part, int64_t i) {
-  using A = acc_t<T>;
-  const T* x = side.x + i * side.d;
+__device__ __forceinline__ InverseNorm<double> inverse_norm_of(const T* x, int64_t d) {
+  double largest = 0.5;
+  if constexpr (std::is_same_v<T, double>) {
+    largest = 0;
+    for (int64_t k = lane_id(); k < d; k += kWarp) largest = Max{}(largest, fabs(x[k]));
+    largest = warp_max(largest);
+  }
+  const TwoPowers<double> shrink = inverse_power(largest);
   double square = 0;
-  for (int64_t k = lane_id(); takes_part && k < side.d; k += kWarp) {
-    const double value = static_cast<double>(static_cast<A>(x[k]));
+  for (int64_t k = lane_id(); k < d; k += kWarp) {
+    const double value = shrink.times(static_cast<double>(static_cast<acc_t<T>>(x[k])));
     square += value * value;
   }
-  square = warp_sum(square);
-  const double inverse = square == 0 ? 0 : 1 / sqrt(square);
-  double scale = inverse;
-  if constexpr (is_16_bit<T>) {
-    int exponent = 0;
-    if (inverse > 0) frexp(inverse, &exponent);
-    scale = ldexp(1.0, exponent);
-  }
+  return inverse_root(warp_sum(square), shrink.exponent);
+}
+
+// Prepares row i of a side from x [side.d]; called by a warp.
+template <typename T>
+__device__ __forceinline__ void prepare_row(const Side<T>& side, const T* x, bool takes_part, bool normalize,
+                                            int64_t i) {
+  using A = acc_t<T>;
+  InverseNorm<double> inverse{1, 0};
+  if (takes_part && normalize) inverse = inverse_norm_of(x, side.d);
+  const TwoPowers<double> power = two_powers(inverse.exponent);
+  const double in_row = is_16_bit<T> ? 1 : inverse.mantissa;  // the rest of the mantissa is the factor
   for (int64_t k = lane_id(); k < side.width; k += kWarp) {
     const bool inside = takes_part && k < side.d;
     side.unit[i * side.width + k] =
-        inside ? static_cast<T>(static_cast<A>(static_cast<double>(static_cast<A>(x[k])) * scale)) : T(0.0f);
+        inside ? static_cast<T>(static_cast<A>(power.times(static_cast<double>(static_cast<A>(x[k]))) * in_row))
+               : T(0.0f);
   }
   if (lane_id() == 0) {
-    const double factor = inverse == 0 ? 0 : inverse / scale;
+    const double factor = inverse.mantissa == 0 ? 0 : inverse.mantissa / in_row;
     side.factor[i] = takes_part ? static_cast<A>(factor) : A(-1);
-    if (i < side.n) side.inverse_norm[i] = takes_part ? static_cast<A>(inverse) : A(0);
+    side.inverse_norm[i] = {takes_part ? static_cast<A>(inverse.mantissa) : A(0), inverse.exponent};
   }
 }
 
-// The rows of a side, a warp each, shared out to all blocks of grid.x but `others`; takes_part(i) is asked of i < n.
-template <typename T, typename TakesPart>
-__device__ __forceinline__ void prepare_rows(const Side<T>& side, int others, TakesPart takes_part) {
+// The rows of a side, a warp each, shared out to all blocks of grid.x but `others`; row_of(i) and takes_part(i) are
+// asked of i < count, the rest is padding.
+template <typename T, typename RowOf, typename TakesPart>
+__device__ __forceinline__ void prepare_rows(const Side<T>& side, int64_t count, bool normalize, int others,
+                                             RowOf row_of, TakesPart takes_part) {
   const int64_t warps = (int64_t{gridDim.x} - others) * (kRowThreads / kWarp);
-  for (int64_t i = int64_t{blockIdx.x} * (kRowThreads / kWarp) + warp_id(); i < side.rows; i += warps)
-    prepare_row(side, i < side.n && takes_part(i), i);
+  for (int64_t i = int64_t{blockIdx.x} * (kRowThreads / kWarp) + warp_id(); i < side.rows; i += warps) {
+    const bool inside = i < count;
+    prepare_row(side, inside ? row_of(i) : nullptr, inside && takes_part(i), normalize, i);
+  }
 }
 
-// counts[0] ← rows for which takes_part(i), counts[1] ← anchors that count; called by a block.
+// counts[0] ← rows below `end` for which takes_part(i), counts[1] ← anchors, of n, that count; called by a block.
 template <typename A, typename TakesPart>
-__device__ __forceinline__ void count_rows(int64_t n, const A* stats, int64_t* counts, TakesPart takes_part) {
+__device__ __forceinline__ void count_rows(int64_t n, int64_t end, const A* stats, int64_t* counts,
+                                           TakesPart takes_part) {
   int part = 0, kept = 0;
-  for (int64_t i = threadIdx.x; i < n; i += kRowThreads) {
+  for (int64_t i = threadIdx.x; i < end; i += kRowThreads) {
     part += takes_part(i);
-    kept += stats && stats[3 * n + i] != A(0);
+    kept += stats && i < n && stats[kTotal * n + i] != A(0);
   }
   part = block_sum(part);
   kept = block_sum(kept);
@@ -69,7 +85,7 @@ struct Terms {
   Problem<T> at[Most];
 };
 
-// Where statistics [4, n] and losses [n] of a direction go, `step` numbers per row and term apart. Positives come
+// Where statistics [4 or 5, n] and losses [n] of a direction go, `step` numbers per row and term apart. Positives come
 // first: until the loss is known, their mean similarity is in its place.
 template <typename A>
 struct AnchorResults {
@@ -82,7 +98,7 @@ struct AnchorResults {
     return {stats + term * stats_step * n, stats_step, losses + term * losses_step * n, losses_step};
   }
   __device__ void set_positives(int64_t n, int64_t i, double total, double mean) const {
-    stats[3 * n + i] = static_cast<A>(total);
+    stats[kTotal * n + i] = static_cast<A>(total);
     losses[i] = mean;
   }
 };
@@ -96,8 +112,8 @@ struct Parts {
 
 // Grid [column tiles, row tiles of the strip that begins at `first`, terms]: partial statistics of the strip's rows
 // [terms, column tiles, strip] and, with `both`, of all columns [terms, row tiles, b.rows]; diagonal positives go
-// straight to the results.
-template <typename T, int Most>
+// straight to the results. `Apart`: denominators without positives.
+template <typename T, int Most, bool Apart>
 __global__ void __launch_bounds__(kTileThreads, sizeof(T) == 8 ? 2 : 3)
     statistics_kernel(const __grid_constant__ Terms<T, Most> terms, int64_t first,
                       const __grid_constant__ Parts<acc_t<T>> of_rows,
@@ -114,7 +130,8 @@ __global__ void __launch_bounds__(kTileThreads, sizeof(T) == 8 ? 2 : 3)
   MSACORE_SHARED(column_positives, TileStats<Positives<A>>);
   const int64_t row = first + int64_t{blockIdx.y} * kTile, column = int64_t{blockIdx.x} * kTile;
   TileSums<A> c;
-  const SimilarityTile<T> tile = similarity_tile(problem, row, column, a, b, c);
+  const SimilarityTile<T> tile = load_tile(problem, row, column, a, b);
+  find_similarities(tile, c);
   if (problem.pairwise) {
     weigh_pairs(tile, c, row_positives, column_positives);
   } else if (problem.diagonal() && tile.on_diagonal()) {
@@ -129,28 +146,31 @@ __global__ void __launch_bounds__(kTileThreads, sizeof(T) == 8 ? 2 : 3)
     });
   }
   const A scale = problem.temperature.template scale<A>();
-  if (is_bounded(scale)) {
+  if (!Apart && problem.bounded(scale)) {
     for_pairs(c, [&](A& value, int, int) { value = power2(value * scale - scale); });
     leave_out(tile, c, A(0));
     reduce_tile(tile, c, row_softmax, column_softmax, [&](auto lanes, const auto& power, const auto&) {
-      return sum_of_powers<lanes.kFirst, lanes.kLast>(power, scale);
+      return sum_of_powers<lanes.kFirst, lanes.kLast>(power);
     });
   } else {
-    for_pairs(c, [&](A& value, int, int) { value *= scale; });
     leave_out(tile, c, kNothing<A>);
-    reduce_tile(tile, c, row_softmax, column_softmax, [&](auto lanes, const auto& exponent, const auto&) {
-      return softmax_of<lanes.kFirst, lanes.kLast>(exponent);
+    if constexpr (Apart)
+      for_pairs(c, [&](A& value, int i, int j) {
+        if (tile.takes_part(i, j) && tile.weight(i, j) != A(0)) value = kNothing<A>;
+      });
+    reduce_tile(tile, c, row_softmax, column_softmax, [&](auto lanes, const auto& similarity, const auto&) {
+      return softmax_of<lanes.kFirst, lanes.kLast>(similarity, scale);
     });
   }
   __syncthreads();
   const int r = thread_in_block() % kTile;
   if (thread_in_block() < kTile) {
     const int64_t at = ((int64_t{blockIdx.z} * gridDim.x + blockIdx.x) * gridDim.y + blockIdx.y) * kTile + r;
-    of_rows.softmax[at] = merged(row_softmax, r);
+    of_rows.softmax[at] = merged(row_softmax, r, scale);
     if (problem.pairwise) of_rows.positives[at] = merged(row_positives, r);
   } else if (problem.both) {
     const int64_t at = (int64_t{blockIdx.z} * gridDim.y + blockIdx.y) * problem.b.rows + column + r;
-    of_columns.softmax[at] = merged(column_softmax, r);
+    of_columns.softmax[at] = merged(column_softmax, r, scale);
     if (problem.pairwise) of_columns.positives[at] = merged(column_positives, r);
   }
 }
@@ -164,6 +184,22 @@ struct Merge {
   bool begin, end;
   Parts<double> running;  // [terms, own.n]
   AnchorResults<A> results;
+
+  // Row r of a role of `own` rows: add(all, part) over all tiles so far, from `all` on; after the last of them, over
+  // all.
+  template <typename All, typename Part, typename Add>
+  __device__ All merge_parts(All all, const Part* part, All* sums, int64_t term, int64_t own, int64_t r,
+                             Add add) const {
+    const int64_t at = term * own + first + r;
+    if (!begin) all = sums[at];
+    for (int64_t k = 0; k < count; ++k) add(all, in_double(part[(term * count + k) * stride + r]));
+    if (!end) sums[at] = all;
+    return all;
+  }
+  __device__ Positives<double> merge_positives(int64_t term, int64_t own, int64_t r) const {
+    return merge_parts(Positives<double>{0, 0}, partial.positives, running.positives, term, own, r,
+                       [](auto& to, const auto& from) { merge(to, from); });
+  }
 };
 
 // Grid [blocks, directions, terms]. Where columns are no anchors their direction repeats that of the rows.
@@ -178,25 +214,19 @@ __global__ void __launch_bounds__(kRowThreads, 3)
   const Side<T>&own = of_columns ? problem.b : problem.a, &other = of_columns ? problem.a : problem.b;
   const int64_t term = blockIdx.z;
   const AnchorResults<A> results = (blockIdx.y == 1 ? columns : rows).results.of_term(term, own.n);
-  // The sum over all tiles so far; after the last of them, the sum over all.
-  const auto merge_parts = [&](auto all, const auto* partial, auto* running, int64_t r) {
-    const int64_t at = term * own.n + m.first + r;
-    if (!m.begin) all = running[at];
-    for (int64_t k = 0; k < m.count; ++k) merge(all, in_double(partial[(term * m.count + k) * m.stride + r]));
-    if (!m.end) running[at] = all;
-    return all;
-  };
+  const double scale = problem.temperature.template scale<A>();
   for (int64_t r = grid_thread(); r < m.n; r += grid_threads()) {
     const int64_t i = m.first + r;
-    const Softmax<double> all = merge_parts(no_softmax<double>(), m.partial.softmax, m.running.softmax, r);
+    const Softmax<double> all = m.merge_parts(no_softmax<double>(), m.partial.softmax, m.running.softmax, term, own.n,
+                                              r, [&](auto& to, const auto& from) { merge(to, from, scale); });
     if (problem.pairwise) {
-      const Positives<double> none{0, 0};
-      const Positives<double> sum = merge_parts(none, m.partial.positives, m.running.positives, r);
+      const Positives<double> sum = m.merge_positives(term, own.n, r);
       results.set_positives(own.n, i, sum.total, sum.mean());
     }
-    if (m.end)
-      results.losses[i] = finish_anchor(all, results.stats[3 * own.n + i], results.losses[i], problem.choice(other, i),
-                                        problem.temperature.template scale<A>(), results.stats, own.n, i);
+    if (!m.end) continue;
+    const bool dropped = problem.denominator == Denominator::kDecoupled && all.sum == 0;
+    results.losses[i] = finish_anchor(all, dropped ? 0 : static_cast<double>(results.stats[kTotal * own.n + i]),
+                                      results.losses[i], problem.choice(other, i), scale, results.stats, own.n, i);
   }
 }
 

@@ -3,8 +3,10 @@
 #include <algorithm>
 #include <vector>
 
+#include "core/optional.h"
 #include "cuda/scratch.cuh"
 #include "contrastive/cuda/gradient_kernels.cuh"
+#include "contrastive/cuda/negatives_kernels.cuh"
 
 namespace msacore::contrastive::cuda {
 using namespace msacore::cuda;
@@ -45,23 +47,23 @@ int64_t gradient_bytes(const Problem<T>& term) {
   return term.b.rows * kTile * K::kParts * sizeof(typename K::Number);
 }
 
-// Fills the results of the first `count` terms, which are of one size and whose sums over classes are there already; of
-// `directions` 2 columns are anchors too.
-template <typename T, int Most>
-void sum_statistics(const Terms<T, Most>& terms, unsigned count, unsigned directions,
-                    const AnchorResults<acc_t<T>>& row_results, const AnchorResults<acc_t<T>>& column_results,
-                    const Tensor& like, cudaStream_t stream) {
+// Sums over the similarities of the first `count` terms, which are of one size, strip after strip. `softmax` and
+// `positives`: what a sweep leaves of an anchor. sweep(first, size, row parts, column parts) launches one over a strip,
+// merge(rows, columns, grid) adds its parts up.
+template <typename T, int Most, typename Sweep, typename Add>
+void sum_strips(const Terms<T, Most>& terms, unsigned count, unsigned directions, bool softmax, bool positives,
+                const AnchorResults<acc_t<T>>& row_results, const AnchorResults<acc_t<T>>& column_results,
+                const Tensor& like, Sweep&& sweep, Add&& merge) {
   using A = acc_t<T>;
   const Side<T>&a = terms.at[0].a, &b = terms.at[0].b;
   const int64_t across = tiles(b.rows), columns = directions == 2 ? b.rows : 0;
   const int64_t strip = strip_rows(a.rows, stats_bytes(terms.at[0]) * count, kStatsBytes);
-  const bool pairwise = std::any_of(terms.at, terms.at + count, [](const Problem<T>& p) { return p.pairwise; });
   Merge<A> rows{}, others{};
   Parts<double> running;
   const Scratch scratch(like, [&](Scratch& memory) {
     const auto take = [&](auto& parts, int64_t size) {
-      memory.take(parts.softmax, size);
-      memory.take(parts.positives, pairwise ? size : 0);
+      memory.take(parts.softmax, softmax ? size : 0);
+      memory.take(parts.positives, positives ? size : 0);
     };
     take(rows.partial, count * across * strip);
     take(others.partial, count * tiles(strip) * columns);
@@ -75,30 +77,64 @@ void sum_statistics(const Terms<T, Most>& terms, unsigned count, unsigned direct
   others.begin = true;
   others.running = running;
   others.results = column_results;
-  const auto merge = [&] {
-    launch(merge_kernel<T, Most>, dim3(grid_for(std::max(rows.n, others.n), kRowThreads).x, directions, count),
-           dim3(kRowThreads), 0, stream, terms, rows, others);
+  const auto add = [&] {
+    merge(rows, others, dim3(grid_for(std::max(rows.n, others.n), kRowThreads).x, directions, count));
   };
   for_strips(a.rows, strip, [&](int64_t first, int64_t size) {
-    launch(statistics_kernel<T, Most>, dim3(static_cast<unsigned>(across), tiles(size), count), dim3(kTileThreads),
-           kSimilarityBytes<T>, stream, terms, first, rows.partial, others.partial, row_results, column_results);
+    sweep(first, dim3(static_cast<unsigned>(across), tiles(size), count), rows.partial, others.partial);
     rows.stride = size;
     rows.first = first;
     rows.n = std::min(size, a.n - first);
     others.count = tiles(size);
     others.begin = first == 0;
     others.end = first + size == a.rows;
-    merge();
+    add();
   });
   if (a.rows == 0) {  // the columns are anchors without candidates
     others.end = true;
-    merge();
+    add();
   }
+}
+
+// Fills the results of the first `count` terms, which are of one size and whose sums over classes are there already; of
+// `directions` 2 columns are anchors too. `Apart`: denominators without positives.
+template <bool Apart, typename T, int Most>
+void sum_statistics(const Terms<T, Most>& terms, unsigned count, unsigned directions,
+                    const AnchorResults<acc_t<T>>& row_results, const AnchorResults<acc_t<T>>& column_results,
+                    const Tensor& like, cudaStream_t stream) {
+  using A = acc_t<T>;
+  const bool pairwise = std::any_of(terms.at, terms.at + count, [](const Problem<T>& p) { return p.pairwise; });
+  sum_strips(
+      terms, count, directions, true, pairwise, row_results, column_results, like,
+      [&](int64_t first, dim3 grid, const Parts<A>& rows, const Parts<A>& columns) {
+        launch(statistics_kernel<T, Most, Apart>, grid, dim3(kTileThreads), kSimilarityBytes<T>, stream, terms, first,
+               rows, columns, row_results, column_results);
+      },
+      [&](const Merge<A>& rows, const Merge<A>& columns, dim3 grid) {
+        launch(merge_kernel<T, Most>, grid, dim3(kRowThreads), 0, stream, terms, rows, columns);
+      });
+}
+
+// The second sweep, where each positive is set against the negatives alone.
+template <typename T, int Most>
+void sum_against_negatives(const Terms<T, Most>& terms, unsigned count, unsigned directions,
+                           const AnchorResults<acc_t<T>>& row_results, const AnchorResults<acc_t<T>>& column_results,
+                           const Tensor& like, cudaStream_t stream) {
+  using A = acc_t<T>;
+  sum_strips(
+      terms, count, directions, false, true, row_results, column_results, like,
+      [&](int64_t first, dim3 grid, const Parts<A>& rows, const Parts<A>& columns) {
+        launch(against_negatives_kernel<T, Most>, grid, dim3(kTileThreads), kSimilarityBytes<T>, stream, terms, first,
+               rows, columns, row_results, column_results);
+      },
+      [&](const Merge<A>& rows, const Merge<A>& columns, dim3 grid) {
+        launch(merge_against_kernel<T, Most>, grid, dim3(kRowThreads), 0, stream, terms, rows, columns);
+      });
 }
 
 // Adds what the first `count` terms, which are of one size, give to the outputs, or begins these. Gradients of
 // similarities are kept as K; `grad_weights` and `slopes` as for gradient_kernel.
-template <int MostOutputs, typename K, typename T, int MostTerms>
+template <int MostOutputs, typename K, bool Apart, typename T, int MostTerms>
 void sum_gradients(const Terms<T, MostTerms>& terms, unsigned count, const std::vector<Output<acc_t<T>>>& outputs,
                    bool add, T* grad_weights, double* slopes, const Tensor& like, cudaStream_t stream) {
   using A = acc_t<T>;
@@ -123,10 +159,28 @@ void sum_gradients(const Terms<T, MostTerms>& terms, unsigned count, const std::
   };
   if (a.rows == 0) products(0, 0, 0);  // nothing but zeros
   for_strips(a.rows, strip, [&](int64_t first, int64_t size) {
-    launch(gradient_kernel<T, K, MostTerms>, dim3(tiles(b.rows), tiles(size), count), dim3(kTileThreads),
+    launch(gradient_kernel<T, K, MostTerms, Apart>, dim3(tiles(b.rows), tiles(size), count), dim3(kTileThreads),
            kSimilarityBytes<T>, stream, terms, first, strips, grad_weights, slopes);
     products(count, first, size);
   });
+}
+
+// A learned temperature, or a number.
+inline Temperature temperature_of(const char* op, const OptionalTensor& learned, double number) {
+  if (!learned) return {nullptr, Temperature::kNumber, number};
+  return dispatch_floating(learned->scalar_type(), op, [&](auto tag) {
+    using S = typename decltype(tag)::type;
+    constexpr Temperature::Kind kind = std::is_same_v<S, float>    ? Temperature::kFloat
+                                       : std::is_same_v<S, double> ? Temperature::kDouble
+                                       : std::is_same_v<S, Half>   ? Temperature::kHalf
+                                                                   : Temperature::kBFloat16;
+    return Temperature{learned->const_data_ptr<S>(), kind, 0};
+  });
+}
+
+// Its gradient, of the same dtype.
+inline TemperatureGradient gradient_of(const Temperature& temperature, Tensor& gradient) {
+  return {temperature.kind == Temperature::kNumber ? nullptr : gradient.mutable_data_ptr(), temperature.kind};
 }
 
 }  // namespace msacore::contrastive::cuda

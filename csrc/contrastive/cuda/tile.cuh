@@ -17,17 +17,17 @@ struct Side {
   using A = acc_t<T>;
   const T* x;  // [n, d]
   int64_t n, d;
-  int64_t rows, width;  // n and d padded with zeros to whole tiles
-  // Set by prepare_row: `unit` · `factor` are the unit rows. 16-bit rows are scaled by a power of two only, so that
-  // they stay exact. A negative factor marks a row that takes no part, 0 one of zeros.
-  T* unit;                // [rows, width]
-  A* factor;              // [rows]
-  A* inverse_norm;        // [n], 0 where there is no gradient
-  A* gradient;            // [rows, width], backward: of the rows of `unit`
-  const int64_t* labels;  // [n] or null; negative: takes no part
-  const A* partner;       // [rows] or null: factors of another side, whose missing rows take no part here either
-  int64_t* counts;        // rows that take part, anchors that count
-  const A* stats;         // [4, n], backward; null for a role whose rows are no anchors
+  int64_t rows, width;  // n, with candidates beyond that are positive for none, and d, padded to whole tiles
+  // Set by prepare_row: `unit` · `factor` are the unit rows, or the rows themselves. 16-bit rows are scaled by a power
+  // of two only, so that they stay exact. A negative factor marks a row that takes no part, 0 one of zeros.
+  T* unit;                       // [rows, width]
+  A* factor;                     // [rows]
+  InverseNorm<A>* inverse_norm;  // [rows]
+  A* gradient;                   // [rows, width], backward: of the rows of `unit`
+  const int64_t* labels;         // [n] or null; negative: takes no part
+  const A* partner;              // [rows] or null: factors of another side, whose missing rows take no part here either
+  int64_t* counts;               // rows that take part, anchors that count
+  const A* stats;                // [4 or 5, n], backward; null for a role whose rows are no anchors
 
   // The factor of a row in its term.
   __device__ A factor_of(int64_t i) const {
@@ -44,9 +44,13 @@ struct Problem {
   Temperature temperature;
   const T* weights;  // [a.n, b.n] or null
   bool both, exclude_self;
-  bool pairwise;  // tiles weigh every pair: `weights`, or labels of few rows
+  bool pairwise;  // tiles weigh every pair: `weights`, labels of few rows, denominators without positives
+  bool unit_rows;
+  Denominator denominator;
   LossGradient<A> gradient;
 
+  // Exponents are those of cosines and stay in range.
+  __device__ bool bounded(A scale) const { return unit_rows && is_bounded(scale); }
   __device__ bool diagonal() const { return !pairwise && !a.labels; }
   bool by_classes() const { return !pairwise && a.labels; }
   __device__ bool choice(const Side<T>& other, int64_t i) const {
@@ -79,12 +83,16 @@ struct SimilarityTile {
   int64_t row, column;  // of the first pair
   bool whole;           // every pair takes part
 
+  // Rows of b from b.n on are not those of any index.
+  __device__ bool same(int i, int j) const { return row + i == column + j && column + j < problem.b.n; }
   __device__ bool takes_part(int i, int j) const {
-    return used(a.factor[i]) && used(b.factor[j]) && !(problem.exclude_self && row + i == column + j);
+    return used(a.factor[i]) && used(b.factor[j]) && !(problem.exclude_self && same(i, j));
   }
+  // Of a pair that takes part.
   __device__ A weight(int i, int j) const {
-    if (problem.weights) return static_cast<A>(problem.weights[(row + i) * problem.b.n + column + j]);
-    return A(problem.a.labels ? a.label[i] == b.label[j] : row + i == column + j);
+    if (problem.weights)
+      return column + j < problem.b.n ? static_cast<A>(problem.weights[(row + i) * problem.b.n + column + j]) : A(0);
+    return A(problem.a.labels ? a.label[i] == b.label[j] : same(i, j));
   }
   __device__ bool on_diagonal() const { return row == column; }
 };
@@ -110,31 +118,36 @@ __device__ __forceinline__ void leave_out(const SimilarityTile<T>& tile, TileSum
 template <typename T>
 constexpr int kSimilarityBytes = kTileBytes<T, T, acc_t<T>, true, true>;
 
-// c ← similarities of rows `row` … and columns `column` …; fills the two sides. Called by all threads.
+// Fills the two sides of a tile of rows `row` … and columns `column` …. Called by all threads.
 template <typename T>
-__device__ __forceinline__ SimilarityTile<T> similarity_tile(const Problem<T>& problem, int64_t row, int64_t column,
-                                                             TileSide<acc_t<T>>& a, TileSide<acc_t<T>>& b,
-                                                             TileSums<acc_t<T>>& c) {
+__device__ __forceinline__ SimilarityTile<T> load_tile(const Problem<T>& problem, int64_t row, int64_t column,
+                                                       TileSide<acc_t<T>>& a, TileSide<acc_t<T>>& b) {
   const int r = thread_in_block() % kTile;
   const bool part =
       thread_in_block() < kTile ? load_tile_side(a, problem.a, row, r) : load_tile_side(b, problem.b, column, r);
   const bool whole = __syncthreads_and(part) && !(problem.exclude_self && row == column);
+  return {problem, a, b, row, column, whole};
+}
+
+// c ← the tile's similarities. Called by all threads.
+template <typename T>
+__device__ __forceinline__ void find_similarities(const SimilarityTile<T>& tile, TileSums<acc_t<T>>& c) {
+  const Problem<T>& problem = tile.problem;
   const int64_t width = problem.a.width;
   clear(c);
-  add_tile_product<true, true>(c, Matrix<T>{problem.a.unit + row * width, width, kTile, width},
-                               Matrix<T>{problem.b.unit + column * width, width, kTile, width}, width);
-  for_pairs(c, [&](acc_t<T>& similarity, int i, int j) { similarity *= a.factor[i] * b.factor[j]; });
-  return {problem, a, b, row, column, whole};
+  add_tile_product<true, true>(c, Matrix<T>{problem.a.unit + tile.row * width, width, kTile, width},
+                               Matrix<T>{problem.b.unit + tile.column * width, width, kTile, width}, width);
+  for_pairs(c, [&](acc_t<T>& similarity, int i, int j) { similarity *= tile.a.factor[i] * tile.b.factor[j]; });
 }
 
 // In shared memory: what the warps of a tile find of its rows, or of its columns.
 template <typename Found>
 using TileStats = Found[2][kTile];
 
-template <typename Found>
-__device__ __forceinline__ Found merged(const TileStats<Found>& found, int r) {
+template <typename Found, typename... Scale>
+__device__ __forceinline__ Found merged(const TileStats<Found>& found, int r, Scale... scale) {
   Found both = found[0][r];
-  merge(both, found[1][r]);
+  merge(both, found[1][r], scale...);
   return both;
 }
 
