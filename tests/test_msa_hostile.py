@@ -189,6 +189,11 @@ def test_other_files_are_named_for_what_they_are(tmp_path, magic):
     (tmp_path / "set.csd").write_bytes(magic)
     with pytest.raises(ValueError, match=r"set\.csd"):
         load(tmp_path / "set.csd")
+    (tmp_path / "table.csv").write_text("id\na\n")
+    with pytest.raises(ValueError, match=r"read under the name clips\.csv"):
+        load(tmp_path / "table.csv")
+    with pytest.raises((ValueError, FileNotFoundError), match="/dev/null"):
+        load("/dev/null")
 
 
 def originals(folder: Path) -> list[Path]:

@@ -1,7 +1,5 @@
 """Shapes and kinds of features and labels that files have, and values that are not finite."""
 
-import pickle
-
 import numpy as np
 import pytest
 import torch
@@ -225,17 +223,6 @@ def test_repair_takes_the_means_of_the_train_part(tmp_path):
     # Nothing of that step is known: it is padding.
     assert (c.features["vision"][rows[root["train"]["id"][1]], 7] == 0).all()
     assert any(n.startswith("vision: 8 values that are not finite replaced") for n in c.notes)
-
-
-def test_only_wanted_keys_are_read(tmp_path):
-    # Each of these would stop the reader if it were asked for.
-    root = mmsa()
-    for part in root.values():
-        part["junk"] = np.array([None, {"x": 1}], dtype=object)
-        part["feature_T"] = "not numbers"
-    data = pickle.dumps(root, protocol=4).replace(b"junk", b"jun2")
-    (tmp_path / "set.pkl").write_bytes(data)
-    assert load(tmp_path / "set.pkl", pooled=False).sha256 == plain_set(tmp_path).sha256
 
 
 def test_rows_that_are_none_are_missing(tmp_path):

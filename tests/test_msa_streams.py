@@ -107,6 +107,13 @@ def test_all_zero_rows_are_missing_and_counted(tmp_path):
     assert "vision: 4 of 70 utterances are all zeros: read as missing" in c.notes
 
 
+def test_utterances_without_any_modality_are_counted(tmp_path):
+    root = streams(True, True)
+    for m in ("text", "audio", "vision"):
+        root["test"][m][0] = 0
+    assert "1 of 70 utterances lack every modality" in load(write(tmp_path, root)).notes
+
+
 def test_without_any_length_the_data_tell_the_mask(tmp_path):
     root = streams(True, False)
     for part in root.values():

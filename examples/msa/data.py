@@ -55,26 +55,33 @@ def load(
     if path is None:
         return synthetic(family or "mosi", seed=seed, size=size, pooled=pooled, pairs=pairs)
     path = Path(path)
-    if not path.exists():
-        raise FileNotFoundError(f"{path}: there is no such file")
     if size is not None:
         raise ValueError(f"{path}: a size can be chosen for the synthetic corpus only")
     if video_key is not None and id_pattern is not None:
         raise ValueError(f"{path}: --video-key and --id-pattern both say which video an utterance is of: give one")
-    kind = _kind(path)
     reading = {"video_key": video_key, "id_pattern": id_pattern, "repair": repair, "family": family, "pooled": pooled}
-    if kind == "npz":
-        return load_npz(path, split=split, blocks=blocks, **reading)
-    if split != "official" or blocks:
-        raise ValueError(f"{path}: splits and blocks can be chosen for .npz files only, splits for mosi.npz only")
-    if kind == "folder":
-        return load_folder(path if path.is_dir() else path.parent, **reading)
-    return load_mmsa(path, **reading)
+    try:
+        kind = _kind(path)
+        if kind == "npz":
+            return load_npz(path, split=split, blocks=blocks, **reading)
+        if split != "official" or blocks:
+            raise ValueError(f"{path}: splits and blocks can be chosen for .npz files only, splits for mosi.npz only")
+        if kind == "folder":
+            return load_folder(path if path.is_dir() else path.parent, **reading)
+        return load_mmsa(path, **reading)
+    except FileNotFoundError:
+        raise
+    except OSError as e:
+        raise ValueError(f"{path}: it cannot be read ({e.strerror or e})") from e
 
 
 def _kind(path: Path) -> str:
+    if not path.exists():
+        raise FileNotFoundError(f"{path}: there is no such file")
     if path.is_dir() or path.name in TABLES:
         return "folder"
+    if path.suffix == ".csv":
+        raise ValueError(f"{path}: a table is read under the name clips.csv, in a folder with the features")
     with path.open("rb") as f:
         magic = f.read(8)
     if magic.startswith(HDF_MAGIC):
