@@ -4,29 +4,44 @@
 
 #include <torch/csrc/stable/library.h>
 
+#include "contrastive/cpu/anchors.h"
 #include "contrastive/cpu/classes.h"
 #include "contrastive/cpu/few.h"
-#include "contrastive/cpu/sweep.h"
 
 namespace msacore::hierarchical_contrastive::cpu {
 using namespace contrastive::cpu;
 namespace {
+
+double read_temperature(const char* op, const Tensor& learned, int64_t tier) {
+  const double value = dispatch_floating(learned.scalar_type(), op, [&](auto tag) {
+    using S = typename decltype(tag)::type;
+    return static_cast<double>(static_cast<acc_t<S>>(*learned.const_data_ptr<S>()));
+  });
+  check_temperature(op, ("temperatures[" + std::to_string(tier) + "]").c_str(), value);
+  return value;
+}
 
 template <typename T>
 struct Problem {
   using A = acc_t<T>;
   Sizes size;
   Options options;
+  bool learned = false;  // is a temperature
   const int64_t* labels;
   std::vector<Plan> plans;
   std::vector<Side<A>> sides;
   std::vector<Term<A>> terms;
 
-  Problem(const Inputs& in, const Sizes& size, const Options& options)
+  Problem(const char* op, const Inputs& in, const Sizes& size, const Options& options)
       : size(size),
         options(options),
         labels(in.labels ? in.labels->const_data_ptr<int64_t>() : nullptr),
         plans(plan_terms(size, options.intra_modal)) {
+    for (int64_t k = 0; k < kTiers; ++k) {
+      if (!in.learned_temperatures[k]) continue;
+      learned = true;
+      this->options.temperatures[k] = read_temperature(op, *in.learned_temperatures[k], k);
+    }
     const int64_t n = size.samples;
     const std::vector<Tensor> embeddings = in.embeddings();
     const std::vector<uint64_t> needs = needs_of_sides(size);
@@ -50,22 +65,23 @@ struct Problem {
         used[plan.first][i] |= open;
         used[plan.second][i] |= open;
       }
-      term.scale = M_LOG2E / options.temperatures[plan.tier];
+      term.scale = M_LOG2E / this->options.temperatures[plan.tier];
       term.both = term.diagonal = !self;
       term.exclude_self = self;
-      count_candidates(term.rows, n, term.columns, n, self);
-      count_candidates(term.columns, n, term.rows, n, self);
+      const int64_t part = count_used(term.rows.used, n);
+      for (Direction<A>* direction : {&term.rows, &term.columns})
+        count_candidates(*direction, n, part, [&](int64_t i) { return self && term.rows.used[i]; });
       terms.push_back(std::move(term));
     }
     sides.reserve(embeddings.size());
-    for (const Tensor& t : embeddings) sides.emplace_back(n, t.size(1));
+    for (const Tensor& t : embeddings) sides.emplace_back(n, t.size(1), options.normalize);
     const int64_t panels = padded(n) / kPanel;
     torch::stable::parallel_for(0, panels * static_cast<int64_t>(sides.size()),
                                 Side<A>::grain(kPanel * sides.front().width), [&](int64_t begin, int64_t end) {
                                   for (int64_t i = begin; i < end; ++i) {
                                     const int64_t k = i / panels, panel = i % panels;
-                                    sides[k].normalise(embeddings[k].template const_data_ptr<T>(), used[k].get(), panel,
-                                                       panel + 1);
+                                    const Source<T> x{embeddings[k].template const_data_ptr<T>(), n, nullptr};
+                                    sides[k].fill(x, used[k].get(), panel, panel + 1);
                                   }
                                 });
     for (size_t t = 0; t < plans.size(); ++t) {
@@ -87,8 +103,8 @@ struct Problem {
     double loss = 0;
     for (const bool columns : {false, true}) {
       int64_t count = 0;
-      const std::vector<double> losses =
-          anchor_losses(term, columns ? term.other() : term.rows, size.samples, stats_of(stats, t, columns), &count);
+      const std::vector<double> losses = anchor_losses(term, columns ? term.other() : term.rows, size.samples, false,
+                                                       stats_of(stats, t, columns), &count);
       loss += std::accumulate(losses.begin(), losses.end(), 0.0) / (2.0 * std::max<int64_t>(1, count));
     }
     return loss;
@@ -98,9 +114,15 @@ struct Problem {
     Term<A>& term = terms[t];
     const int64_t tier = plans[t].tier;
     const double factor = grad_tiers[tier] / options.temperatures[tier] / (term.self() ? 1 : 2);
-    const auto gradient_of = [factor](int64_t, int64_t count) { return factor / static_cast<double>(count); };
-    load_shares(term, term.rows, *term.a, stats_of(stats, t, false), gradient_of);
-    if (!term.self()) load_shares(term, term.columns, *term.b, stats_of(stats, t, true), gradient_of);
+    const auto load_direction = [&](Direction<A>& direction, const Side<A>& side, const A* of_direction) {
+      const double gradient =
+          factor / static_cast<double>(std::max<int64_t>(1, count_anchors(of_direction, size.samples)));
+      load_shares(
+          term, direction, side, size.samples, of_direction, true, [&](int64_t) { return gradient; },
+          [](int64_t) { return 1.0; });
+    };
+    load_direction(term.rows, *term.a, stats_of(stats, t, false));
+    if (!term.self()) load_direction(term.columns, *term.b, stats_of(stats, t, true));
   }
 
   void add_up(const std::vector<double>& losses, A* tiers) const {
@@ -116,29 +138,66 @@ struct Problem {
       sum_few_exponentials(terms, kept, [&](int64_t t) { losses[t] = loss_of(t, stats); });
       return add_up(losses, tiers);
     }
-    sum_exponentials(terms, [](const auto&...) {});
+    sum_exponentials(terms, [](const auto&...) {}, [](const auto&...) {});
     for (size_t t = 0; t < terms.size(); ++t) {
       Term<A>& term = terms[t];
       if (term.self()) {
         const Labels classes = labels_of(term);
-        class_positives(*term.a, classes, *term.a, classes, true, term.rows);
+        class_positives(*term.a, classes, *term.a, classes, true, 0, term.rows);
       }
       losses[t] = loss_of(t, stats);
     }
     add_up(losses, tiers);
   }
 
-  void backward(const double* grad_tiers, const A* stats, const A* kept, const std::vector<T*>& grads) {
+  // Fills the gradients of the embeddings, and `slopes` [3] where temperatures are learned.
+  void backward(const double* grad_tiers, const A* stats, const A* kept, const std::vector<T*>& grads, double* slopes) {
     for (size_t t = 0; t < terms.size(); ++t) load(t, grad_tiers, stats);
-    if (kept && are_few(terms)) return FewGradients<A>(terms, kept).project(sides, grads);
+    if (kept && !learned && are_few(terms)) return FewGradients<A>(terms, kept).project(sides, grads);
     for (Side<A>& side : sides) side.gradient = Buffer<A>(side.rows * side.width, A(0));
-    add_gradients(terms, [](const auto&...) {}, [](const auto&...) {});
+    // Per term and row: Σ over pairs of similarity · its gradient.
+    std::vector<Buffer<double>> pulls;
+    for (const Term<A>& term : terms) pulls.emplace_back(learned ? term.a->rows : 0, 0.0);
+    const auto keep_similarities = [&](const Term<A>&, const Tile<A>& tile, int64_t, int64_t) {
+      if (learned) std::copy(tile.s, tile.s + tile.m * kTileRow, similarities());
+    };
+    const auto add_pulls = [&](const Term<A>& term, const Tile<A>& tile, int64_t row, int64_t column) {
+      if (!learned) return;
+      const double share = term.self() && row == column ? 0.5 : 1.0;  // both orders of a pair are in one tile
+      const Buffer<double>& pull = pulls[&term - terms.data()];
+      for (int64_t i = 0; i < tile.m; ++i)
+        pull[row + i] += share * dot_rows(tile.s + i * kTileRow, similarities() + i * kTileRow, tile.n);
+    };
+    add_gradients(terms, true, keep_similarities, add_pulls);
     for (Term<A>& term : terms) {
       if (!term.self()) continue;
       const Labels classes = labels_of(term);
-      attract_classes(*term.a, classes, term.rows, *term.a, classes, term.rows, true);
+      attract_classes(*term.a, classes, term.rows, *term.a, classes, term.rows, true, 0);
     }
-    for (size_t k = 0; k < sides.size(); ++k) sides[k].project(grads[k], A(1));
+    for (size_t k = 0; k < sides.size(); ++k) sides[k].project(grads[k], A(1), 0, sides[k].n);
+    if (learned) add_slopes(stats, pulls, slopes);
+  }
+
+ private:
+  // Of the tile that this thread is at.
+  static A* similarities() {
+    thread_local const Buffer<A> tile(kBlock * kTileRow);
+    return tile.get();
+  }
+
+  // Gradients of the temperatures, from the pulls of pairs in tiles and those of positives of equal label.
+  void add_slopes(const A* stats, const std::vector<Buffer<double>>& pulls, double* slopes) const {
+    std::fill(slopes, slopes + kTiers, 0.0);
+    for (size_t t = 0; t < terms.size(); ++t) {
+      const Term<A>& term = terms[t];
+      double pull = 0;
+      for (int64_t i = 0; i < size.samples; ++i) {
+        pull += pulls[t][i];
+        if (term.self())
+          pull -= term.rows.attract[i] * term.rows.positive[i] * stats_of(stats, t, false)[3 * size.samples + i];
+      }
+      slopes[plans[t].tier] -= pull / options.temperatures[plans[t].tier];
+    }
   }
 };
 
@@ -161,18 +220,12 @@ A* data_if_any(const Tensor& t) {
   return t.numel() ? const_cast<A*>(t.const_data_ptr<A>()) : nullptr;
 }
 
-void refuse_what_is_to_come(const char* op, const Inputs& in, const Options& options) {
-  for (const OptionalTensor& learned : in.learned_temperatures)
-    check(!learned && options.normalize, op, "`normalize` and learned `temperatures` are not implemented on the CPU");
-}
-
 void forward(const char* op, const Inputs& in, const Sizes& s, const Options& options, Results& results) {
-  refuse_what_is_to_come(op, in, options);
   dispatch_floating(in.fused.scalar_type(), op, [&](auto tag) {
     using T = typename decltype(tag)::type;
     using A = acc_t<T>;
     A* sums = results.tiers.template mutable_data_ptr<A>();
-    Problem<T>(in, s, options)
+    Problem<T>(op, in, s, options)
         .forward(sums, results.stats.template mutable_data_ptr<A>(), data_if_any<A>(results.kept));
     *results.loss.template mutable_data_ptr<A>() = weighted(options.tier_weights, sums);
   });
@@ -180,16 +233,22 @@ void forward(const char* op, const Inputs& in, const Sizes& s, const Options& op
 
 void backward(const char* op, const Inputs& in, const Sizes& s, const Options& options, const OptionalTensor& grad_loss,
               const OptionalTensor& grad_tiers, const Tensor& stats, const Tensor& kept, Gradients& grads) {
-  refuse_what_is_to_come(op, in, options);
   dispatch_floating(in.fused.scalar_type(), op, [&](auto tag) {
     using T = typename decltype(tag)::type;
     using A = acc_t<T>;
-    double gradient[kTiers];
+    double gradient[kTiers], slopes[kTiers] = {};
     for (int64_t k = 0; k < kTiers; ++k)
       gradient[k] = (grad_loss ? options.tier_weights[k] * static_cast<double>(*grad_loss->const_data_ptr<A>()) : 0.0) +
                     (grad_tiers ? static_cast<double>(grad_tiers->const_data_ptr<A>()[k]) : 0.0);
-    Problem<T>(in, s, options)
-        .backward(gradient, stats.const_data_ptr<A>(), data_if_any<A>(kept), data_of<T>(grads.embeddings));
+    Problem<T>(op, in, s, options)
+        .backward(gradient, stats.const_data_ptr<A>(), data_if_any<A>(kept), data_of<T>(grads.embeddings), slopes);
+    for (int64_t k = 0; k < kTiers; ++k) {
+      if (!in.learned_temperatures[k]) continue;
+      dispatch_floating(grads.temperatures[k].scalar_type(), op, [&](auto other) {
+        using S = typename decltype(other)::type;
+        *grads.temperatures[k].template mutable_data_ptr<S>() = static_cast<S>(static_cast<acc_t<S>>(slopes[k]));
+      });
+    }
   });
 }
 

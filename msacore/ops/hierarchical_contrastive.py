@@ -1,19 +1,35 @@
 """The hierarchical contrastive loss of AL-HCL: three tiers of InfoNCE terms in one operator."""
 
-from collections.abc import Sequence
-from typing import Any
+from collections.abc import Mapping, Sequence
+from typing import Any, Literal, overload
 
 import torch
 from torch import Tensor
 
 from msacore.ops._autocast import compute_in_float32
 from msacore.ops._autograd import differentiable, refuse_second_derivative
-from msacore.ops._check import check_device, check_dtype, check_floating, check_shape, fail
+from msacore.ops._check import (
+    as_choice,
+    as_flag,
+    as_number_or_tensor,
+    as_numbers,
+    as_optional_indices,
+    as_optional_tensor,
+    as_tensor,
+    as_tensors,
+    check_device,
+    check_dtype,
+    check_floating,
+    check_shape,
+    describe,
+    fail,
+)
 from msacore.ops.info_nce import check_temperature, loss_dtype
 
 _loss = torch.ops.msacore.hierarchical_contrastive_loss.default
 _loss_backward = torch.ops.msacore.hierarchical_contrastive_loss_backward.default
 _TIERS = 3
+_TIER1 = {"cross_modal": 0, "intra_modal": 1}
 _MOST_MODALITIES = 64
 _FEW_SAMPLES, _MOST_KEPT = 128, 2**22  # csrc/hierarchical_contrastive/hierarchical_contrastive.h
 
@@ -142,6 +158,59 @@ compute_in_float32("hierarchical_contrastive_loss")
 _eager = differentiable(_loss, _setup_context, _backward)
 
 
+def _temperatures_of(value: Any) -> tuple[list[float], list[Tensor | None]]:
+    """The three temperatures, and in their places those that are tensors."""
+    op = "hierarchical_contrastive_loss"
+    if isinstance(value, (Tensor, str, Mapping)) or not hasattr(value, "__iter__"):
+        fail(op, f"expected `temperatures` to be a sequence of 3 numbers or tensors, got {describe(value)}")
+    pairs = [as_number_or_tensor(op, f"temperatures[{k}]", item) for k, item in enumerate(value)]
+    if len(pairs) != _TIERS:
+        fail(op, f"expected `temperatures` to hold 3 numbers, got {len(pairs)}")
+    return [number for number, _ in pairs], [tensor for _, tensor in pairs]
+
+
+@overload
+def hierarchical_contrastive_loss(
+    unimodal: Sequence[Tensor],
+    fused: Tensor,
+    high_level: Sequence[Tensor],
+    *,
+    available: Tensor | None = ...,
+    labels: Tensor | None = ...,
+    tier_weights: Sequence[float] = ...,
+    temperatures: Sequence[float | Tensor] = ...,
+    tier1: str = ...,
+    normalize: bool = ...,
+    return_tiers: Literal[False] = ...,
+) -> Tensor: ...
+@overload
+def hierarchical_contrastive_loss(
+    unimodal: Sequence[Tensor],
+    fused: Tensor,
+    high_level: Sequence[Tensor],
+    *,
+    available: Tensor | None = ...,
+    labels: Tensor | None = ...,
+    tier_weights: Sequence[float] = ...,
+    temperatures: Sequence[float | Tensor] = ...,
+    tier1: str = ...,
+    normalize: bool = ...,
+    return_tiers: Literal[True],
+) -> tuple[Tensor, Tensor]: ...
+@overload
+def hierarchical_contrastive_loss(
+    unimodal: Sequence[Tensor],
+    fused: Tensor,
+    high_level: Sequence[Tensor],
+    *,
+    available: Tensor | None = ...,
+    labels: Tensor | None = ...,
+    tier_weights: Sequence[float] = ...,
+    temperatures: Sequence[float | Tensor] = ...,
+    tier1: str = ...,
+    normalize: bool = ...,
+    return_tiers: bool = ...,
+) -> Tensor | tuple[Tensor, Tensor]: ...
 def hierarchical_contrastive_loss(
     unimodal: Sequence[Tensor],
     fused: Tensor,
@@ -150,8 +219,9 @@ def hierarchical_contrastive_loss(
     available: Tensor | None = None,
     labels: Tensor | None = None,
     tier_weights: Sequence[float] = (0.2, 0.3, 0.5),
-    temperatures: Sequence[float] = (0.1, 0.1, 0.5),
+    temperatures: Sequence[float | Tensor] = (0.1, 0.1, 0.5),
     tier1: str = "cross_modal",
+    normalize: bool = True,
     return_tiers: bool = False,
 ) -> Tensor | tuple[Tensor, Tensor]:
     """Three tiers of contrastive terms over the embeddings of M modalities, in one operator.
@@ -167,10 +237,12 @@ def hierarchical_contrastive_loss(
         high_level: M(M-1)/2 tensors ``[N, d3]``, of the pairs (0, 1), (0, 2), (1, 2), ….
         available: ``[N, M]`` bool, False where a modality is missing; a pair exists where both members do. A sample
             takes part in a term only where both of its embeddings exist; missing ones are never read.
-        labels: ``[N]`` int64, needed by "intra_modal" and ignored otherwise; negative means unlabelled.
-        tier_weights: Weights of the three tiers in the loss.
-        temperatures: Temperatures of the three tiers, positive.
+        labels: ``[N]`` of any integer dtype, needed by "intra_modal" and ignored otherwise; negative means unlabelled.
+        tier_weights: Weights of the three tiers in the loss, numbers.
+        temperatures: Temperatures of the three tiers, positive: numbers, or floating tensors with one element, then
+            differentiable.
         tier1: "cross_modal" or "intra_modal".
+        normalize: Cosine similarities; False takes plain dot products, which may overflow.
         return_tiers: Also return the tiers.
 
     Returns:
@@ -195,26 +267,24 @@ def hierarchical_contrastive_loss(
         >>> tiers
         tensor([10.0001,  2.7726,  0.0000])
     """
-    if tier1 not in ("cross_modal", "intra_modal"):
-        raise ValueError(
-            "msacore::hierarchical_contrastive_loss: expected `tier1` to be "
-            f'"cross_modal" or "intra_modal", got {tier1!r}'
-        )
-    intra_modal = tier1 == "intra_modal"
-    embeddings = (*unimodal, fused, *high_level)
-    loss, tiers, _, _ = _eager(
-        list(unimodal),
-        fused,
-        list(high_level),
-        available,
-        labels if intra_modal else None,
-        None,
-        None,
-        None,
-        tier_weights=list(tier_weights),
-        temperatures=list(temperatures),
-        intra_modal=intra_modal,
-        normalize=True,
-        keep=torch.is_grad_enabled() and any(t.requires_grad for t in embeddings),
+    op = "hierarchical_contrastive_loss"
+    embeddings = (
+        as_tensors(op, "unimodal", unimodal),
+        as_tensor(op, "fused", fused),
+        as_tensors(op, "high_level", high_level),
     )
-    return (loss, tiers) if return_tiers else loss
+    intra_modal = as_choice(op, "tier1", tier1, _TIER1) == _TIER1["intra_modal"]
+    numbers, learned = _temperatures_of(temperatures)
+    wanted = (*embeddings[0], embeddings[1], *embeddings[2])
+    loss, tiers, _, _ = _eager(
+        *embeddings,
+        as_optional_tensor(op, "available", available),
+        as_optional_indices(op, "labels", labels) if intra_modal else None,
+        *learned,
+        tier_weights=as_numbers(op, "tier_weights", tier_weights),
+        temperatures=numbers,
+        intra_modal=intra_modal,
+        normalize=as_flag(op, "normalize", normalize),
+        keep=learned == [None] * _TIERS and torch.is_grad_enabled() and any(t.requires_grad for t in wanted),
+    )
+    return (loss, tiers) if as_flag(op, "return_tiers", return_tiers) else loss

@@ -8,7 +8,20 @@ from torch import Tensor
 
 from msacore.ops._autocast import compute_in_float32
 from msacore.ops._autograd import differentiable, refuse_second_derivative
-from msacore.ops._check import check_device, check_dtype, check_floating, check_shape, fail
+from msacore.ops._check import (
+    as_choice,
+    as_flag,
+    as_indices,
+    as_number_or_tensor,
+    as_optional_tensor,
+    as_tensor,
+    check_device,
+    check_dtype,
+    check_floating,
+    check_shape,
+    describe,
+    fail,
+)
 
 _info_nce = torch.ops.msacore.info_nce.default
 _info_nce_backward = torch.ops.msacore.info_nce_backward.default
@@ -176,20 +189,39 @@ compute_in_float32("info_nce")
 _eager = differentiable(_info_nce, _setup_context, _backward)
 
 
+def _labels_of(labels: Any, one_embedding: bool) -> tuple[Tensor | None, Tensor | None]:
+    """Labels of anchors and candidates; one tensor serves both where they are the same rows."""
+    if labels is None:
+        return None, None
+    if isinstance(labels, Tensor) and one_embedding:
+        both = as_indices("info_nce", "labels", labels)
+        return both, both
+    if not (isinstance(labels, (tuple, list)) and len(labels) == 2):
+        raise ValueError(
+            "msacore::info_nce: expected `labels` to be a pair (anchor_labels, candidate_labels), or one tensor "
+            f"without `candidates`, got {describe(labels)}"
+        )
+    return as_indices("info_nce", "labels[0]", labels[0]), as_indices("info_nce", "labels[1]", labels[1])
+
+
 def info_nce(
     anchors: Tensor,
     candidates: Tensor | None = None,
     *,
     temperature: float | Tensor = 0.1,
-    labels: tuple[Tensor, Tensor] | None = None,
+    labels: Tensor | tuple[Tensor, Tensor] | None = None,
     weights: Tensor | None = None,
+    negatives: Tensor | None = None,
+    negative_mask: Tensor | None = None,
+    denominator: str = "all",
+    normalize: bool = True,
     anchor_mask: Tensor | None = None,
     candidate_mask: Tensor | None = None,
     symmetric: bool = False,
     exclude_self: bool = False,
     reduction: str = "mean",
 ) -> Tensor:
-    """Masked, weighted InfoNCE on cosine similarities, without the similarity matrix.
+    """Masked, weighted InfoNCE, without the similarity matrix.
 
     With ``s_ij = cos(anchors[i], candidates[j]) / temperature`` and positives weighted by ``w_ij``, an anchor's loss is
     ``log Σ_j exp(s_ij) - Σ_j w_ij s_ij / Σ_j w_ij``; masked rows take part on neither side.
@@ -198,14 +230,23 @@ def info_nce(
         anchors: ``[N, d]``; float16, bfloat16, float32 or float64.
         candidates: ``[N', d]``, dtype of ``anchors``; None or ``anchors`` itself contrasts an embedding with itself,
             at half the cost.
-        temperature: Positive number, or a 0-d floating tensor, then differentiable.
-        labels: ``(anchor_labels [N], candidate_labels [N'])``, int64; equal labels are positives, a negative label
-            means unlabelled: its row is neither anchor nor candidate.
+        temperature: Positive number, or a floating tensor with one element, then differentiable.
+        labels: ``(anchor_labels [N], candidate_labels [N'])`` of any integer dtype, or one ``[N]`` without
+            ``candidates``; equal labels are positives, a negative label means unlabelled: its row is neither anchor nor
+            candidate.
         weights: ``[N, N']``, at least 0, dtype of ``anchors``, differentiable. Without labels and weights the positives
             are the pairs ``(i, i)``.
+        negatives: ``[Q, d]``, dtype of ``anchors``, differentiable: more candidates of every anchor that are positive
+            for none, such as a memory queue. With ``symmetric`` they serve the anchors' direction only.
+        negative_mask: ``[Q]`` bool, False for entries that are not filled yet; these are never read.
+        denominator: "all": the sum over every candidate, as above. "negatives": each positive p is set against itself
+            and the candidates of weight 0 alone, ``Σ_p w_p (log(exp s_p + Σ_n exp s_n) - s_p) / Σ_p w_p`` (NT-Xent with
+            several positives); the gradient of a weight that is exactly 0 is then 0. "decoupled": ``log Σ_n exp s_n -
+            Σ_p w_p s_p / Σ_p w_p``; anchors without a negative drop out.
+        normalize: Cosine similarities; False takes plain dot products, which may overflow.
         anchor_mask: ``[N]`` bool, False where a row is no anchor.
         candidate_mask: ``[N']`` bool, False where a row is no candidate.
-        symmetric: Mean of the two directions, in one sweep.
+        symmetric: Mean of the two directions, in one sweep ("negatives" with labels or weights: two).
         exclude_self: Leave the pairs ``(i, i)`` out of positives and denominators.
         reduction: "mean" over the anchors that count, "sum" or "none".
 
@@ -215,46 +256,53 @@ def info_nce(
 
     Raises:
         RuntimeError: A shape, dtype, device or range above does not hold (values inside tensors: on CPU only).
-        ValueError: ``reduction`` is none of the three, or ``labels`` is no pair.
+        ValueError: ``reduction`` or ``denominator`` is none of the three, or ``labels`` is no pair.
 
     Note:
         Several positives are averaged outside of the logarithm, as in "L_out" of Khosla et al., "Supervised Contrastive
-        Learning" (2020). Forward and backward keep three numbers per row; the gradient of ``weights`` is ``[N, N']`` by
-        nature. Accumulates in float32 for 16-bit types and computes in float32 under autocast. A zero row has cosine 0
-        and gradient 0. Deterministic; differentiable once; no host synchronisation on CUDA.
+        Learning" (2020). Their released ``SupConLoss`` also multiplies by ``temperature / base_temperature``, which is
+        1 at its default temperature: do the same to move numbers over. "decoupled" is the loss of Yeh et al.,
+        "Decoupled Contrastive Learning" (2022).
+
+        Forward and backward keep four or five numbers per row; the gradient of ``weights`` is ``[N, N']`` by nature.
+        Accumulates in float32 for 16-bit types and computes in float32 under autocast. A zero row has cosine 0 and
+        gradient 0. Rows of any length that is not zero are scaled without overflow or underflow. Deterministic;
+        differentiable once; no host synchronisation on CUDA.
 
     Example:
         >>> z = torch.eye(3)
         >>> info_nce(z, z, temperature=1.0)
         tensor(0.5514)
         >>> labels = torch.tensor([0, 0, 1])
-        >>> info_nce(z, z, labels=(labels, labels), exclude_self=True, reduction="none")
+        >>> info_nce(z, labels=labels, exclude_self=True, reduction="none")
         tensor([0.6931, 0.6931, 0.0000])
+        >>> queue, filled = torch.zeros(8, 3), torch.zeros(8, dtype=torch.bool)
+        >>> info_nce(z, z, temperature=1.0, negatives=queue, negative_mask=filled)
+        tensor(0.5514)
     """
-    if reduction not in _REDUCTIONS:
-        raise ValueError(f'msacore::info_nce: expected `reduction` to be "none", "mean" or "sum", got {reduction!r}')
-    anchor_labels = candidate_labels = None
-    if labels is not None:
-        if not (isinstance(labels, (tuple, list)) and len(labels) == 2):
-            raise ValueError("msacore::info_nce: expected `labels` to be a pair (anchor_labels, candidate_labels)")
-        anchor_labels, candidate_labels = labels
-    learned = temperature if isinstance(temperature, Tensor) else None
+    op = "info_nce"
+    anchors, candidates = as_tensor(op, "anchors", anchors), as_optional_tensor(op, "candidates", candidates)
+    number, learned = as_number_or_tensor(op, "temperature", temperature)
+    anchor_labels, candidate_labels = _labels_of(labels, candidates is None or candidates is anchors)
+    code = as_choice(op, "denominator", denominator, _DENOMINATORS)
+    if code == _DENOMINATORS["negatives"] and labels is None and weights is None:
+        code = _DENOMINATORS["all"]  # of one positive a row the two are the same, and this is one sweep
     loss, _, _ = _eager(
         anchors,
         None if candidates is anchors else candidates,
         learned,
         anchor_labels,
         candidate_labels,
-        weights,
-        None,
-        None,
-        anchor_mask,
-        candidate_mask,
-        temperature=1.0 if learned is not None else temperature,
-        symmetric=symmetric,
-        exclude_self=exclude_self,
-        normalize=True,
-        denominator=0,
-        reduction=_REDUCTIONS[reduction],
+        as_optional_tensor(op, "weights", weights),
+        as_optional_tensor(op, "negatives", negatives),
+        as_optional_tensor(op, "negative_mask", negative_mask),
+        as_optional_tensor(op, "anchor_mask", anchor_mask),
+        as_optional_tensor(op, "candidate_mask", candidate_mask),
+        temperature=number,
+        symmetric=as_flag(op, "symmetric", symmetric),
+        exclude_self=as_flag(op, "exclude_self", exclude_self),
+        normalize=as_flag(op, "normalize", normalize),
+        denominator=code,
+        reduction=as_choice(op, "reduction", reduction, _REDUCTIONS),
     )
     return loss

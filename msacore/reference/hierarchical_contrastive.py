@@ -2,6 +2,7 @@
 
 from collections.abc import Sequence
 from itertools import combinations
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -17,8 +18,9 @@ def hierarchical_contrastive_loss(
     available: Tensor | None = None,
     labels: Tensor | None = None,
     tier_weights: Sequence[float] = (0.2, 0.3, 0.5),
-    temperatures: Sequence[float] = (0.1, 0.1, 0.5),
+    temperatures: Sequence[float | Tensor] = (0.1, 0.1, 0.5),
     tier1: str = "cross_modal",
+    normalize: bool = True,
     return_tiers: bool = False,
 ) -> Tensor | tuple[Tensor, Tensor]:
     """Sum of InfoNCE terms over modality pairs, modalities and pairs of pairs."""
@@ -28,15 +30,14 @@ def hierarchical_contrastive_loss(
     pairs = list(combinations(range(modalities), 2))
     exists = [available[:, m] & available[:, k] for m, k in pairs]
 
-    def symmetric(a: Tensor, c: Tensor, mask: Tensor, temperature: float) -> Tensor:
-        return info_nce(a, c, temperature=temperature, anchor_mask=mask, candidate_mask=mask, symmetric=True)
+    def symmetric(a: Tensor, c: Tensor, mask: Tensor, temperature: float | Tensor) -> Tensor:
+        masks: dict[str, Any] = dict(anchor_mask=mask, candidate_mask=mask)
+        return info_nce(a, c, temperature=temperature, symmetric=True, normalize=normalize, **masks)
 
     def supervised(x: Tensor, mask: Tensor) -> Tensor:
         assert labels is not None
-        both = (labels, labels)
-        return info_nce(
-            x, temperature=temperatures[0], labels=both, anchor_mask=mask, candidate_mask=mask, exclude_self=True
-        )
+        options: dict[str, Any] = dict(temperature=temperatures[0], normalize=normalize, exclude_self=True)
+        return info_nce(x, labels=labels, anchor_mask=mask, candidate_mask=mask, **options)
 
     if tier1 == "intra_modal":
         first = [supervised(unimodal[m], available[:, m]) for m in range(modalities)]

@@ -10,7 +10,7 @@ import msacore
 from msacore import reference
 from tests.opcase import Arguments, BadInput, OpCase, Sample
 
-_SMALL = {"three modalities", "intra-modal", "one modality"}
+_SMALL = {"three modalities", "intra-modal", "one modality", "learned temperatures", "learned, intra-modal"}
 
 
 def _sample(
@@ -31,6 +31,11 @@ def _sample(
         arguments["available"] = (torch.rand(n, modalities, generator=generator) > 0.3).to(device)
     if options.get("tier1") == "intra_modal":
         arguments["labels"] = torch.randint(-1, 2, (n,), generator=generator).to(device)
+    if "learned" in options:
+        arguments["temperatures"] = [
+            value if isinstance(value, int) else torch.tensor(value, device=device, dtype=dtype)
+            for value in options.pop("learned")
+        ]
     return Sample(name, {**arguments, **options}, small=name in _SMALL, on_host=modalities <= 6)
 
 
@@ -53,6 +58,15 @@ def _samples(device: torch.device, dtype: torch.dtype) -> list[Sample]:
             ("six modalities", (5, 6, 4, 3), dict(available=True)),
             ("two tiles of candidates", (140, 1, 70, 0), dict(available=True)),
             ("two tiles of candidates, intra-modal", (132, 2, 12, 8), dict(tier1="intra_modal", available=True)),
+            ("learned temperatures", (6, 3, 4, 3), dict(available=True, learned=(0.3, 0.2, 0.5), return_tiers=True)),
+            (
+                "learned, intra-modal",
+                (8, 2, 4, 3),
+                dict(tier1="intra_modal", available=True, learned=(0.4, 1, 0.5), return_tiers=True),
+            ),
+            ("large, learned, intra-modal", (150, 2, 8, 5), dict(tier1="intra_modal", learned=(0.1, 0.02, 0.5))),
+            ("dot products", (9, 3, 4, 3), dict(available=True, normalize=False, temperatures=(1.0, 0.5, 2.0))),
+            ("dot products, learned", (9, 2, 4, 3), dict(normalize=False, learned=(1.0, 2.0, 0.5))),
             ("rows too wide to keep", (3, 2, 1900, 2), {}),
         ]
     ]
@@ -90,7 +104,7 @@ CASES = [
         op=msacore.hierarchical_contrastive_loss,
         reference=reference.hierarchical_contrastive.hierarchical_contrastive_loss,
         samples=_samples,
-        gradients=("unimodal", "fused", "high_level"),
+        gradients=("unimodal", "fused", "high_level", "temperatures"),
         loss=True,
         hidden=_hidden,
         bad_inputs={
@@ -119,6 +133,19 @@ CASES = [
             "unknown tier": BadInput(_with(tier1="both"), ("`tier1`", "both")),
             "two weights": BadInput(_with(tier_weights=(0.5, 0.5)), ("`tier_weights`", "got 2")),
             "four temperatures": BadInput(_with(temperatures=(1, 1, 1, 1)), ("`temperatures`", "got 4")),
+            "one temperature": BadInput(_with(temperatures=0.1), ("`temperatures`", "0.1")),
+            "temperature of two numbers": BadInput(
+                _with(temperatures=[torch.ones(2), 0.1, 0.1]), ("`temperatures[0]`", "[2]")
+            ),
+            "one weight": BadInput(_with(tier_weights=1.0), ("`tier_weights`", "1.0")),
+            "learned temperature of zero": BadInput(
+                _with(temperatures=[0.1, torch.tensor(0.0), 0.1]), ("`temperatures[1]`", "positive"), values=True
+            ),
+            "weights that learn": BadInput(
+                _with(tier_weights=[torch.ones((), requires_grad=True), 0.1, 0.1]),
+                ("`tier_weights[0]`", "requires grad"),
+            ),
+            "features as a dict": BadInput(_with(unimodal={"text": 1}), ("`unimodal`", "dict")),
             "temperature of zero": BadInput(_with(temperatures=(0.1, 0.0, 0.1)), ("`temperatures`", "positive")),
         },
     ),

@@ -19,6 +19,13 @@ _SMALL = {
     "with itself",
     "with itself, masks differ",
     "nothing left",
+    "queue",
+    "negatives, labels and queue, both ways",
+    "negatives, weights",
+    "negatives, with itself",
+    "decoupled, labels, both ways",
+    "decoupled, weights and queue",
+    "dot products",
 }
 
 
@@ -31,12 +38,17 @@ def _sample(device: torch.device, dtype: torch.dtype, name: str, sizes: tuple[in
     if "labels" in options:
         classes = options.pop("labels")
         draw = [torch.randint(-1, classes, (k,), generator=generator).to(device) for k in (n, m)]
-        arguments["labels"] = (draw[0], draw[1] if "candidates" in arguments else draw[0])
-    if options.pop("weights", False):
+        arguments["labels"] = (draw[0], draw[1]) if "candidates" in arguments else draw[0]
+    if "weights" in options:
+        share = options.pop("weights")  # of the pairs that are positive; below 1 the others have a weight of 0
         weights = 0.1 + torch.rand(n, m, generator=generator)  # finite differences need room below
-        if n > 100:
-            weights *= torch.rand(n, m, generator=generator) > 0.4
+        if share < 1:
+            weights *= torch.rand(n, m, generator=generator) < share
         arguments["weights"] = weights.to(device, dtype)
+    if "queue" in options:
+        q = options.pop("queue")
+        arguments["negatives"] = torch.randn(q, d, generator=generator).to(device, dtype)
+        arguments["negative_mask"] = (torch.rand(q, generator=generator) > 0.3).to(device)
     for mask, rows in (("anchor_mask", n), ("candidate_mask", m)):
         if options.pop(mask, False):
             arguments[mask] = (torch.rand(rows, generator=generator) > 0.3).to(device)
@@ -49,8 +61,8 @@ def _samples(device: torch.device, dtype: torch.dtype) -> list[Sample]:
     return [
         _sample(device, dtype, name, sizes, **options)
         for name, sizes, options in [
-            ("weighted", (7, 9, 5), dict(weights=True, anchor_mask=True, learned=0.5)),
-            ("weighted, another size", (9, 6, 4), dict(weights=True, anchor_mask=True, learned=0.5)),
+            ("weighted", (7, 9, 5), dict(weights=1, anchor_mask=True, learned=0.5)),
+            ("weighted, another size", (9, 6, 4), dict(weights=1, anchor_mask=True, learned=0.5)),
             ("diagonal", (6, 6, 5), {}),
             (
                 "symmetric and masked",
@@ -71,8 +83,47 @@ def _samples(device: torch.device, dtype: torch.dtype) -> list[Sample]:
                 (9, 9, 3),
                 dict(self=True, labels=2, exclude_self=True, anchor_mask=True),
             ),
-            ("with itself, weighted", (7, 7, 3), dict(self=True, weights=True, symmetric=True, exclude_self=True)),
+            ("with itself, weighted", (7, 7, 3), dict(self=True, weights=1, symmetric=True, exclude_self=True)),
             ("nothing left", (4, 4, 3), dict(exclude_self=True)),
+            ("queue", (5, 5, 3), dict(queue=6, symmetric=True, learned=0.4)),
+            ("queue, with itself", (8, 8, 4), dict(self=True, labels=2, exclude_self=True, queue=9)),
+            ("queue, small temperature", (6, 6, 4), dict(queue=40, temperature=0.01)),
+            (
+                "negatives, labels and queue, both ways",
+                (7, 5, 3),
+                dict(labels=2, symmetric=True, queue=4, denominator="negatives", learned=0.3),
+            ),
+            (
+                "negatives, weights",
+                (6, 7, 3),
+                dict(weights=1, denominator="negatives", symmetric=True, queue=5),
+            ),
+            (
+                "negatives, with itself",
+                (8, 8, 4),
+                dict(self=True, labels=3, exclude_self=True, denominator="negatives", learned=0.4),
+            ),
+            ("negatives, no negative", (4, 5, 3), dict(labels=1, denominator="negatives", symmetric=True)),
+            ("negatives, diagonal", (6, 6, 3), dict(denominator="negatives", symmetric=True, queue=3)),
+            (
+                "decoupled, labels, both ways",
+                (7, 6, 3),
+                dict(labels=3, symmetric=True, denominator="decoupled", candidate_mask=True, learned=0.4),
+            ),
+            (
+                "decoupled, weights and queue",
+                (5, 6, 3),
+                dict(weights=1, denominator="decoupled", queue=4, anchor_mask=True),
+            ),
+            ("decoupled, diagonal, per anchor", (6, 6, 4), dict(denominator="decoupled", reduction="none")),
+            (
+                "decoupled, with itself",
+                (8, 8, 4),
+                dict(self=True, labels=3, exclude_self=True, denominator="decoupled"),
+            ),
+            ("decoupled, no negative", (4, 5, 3), dict(labels=1, denominator="decoupled", symmetric=True)),
+            ("dot products", (6, 5, 3), dict(labels=2, symmetric=True, normalize=False, queue=3, learned=0.7)),
+            ("dot products, small temperature", (9, 9, 4), dict(normalize=False, temperature=0.05, symmetric=True)),
             ("one row", (1, 1, 3), dict(symmetric=True)),
             ("no rows", (0, 0, 3), dict(symmetric=True)),
             ("no candidates", (4, 0, 3), dict(labels=2)),
@@ -87,7 +138,16 @@ def _samples(device: torch.device, dtype: torch.dtype) -> list[Sample]:
                 (200, 200, 20),
                 dict(self=True, labels=5, temperature=0.02),
             ),
-            ("large, weighted", (150, 170, 20), dict(weights=True, symmetric=True, candidate_mask=True)),
+            ("large, negatives", (150, 140, 20), dict(labels=4, symmetric=True, denominator="negatives", queue=150)),
+            (
+                "large, negatives, weighted",
+                (140, 150, 20),
+                dict(weights=0.3, denominator="negatives", temperature=0.02),
+            ),
+            ("large, negatives, with itself", (270, 270, 9), dict(self=True, labels=5, denominator="negatives")),
+            ("large, decoupled", (140, 260, 20), dict(labels=9, symmetric=True, denominator="decoupled", queue=130)),
+            ("large, dot products", (150, 150, 20), dict(normalize=False, symmetric=True, queue=40)),
+            ("large, weighted", (150, 170, 20), dict(weights=0.6, symmetric=True, candidate_mask=True)),
         ]
     ]
 
@@ -99,11 +159,15 @@ def _hidden(arguments: Arguments) -> list[tuple[tuple[Any, ...], Tensor]]:
     rows = torch.ones(n, dtype=torch.bool) & arguments.get("anchor_mask", torch.tensor(True))
     columns = torch.ones(m, dtype=torch.bool) & arguments.get("candidate_mask", torch.tensor(True))
     if "labels" in arguments:
-        rows, columns = rows & (arguments["labels"][0] >= 0), columns & (arguments["labels"][1] >= 0)
+        labels = arguments["labels"]
+        of_rows, of_columns = (labels, labels) if isinstance(labels, Tensor) else labels
+        rows, columns = rows & (of_rows >= 0), columns & (of_columns >= 0)
     found = [(("anchors",), ~(rows | columns) if candidates is None else ~rows)]
     if candidates is not None:
         found.append((("candidates",), ~columns))
-    if "weights" in arguments:
+    if "negatives" in arguments:
+        found.append((("negatives",), ~arguments["negative_mask"]))
+    if arguments.get("weights") is not None:
         pairs = rows[:, None] & columns[None, :]
         if arguments.get("exclude_self"):
             pairs = pairs & ~torch.eye(n, m, dtype=torch.bool)
@@ -111,9 +175,7 @@ def _hidden(arguments: Arguments) -> list[tuple[tuple[Any, ...], Tensor]]:
     return [
         (
             path,
-            mask[:, None].expand_as(arguments["anchors" if path[0] == "anchors" else "candidates"])
-            if path[0] != "weights"
-            else mask,
+            mask if path[0] == "weights" else mask[:, None].expand_as(arguments[path[0]]),
         )
         for path, mask in found
     ]
@@ -125,7 +187,7 @@ CASES = [
         op=msacore.info_nce,
         reference=reference.info_nce.info_nce,
         samples=_samples,
-        gradients=("anchors", "candidates", "temperature", "weights"),
+        gradients=("anchors", "candidates", "temperature", "weights", "negatives"),
         loss=True,
         hidden=_hidden,
         bad_inputs={
@@ -143,10 +205,26 @@ CASES = [
                 lambda a: {**a, "labels": (torch.zeros(7).long(), torch.zeros(9).long())}, ("`labels`", "both")
             ),
             "labels that are no pair": BadInput(lambda a: {**a, "labels": torch.zeros(7).long()}, ("`labels`", "pair")),
-            "labels of int32": BadInput(
-                lambda a: {**a, "weights": None, "labels": (torch.zeros(7).int(), torch.zeros(9).long())},
-                ("`labels[0]`", "int64", "int32"),
+            "labels of floats": BadInput(
+                lambda a: {**a, "weights": None, "labels": (torch.zeros(7), torch.zeros(9).long())},
+                ("`labels[0]`", "int64", "float32"),
             ),
+            "negatives of another width": BadInput(
+                lambda a: {**a, "negatives": torch.zeros(4, 6)}, ("`negatives`", "[Q, d]")
+            ),
+            "negatives of another dtype": BadInput(
+                lambda a: {**a, "negatives": torch.zeros(4, 5).double()}, ("`negatives`", "float32", "float64")
+            ),
+            "negative mask without negatives": BadInput(
+                lambda a: {**a, "negative_mask": torch.ones(4, dtype=torch.bool)}, ("`negative_mask`", "`negatives`")
+            ),
+            "negative mask too short": BadInput(
+                lambda a: {**a, "negatives": torch.zeros(4, 5), "negative_mask": torch.ones(3, dtype=torch.bool)},
+                ("`negative_mask`", "[Q]"),
+            ),
+            "unknown denominator": BadInput(lambda a: {**a, "denominator": "some"}, ("`denominator`", "some")),
+            "normalize of a number": BadInput(lambda a: {**a, "normalize": 2}, ("`normalize`", "2")),
+            "an array": BadInput(lambda a: {**a, "anchors": [[1.0]]}, ("`anchors`", "list")),
             "labels too short": BadInput(
                 lambda a: {**a, "weights": None, "labels": (torch.zeros(7).long(), torch.zeros(8).long())},
                 ("`labels[1]`", "[N']"),
@@ -164,7 +242,7 @@ CASES = [
             "unknown reduction": BadInput(lambda a: {**a, "reduction": "median"}, ("`reduction`", "median")),
             "negative temperature": BadInput(changed(temperature=lambda _: -0.5), ("`temperature`", "-0.5")),
             "temperature of two numbers": BadInput(
-                changed(temperature=lambda t: t.repeat(2)), ("`temperature`", "0-d")
+                changed(temperature=lambda t: t.repeat(2)), ("`temperature`", "[2]")
             ),
             "temperature tensor of zero": BadInput(
                 changed(temperature=torch.zeros_like), ("`temperature`", "positive"), values=True

@@ -20,7 +20,7 @@ struct Labels {
       if (used[i]) order.push_back(i);
     std::stable_sort(order.begin(), order.end(), [&](int64_t i, int64_t j) { return value[i] < value[j]; });
   }
-  bool holds(int64_t i, int64_t label) const { return i < n && used[i] && value[i] == label; }
+  bool holds(int64_t i, int64_t label) const { return i >= 0 && i < n && used[i] && value[i] == label; }
 };
 
 struct Class {
@@ -67,37 +67,38 @@ MSACORE_SIMD void attract_row(A* __restrict__ gradient, double own, const double
   for (int64_t k = 0; k < d; ++k) gradient[k] -= static_cast<A>(own * sum[k] + weighted[k]);
 }
 
-// Number and mean similarity of the positives of each row of `own`.
+// Number and mean similarity of the positives of each row of `own`; row i is row i + offset of `other`.
 template <typename A>
 void class_positives(const Side<A>& own, const Labels& labels, const Side<A>& other, const Labels& other_labels,
-                     bool exclude_self, Direction<A>& direction) {
+                     bool exclude_self, int64_t offset, Direction<A>& direction) {
   const std::vector<Class> classes = common_classes(labels, other_labels);
-  torch::stable::parallel_for(0, static_cast<int64_t>(classes.size()), Side<A>::grain(own.width),
-                              [&](int64_t b, int64_t e) {
-                                std::vector<double> sum(own.d);
-                                for (int64_t c = b; c < e; ++c) {
-                                  const Class& group = classes[c];
-                                  std::fill(sum.begin(), sum.end(), 0.0);
-                                  for (int64_t k = group.other_begin; k < group.other_end; ++k)
-                                    add_row(sum.data(), other.row(other_labels.order[k]), 1.0, own.d);
-                                  for (int64_t k = group.begin; k < group.end; ++k) {
-                                    const int64_t i = labels.order[k];
-                                    const bool without_self = exclude_self && other_labels.holds(i, group.label);
-                                    const int64_t total = group.other_end - group.other_begin - without_self;
-                                    if (total == 0) continue;
-                                    double positive = dot_rows(own.row(i), sum.data(), own.d);
-                                    if (without_self) positive -= dot_rows(own.row(i), other.row(i), own.d);
-                                    direction.total[i] = static_cast<double>(total);
-                                    direction.positive[i] = positive / static_cast<double>(total);
-                                  }
-                                }
-                              });
+  torch::stable::parallel_for(
+      0, static_cast<int64_t>(classes.size()), Side<A>::grain(own.width), [&](int64_t b, int64_t e) {
+        std::vector<double> sum(own.d);
+        for (int64_t c = b; c < e; ++c) {
+          const Class& group = classes[c];
+          std::fill(sum.begin(), sum.end(), 0.0);
+          for (int64_t k = group.other_begin; k < group.other_end; ++k)
+            add_row(sum.data(), other.row(other_labels.order[k]), 1.0, own.d);
+          for (int64_t k = group.begin; k < group.end; ++k) {
+            const int64_t i = labels.order[k];
+            const bool without_self = exclude_self && other_labels.holds(i + offset, group.label);
+            const int64_t total = group.other_end - group.other_begin - without_self;
+            if (total == 0) continue;
+            double positive = dot_rows(own.row(i), sum.data(), own.d);
+            if (without_self) positive -= dot_rows(own.row(i), other.row(i + offset), own.d);
+            direction.total[i] = static_cast<double>(total);
+            direction.positive[i] = positive / static_cast<double>(total);
+          }
+        }
+      });
 }
 
 // Gradient of the mean similarity of the positives: each pair (i, j) of a class attracts with attract[i] + attract[j].
 template <typename A>
 void attract_classes(const Side<A>& own, const Labels& labels, const Direction<A>& direction, const Side<A>& other,
-                     const Labels& other_labels, const Direction<A>& other_direction, bool exclude_self) {
+                     const Labels& other_labels, const Direction<A>& other_direction, bool exclude_self,
+                     int64_t offset) {
   const std::vector<Class> classes = common_classes(labels, other_labels);
   torch::stable::parallel_for(
       0, static_cast<int64_t>(classes.size()), Side<A>::grain(own.width), [&](int64_t b, int64_t e) {
@@ -114,9 +115,9 @@ void attract_classes(const Side<A>& own, const Labels& labels, const Direction<A
           for (int64_t k = group.begin; k < group.end; ++k) {
             const int64_t i = labels.order[k];
             pull = weighted;
-            if (exclude_self && other_labels.holds(i, group.label))
-              add_row(pull.data(), other.row(i),
-                      -static_cast<double>(direction.attract[i] + other_direction.attract[i]), own.d);
+            if (exclude_self && other_labels.holds(i + offset, group.label))
+              add_row(pull.data(), other.row(i + offset),
+                      -static_cast<double>(direction.attract[i] + other_direction.attract[i + offset]), own.d);
             attract_row(own.gradient.get() + i * own.width, direction.attract[i], sum.data(), pull.data(), own.d);
           }
         }

@@ -141,8 +141,8 @@ class FewGradients {
         if (rows <= 0) continue;
         if (held < kRows * side.width) gradient = Buffer<A>(held = kRows * side.width);
         gather(side, row, rows, gradient.get());
-        project_rows(gradient.get(), side.row(row), side.inverse_norm.get() + row, grads[k % all] + row * side.d, pull,
-                     A(1), side.d, side.width, side.stride, 0, std::min(rows, side.n - row));
+        side.project_rows(gradient.get(), grads[k % all] + row * side.d, pull, A(1), row,
+                          row + std::min(rows, side.n - row));
       }
     });
   }

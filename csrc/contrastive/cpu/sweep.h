@@ -1,132 +1,39 @@
 // The two sweeps of contrastive losses over their tiles: sums of exponentials forward, gradients of unit rows backward.
 // A loss is a list of terms between sides (embeddings); all terms share the sides and one schedule.
 #pragma once
-#include <torch/csrc/stable/ops.h>
-
 #include <algorithm>
 #include <cmath>
 #include <vector>
 
-#include "cpu/buffer.h"
-#include "core/dtype.h"
-#include "contrastive/cpu/tiles.h"
+#include "contrastive/cpu/side.h"
 
 namespace msacore::contrastive::cpu {
-using namespace msacore::cpu;
-
-// unit [rows, stride] ← x / |x|, and the same transposed in panels of kPanel rows; rows that take no part stay unread
-// and become zero, as do zero rows. Handles rows begin … end, multiples of kPanel.
-template <typename T, typename A>
-MSACORE_SIMD void normalise_rows(const T* __restrict__ x, const uint8_t* __restrict__ used, A* __restrict__ unit,
-                                 A* __restrict__ panels, A* __restrict__ inverse_norm, int64_t n, int64_t d,
-                                 int64_t width, int64_t stride, int64_t begin, int64_t end) {
-  for (int64_t i = begin; i < end; ++i) {
-    A* row = unit + i * stride;
-    for (int64_t k = 0; k < width; ++k) row[k] = 0;
-    inverse_norm[i] = 0;
-    if (i >= n || !used[i]) continue;
-    double square = 0;
-#pragma omp simd reduction(+ : square)
-    for (int64_t k = 0; k < d; ++k) {
-      const double value = static_cast<double>(static_cast<A>(x[i * d + k]));
-      square += value * value;
-    }
-    const double inverse = square == 0 ? 0 : 1 / std::sqrt(square);
-    inverse_norm[i] = static_cast<A>(inverse);
-    for (int64_t k = 0; k < d; ++k) row[k] = static_cast<A>(static_cast<A>(x[i * d + k]) * inverse);
-  }
-  for (int64_t i = begin; i < end; i += kPanel)
-    for (int64_t k = 0; k < width; ++k)
-      for (int64_t r = 0; r < kPanel; ++r) panels[i * width + k * kPanel + r] = unit[(i + r) * stride + k];
-}
-
-// grad_x ← (g - <g, u> u) scale / |x| and pull[i] ← <g, u>, for rows begin … end; zero where a row takes no part.
-template <typename T, typename A>
-MSACORE_SIMD void project_rows(const A* __restrict__ gradient, const A* __restrict__ unit,
-                               const A* __restrict__ inverse_norm, T* __restrict__ grad_x, double* __restrict__ pull,
-                               A scale, int64_t d, int64_t width, int64_t stride, int64_t begin, int64_t end) {
-  for (int64_t i = begin; i < end; ++i) {
-    const A *g = gradient + i * width, *u = unit + i * stride;
-    A dot = 0;
-#pragma omp simd reduction(+ : dot)
-    for (int64_t k = 0; k < d; ++k) dot += g[k] * u[k];
-    pull[i] = dot;
-    const A factor = inverse_norm[i] * scale;
-    if (inverse_norm[i] == 0) {
-      for (int64_t k = 0; k < d; ++k) grad_x[i * d + k] = static_cast<T>(0.0f);
-      continue;
-    }
-    for (int64_t k = 0; k < d; ++k) grad_x[i * d + k] = static_cast<T>((g[k] - dot * u[k]) * factor);
-  }
-}
-
-// One embedding: its unit rows, padded to whole panels, and the gradient with respect to them.
-template <typename A>
-struct Side {
-  int64_t n = 0, d = 0, rows = 0, width = 0, stride = 0;
-  Buffer<A> unit, panels, inverse_norm, gradient;
-
-  // Allocates; `normalise` fills.
-  Side(int64_t n, int64_t d) : n(n), d(d), rows(padded(n)), width(padded(d)) {
-    stride = width / kPanel % 2 ? width : width + kPanel;  // odd number of lines, see kTileRow
-    unit = Buffer<A>(rows * stride);
-    panels = Buffer<A>(rows * width);
-    inverse_norm = Buffer<A>(rows);
-  }
-
-  template <typename T>
-  Side(const T* x, const uint8_t* used, int64_t n, int64_t d) : Side(n, d) {
-    torch::stable::parallel_for(0, rows / kPanel, grain(kPanel * width),
-                                [&](int64_t b, int64_t e) { normalise(x, used, b, e); });
-  }
-
-  // Panels begin … end of kPanel rows.
-  template <typename T>
-  void normalise(const T* x, const uint8_t* used, int64_t begin, int64_t end) {
-    normalise_rows(x, used, unit.get(), panels.get(), inverse_norm.get(), n, d, width, stride, begin * kPanel,
-                   end * kPanel);
-  }
-
-  // Gradient with respect to x; returns Σ <gradient, unit row>.
-  template <typename T>
-  double project(T* grad_x, A scale) const {
-    Buffer<double> pull(n);
-    torch::stable::parallel_for(0, n, grain(width), [&](int64_t b, int64_t e) {
-      project_rows(gradient.get(), unit.get(), inverse_norm.get(), grad_x, pull.get(), scale, d, width, stride, b, e);
-    });
-    double sum = 0;
-    for (int64_t i = 0; i < n; ++i) sum += pull[i];
-    return sum;
-  }
-
-  const A* row(int64_t i) const { return unit.get() + i * stride; }
-
-  static int64_t grain(int64_t work) { return std::max<int64_t>(1, 16384 / std::max<int64_t>(1, work)); }
-};
 
 // What one direction of a term keeps per row.
 template <typename A>
 struct Direction {
-  Buffer<uint8_t> used;        // row takes part, as anchor and as candidate
-  Buffer<int64_t> candidates;  // how many it has
-  Buffer<A> from;              // exponent of a similarity of -scale: see Tile
-  Buffer<double> sum;          // Σ_j 2^(exponent)
-  Buffer<A> highest;           // running maximum, for unbounded exponents
-  Buffer<double> total;        // weight of the positives; 0: the anchor drops out
-  Buffer<double> positive;     // mean similarity of the positives
-  Buffer<A> share, log;        // backward: weight of the softmax, and log2-sum-exp
-  Buffer<A> attract;           // backward: weight of each positive pair
+  Buffer<uint8_t> used;         // row takes part, as anchor and as candidate
+  Buffer<int64_t> candidates;   // how many it has
+  Buffer<A> from;               // see Tile
+  Buffer<double> sum;           // Σ_j 2^(exponent) of the denominator
+  Buffer<A> highest;            // its highest similarity so far, for unbounded exponents
+  Buffer<double> total;         // weight of the positives; 0: the anchor drops out
+  Buffer<double> positive;      // mean similarity of the positives, or what info_nce.h says
+  Buffer<A> share, shift, log;  // weight of the softmax, and its log2-sum-exp relative to the similarity `shift`
+  Buffer<A> attract;            // backward: weight of each positive pair
 
   // An only candidate has probability 1: loss and gradient are zero, exactly.
   bool choice(int64_t i) const { return candidates[i] != 1; }
+  Softmax<A> softmax(int64_t first) const { return {share.get() + first, shift.get() + first, log.get() + first}; }
 };
 
-template <typename A>
-void count_candidates(Direction<A>& direction, int64_t n, const Direction<A>& other, int64_t other_n,
-                      bool exclude_self) {
-  const int64_t all = std::count(other.used.get(), other.used.get() + other_n, 1);
+inline int64_t count_used(const Buffer<uint8_t>& used, int64_t n) { return std::count(used.get(), used.get() + n, 1); }
+
+// Of `all` candidates that take part, those of every row; has_partner(i) says that (i, i) is left out and would count.
+template <typename A, typename HasPartner>
+void count_candidates(Direction<A>& direction, int64_t n, int64_t all, HasPartner&& has_partner) {
   direction.candidates = Buffer<int64_t>(n);
-  for (int64_t i = 0; i < n; ++i) direction.candidates[i] = all - (exclude_self && i < other_n && other.used[i]);
+  for (int64_t i = 0; i < n; ++i) direction.candidates[i] = all - has_partner(i);
 }
 
 template <typename A>
@@ -134,12 +41,13 @@ struct Term {
   Side<A>*a, *b;  // equal for a loss of an embedding with itself
   double scale;   // log2(e) / temperature
   bool both;      // are columns anchors too
-  bool diagonal;  // positives are the pairs (i, i)
+  bool diagonal;  // positives are the pairs (i, i + offset)
   bool exclude_self;
+  int64_t offset = 0;          // the partner of row i is column i + offset
   Direction<A> rows, columns;  // of a self term, only rows
 
   bool self() const { return a == b; }
-  bool bounded() const { return is_bounded<A>(scale); }
+  bool bounded() const { return a->normalize && is_bounded<A>(scale); }
   const Direction<A>& other() const { return self() ? rows : columns; }
 };
 
@@ -170,13 +78,15 @@ std::vector<std::vector<TileIndex>> schedule(const std::vector<Term<A>>& terms, 
       }
     }
   std::vector<std::pair<const Side<A>*, std::vector<std::vector<bool>>>> busy;  // [side][block][round]
-  const auto rounds_of = [&](const Side<A>* side, int64_t index) -> std::vector<bool>& {
-    for (auto& entry : busy)
-      if (entry.first == side) return entry.second[index];
-    busy.push_back({side, std::vector<std::vector<bool>>(blocks(side))});
-    return busy.back().second[index];
+  const auto entry_of = [&](const Side<A>* side) {
+    return std::find_if(busy.begin(), busy.end(), [side](const auto& entry) { return entry.first == side; });
   };
-  for (const Term<A>& term : terms) rounds_of(term.a, 0), rounds_of(term.b, 0);
+  for (const Term<A>& term : terms)
+    for (const Side<A>* side : {term.a, term.b})
+      if (entry_of(side) == busy.end()) busy.push_back({side, std::vector<std::vector<bool>>(blocks(side))});
+  const auto rounds_of = [&](const Side<A>* side, int64_t index) -> std::vector<bool>& {
+    return entry_of(side)->second[index];
+  };
   std::vector<std::vector<TileIndex>> rounds;
   for (const TileIndex& tile : tiles) {
     std::vector<bool>& first = rounds_of(terms[tile.term].a, tile.row);
@@ -221,16 +131,20 @@ void sweep(const std::vector<Term<A>>& terms, Work&& work) {
         const int64_t m = std::min(block, a.rows - i), n = std::min(block, b.rows - j);
         small_product<A>({m, n, a.d, a.row(i), a.stride, 1, b.panels.get() + j * b.width, kPanel * b.width, kPanel,
                           scratch.get(), kTileRow, false});
-        const Tile<A> tile{
-            m,    n, scratch.get(), term.rows.from.get() + i, term.other().from.get() + j, static_cast<A>(term.scale),
-            i - j};
+        const Tile<A> tile{m,
+                           n,
+                           scratch.get(),
+                           term.rows.from.get() + i,
+                           term.other().from.get() + j,
+                           static_cast<A>(term.scale),
+                           i - j + term.offset};
         work(term, tile, i, j);
       }
     });
   }
 }
 
-// What the exponents of rows start from: -scale where every exponent is bounded, 0 otherwise, -inf without a row.
+// What is added to exponents (where all are bounded) or similarities of rows: -scale or 0; -inf without a row.
 template <typename A>
 void open_rows(Direction<A>& direction, const Side<A>& side, double scale, bool bounded) {
   direction.from = Buffer<A>(side.rows, -std::numeric_limits<A>::infinity());
@@ -246,9 +160,10 @@ void start_sums(Direction<A>& direction, const Side<A>& side, bool bounded) {
   direction.positive = Buffer<double>(side.rows, 0.0);
 }
 
-// First sweep: sums of exponentials, and the positives of diagonal terms. `inspect` sees the plain similarities first.
-template <typename A, typename Inspect>
-void sum_exponentials(std::vector<Term<A>>& terms, Inspect&& inspect) {
+// First sweep: sums of exponentials, and the positives of diagonal terms. `inspect` sees the plain similarities first;
+// `hide` may then set those to -inf that no denominator holds.
+template <typename A, typename Inspect, typename Hide>
+void sum_exponentials(std::vector<Term<A>>& terms, Inspect&& inspect, Hide&& hide) {
   for (Term<A>& term : terms) {
     open_rows(term.rows, *term.a, term.scale, term.bounded());
     start_sums(term.rows, *term.a, term.bounded());
@@ -269,6 +184,7 @@ void sum_exponentials(std::vector<Term<A>>& terms, Inspect&& inspect) {
         term.columns.positive[column + j] = tile.s[i * kTileRow + j];
       }
     if (term.exclude_self) exclude_diagonal(tile);
+    hide(term, tile, row, column);
     const Direction<A>& other = term.other();
     const bool count_columns = term.self() ? row != column : term.both;
     double* sum_b = count_columns ? other.sum.get() + column : nullptr;
@@ -280,59 +196,11 @@ void sum_exponentials(std::vector<Term<A>>& terms, Inspect&& inspect) {
   });
 }
 
-// Losses per anchor of one direction, zero where dropped, and how many count. Fills stats [4, n]: highest similarity,
-// logarithm of the sum of exponentials relative to it, mean similarity of the positives, their total weight.
-template <typename A>
-std::vector<double> anchor_losses(const Term<A>& term, const Direction<A>& direction, int64_t n, A* stats,
-                                  int64_t* count) {
-  const double scale = static_cast<double>(static_cast<A>(term.scale));
-  std::vector<double> loss(n, 0.0);
-  *count = 0;
-  for (int64_t i = 0; i < n; ++i) {
-    const bool kept = direction.total[i] != 0;
-    double highest = 0, log = 0;  // the logarithm to base 2
-    if (kept) {
-      highest = term.bounded() ? 1.0 : static_cast<double>(direction.highest[i]) / scale;
-      log = std::log2(direction.sum[i]);
-    }
-    if (kept && direction.choice(i)) loss[i] = ((highest - direction.positive[i]) * scale + log) * M_LN2;
-    *count += kept;
-    stats[i] = static_cast<A>(highest);
-    stats[n + i] = static_cast<A>(log * M_LN2);
-    stats[2 * n + i] = static_cast<A>(kept ? direction.positive[i] : 0.0);
-    stats[3 * n + i] = static_cast<A>(direction.total[i]);
-  }
-  return loss;
-}
-
-// Shares of softmax and positives in the gradient, from the stats of the forward pass (null: no anchors here);
-// gradient_of(i, count) is the gradient of the loss of anchor i, of `count` that are kept.
-template <typename A, typename GradientOf>
-void load_shares(const Term<A>& term, Direction<A>& direction, const Side<A>& side, const A* stats,
-                 GradientOf&& gradient_of) {
-  const double scale = static_cast<double>(static_cast<A>(term.scale));
-  const int64_t n = side.n;
-  int64_t count = 0;
-  for (int64_t i = 0; stats && i < n; ++i) count += stats[3 * n + i] != 0;
-  direction.share = Buffer<A>(side.rows, A(0));
-  direction.log = Buffer<A>(side.rows, std::numeric_limits<A>::infinity());
-  direction.attract = Buffer<A>(side.rows, A(0));
-  direction.positive = Buffer<double>(side.rows, 0.0);
-  for (int64_t i = 0; stats && i < n; ++i) {
-    if (stats[3 * n + i] == 0 || !direction.choice(i)) continue;
-    const double gradient = gradient_of(i, count), log = stats[i] * scale + stats[n + i] * M_LOG2E;
-    direction.log[i] = static_cast<A>(log);
-    direction.share[i] =
-        static_cast<A>(term.bounded() ? gradient * exp2_of(static_cast<A>(term.scale) - log) : gradient);
-    direction.attract[i] = static_cast<A>(gradient / stats[3 * n + i]);
-    direction.positive[i] = stats[2 * n + i];
-  }
-}
-
-// Second sweep: gradients of the unit rows from the softmax and from diagonal positives, without the factor
-// 1 / temperature. `adjust` may add to the gradients of the similarities, given the similarities themselves.
+// Last sweep: gradients of the unit rows from the softmax and, with `pull_diagonal`, from diagonal positives, without
+// the factor 1 / temperature. `inspect` sees the plain similarities and may hide some from the softmax, `adjust` may
+// add to their gradients.
 template <typename A, typename Inspect, typename Adjust>
-void add_gradients(std::vector<Term<A>>& terms, Inspect&& inspect, Adjust&& adjust) {
+void add_gradients(std::vector<Term<A>>& terms, bool pull_diagonal, Inspect&& inspect, Adjust&& adjust) {
   for (Term<A>& term : terms) {
     open_rows(term.rows, *term.a, term.scale, term.bounded());
     if (!term.self()) open_rows(term.columns, *term.b, term.scale, term.bounded());
@@ -344,9 +212,8 @@ void add_gradients(std::vector<Term<A>>& terms, Inspect&& inspect, Adjust&& adju
     if (term.bounded())
       softmax_gradient(tile, rows.share.get() + row, other.share.get() + column);
     else
-      softmax_gradient_with_maxima(tile, rows.share.get() + row, rows.log.get() + row, other.share.get() + column,
-                                   other.log.get() + column);
-    if (term.diagonal && !term.exclude_self)
+      softmax_gradient_with_maxima(tile, rows.softmax(row), other.softmax(column));
+    if (pull_diagonal && term.diagonal && !term.exclude_self)
       for (int64_t i = 0; i < tile.m; ++i) {
         const int64_t j = i + tile.diagonal;
         if (j < 0 || j >= tile.n || !takes_part(tile.from_a[i]) || !takes_part(tile.from_b[j])) continue;

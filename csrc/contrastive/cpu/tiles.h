@@ -26,7 +26,7 @@ template <typename A>
 struct Tile {
   int64_t m, n;              // rows and columns, multiples of kPanel
   A* s;                      // [m, kTileRow] similarities, then gradients
-  const A *from_a, *from_b;  // -shift where a row or column takes part, else -inf
+  const A *from_a, *from_b;  // where a row or column takes part: -scale, or 0 with maxima; else -inf
   A scale;
   int64_t diagonal;  // the partner of row i is column i + diagonal
 };
@@ -65,11 +65,13 @@ MSACORE_SIMD void add_exponentials(const Tile<A>& t, double* __restrict__ sum_a,
     for (int64_t j = 0; j < t.n; ++j) sum_b[j] += columns[j];
 }
 
-// The same with running maxima: sum_a[i] is relative to 2^max_a[i], sum_b[j] to 2^max_b[j].
+// The same with running maxima of similarities: Σ_j 2^((s - max_a)·scale) and Σ_i 2^((s - max_b)·scale). Differences
+// come before the scale, so that exponents near the maximum are exact at any temperature.
 template <typename A>
 MSACORE_SIMD void add_exponentials_with_maxima(const Tile<A>& t, double* __restrict__ sum_a, A* __restrict__ max_a,
                                                double* __restrict__ sum_b, A* __restrict__ max_b) {
   constexpr A kNone = -std::numeric_limits<A>::infinity();
+  const double scale = t.scale;
   A highest[kBlock], columns[kBlock] = {};
   for (int64_t j = 0; j < t.n; ++j) highest[j] = kNone;
   for (int64_t i = 0; i < t.m; ++i) {
@@ -78,15 +80,15 @@ MSACORE_SIMD void add_exponentials_with_maxima(const Tile<A>& t, double* __restr
     A top = max_a[i];
 #pragma omp simd reduction(max : top)
     for (int64_t j = 0; j < t.n; ++j) {
-      const A x = s[j] * t.scale + t.from_b[j];
+      const A x = s[j] + t.from_b[j];
       top = x > top ? x : top;
       highest[j] = x > highest[j] ? x : highest[j];
     }
     const A shift = takes_part(top) ? top : A(0);
     A row = 0;
 #pragma omp simd reduction(+ : row)
-    for (int64_t j = 0; j < t.n; ++j) row += exp2_of(s[j] * t.scale + t.from_b[j] - shift);
-    sum_a[i] = sum_a[i] * std::exp2(static_cast<double>(max_a[i] - shift)) + row;
+    for (int64_t j = 0; j < t.n; ++j) row += exp2_of((s[j] + t.from_b[j] - shift) * t.scale);
+    sum_a[i] = sum_a[i] * std::exp2((static_cast<double>(max_a[i]) - shift) * scale) + row;
     max_a[i] = top;
   }
   if (!sum_b) return;
@@ -97,10 +99,10 @@ MSACORE_SIMD void add_exponentials_with_maxima(const Tile<A>& t, double* __restr
     if (!takes_part(t.from_a[i])) continue;
     const A* s = t.s + i * kTileRow;
 #pragma omp simd
-    for (int64_t j = 0; j < t.n; ++j) columns[j] += exp2_of(s[j] * t.scale + t.from_b[j] - shift[j]);
+    for (int64_t j = 0; j < t.n; ++j) columns[j] += exp2_of((s[j] + t.from_b[j] - shift[j]) * t.scale);
   }
   for (int64_t j = 0; j < t.n; ++j) {
-    sum_b[j] = sum_b[j] * std::exp2(static_cast<double>(max_b[j] - shift[j])) + columns[j];
+    sum_b[j] = sum_b[j] * std::exp2((static_cast<double>(max_b[j]) - shift[j]) * scale) + columns[j];
     max_b[j] = highest[j];
   }
 }
@@ -120,22 +122,27 @@ MSACORE_SIMD void softmax_gradient(const Tile<A>& t, const A* __restrict__ share
   }
 }
 
-// The same for log-sum-exps of any size: s ← share_a[i] 2^(s·scale - log_a[i]) + share_b[j] 2^(s·scale - log_b[j]).
+// What the softmax of rows or columns counts in a gradient: share · 2^((s - shift)·scale - log).
 template <typename A>
-MSACORE_SIMD void softmax_gradient_with_maxima(const Tile<A>& t, const A* __restrict__ share_a,
-                                               const A* __restrict__ log_a, const A* __restrict__ share_b,
-                                               const A* __restrict__ log_b) {
+struct Softmax {
+  const A *share, *shift, *log;
+};
+
+// The same for log-sum-exps of any size.
+template <typename A>
+MSACORE_SIMD void softmax_gradient_with_maxima(const Tile<A>& t, const Softmax<A>& a, const Softmax<A>& b) {
+  const A* __restrict__ share_b = b.share, * __restrict__ shift_b = b.shift, * __restrict__ log_b = b.log;
   for (int64_t i = 0; i < t.m; ++i) {
     A* s = t.s + i * kTileRow;
     if (!takes_part(t.from_a[i])) {
       for (int64_t j = 0; j < t.n; ++j) s[j] = 0;
       continue;
     }
-    const A share = share_a[i], log = log_a[i];
+    const A share = a.share[i], shift = a.shift[i], log = a.log[i];
 #pragma omp simd
     for (int64_t j = 0; j < t.n; ++j) {
-      const A x = s[j] * t.scale + t.from_b[j];
-      s[j] = share * exp2_of(x - log) + share_b[j] * exp2_of(x - log_b[j]);
+      const A x = s[j] + t.from_b[j];
+      s[j] = share * exp2_of((x - shift) * t.scale - log) + share_b[j] * exp2_of((x - shift_b[j]) * t.scale - log_b[j]);
     }
   }
 }
