@@ -1,5 +1,6 @@
 """Every strategy in its plainest form: full distance matrices, one pick at a time, NumPy."""
 
+import math
 from collections.abc import Sequence
 from typing import Any
 
@@ -100,7 +101,7 @@ class Plain:
 
     def lcmd(self) -> list[int]:
         def farthest_of_largest() -> np.ndarray:
-            size = {c: (self.nearest[self.open & (self.owner == c)] ** 2).sum() for c in set(self.owner[self.open])}
+            size = {c: math.fsum(self.nearest[self.open & (self.owner == c)] ** 2) for c in set(self.owner[self.open])}
             largest = min(size, key=lambda c: (-size[c], c))
             return np.where(self.owner == largest, self.nearest, -np.inf)
 
@@ -115,18 +116,31 @@ class Plain:
         return self.greedy(self.u, score)
 
     def maxdet(self, noise: float = 1e-6) -> list[int]:
-        """Each step: the sample whose conditional variance, from the full kernel matrix, is largest."""
+        """Pivoted Cholesky of the kernel of the rows minus their mean, one column a pick."""
         rows = np.concatenate([self.centers, self.x])
         if self.metric == "cosine":
             norms = np.sqrt((rows**2).sum(1, keepdims=True))
             rows = rows / np.where(norms == 0, 1, norms)
-        x = rows[len(self.centers) :]
+        known = len(self.centers)
+        rows = rows - rows[known:].mean(0)
+        norms = (rows**2).sum(1)
+        residual, columns = norms.copy(), np.empty((0, len(rows)))
+
+        def condition(pivot: int) -> None:
+            nonlocal residual, columns
+            column = rows @ rows[pivot] - columns.T @ columns[:, pivot]
+            column /= np.sqrt(residual[pivot] + noise)
+            columns = np.concatenate([columns, column[None]])
+            residual = np.maximum(residual - column**2, 0)
+
+        for center in range(known):
+            condition(center)
         while len(self.picks) < self.budget:
-            given = np.concatenate([rows[: len(self.centers)], x[self.picks]])
-            kernel = given @ given.T + noise * np.eye(len(given))
-            cross = x @ given.T
-            variance = (x**2).sum(1) - (cross * np.linalg.solve(kernel, cross.T).T).sum(1)
-            self.take(self.argmax(np.round(variance, 9)) if len(given) else self.argmax(self.norms()))
+            best = self.argmax(residual[known:])
+            if (known or self.picks) and residual[known + best] <= 1e-12 * norms[known:].max():
+                best = self.argmax(np.zeros(len(self.x)))
+            condition(known + best)
+            self.take(best)
         return self.picks
 
     def probcover(self, delta: float) -> list[int]:

@@ -15,7 +15,14 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from msacore import select
-from msacore.selection import STRATEGIES, SelectionInterrupted, gradient_embeddings, greedy, strategies
+from msacore.selection import (
+    STRATEGIES,
+    SelectionInterrupted,
+    clusters,
+    determinant,
+    gradient_embeddings,
+    greedy,
+)
 from tests.selection_reference import Plain
 
 ROOT = Path(__file__).resolve().parent.parent
@@ -185,7 +192,7 @@ def test_an_interrupt_leaves_a_state_to_go_on_from(strategy: str, monkeypatch: p
     whole = select(x, 60, **given_arguments)
     from msacore.selection.pool import Pool
 
-    for module in (greedy, strategies):
+    for module in (greedy, determinant):
         monkeypatch.setattr(module, "_CANDIDATES", 8)
     original = Pool.gather
     calls = 0
@@ -193,7 +200,7 @@ def test_an_interrupt_leaves_a_state_to_go_on_from(strategy: str, monkeypatch: p
     def interrupted(self: Pool, rows: torch.Tensor) -> torch.Tensor:
         nonlocal calls
         calls += 1
-        if calls == 5:
+        if calls == 4:
             raise KeyboardInterrupt
         return original(self, rows)
 
@@ -238,11 +245,26 @@ def test_a_state_of_another_selection_raises() -> None:
             select(x, 12, state=nonsense, **base)
 
 
+def clusters_of(x: torch.Tensor, budget: int, known: Any) -> torch.Tensor:
+    """The clusters that "typiclust" finds in ``x``."""
+    found: list[torch.Tensor] = []
+    original = clusters._typicality
+
+    def kept(job: Any, cluster: torch.Tensor) -> torch.Tensor:
+        found.append(cluster)
+        return original(job, cluster)
+
+    with pytest.MonkeyPatch.context() as patched:
+        patched.setattr(clusters, "_typicality", kept)
+        select(x, budget, strategy="typiclust", labeled=known, options={"neighbours": 7})
+    return found[0]
+
+
 def test_typiclust_picks_typical_samples_of_its_clusters() -> None:
     x = pool_of("clustered", 300)
     for known in (None, [4, 8, 90], draw(5, 6, seed=8)):
         got = select(x, 25, strategy="typiclust", labeled=known, options={"neighbours": 7})
-        cluster = got.state["memory"]["cluster"]
+        cluster = clusters_of(x, 25, known)
         plain = Plain(x, 25, None, known, "euclidean")
         centroids = np.stack([x.double().numpy()[cluster == c].mean(0) for c in range(int(cluster.max()) + 1)])
         assert (

@@ -26,7 +26,7 @@ def k_means(job: Job, k: int) -> tuple[Tensor, Tensor]:
     for i in range(1, k):
         pool.note(f"seed {i} of {k} clusters")
         nearest = torch.minimum(nearest, pool.distances_to(centroids[-1:]))
-        share = nearest.square().cumsum(0)
+        share = (nearest * pool.safe).square().cumsum(0)
         if not bool(share[-1] > 0):
             break
         drawn = torch.searchsorted(share, (draws[i].to(device) * share[-1])[None], right=True)
@@ -58,36 +58,32 @@ def _typicality(job: Job, cluster: Tensor) -> Tensor:
     return out
 
 
-def typical(job: Job) -> None:
+def typiclust(job: Job) -> None:
     """TypiClust: from the cluster with the fewest labels (then the largest) the most typical sample.
 
     Hacohen, Dekel and Weinshall, 2022. ``min(labelled + budget, 500)`` clusters. Scores are typicalities.
     """
     if not job.left:
         return
-    pool = job.pool
-    if "cluster" not in job.memory:
-        labeled = len(job.centers)
-        cluster, centroids = k_means(job, min(labeled + job.budget, _MAX_CLUSTERS, pool.n))
-        counts = torch.zeros(len(centroids), dtype=torch.int64, device=pool.device)
-        if labeled:
-            counts = torch.bincount(pool.assign(job.centers, centroids), minlength=len(centroids))
-        job.memory |= {"typicality": _typicality(job, cluster), "labeled": counts, "cluster": cluster}
-    cluster, typicality, counts = (job.memory[name] for name in ("cluster", "typicality", "labeled"))
+    pool, labeled = job.pool, len(job.centers)
+    cluster, centroids = k_means(job, min(labeled + job.budget, _MAX_CLUSTERS, pool.n))
+    counts = torch.zeros(len(centroids), dtype=torch.int64, device=pool.device)
+    if labeled:
+        counts = torch.bincount(pool.assign(job.centers, centroids), minlength=len(centroids))
+    typicality = _typicality(job, cluster)
     counts = counts + torch.bincount(cluster[job.picked()], minlength=len(counts))
     size = torch.bincount(cluster, minlength=len(counts))
-    open_count = torch.bincount(cluster[job.open_rows], minlength=len(counts))
     while job.left:
+        open_count = torch.bincount(cluster[job.open_rows], minlength=len(counts))
         # Fewest labels, then largest, then smallest number.
         order = counts * (pool.n + 1) + (pool.n - size)
         number = kcenter.rank(-order.double().where(open_count > 0, torch.inf), count=1)
-        best = job.best(typicality.where(cluster == number, -torch.inf))
+        best = job.best(lambda: typicality.where(cluster == number, -torch.inf))  # noqa: B023  # called at once
         counts[number] += 1
-        open_count[number] -= 1
-        job.add(best, typicality[best])
+        job.take(best)
 
 
-def cover_with_balls(job: Job) -> None:
+def probcover(job: Job) -> None:
     """ProbCover: the sample within ``delta`` of the most samples not yet covered. Yehuda et al., 2022.
 
     No graph is stored: O(N) memory. Scores are the numbers of newly covered samples.
@@ -95,27 +91,18 @@ def cover_with_balls(job: Job) -> None:
     pool, radius = job.pool, float(job.options["delta"])
     if not job.left:
         return
-    if "degree" not in job.memory:
-        uncovered = torch.ones(pool.n, dtype=torch.bool, device=pool.device)
-        for center in job.centers:
-            uncovered &= pool.distances_to(center[None]) > radius
-        degree = job.engine.within(uncovered.nonzero()[:, 0], radius)
-        job.memory = {"degree": degree, "uncovered": uncovered, "applied": 0}
-    while True:
-        for chosen in job.picked()[job.memory["applied"] :]:
-            near = pool.distances_to(pool.centers(chosen[None])) <= radius
-            fresh = near & job.memory["uncovered"]
-            degree = job.memory["degree"] - job.engine.within(fresh.nonzero()[:, 0], radius)
-            # One assignment, so that an interrupt leaves either the old or the new memory.
-            job.memory = {
-                "degree": degree,
-                "uncovered": job.memory["uncovered"] & ~near,
-                "applied": job.memory["applied"] + 1,
-            }
+    uncovered = torch.ones(pool.n, dtype=torch.bool, device=pool.device)
+    for center in job.all_centers():
+        uncovered &= pool.distances_to(center[None]) > radius
+    degree = job.engine.within(uncovered.nonzero()[:, 0], radius)
+    while job.left:
+        best = job.best(lambda: degree.double())  # noqa: B023  # called at once
+        job.take(best)
         if not job.left:
             return
-        best = job.best(job.memory["degree"].double())
-        job.add(best, job.memory["degree"][best].double())
+        near = pool.distances_to(best["rows"]) <= radius
+        degree = degree - job.engine.within((near & uncovered).nonzero()[:, 0], radius)
+        uncovered &= ~near
 
 
 def check_options(strategy: str, options: dict[str, Any]) -> None:

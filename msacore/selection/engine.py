@@ -54,12 +54,14 @@ class Native:
     def distances_among(self, x: Tensor, queries: Tensor, k: int) -> Tensor:
         """Distances ``[n, k]``, rising, from the rows ``queries`` of ``x`` to their nearest others in ``x``."""
         euclidean, found = self.pool.metric == kcenter.METRICS["euclidean"], []
+        scale = self.pool.safe if euclidean else 1.0
+        x = x * scale
         center = x.mean(0) if euclidean else torch.zeros_like(x[0])
         for block in queries.split(max(1, BLOCK * 64 // len(x) + 1)):
             guess = approximate(x[block] - center, x - center, self.pool.metric)
             guess[torch.arange(len(block), device=x.device), block] = torch.inf
             others = guess.topk(min(k + SPARE, len(x) - 1), largest=False).indices
-            found.append(exact(x, block, others, self.pool.metric)[:, :k])
+            found.append(exact(x, block, others, self.pool.metric)[:, :k] / scale)
         return torch.cat(found)
 
 

@@ -7,6 +7,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from msacore.ops import kcenter
 from msacore.selection.pool import Pool
 
 # Squared distances below this share of the squared norms are rounding: such samples are equal.
@@ -97,13 +98,14 @@ class FactoredPool(Pool):
 
     def _factors(self, rows: Tensor) -> tuple[Tensor, Tensor]:
         rows = rows.double()
-        return rows[:, : self._classes], rows[:, self._classes :]
+        return rows[:, : self._classes].contiguous(), rows[:, self._classes :].contiguous()
 
     def _squares(self, rows: Tensor, centers: Tensor) -> Tensor:
+        """Squared distances ``[A, n]``, from sums of a fixed order, so that they depend on the two rows alone."""
         (p, x), (q, y) = self._factors(rows), self._factors(centers)
-        here, there = p.square().sum(1) * x.square().sum(1), q.square().sum(1) * y.square().sum(1)
+        here, there = _squared_norms(p) * _squared_norms(x), _squared_norms(q) * _squared_norms(y)
         total = here[:, None] + there[None, :]
-        squares = total - 2 * (p @ q.T) * (x @ y.T)
+        squares = total - 2 * _products(p, q) * _products(x, y)
         return squares.where(squares > _ROUNDING * total, 0)
 
     def fold(self, rows: Tensor, start: Tensor, centers: Tensor, delta: Tensor, owner: Tensor) -> tuple[Tensor, Tensor]:
@@ -120,7 +122,19 @@ class FactoredPool(Pool):
         return nearest.where(closer, delta), found.where(closer, owner)
 
     def distances_to(self, center: Tensor, metric: int | None = None) -> Tensor:
-        return torch.cat([self._squares(values, center)[:, 0].sqrt() for _, values in self.parts()])
+        parts = [self._squares(values, center)[:, 0].sqrt() for _, values in self.parts()]
+        return torch.cat([center.new_empty(0), *parts])
 
     def norms(self) -> Tensor:
         return self.distances_to(torch.zeros_like(self.mean)[None])
+
+
+def _products(a: Tensor, b: Tensor) -> Tensor:
+    return kcenter.products(a, torch.arange(len(a), device=a.device), b, torch.zeros_like(b[0]))
+
+
+def _squared_norms(rows: Tensor) -> Tensor:
+    here, origin = torch.arange(len(rows), device=rows.device), torch.zeros_like(rows[:1])
+    infinite = torch.full(here.shape, torch.inf, dtype=torch.float64, device=rows.device)
+    found = kcenter.fold(rows, here, here * 0, origin, origin[0], infinite, here * 0, scale=1.0, metric=0)
+    return found[0].square()

@@ -3,19 +3,23 @@
 A pick can only lower distances, so a stale score is an upper bound. A round sets a floor that a few thousand samples
 should reach, brings the samples whose bound reaches it up to date, and drops each as soon as it falls below. The rest
 are the candidates: picks are made greedily among them for as long as the best one precedes everything outside, by
-(score, then smaller index). Samples that stay low are hardly ever read again.
+(score, then smaller index). Samples that stay low are hardly ever read again. Several holders of parts of a pool each
+propose candidates; the picks among all of them are those of one pool.
 """
 
-from collections.abc import Callable
+import math
+from collections.abc import Sequence
 from typing import Any
 
 import torch
 from torch import Tensor
 
 from msacore.ops import kcenter
+from msacore.selection import tree
 from msacore.selection.engine import Native
 
-_CANDIDATES = 4096  # at least; up to four times as many for a large budget
+_CANDIDATES = 4096  # of all holders together, at least; up to four times as many for a large budget
+_FEWEST = 1  # of one holder
 _PER_PICK = 32  # candidates
 _ROUND = 1024  # picks at most, so that an interrupt is heard and the bar moves
 _SAMPLE = 2048  # samples whose scores tell where the floor should be
@@ -26,18 +30,16 @@ _PRIMING = 32  # centres
 class Cover:
     """Distance of every sample to its nearest centre, brought up to date for a sample when that is asked for."""
 
-    def __init__(self, engine: Native, centers: Tensor, capacity: int, memory: dict[str, Any]) -> None:
+    def __init__(self, engine: Native, centers: Tensor, capacity: int) -> None:
         self.pool = pool = engine.pool
         self.centers = centers.new_empty(len(centers) + capacity, centers.shape[1])
         self.centers[: len(centers)] = centers
         self.count = len(centers)
-        if "delta" not in memory:
-            bounds = engine.bounds(centers) if len(centers) else None
-            unknown = torch.full((pool.n,), torch.inf, dtype=torch.float64, device=pool.device)
-            memory["delta"] = unknown if bounds is None else bounds
-            memory["owner"] = torch.full((pool.n,), -1, device=pool.device)
-            memory["folded"] = torch.zeros(pool.n, dtype=torch.int64, device=pool.device)
-        self.delta, self.owner, self.folded = (memory[name] for name in ("delta", "owner", "folded"))
+        bounds = engine.bounds(centers) if len(centers) and pool.n else None
+        unknown = torch.full((pool.n,), torch.inf, dtype=torch.float64, device=pool.device)
+        self.delta = unknown if bounds is None else bounds
+        self.owner = torch.full((pool.n,), -1, device=pool.device)
+        self.folded = torch.zeros(pool.n, dtype=torch.int64, device=pool.device)
 
     def add(self, centers: Tensor) -> None:
         self.centers[self.count : self.count + len(centers)] = centers
@@ -81,7 +83,7 @@ class Cover:
             unknown = torch.arange(self.pool.n, device=rows.device)
         self.refresh(unknown, min(self.count, _PRIMING))
 
-    def sift(self, rows: Tensor, weight: Tensor, floor: Tensor) -> Tensor:
+    def sift(self, rows: Tensor, weight: Tensor, floor: float | Tensor) -> Tensor:
         """Those of ``rows`` with ``weight · distance >= floor``, up to date; the others only until they fall below."""
         step = _STAGE if self.pool.in_memory else self.count  # what is not in memory is read once
         upto = int(self._folded(rows, self.count).min()) + step if len(rows) else self.count
@@ -108,51 +110,108 @@ class Cover:
         return float(best)
 
 
-def pick(cover: Cover, weight: Tensor, open_rows: Tensor, limit: int, made: Callable[[Tensor, Tensor], None]) -> None:
-    """Greedy k-centre: ``limit`` picks of highest ``weight · distance`` among the samples ``open_rows`` marks.
+class Shard:
+    """The rows of one holder in greedy k-centre of highest ``weight · distance`` among rows that are open.
 
-    ``made`` is told the picks and scores of every round, and takes them out of ``open_rows`` ``[N]`` bool. There must
-    be a centre, and ``limit`` samples left.
+    :meth:`propose` and :meth:`Cover.add` are all that holders of parts of a pool need: proposals are plain tensors, and
+    whoever has those of all shards can tell the next picks by :func:`decide`. (Selection over shards of the pool: a row
+    outside of every proposal has a score no better than its shard's bound, and scores never rise.)
     """
-    pool, size = cover.pool, min(max(_CANDIDATES, _PER_PICK * limit), 4 * _CANDIDATES)
-    size = max(1, min(size, pool.at_once // 2))
-    everything = torch.tensor([0.0], dtype=torch.float64, device=pool.device)
-    nobody = torch.tensor([pool.n], device=pool.device)
-    cover.prime(open_rows.nonzero()[:, 0])
-    score = (weight * cover.delta).where(open_rows, -torch.inf)
-    sample = nobody[:0]
-    left = int(open_rows.sum())
-    while limit > 0:
-        floor = everything
-        if 2 * size < left:
-            sample = sample[open_rows[sample]]
-            if 2 * len(sample) < _SAMPLE:
-                sample = open_rows.nonzero()[:: -(-left // _SAMPLE), 0]
-            cover.refresh(sample)
-            score[sample] = weight[sample] * cover.delta[sample]
-            floor = score[sample].topk(1 + size * len(sample) // left).values[-1:]
-        front = (score >= floor).nonzero()[:, 0]
+
+    def __init__(self, cover: Cover, weight: Tensor, open_rows: Tensor, group: Tensor | None = None) -> None:
+        self.cover, self.weight, self.open_rows, self.group = cover, weight, open_rows, group
+        self._sample = torch.empty(0, dtype=torch.int64, device=cover.pool.device)
+        self._primed = False
+
+    def propose(self, size: int) -> dict[str, Any]:
+        """About ``size`` open rows of highest score, up to date, and what every other row comes behind.
+
+        Keys: "index" in the whole pool, "weight", "delta", "rows" and (with groups) "group" of the candidates;
+        "bound", the score and index of the best row that may have been left out.
+        """
+        pool, cover, weight = self.cover.pool, self.cover, self.weight
+        size = max(1, min(size, pool.at_once // 4))  # twice as many may be gathered
+        open_rows = self.open_rows.nonzero()[:, 0]
+        if not self._primed:
+            cover.prime(open_rows)
+            self._primed = True
+        score = (weight * cover.delta).where(self.open_rows, -torch.inf)
+        left = len(open_rows)
+        floor, floor_index = 0.0, pool.total
+        if not left:
+            floor = -math.inf
+        elif 2 * size < left:
+            self._sample = self._sample[self.open_rows[self._sample]]
+            if 2 * len(self._sample) < _SAMPLE:
+                self._sample = open_rows[:: -(-left // _SAMPLE)]
+            cover.refresh(self._sample)
+            score[self._sample] = weight[self._sample] * cover.delta[self._sample]
+            floor = float(score[self._sample].topk(1 + size * len(self._sample) // left).values[-1])
+        front = (score >= floor).nonzero()[:, 0] if left else open_rows
         rows = cover.sift(front, weight, floor)
         score[front] = weight[front] * cover.delta[front]
-        # Nothing outside reaches the floor; where more do than are wanted, the best one left out limits the round.
-        candidates, bound, bound_index = rows, floor, nobody
+        # Nothing outside reaches the floor; where more do than are wanted, the best one left out is the bound.
         if len(rows) > 2 * size:
             order = kcenter.rank(score[rows], count=size + 1)
-            candidates, bound_index = rows[order[:size]], rows[order[size:]]
-            bound = score[bound_index]
-        positions, scores = pool.greedy(
-            candidates,
-            weight[candidates],
-            cover.delta[candidates],
-            bound,
-            bound_index,
-            min(limit, len(candidates), _ROUND),
-        )
-        count = int((positions >= 0).sum())
-        picks = candidates[positions[:count]]
-        centers = pool.centers(picks)
-        made(picks, scores[:count])
-        cover.add(centers)
-        score[picks] = -torch.inf
-        limit -= count
-        left -= count
+            floor, floor_index = float(score[rows[order[-1]]]), int(rows[order[-1]]) + pool.offset
+            rows = rows[order[:-1]]
+        return {
+            "index": rows + pool.offset,
+            "weight": weight[rows],
+            "delta": cover.delta[rows],
+            "rows": pool.gather(rows),
+            "group": rows[:0] if self.group is None else self.group[rows],
+            "bound": (floor, floor_index),
+        }
+
+
+def decide(
+    proposals: Sequence[dict[str, Any]],
+    limit: int,
+    metric: int,
+    room: Tensor | None = None,
+    radius: float | None = None,
+) -> dict[str, Tensor]:
+    """The next picks of all shards: greedily among their candidates while the best precedes all else.
+
+    Args:
+        proposals: One of every shard.
+        limit: Picks at most.
+        metric: Of :data:`msacore.ops.kcenter.METRICS`.
+        room: How many more picks each group may get, ``[G]``.
+        radius: No pick at a score of this or less.
+
+    Returns:
+        "place" among all candidates and "score" of the picks, in order; :func:`picked` tells the rest.
+    """
+    index, weight, delta, rows, group = (
+        tree.concatenated(proposals, key) for key in ("index", "weight", "delta", "rows", "group")
+    )
+    bound, bound_index = max((proposal["bound"] for proposal in proposals), key=lambda b: (b[0], -b[1]))
+    if radius is not None and radius >= bound:
+        bound, bound_index = radius, -1
+    positions, scores = kcenter.greedy(
+        rows,
+        weight,
+        delta,
+        index,
+        group,
+        group[:0] if room is None else room,
+        torch.tensor([bound], dtype=torch.float64, device=rows.device),
+        torch.tensor([bound_index], device=rows.device),
+        limit=min(limit, len(index), _ROUND),
+        metric=metric,
+    )
+    count = int((positions >= 0).sum())
+    return {"place": positions[:count], "score": scores[:count]}
+
+
+def picked(proposals: Sequence[dict[str, Any]], places: Tensor) -> dict[str, Tensor]:
+    """ "index", "rows" (centres) and, where there are groups, "group" of candidates by their place among all."""
+    index, rows, group = (tree.concatenated(proposals, key) for key in ("index", "rows", "group"))
+    return {"index": index[places], "rows": rows[places].double(), "group": group[places] if len(group) else group}
+
+
+def candidates(limit: int, holders: int) -> int:
+    """How many candidates each of so many holders of rows should propose for ``limit`` picks."""
+    return max(_FEWEST, min(max(_CANDIDATES, _PER_PICK * limit), 4 * _CANDIDATES) // holders)

@@ -1,6 +1,5 @@
-"""One selection: its arguments, what it has picked so far, and the state from which it can go on."""
+"""One selection: its arguments, what it has picked so far, and the steps in which those who share the pool agree."""
 
-import hashlib
 from collections.abc import Callable
 from dataclasses import dataclass, field
 from typing import Any
@@ -9,54 +8,77 @@ import torch
 from torch import Tensor
 
 from msacore.ops import kcenter
+from msacore.selection import state, tree
 from msacore.selection.engine import Native
 from msacore.selection.pool import Pool
+from msacore.selection.ranks import Alone, on_device
 
-FORMAT = 1
 DEFAULTS: dict[str, Any] = {"mmr_weight": 0.5, "noise": 1e-6, "neighbours": 20, "factor": 5, "delta": None}
 
 
-def digest(value: Tensor | None) -> str:
-    """Checksum of a small tensor; empty for None."""
-    if value is None:
-        return ""
-    raw = value.detach().cpu().contiguous()
-    return hashlib.sha256(f"{list(raw.shape)}".encode() + raw.numpy().tobytes()).hexdigest()
+@dataclass
+class Groups:
+    """Samples of which only so many may be picked together.
+
+    Attributes:
+        number: Group of each row held here, ``[n]`` int64 in ``[0, G)``.
+        room: How many more picks each group may get, ``[G]`` int64; the same for everybody.
+    """
+
+    number: Tensor
+    room: Tensor
+
+    def full(self) -> Tensor:
+        return (self.room <= 0)[self.number]
 
 
 @dataclass
 class Job:
-    """What a strategy works on.
+    """What a strategy works on. Rows held here are numbered from 0; picks are numbered in the whole pool.
 
     Attributes:
-        pool: The samples.
-        budget: Total number of picks.
+        pool: The rows held here.
+        ranks: Who takes part.
+        budget: Total number of picks at most.
         identity: Everything the picks depend on; a state of another identity is refused.
-        uncertainty: ``[N]`` float64, or None.
-        centers: Labelled centres, ``[n, d]`` float64.
-        open_rows: Samples that may be picked, ``[N]`` bool.
+        uncertainty: ``[n]`` float64, or None.
+        centers: Labelled centres, ``[c, d]`` float64, the same for everybody.
+        open_rows: Rows that may be picked, ``[n]`` bool.
+        rest: Rows that are neither labelled nor picked, ``[n]`` bool.
         options: Every option, given or default.
         seed: Seed of the random strategies.
         engine: Which engine answers nearest-neighbour questions.
+        groups: What limits the picks of a group, or None.
+        radius: Where "kcenter" may stop, or None.
+        first: The first pick where there is no centre, or None.
         report: Called with the number of new picks.
-        memory: What the strategy must keep between calls.
         rounds: Picks so far and their scores, in parts.
         made: Number of picks so far.
     """
 
     pool: Pool
+    ranks: Alone
     budget: int
     identity: dict[str, Any]
     uncertainty: Tensor | None
     centers: Tensor
     open_rows: Tensor
+    rest: Tensor
     options: dict[str, Any]
     seed: int
     engine: Native
+    groups: Groups | None = None
+    radius: float | None = None
+    first: int | None = None
     report: Callable[[int], Any] = lambda made: None
-    memory: dict[str, Any] = field(default_factory=dict)
     rounds: list[tuple[Tensor, Tensor]] = field(default_factory=list)
     made: int = 0
+
+    def __post_init__(self) -> None:
+        if self.groups is not None:
+            self.open_rows &= ~self.groups.full()
+        self.open_before = self.open_rows.clone()
+        self.room_before = None if self.groups is None else self.groups.room.clone()
 
     def needed_uncertainty(self) -> Tensor:
         if self.uncertainty is None:
@@ -67,12 +89,46 @@ class Job:
     def left(self) -> int:
         return self.budget - self.made
 
-    def add(self, indices: Tensor, scores: Tensor) -> None:
-        """Record picks."""
-        self.open_rows[indices] = False
+    def share(self, message: Callable[[], Any]) -> list[Any]:
+        """The messages of all who take part, on this pool's device."""
+        return [on_device(one, self.pool.device) for one in self.ranks.share(message)]
+
+    def from_first(self, message: Callable[[], Any]) -> Any:
+        return on_device(self.ranks.from_first(message), self.pool.device)
+
+    def held(self, rows: Tensor) -> Tensor:
+        """Which of ``rows`` of the whole pool are held here, ``[k]`` bool."""
+        return (rows >= self.pool.offset) & (rows < self.pool.offset + self.pool.n)
+
+    def fetch(self, rows: Tensor) -> Tensor:
+        """Rows of the whole pool as centres, ``[k, d]`` float64."""
+        if self.ranks.size == 1:
+            return self.pool.centers(rows)
+        out = torch.empty(len(rows), self.pool.width, dtype=torch.float64, device=self.pool.device)
+
+        def mine() -> dict[str, Tensor]:
+            at = self.held(rows).nonzero()[:, 0]
+            return {"at": at, "rows": self.pool.gather(rows[at] - self.pool.offset)}
+
+        for message in self.share(mine):
+            out[message["at"]] = message["rows"].double()
+        return out
+
+    def add(self, indices: Tensor, scores: Tensor, groups: Tensor | None = None) -> None:
+        """Record picks, and close the groups that are full. ``groups`` ``[k]`` is needed where there are any."""
+        own = indices[self.held(indices)] - self.pool.offset
+        self.open_rows[own] = False
+        self.rest[own] = False
+        if self.groups is not None and groups is not None:
+            self.groups.room -= torch.bincount(groups, minlength=len(self.groups.room))
+            self.open_rows &= ~self.groups.full()
         self.rounds.append((indices, scores.to(torch.float64)))  # in one step, for an interrupt may come between two
         self.made += len(indices)
         self.report(len(indices))
+
+    def groups_of(self, rows: Tensor) -> Tensor:
+        """Group of rows held here, numbered from 0, or nothing where there are no groups."""
+        return rows[:0] if self.groups is None else self.groups.number[rows]
 
     def picked(self) -> Tensor:
         """Picks so far, in order."""
@@ -86,52 +142,98 @@ class Job:
     def all_centers(self) -> Tensor:
         """Labelled centres and picks."""
         picked = self.picked()
-        return torch.cat([self.centers, self.pool.centers(picked)]) if len(picked) else self.centers
+        return torch.cat([self.centers, self.fetch(picked)]) if len(picked) else self.centers
 
-    def best(self, score: Tensor) -> Tensor:
-        """The open sample of highest score, smallest index among equals, as ``[1]``."""
-        return kcenter.rank(score.where(self.open_rows, -torch.inf), count=1)
+    def best(self, score: Callable[[], Tensor]) -> dict[str, Tensor]:
+        """The open row of highest score ``[n]``, smallest index among equals.
 
-    def add_first(self, score: Tensor) -> None:
-        """Pick the sample of highest score where there is no centre yet to measure from."""
-        self.add(self.best(score), torch.tensor([torch.inf], device=self.pool.device))
+        As "index" and "score" ``[1]``, its centre "rows" ``[1, d]`` and its "group". A row of score -inf is not taken;
+        there must be another.
+        """
+
+        def offer() -> dict[str, Any] | None:
+            value = score().where(self.open_rows, -torch.inf)
+            row = kcenter.rank(value, count=1)
+            if not len(row) or not bool(value[row] > -torch.inf):
+                return None
+            return {
+                "index": row + self.pool.offset,
+                "score": value[row],
+                "rows": self.pool.centers(row),
+                "group": self.groups_of(row),
+            }
+
+        offers = [one for one in self.share(offer) if one is not None]
+        return max(offers, key=lambda one: (float(one["score"]), -int(one["index"])))
+
+    def take(self, best: dict[str, Tensor], score: Tensor | None = None) -> None:
+        """Record the row that :meth:`best` found, with its score or another."""
+        self.add(best["index"], best["score"] if score is None else score, best["group"])
+
+    def add_first(self, score: Callable[[], Tensor]) -> dict[str, Tensor]:
+        """Pick the row of highest score where there is no centre yet to measure from."""
+        best = self.best(score)
+        self.take(best, torch.tensor([torch.inf], device=self.pool.device))
+        return best
+
+    def add_in_order(self, order: Callable[[], Tensor], named: float | None = None) -> None:
+        """Pick what is left by falling score ``[n]``, smallest index among equals, as far as groups allow.
+
+        Scores of the picks are these, or ``named`` for all.
+        """
+
+        def offer() -> dict[str, Tensor]:
+            score = order()
+            rows = self.open_rows.nonzero()[:, 0]
+            # Rows beyond a group's room come behind enough of their own group here, so behind enough of it anywhere.
+            count = len(rows) if self.groups is not None else min(self.left, len(rows))
+            rows = rows[kcenter.rank(score[rows], count=count)]
+            rows = rows[self._admitted(self.groups_of(rows), len(rows))][: self.left]
+            return {"index": rows + self.pool.offset, "score": score[rows], "group": self.groups_of(rows)}
+
+        offers = self.share(offer)
+        index, score, group = (tree.concatenated(offers, key) for key in ("index", "score", "group"))
+        by_index = index.argsort()
+        ranked = by_index[kcenter.rank(score[by_index], count=len(index))]
+        group = group[ranked] if len(group) else group
+        chosen = self._admitted(group, len(ranked)).nonzero()[: self.left, 0]
+        score = score[ranked[chosen]] if named is None else torch.full((len(chosen),), named, device=self.pool.device)
+        self.add(index[ranked[chosen]], score, group[chosen] if len(group) else None)
+
+    def _admitted(self, groups: Tensor, count: int) -> Tensor:
+        """Which of picks in this order their groups have room for, ``[count]`` bool."""
+        if self.groups is None:
+            return torch.ones(count, dtype=torch.bool, device=self.pool.device)
+        return tree.occurrence(groups) < self.groups.room[groups]
 
     def state(self) -> dict[str, Any]:
         """Plain tensors, numbers and text: survives ``torch.save`` and ``torch.load(weights_only=True)``."""
-        return {
-            "format": FORMAT,
-            "identity": dict(self.identity),
-            "budget": self.budget,
-            "indices": self.picked().cpu(),
-            "scores": self.picked_scores().cpu(),
-            "memory": {k: v.detach().cpu().clone() if isinstance(v, Tensor) else v for k, v in self.memory.items()},
-        }
+        return state.pack(self.identity, self.budget, self.picked().cpu(), self.picked_scores().cpu())
 
-    def resume(self, state: Any) -> None:
-        """Go on where ``state`` ends.
+    def resume(self, given: Any) -> None:
+        """Go on where a state ends.
 
         Raises:
-            ValueError: The state is none, is of another selection, or holds more picks than the budget.
+            ValueError: The state is none, is damaged, is of another selection, or holds what may not be picked.
         """
-        keys = {"format", "identity", "budget", "indices", "scores", "memory"}
-        if not isinstance(state, dict) or set(state) != keys or state["format"] != FORMAT:
-            raise ValueError("select: expected `state` to be the `.state` of an earlier Selection")
-        for key, mine in self.identity.items():
-            theirs = state["identity"].get(key)
-            if theirs != mine:
-                shown = (
-                    f": {theirs!r} there, {mine!r} here" if key not in ("embeddings", "labeled", "uncertainty") else ""
-                )
-                raise ValueError(f"select: `state` belongs to a selection with another `{key}`{shown}")
-        if self.identity["strategy"] in ("prefilter", "typiclust") and state["budget"] != self.budget:
-            raise ValueError(
-                f"select: `{self.identity['strategy']}` depends on the budget and resumes only to its original one, "
-                f"{state['budget']}, got {self.budget}"
-            )
-        picked = state["indices"].to(self.pool.device)
-        if len(picked) > self.budget:
-            raise ValueError(f"select: `state` already holds {len(picked)} picks, more than the budget {self.budget}")
-        device = self.pool.device
-        self.memory = {k: v.to(device).clone() if isinstance(v, Tensor) else v for k, v in state["memory"].items()}
-        if len(picked):
-            self.add(picked, state["scores"].to(device))
+        picked, scores = state.unpack(given, self.identity, self.budget, self.pool.total)
+        if not len(picked):
+            return
+        picked = picked.to(self.pool.device)
+
+        def mine() -> dict[str, Any]:
+            own = picked[self.held(picked)] - self.pool.offset
+            at = self.held(picked).nonzero()[:, 0]
+            return {"closed": int((~self.open_rows[own]).sum()), "at": at, "group": self.groups_of(own)}
+
+        messages = self.share(mine)
+        if any(message["closed"] for message in messages):
+            raise ValueError("select: `state` holds picks that are labelled, no candidates, or of a full group")
+        groups = None
+        if self.groups is not None:
+            groups = torch.empty_like(picked)
+            for message in messages:
+                groups[message["at"]] = message["group"]
+            if bool((torch.bincount(groups, minlength=len(self.groups.room)) > self.groups.room).any()):
+                raise ValueError("select: `state` holds more picks of a group than `max_per_group` allows")
+        self.add(picked, scores.to(self.pool.device), groups)

@@ -1,109 +1,118 @@
-"""The pool of embeddings: a tensor, an array read in chunks, or factors whose products are never formed."""
+"""The rows of the pool that this process holds, and what is compared with them."""
 
-import hashlib
 import math
-import mmap
-import warnings
 from collections.abc import Callable, Iterator
 from typing import Any
 
-import numpy as np
 import torch
 from torch import Tensor
 
 from msacore.ops import kcenter
+from msacore.selection import tree
+from msacore.selection.source import Parts, open_source
 
 _CHUNK_BYTES = 4 << 20  # of an array that may be larger than memory
 _PAIRS = 1 << 27  # of sample and centre: about a second's work, so that an interrupt is heard
 _DENSE = 8  # rows so many apart cost as much one by one as together with those between
-_SCATTERED_ROWS = 64  # each may map a huge page around it
-_LARGEST = 1e150  # beyond it squares overflow in float64
-_FLOATING = (torch.float16, torch.bfloat16, torch.float32, torch.float64)
+_LARGEST = 1e290  # beyond it sums over the pool may overflow in float64
+_MAX_EXPONENT = 1000  # of a factor that float64 holds in both directions
+_SAFE_EXPONENT = 300  # numbers up to two to it have squares, and sums of them, that float64 holds
 
 
-def as_array(name: str, value: Any) -> Tensor | np.ndarray:
-    """A tensor or array in a dtype the operators take; integers become float64. Memory-mapped arrays stay mapped."""
-    if isinstance(value, Tensor):
-        value = value.detach()
-        if value.is_complex() or value.layout != torch.strided:
-            raise ValueError(f"select: expected `{name}` to be a dense real tensor, got {value.dtype}, {value.layout}")
-        return value if value.dtype in _FLOATING else value.double()
-    array = value if isinstance(value, np.ndarray) else np.asarray(value)
-    if array.dtype.kind not in "fiub" or array.dtype.itemsize > 8:
-        raise ValueError(f"select: expected `{name}` to hold real numbers, got dtype {array.dtype}")
-    return array
-
-
-def _tensor(chunk: np.ndarray) -> Tensor:
-    """A chunk as a tensor; shares memory where dtype and layout allow it, and is never written."""
-    dtype = chunk.dtype.newbyteorder("=") if chunk.dtype.kind == "f" else np.dtype(np.float64)
-    native = np.ascontiguousarray(chunk, dtype=dtype)
-    with warnings.catch_warnings():
-        warnings.filterwarnings("ignore", message=".*not writable")
-        return torch.from_numpy(native)
-
-
-def _check_magnitude(name: str, magnitude: float) -> None:
+def check_magnitude(name: str, magnitude: float) -> None:
     if magnitude > _LARGEST:
-        raise ValueError(f"select: `{name}` reach {magnitude:g}; squares above {_LARGEST:g} overflow in float64")
+        raise ValueError(f"select: `{name}` reach {magnitude:g}; sums of values above {_LARGEST:g} overflow in float64")
 
 
 def _silent(text: str) -> None:
     """Nobody watches."""
 
 
-class Pool:
-    """Samples ``[N, d]`` and their exact distances to centres, which are float64 rows ``[n, d]``.
+def unit_rows(values: Tensor) -> Tensor:
+    """Rows ``[A, d]`` in float64 with length 1; those of zeros stay."""
+    rows = values.double()
+    largest = rows.abs().amax(1, keepdim=True) if rows.shape[1] else rows
+    rows = torch.ldexp(rows, -torch.frexp(largest).exponent.clamp_min(-_MAX_EXPONENT))
+    zeros = torch.zeros(len(rows), dtype=torch.int64, device=rows.device)
+    center = torch.zeros(1, rows.shape[1], dtype=torch.float64, device=rows.device)
+    infinite = torch.full((len(rows),), torch.inf, dtype=torch.float64, device=rows.device)
+    norms = kcenter.fold(
+        rows, torch.arange(len(rows), device=rows.device), zeros, center, center[0], infinite, zeros, scale=1, metric=0
+    )[0][:, None]
+    return rows / norms.where(norms > 0, 1)
 
-    ``note`` is told what goes on during steps that make no pick.
+
+class Pool:
+    """Samples ``[n, d]`` and their exact distances to centres, which are float64 rows ``[n, d]``.
+
+    Rows are numbered from 0 within the process; ``offset`` is the number of the first one in the whole pool, which has
+    ``total`` rows. ``note`` is told what goes on during steps that make no pick.
     """
 
     def __init__(self, embeddings: Any, distance: str, note: Callable[[str], Any] = _silent) -> None:
         self.note = note
-        values = as_array("embeddings", embeddings)
-        if values.ndim != 2:
-            raise ValueError(f"select: expected `embeddings` to have shape [N, d], got {list(values.shape)}")
-        self._file: mmap.mmap | None = None
-        self._array: np.ndarray | None = None
-        self._values: Tensor | None = None
-        if isinstance(values, np.memmap):
-            base: Any = values
-            while isinstance(base, np.ndarray):
-                base = base.base
-            self._file = base if isinstance(base, mmap.mmap) else None
-            self._array = values
-        elif isinstance(values, np.ndarray):
-            self._values = _tensor(values)
-        else:
-            self._values = values.contiguous()
-        self.n, self.width = int(values.shape[0]), int(values.shape[1])
+        source = open_source("embeddings", embeddings)
+        self._parts = source if isinstance(source, Parts) else None
+        self._values = source if isinstance(source, Tensor) else None
+        self.n, self.width = int(source.shape[0]), int(source.shape[1])
         self.metric = kcenter.METRICS[distance]
         self.device = torch.device("cpu") if self._values is None else self._values.device
-        self.dtype = _tensor(np.empty((0, 1), values.dtype)).dtype if isinstance(values, np.ndarray) else values.dtype
-        self.rows_read = 0
-        self._scan()
+        self.dtype = source.dtype
+        self.offset, self.total, self.rows_read, self.magnitude = 0, self.n, 0, 0.0
 
-    def _scan(self) -> None:
-        """One pass: finite or not, checksums, magnitude, mean."""
-        sums = torch.zeros(self.width, dtype=torch.float64, device=self.device)
-        checksums, magnitude = hashlib.sha256(f"{self.n} {self.width} {self.dtype}".encode()), 0.0
-        for begin, chunk in self.chunks():
-            self.note(f"checking row {begin} of {self.n}")
+    def scan(self, offset: int, total: int) -> dict[str, Any]:
+        """One pass over these rows, which are those from ``offset`` on of ``total``: what :meth:`learn` needs of them.
+
+        Raises:
+            ValueError: A value is not finite, or too large.
+        """
+        self.offset, self.total = offset, total
+        sums: dict[tree.Span, Tensor] = {}
+        checksums, magnitude = [torch.empty(0, dtype=torch.int64)], 0.0
+        for (begin, end), chunk in self.nodes():
+            self.note(f"checking row {begin} of {total}")
             chunk_sums, chunk_checksums, largest, bad = kcenter.scan(chunk)
             if int(bad) < len(chunk):
                 raise ValueError(f"select: `embeddings` holds a NaN or infinite value, first in row {begin + int(bad)}")
-            sums += chunk_sums.sum(0)
-            checksums.update(chunk_checksums.cpu().numpy().data)
+            sums[begin, end] = tree.pair_sums(chunk_sums)
+            checksums.append(chunk_checksums.cpu())
             magnitude = max(magnitude, float(largest))
-        _check_magnitude("embeddings", magnitude)
-        self.fingerprint = checksums.hexdigest()
-        self.mean = sums / max(self.n, 1)
-        self.widen(magnitude)
+        check_magnitude("embeddings", magnitude)
+        return {
+            "sums": {span: tree.join(sums, total, span) for span in tree.spans(offset, offset + self.n, total)},
+            "digests": tree.digests(torch.cat(checksums), offset),
+            "magnitude": magnitude,
+        }
+
+    def learn(self, messages: list[dict[str, Any]]) -> None:
+        """What the scans of all holders tell of the whole pool."""
+        head = f"{self.total} {self.width} {self.dtype}"
+        self.fingerprint = tree.joined_digest(head, [message["digests"] for message in messages])
+        self.mean = self._mean([message["sums"] for message in messages])
+        self.widen(max(message["magnitude"] for message in messages))
+
+    def _mean(self, sums: list[dict[tree.Span, Tensor]]) -> Tensor:
+        if not self.total:
+            return torch.zeros(self.width, dtype=torch.float64, device=self.device)
+        parts = {span: value.to(self.device) for message in sums for span, value in message.items()}
+        return tree.join(parts, self.total) / self.total
+
+    def nodes(self) -> Iterator[tuple[tree.Span, Tensor]]:
+        """All rows in order, cut into nodes of the tree over the rows of the whole pool."""
+        if self._values is not None:
+            self.rows_read += self.n
+        step = None if self.in_memory else self._chunk_rows()
+        for begin, end in tree.spans(self.offset, self.offset + self.n, self.total, step):
+            low, high = begin - self.offset, end - self.offset
+            yield (begin, end), self._read(low, high) if self._values is None else self._values[low:high]
 
     def widen(self, magnitude: float) -> None:
         """Let the float32 filter hold values up to ``magnitude``: a power of two brings them to about 1."""
-        self._magnitude = max(magnitude, getattr(self, "_magnitude", 0.0))
-        self.scale = 2.0 ** -math.frexp(self._magnitude)[1] if self._magnitude > 0 else 1.0
+        self.magnitude = max(magnitude, self.magnitude)
+        exponent = math.frexp(self.magnitude)[1] if self.magnitude > 0 else 0
+        self.scale = 2.0 ** -max(-_MAX_EXPONENT, exponent)
+        # Squares of numbers times this neither overflow nor vanish.
+        self.safe = 1.0 if abs(exponent) < _SAFE_EXPONENT else self.scale
 
     @property
     def in_memory(self) -> bool:
@@ -119,54 +128,35 @@ class Pool:
         """How many times the pool was read, counted in rows and rounded up."""
         return -(-self.rows_read // max(self.n, 1))
 
-    def chunks(self) -> Iterator[tuple[int, Tensor]]:
-        """All rows in order, with the number of the first one of each chunk."""
+    def parts(self) -> Iterator[tuple[slice, Tensor]]:
+        """All rows in order and in pieces of moderate size, with their place among them."""
+        step = self._chunk_rows()
         if self._values is not None:
             self.rows_read += self.n
-            yield 0, self._values
-            return
-        step = self._chunk_rows()
         for begin in range(0, self.n, step):
-            yield begin, self._read(slice(begin, begin + step))
-
-    def parts(self) -> Iterator[tuple[slice, Tensor]]:
-        """All rows in order and in pieces of moderate size, with their place in the pool."""
-        step = self._chunk_rows()
-        for _, values in self.chunks() if self._values is not None else ():
-            for begin in range(0, self.n, step):
-                yield slice(begin, begin + step), values[begin : begin + step]
-        if self._values is None:
-            for begin, values in self.chunks():
-                yield slice(begin, begin + len(values)), values
+            end = min(begin + step, self.n)
+            yield slice(begin, end), self._read(begin, end) if self._values is None else self._values[begin:end]
 
     def gather(self, rows: Tensor) -> Tensor:
         """Rows ``[A, d]`` in the dtype of the pool."""
         if self._values is None:
-            return self._read(rows.numpy())
+            return self._take(rows)
         self.rows_read += len(rows)
         return self._values.index_select(0, rows)
 
     def _chunk_rows(self) -> int:
-        return max(1, _CHUNK_BYTES // max(1, self.width * self.dtype.itemsize))
+        """A power of two, so that chunks are nodes of the tree."""
+        return 1 << max(1, _CHUNK_BYTES // max(1, self.width * self.dtype.itemsize)).bit_length() - 1
 
-    def _read(self, rows: Any) -> Tensor:
-        assert self._array is not None
-        if isinstance(rows, slice):
-            chunk = np.array(self._array[rows])
-            self._release()
-        else:
-            chunk = np.empty((len(rows), self.width), self._array.dtype)
-            for begin in range(0, len(rows), _SCATTERED_ROWS):
-                part = slice(begin, begin + _SCATTERED_ROWS)
-                chunk[part] = self._array[rows[part]]
-                self._release()
-        self.rows_read += len(chunk)
-        return _tensor(chunk)
+    def _read(self, begin: int, end: int) -> Tensor:
+        assert self._parts is not None
+        self.rows_read += end - begin
+        return self._parts.read(begin, end)
 
-    def _release(self) -> None:
-        """Give back the mapped pages, which count as ours until then."""
-        if self._file is not None and hasattr(mmap, "MADV_DONTNEED"):
-            self._file.madvise(mmap.MADV_DONTNEED)
+    def _take(self, rows: Tensor) -> Tensor:
+        assert self._parts is not None
+        self.rows_read += len(rows)
+        return self._parts.take(rows.numpy())
 
     def _blocks(self, rows: Tensor, centers: int) -> Iterator[tuple[slice, Tensor, Tensor]]:
         """Parts of ``rows`` as (which ones, values, their rows in the values), to be compared with so many centres."""
@@ -182,7 +172,7 @@ class Pool:
         for part, dense in self._parts_of(rows):
             here = rows[part]
             first = int(here[0]) if dense else 0
-            values = self._read(slice(first, int(here[-1]) + 1) if dense else here.numpy())
+            values = self._read(first, int(here[-1]) + 1) if dense else self._take(here)
             yield part, values, here - first if dense else torch.arange(len(here))
 
     def _parts_of(self, rows: Tensor) -> Iterator[tuple[slice, bool]]:
@@ -227,19 +217,24 @@ class Pool:
         rows = torch.arange(self.n, device=self.device) if rows is None else rows
         return torch.cat(
             [
-                kcenter.count(values, where, centers, self.mean, radius=radius, scale=self.scale, metric=self.metric)
-                for _, values, where in self._blocks(rows, len(centers))
+                rows[:0],
+                *(
+                    kcenter.count(
+                        values, where, centers, self.mean, radius=radius, scale=self.scale, metric=self.metric
+                    )
+                    for _, values, where in self._blocks(rows, len(centers))
+                ),
             ]
         )
 
-    def greedy(
-        self, rows: Tensor, weight: Tensor, delta: Tensor, bound: Tensor, bound_index: Tensor, limit: int
-    ) -> tuple[Tensor, Tensor]:
-        """Greedy picks among ``rows`` while the best precedes the bound: positions in ``rows`` (then -1), scores."""
-        none = rows[:0]
-        return kcenter.greedy(
-            self.gather(rows), weight, delta, rows, none, none, bound, bound_index, limit=limit, metric=self.metric
-        )
+    def products(self, rows: Tensor, centers: Tensor, shift: Tensor) -> Tensor:
+        """``<x - shift, c>`` of each of ``rows`` (cosine: of its unit row) with each of ``centers``, ``[A, n]``."""
+        parts = []
+        for part, values, where in self._blocks(rows, len(centers)):
+            if self.metric == kcenter.METRICS["cosine"]:
+                values, where = unit_rows(values[where]), torch.arange(part.stop - part.start, device=self.device)
+            parts.append(kcenter.products(values, where, centers, shift))
+        return torch.cat([centers.new_empty(0, len(centers)), *parts])
 
     def centers(self, rows: Tensor) -> Tensor:
         """Samples in the form of centres."""
@@ -254,22 +249,6 @@ class Pool:
         return kcenter.fold(points, here, start, centers, self.mean, delta, none, scale=self.scale, metric=self.metric)[
             1
         ]
-
-    def outside_centers(self, labeled: Tensor) -> Tensor:
-        """Centres that are no samples of the pool, ``[n, d]``, checked."""
-        if labeled.dim() != 2 or labeled.shape[1] != self.width:
-            raise ValueError(
-                "select: expected `labeled` to be indices [n] or centres [n, d] of the pool's width "
-                f"{self.width}, got shape {list(labeled.shape)}"
-            )
-        centers = labeled.to(self.device).double()
-        bad = ~centers.isfinite().all(1)
-        if bool(bad.any()):
-            raise ValueError(f"select: `labeled` holds a NaN or infinite value, first in row {int(bad.int().argmax())}")
-        magnitude = float(centers.abs().max()) if centers.numel() else 0.0
-        _check_magnitude("labeled", magnitude)
-        self.widen(magnitude)
-        return centers
 
     def distances_to(self, center: Tensor, metric: int | None = None) -> Tensor:
         """Distance of every sample to one centre ``[1, d]``, ``[N]`` float64."""

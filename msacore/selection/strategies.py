@@ -1,78 +1,151 @@
-"""Strategies that rank samples, or weigh them by their distance to what is selected; each fills a :class:`Job`."""
+"""Strategies that rank samples, or weigh them by their distance to what is selected; each fills a :class:`Job`.
+
+What depends on rows held elsewhere goes through :meth:`Job.share` or the methods built on it.
+"""
+
+import math
+from collections.abc import Callable
+from typing import Any
 
 import torch
 from torch import Tensor
 
-from msacore.ops import kcenter
-from msacore.selection.greedy import Cover, pick
+from msacore.ops import kcenter as steps
+from msacore.selection import tree
+from msacore.selection.greedy import Cover, Shard, candidates, decide, picked
 from msacore.selection.job import Job
 
 _EPSILON = 1e-3
+_MOST_SHARED_MMR = 10_000  # picks; each costs two messages
 
 
-def scaled(values: Tensor) -> Tensor:
+def _scaled(values: Tensor, low: float, high: float) -> Tensor:
     """Min-max scaled to [1e-3, 1]; all ones where the values are all equal."""
-    if not len(values):
-        return values
-    low, high = values.min(), values.max()
-    return torch.where(high > low, _EPSILON + (1 - _EPSILON) * (values - low) / (high - low), torch.ones_like(values))
+    if not high > low:
+        return torch.ones_like(values)
+    return _EPSILON + (1 - _EPSILON) * (values - low) / (high - low)
+
+
+def _scaled_over_all(job: Job, values: Callable[[], Tensor]) -> Tensor:
+    """``values`` of the rows held here, scaled by the least and the largest of everybody's."""
+    mine = torch.empty(0)
+
+    def extremes() -> tuple[float, float]:
+        nonlocal mine
+        mine = values()
+        return (float(mine.min()), float(mine.max())) if len(mine) else (math.inf, -math.inf)
+
+    found = job.ranks.share(extremes)
+    return _scaled(mine, min(low for low, _ in found), max(high for _, high in found))
 
 
 def random(job: Job) -> None:
     """Uniform without replacement; scores are 0."""
-    order = torch.randperm(job.pool.n, generator=torch.Generator().manual_seed(job.seed)).to(job.pool.device)
-    rest = order[job.open_rows[order]][: job.left]
-    job.add(rest, torch.zeros(len(rest), device=job.pool.device))
+    if not job.left:
+        return
+
+    def order() -> Tensor:
+        place = torch.empty(job.pool.total, dtype=torch.float64)
+        shuffled = torch.randperm(job.pool.total, generator=torch.Generator().manual_seed(job.seed))
+        place[shuffled] = torch.arange(0, -job.pool.total, -1, dtype=torch.float64)
+        return place[job.pool.offset : job.pool.offset + job.pool.n].to(job.pool.device)
+
+    job.add_in_order(order, 0.0)
 
 
 def topk(job: Job) -> None:
     """Uncertainty sampling: Lewis and Gale, 1994. Highest first; scores are the uncertainties."""
-    score = job.needed_uncertainty().where(job.open_rows, -torch.inf)
-    best = kcenter.rank(score, count=job.left)
-    job.add(best, score[best])
+    uncertainty = job.needed_uncertainty()
+    if job.left:
+        job.add_in_order(lambda: uncertainty)
 
 
-def _start(job: Job, first_score: Tensor | None) -> Cover:
+def _start(job: Job, first_score: Callable[[], Tensor]) -> Cover:
     """The distances so far; without any centre the sample of highest ``first_score`` is picked."""
     if job.left and not job.made and not len(job.centers):
-        job.add_first(job.pool.norms() if first_score is None else first_score)
-    return Cover(job.engine, job.all_centers(), job.left, job.memory)
+        job.add_first(first_score)
+    return Cover(job.engine, job.all_centers(), job.left)
 
 
-def _weighted(job: Job, weight: Tensor, first_score: Tensor, allowed: Tensor) -> Cover:
-    """Greedy k-centre with weighted distances among the ``allowed`` samples."""
-    cover = _start(job, first_score.where(allowed, -torch.inf))
-    allowed = allowed & job.open_rows
+def _weighted(job: Job, weight: Tensor, first_score: Callable[[], Tensor], allowed: Tensor | None = None) -> Cover:
+    """Greedy k-centre with weighted distances, among the ``allowed`` samples only where they are given."""
+    if allowed is not None:
+        closed = job.open_rows & ~allowed
+        job.open_rows &= allowed
+    cover = _start(job, first_score)
+    groups = job.groups
+    shard = Shard(cover, weight, job.open_rows, None if groups is None else groups.number)
+    while job.left:
+        limit = job.left
+        size = candidates(limit, job.ranks.size)
+        proposals = job.share(lambda: shard.propose(size))  # noqa: B023  # called at once
+        room = None if groups is None else groups.room
 
-    def made(picks: Tensor, scores: Tensor) -> None:
-        allowed[picks] = False
-        job.add(picks, scores)
+        def decided() -> dict[str, Tensor]:
+            return decide(proposals, limit, job.pool.metric, room, job.radius)  # noqa: B023  # called at once
 
-    if job.left:
-        pick(cover, weight, allowed, job.left, made)
+        decision = job.from_first(decided)
+        if not len(decision["place"]):
+            break
+        picks = picked(proposals, decision["place"])
+        job.add(picks["index"], decision["score"], picks["group"] if groups is not None else None)
+        cover.add(picks["rows"])
+        shard.open_rows = job.open_rows
+    if allowed is not None:
+        job.open_rows |= closed
     return cover
 
 
-def _far_from_mean(job: Job) -> Tensor:
-    """Distance of every sample to the pool's mean."""
-    if job.made or len(job.centers) or not job.left:
-        return torch.zeros(job.pool.n, dtype=torch.float64, device=job.pool.device)
-    return job.pool.distances_to(job.pool.mean[None])
+def kcenter(job: Job) -> Cover:
+    """Farthest-point traversal: Gonzalez, 1985; Sener and Savarese, 2018. Scores are distances.
 
-
-def farthest(job: Job) -> Cover:
-    """Farthest-point traversal: Gonzalez, 1985; Sener and Savarese, 2018. Scores are distances."""
+    It ends early once no open row is farther than `radius` from its nearest centre.
+    """
     weight = torch.ones(job.pool.n, dtype=torch.float64, device=job.pool.device)
-    return _weighted(job, weight, _far_from_mean(job), job.open_rows)
+    return _weighted(job, weight, lambda: job.pool.distances_to(job.pool.mean[None]))
 
 
-def uncertain_and_far(job: Job) -> Cover:
+def uncertainty_kcenter(job: Job) -> Cover:
     """``argmax u^γ · distance`` with u scaled to [1e-3, 1]: weighted farthest points as of Dyer and Frieze, 1985.
 
     Scores are these products.
     """
     uncertainty = job.needed_uncertainty()
-    return _weighted(job, scaled(uncertainty) ** job.identity["gamma"], uncertainty, job.open_rows)
+    weight = _scaled_over_all(job, lambda: uncertainty) ** job.identity["gamma"]
+    return _weighted(job, weight, lambda: uncertainty)
+
+
+def _shortlist(job: Job, size: int) -> Tensor:
+    """The most uncertain rows that were open at first, ``[n]`` bool.
+
+    The fewest, at least ``size`` of all ranks together, from which the budget can be picked.
+    """
+    uncertainty, before = job.needed_uncertainty(), job.open_before
+    while True:
+
+        def offer() -> dict[str, Any]:
+            rows = before.nonzero()[:, 0]
+            rows = rows[steps.rank(uncertainty[rows], count=size)]  # noqa: B023  # called at once
+            shown = {"index": rows + job.pool.offset, "score": uncertainty[rows], "group": job.groups_of(rows)}
+            return shown | {"left": int(before.sum()) - len(rows)}
+
+        offers = job.share(offer)
+        index, score, group = (tree.concatenated(offers, key) for key in ("index", "score", "group"))
+        by_index = index.argsort()
+        order = by_index[steps.rank(score[by_index], count=len(index))]
+        last = min(size, len(order))
+        if job.room_before is not None and len(order):
+            # Picks allowed among the first so many.
+            allowed = (tree.occurrence(group[order]) < job.room_before[group[order]]).cumsum(0)
+            last = max(last, int((allowed < job.budget).sum()) + 1)
+        # Beyond the first `size` the order is known only where nobody has more to show.
+        if last <= size or not any(one["left"] for one in offers):
+            break
+        size *= 4
+    chosen = index[order[:last]]
+    listed = torch.zeros_like(before)
+    listed[chosen[job.held(chosen)] - job.pool.offset] = True
+    return listed
 
 
 def prefilter(job: Job) -> Cover:
@@ -81,148 +154,119 @@ def prefilter(job: Job) -> Cover:
     Scores are distances.
     """
     uncertainty = job.needed_uncertainty()
-    if "shortlist" not in job.memory:
-        left = int(job.open_rows.sum())
-        size = min(left, max(job.budget, round(job.options["factor"] * job.budget)))
-        job.memory["shortlist"] = kcenter.rank(uncertainty.where(job.open_rows, -torch.inf), count=size)
-    allowed = torch.zeros_like(job.open_rows)
-    allowed[job.memory["shortlist"]] = True
-    return _weighted(job, torch.ones_like(uncertainty), uncertainty, allowed)
+    size = max(job.budget, round(job.options["factor"] * job.budget))
+    return _weighted(job, torch.ones_like(uncertainty), lambda: uncertainty, _shortlist(job, size))
 
 
 def kmeans_plus_plus(job: Job) -> Cover:
     """D² sampling: Arthur and Vassilvitskii, 2007; on gradient embeddings BADGE: Ash et al., 2020. Scores are D²."""
-    cover = _start(job, None)
-    everything = torch.arange(job.pool.n, device=job.pool.device)
+    cover = _start(job, job.pool.norms)
+    pool, everything = job.pool, torch.arange(job.pool.n, device=job.pool.device)
     # One draw per sample of the pool: the draw of pick number i does not depend on the budget.
-    draws = torch.rand(job.pool.n, generator=torch.Generator().manual_seed(job.seed), dtype=torch.float64)
-    draws = draws.to(job.pool.device)
-    while job.left:
+    draws = torch.rand(pool.total, generator=torch.Generator().manual_seed(job.seed), dtype=torch.float64).tolist()
+    shares = tree.Shares(everything[:0].double(), pool.offset, pool.total)
+
+    def sums(value: Callable[[], Tensor]) -> dict[tree.Span, float]:
+        nonlocal shares
+        shares = tree.Shares(value().where(job.open_rows, 0), pool.offset, pool.total)
+        return shares.sums()
+
+    def squares() -> Tensor:
         cover.refresh(everything)
-        squares = cover.delta.square().where(job.open_rows, 0)
-        if not bool((squares > 0).any()):
-            squares = squares.where(~job.open_rows, 1)
-        share = squares.cumsum(0)
-        drawn = torch.searchsorted(share, (draws[job.made] * share[-1])[None], right=True)
-        last = squares.nonzero()[-1]
-        drawn = torch.minimum(drawn, last)
-        score = cover.delta[drawn].square()
-        cover.add(job.pool.centers(drawn))
-        job.add(drawn, score)
+        return (cover.delta * pool.safe).square()
+
+    while job.left:
+        parts: dict[tree.Span, float] = {}
+        for value in (squares, lambda: torch.ones_like(cover.delta)):  # all the same where no distance is left
+            parts = {}
+            for one in job.ranks.share(lambda: sums(value)):  # noqa: B023  # called at once
+                parts |= one
+            total = tree.join(parts, pool.total)
+            if total > 0:
+                break
+        span, target = tree.find_span(parts, pool.total, draws[job.made] * total)
+
+        def drawn() -> Tensor:
+            score = torch.full_like(cover.delta, -torch.inf)
+            if pool.offset <= span[0] < pool.offset + pool.n:  # noqa: B023  # called at once
+                row = shares.find(span, target) - pool.offset  # noqa: B023  # called at once
+                score[row] = cover.delta[row].square()
+            return score
+
+        best = job.best(drawn)
+        cover.add(best["rows"])
+        job.take(best)
     return cover
 
 
-def largest_cluster(job: Job) -> Cover:
+def lcmd(job: Job) -> Cover:
     """LCMD: the farthest sample of the cluster with the largest sum of squared distances. Holzmüller et al., 2023.
 
     Clusters are the samples nearest to one centre; scores are distances.
     """
-    cover = _start(job, None)
+    cover = _start(job, job.pool.norms)
     everything = torch.arange(job.pool.n, device=job.pool.device)
-    while job.left:
+
+    def largest_distance() -> float:
         cover.refresh(everything)
-        squares = cover.delta.square().where(job.open_rows, 0)
-        size = torch.bincount(cover.owner, weights=squares, minlength=cover.count)
-        members = torch.bincount(cover.owner[job.open_rows], minlength=cover.count)
-        largest = kcenter.rank(size.where(members > 0, -torch.inf), count=1)
-        best = job.best(cover.delta.where(cover.owner == largest, -torch.inf))
-        score = cover.delta[best]
-        cover.add(job.pool.centers(best))
-        job.add(best, score)
+        return float(cover.delta.where(job.open_rows, 0).max()) if job.pool.n else 0.0
+
+    while job.left:
+        exponent = math.frexp(max(job.ranks.share(largest_distance)))[1]
+        sizes = sum(job.share(lambda: _cluster_sizes(job, cover, exponent)))  # noqa: B023  # called at once
+        largest = _largest_cluster(sizes, job.pool.total)
+        best = job.best(lambda: cover.delta.where(cover.owner == largest, -torch.inf))  # noqa: B023  # called at once
+        cover.add(best["rows"])
+        job.take(best)
     return cover
 
 
-def marginal_relevance(job: Job) -> Cover:
+def _bits(total: int) -> int:
+    """How many bits of a number can be added up over ``total`` rows in int64."""
+    return 61 - total.bit_length()
+
+
+def _cluster_sizes(job: Job, cover: Cover, exponent: int) -> Tensor:
+    """Open rows of every cluster and their sum of squares in two words, ``[3, clusters]`` int64: exact in any order."""
+    rows, bits = job.open_rows.nonzero()[:, 0], _bits(job.pool.total)
+    scaled = cover.delta[rows] * 2.0 ** min(1000, -exponent)  # below 1
+    squares = scaled.square() * 2.0**bits
+    high = squares.floor()
+    low = ((squares - high) * 2.0**bits).floor()
+    words = torch.stack([torch.ones_like(high), high, low]).long()
+    sizes = torch.zeros(3, cover.count, dtype=torch.int64, device=rows.device)
+    return sizes.index_add_(1, cover.owner[rows], words)
+
+
+def _largest_cluster(sizes: Tensor, total: int) -> int:
+    members, high, low = sizes
+    bits = _bits(total)
+    high, low = high + (low >> bits), low & (1 << bits) - 1
+    lead = (members > 0) & (high == high[members > 0].max())
+    lead &= low == low[lead].max()
+    return int(lead.nonzero()[0, 0])
+
+
+def mmr(job: Job) -> Cover:
     """MMR: ``λ u + (1 - λ) δ``, u scaled over the pool, δ over the samples left. Carbonell and Goldstein, 1998."""
-    relevance, share = scaled(job.needed_uncertainty()), job.options["mmr_weight"]
-    cover = _start(job, job.uncertainty)
+    uncertainty, share = job.needed_uncertainty(), job.options["mmr_weight"]
+    if job.ranks.size > 1 and job.left > _MOST_SHARED_MMR:
+        raise ValueError(
+            f"select: `mmr` over shards exchanges messages for every pick; expected `budget` to be at most "
+            f"{_MOST_SHARED_MMR}, got {job.budget}"
+        )
+    relevance = _scaled_over_all(job, lambda: uncertainty)
+    cover = _start(job, lambda: uncertainty)
     everything = torch.arange(job.pool.n, device=job.pool.device)
-    while job.left:
+
+    def distances() -> Tensor:
         cover.refresh(everything)
-        novelty = torch.zeros_like(relevance)
-        novelty[job.open_rows] = scaled(cover.delta[job.open_rows])
-        score = share * relevance + (1 - share) * novelty
-        best = job.best(score)
-        cover.add(job.pool.centers(best))
-        job.add(best, score[best])
-    return cover
+        return cover.delta[job.open_rows]
 
-
-_TOLERANCE = 1e-12  # of the largest squared norm: variances closer than this are equal, as those of equal samples are
-_CANDIDATES = 512
-
-
-class _Variances:
-    """Variance of every sample given those picked, under a linear kernel with noise, brought up to date on demand.
-
-    Each pick q takes ``(x · q)²`` from the variance of x, so a stale variance is an upper bound.
-    """
-
-    def __init__(self, job: Job) -> None:
-        self.job, self.noise = job, job.options["noise"]
-        norms = job.pool.norms() if job.pool.metric == kcenter.METRICS["euclidean"] else None
-        length = (job.pool.norms() > 0).double() if norms is None else norms
-        self.value = length.square() + self.noise
-        self.tolerance = _TOLERANCE * float(self.value.max())
-        self.folded = torch.zeros(job.pool.n, dtype=torch.int64, device=job.pool.device)
-        self.directions = job.centers[:0]
-
-    def rows(self, rows: Tensor) -> Tensor:
-        return self.unit(self.job.pool.centers(rows))
-
-    def unit(self, x: Tensor) -> Tensor:
-        if self.job.pool.metric == kcenter.METRICS["euclidean"]:
-            return x
-        return torch.nn.functional.normalize(x, dim=1, eps=torch.finfo(x.dtype).tiny)
-
-    def add(self, center: Tensor) -> Tensor:
-        """Condition on one more sample ``[d]``; returns its direction."""
-        rest = center - self.directions.T @ (self.directions @ center)
-        direction = rest / (self.noise + (center @ rest).clamp_min(0)).sqrt()
-        self.directions = torch.cat([self.directions, direction[None]])
-        return direction
-
-    def refresh(self, rows: Tensor) -> Tensor:
-        """Bring ``rows`` up to date; returns their values ``[A, d]``."""
-        x, first = self.rows(rows), int(self.folded[rows].min())
-        taken = (x @ self.directions[first:].T).square()
-        late = torch.arange(first, len(self.directions), device=rows.device)[None, :] < self.folded[rows][:, None]
-        self.value[rows] -= taken.masked_fill(late, 0).sum(1)
-        self.folded[rows] = len(self.directions)
-        return x
-
-
-def max_determinant(job: Job) -> None:
-    """Greedy maximum of det(X_S X_Sᵀ + noise · I): pivoted Cholesky in feature space, O(k (N + d)) memory.
-
-    Chen, Zhang and Zhou, 2018; with a Gaussian model it is BatchBALD. Scores are conditional variances.
-    """
-    if not job.left:
-        return
-    if not job.made and not len(job.centers):
-        job.add_first(job.pool.norms())
-    variances = _Variances(job)
-    for center in variances.unit(job.all_centers()):
-        variances.add(center)
-    size = _CANDIDATES
     while job.left:
-        open_rows = job.open_rows.nonzero()[:, 0]
-        size = min(size, len(open_rows))
-        order = kcenter.rank(variances.value[open_rows], count=size + 1)
-        outside = variances.value[open_rows[order[size:]]]
-        rows = open_rows[order[:size]].sort().values
-        x = variances.refresh(rows)
-        here, made = variances.value[rows], job.made
-        while job.left:
-            top = here.max()
-            if len(outside) and not bool(top > outside[0] + variances.tolerance):
-                break
-            place = (here >= top - variances.tolerance).nonzero()[:1, 0]
-            direction, score = variances.add(x[place[0]]), here[place]
-            here = here - (x @ direction).square()
-            here[place] = -torch.inf
-            job.add(rows[place], score)
-        variances.value[rows] = here
-        variances.folded[rows] = len(variances.directions)
-        if job.made == made:
-            size *= 4
+        novelty = torch.zeros_like(relevance)
+        novelty[job.open_rows] = _scaled_over_all(job, distances)
+        best = job.best(lambda: share * relevance + (1 - share) * novelty)  # noqa: B023  # called at once
+        cover.add(best["rows"])
+        job.take(best)
+    return cover
