@@ -3,6 +3,7 @@
 import math
 from collections.abc import Sequence
 from itertools import combinations
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -152,7 +153,8 @@ class _GatedUpdate(nn.Module):
 
     def forward(self, message: Tensor, h: Tensor) -> Tensor:
         update, reset = torch.sigmoid(self.gates(torch.cat([message, h], -1))).chunk(2, -1)
-        return torch.lerp(h, torch.tanh(self.candidate(torch.cat([message, reset * h], -1))), update)
+        candidate = torch.tanh(self.candidate(torch.cat([message, reset * h], -1)))
+        return torch.lerp(h, candidate.to(h.dtype), update.to(h.dtype))  # autocast makes them narrower than h
 
 
 class AlternatingPropagation(nn.Module):
@@ -171,7 +173,8 @@ class AlternatingPropagation(nn.Module):
         steps: Number of steps, each of two half-steps.
         variant: "linear", "gcnii" or "gated".
         alpha: Share of the initial states in each half-step, in [0, 1].
-        window: (past, future), how many utterances each side; -1 for the whole side.
+        window: (past, future), how far each side reaches; one integer for both; -1 for the whole side.
+        include_self: Whether an utterance is in its own window.
         send: When missing nodes send: "after_fill" (from the first inter-modal half-step on) or "never".
         decay: How much of W the "gcnii" variant uses; positive.
         device: Device of the parameters.
@@ -190,7 +193,8 @@ class AlternatingPropagation(nn.Module):
         variant: str = "linear",
         *,
         alpha: float = 0.1,
-        window: tuple[int, int] = (2, 2),
+        window: int | tuple[int, int] = (2, 2),
+        include_self: bool = True,
         send: str = "after_fill",
         decay: float = 0.5,
         device: torch.device | str | None = None,
@@ -209,7 +213,7 @@ class AlternatingPropagation(nn.Module):
                 f"`decay` positive, got {features}, {steps}, {alpha} and {decay}"
             )
         self.features, self.steps, self.variant, self.alpha = features, steps, variant, alpha
-        self.window, self.send, self.decay = window, send, decay
+        self.window, self.include_self, self.send, self.decay = window, include_self, send, decay
         half_steps = {"linear": 0, "gcnii": 2 * steps, "gated": 2}[variant]
         self.updates = nn.ModuleList(
             nn.Linear(features, features, bias=False, device=device, dtype=dtype)
@@ -218,31 +222,30 @@ class AlternatingPropagation(nn.Module):
             for _ in range(half_steps)
         )
 
-    def forward(self, x: Tensor, offsets: Tensor, available: Tensor | None = None) -> Tensor:
+    def forward(
+        self, x: Tensor, offsets: Tensor, available: Tensor | None = None, positions: Tensor | None = None
+    ) -> Tensor:
         """Propagate.
 
         Args:
             x: Initial states, ``[N, M, features]``; a missing node holds what stands for it, such as a mask token.
-            offsets: Utterances of conversation v are ``offsets[v]:offsets[v + 1]``; ``[V + 1]``, int64.
+            offsets: Utterances of conversation v are ``offsets[v]:offsets[v + 1]``; ``[V + 1]``, integers.
             available: Which nodes are present, ``[N, M]``, bool; all when omitted.
+            positions: The utterances' numbers, ``[N]``, integers that increase strictly within a conversation; the
+                row's number when omitted.
 
         Returns:
             ``[N, M, features]``.
         """
+        windows: dict[str, Any] = dict(positions=positions, window=self.window, include_self=self.include_self)
         if self.variant == "linear":
             return propagate(
-                x,
-                offsets,
-                available=available,
-                window=self.window,
-                steps=self.steps,
-                alpha=self.alpha,
-                send=self.send,
+                x, offsets, available=available, steps=self.steps, alpha=self.alpha, send=self.send, **windows
             )
         h = x.clone()
         for step in range(self.steps):
             never = self.send == "never"
-            arrived = window_mean(h, offsets, senders=available if never or step == 0 else None, window=self.window)
+            arrived = window_mean(h, offsets, senders=available if never or step == 0 else None, **windows)
             h = self._update(step, 0, arrived, h, x)
             h = self._update(step, 1, modality_mean(h, senders=available if never else None), h, x)
         return h
@@ -251,13 +254,13 @@ class AlternatingPropagation(nn.Module):
         if self.variant == "gated":
             return self.updates[half]((1 - self.alpha) * arrived + self.alpha * x, h)
         theta = math.log(self.decay / (step + 1) + 1)
-        mapped = torch.lerp(arrived, self.updates[2 * step + half](arrived), theta)
+        mapped = torch.lerp(arrived, self.updates[2 * step + half](arrived).to(arrived.dtype), theta)
         return torch.relu((1 - self.alpha) * mapped + self.alpha * x)
 
     def extra_repr(self) -> str:
         return (
             f"features={self.features}, steps={self.steps}, variant={self.variant!r}, alpha={self.alpha}, "
-            f"window={self.window}, send={self.send!r}"
+            f"window={self.window}, include_self={self.include_self}, send={self.send!r}"
         )
 
 

@@ -12,6 +12,7 @@ _PROGRAM = """
 import torch, msacore
 x = torch.ones(6, 3, 4, requires_grad=True)
 offsets = torch.tensor([0, 4, 6])
+intra, inter = msacore.graph.window_edges(offsets, 3), msacore.graph.modality_edges(6, 3)
 steps = 2**40
 print("started", flush=True)
 try:
@@ -22,6 +23,8 @@ except KeyboardInterrupt:
 
 _CALLS = {
     "propagate": "msacore.propagate(x, offsets, steps=steps)",
+    "graph_propagate": "msacore.graph_propagate(x[:, 0], torch.arange(7), torch.arange(6), steps=steps)",
+    "alternating_graph_propagate": "msacore.alternating_graph_propagate(x.flatten(0, 1), intra, inter, steps=steps)",
     "without gradients": "torch.no_grad().__enter__(); msacore.propagate(x, offsets, steps=steps)",
     "a handler that returns first": (
         "import signal; first = signal.signal(signal.SIGUSR1, lambda *_: print('heard', flush=True)); "

@@ -237,3 +237,85 @@ def test_modules_refuse_unknown_settings() -> None:
         AlternatingPropagation(3, 2, send="always")
     with pytest.raises(ValueError, match="`alpha`"):
         AlternatingPropagation(3, 2, alpha=2.0)
+
+
+@pytest.mark.parametrize("variant", ["linear", "gcnii", "gated"])
+def test_modules_run_under_autocast_and_keep_their_inputs_dtype(variant: str) -> None:
+    x, offsets, available = draw([5, 2], 3, seed=5, width=8)
+    x = x.float().requires_grad_()
+    module = AlternatingPropagation(8, 2, variant)
+    expected = module(x, offsets, available)
+    with torch.autocast("cpu", torch.bfloat16):
+        out = module(x, offsets, available)
+    out.square().sum().backward()
+    assert out.dtype == torch.float32
+    assert x.grad is not None and all(p.grad is not None for p in module.parameters())
+    torch.testing.assert_close(out, expected, rtol=0.05, atol=0.05)
+
+
+def test_a_linear_layers_output_meets_float32_weights_under_autocast() -> None:
+    x, offsets, _ = draw([5, 2], 3, seed=6, width=8)
+    layer, edges = torch.nn.Linear(8, 4), window_edges(offsets, 3)
+    nodes = x.float().flatten(0, 1)
+    intra, inter = edges, modality_edges(7, 3)
+    with torch.autocast("cpu", torch.bfloat16):
+        features = layer(nodes)
+        out = msacore.graph_propagate(features, *edges)
+        alternated = msacore.alternating_graph_propagate(features, intra, inter)
+    assert out.dtype == alternated.dtype == torch.bfloat16
+    torch.testing.assert_close(out, msacore.graph_propagate(features, edges[0], edges[1], edges[2].bfloat16()))
+    (out.float().sum() + alternated.float().sum()).backward()
+    assert layer.weight.grad is not None
+    with pytest.raises(RuntimeError, match=r"`weight` to have dtype bfloat16, got float32"):
+        msacore.graph_propagate(features.detach(), *edges)
+
+
+def test_the_module_hands_its_options_on() -> None:
+    x, offsets, available = draw([5, 2], 3, seed=7)
+    positions = torch.tensor([0, 1, 4, 5, 9, -3, 2])
+    module = AlternatingPropagation(3, 2, window=2, include_self=False)
+    expected = reference.propagate(
+        x, offsets, available=available, positions=positions, window=2, include_self=False, steps=2
+    )
+    torch.testing.assert_close(module(x, offsets, available, positions), expected)
+    assert "include_self=False" in repr(module)
+    learned = AlternatingPropagation(3, 2, "gated", window=2, include_self=False, dtype=F64)
+    assert not torch.equal(learned(x, offsets, available, positions), learned(x, offsets, available))
+
+
+@pytest.mark.parametrize("dtype", [torch.uint8, torch.int8, torch.int16, torch.int32, torch.uint16], ids=str)
+def test_indices_may_be_of_any_integer_dtype(dtype: torch.dtype) -> None:
+    x, offsets, _ = draw([5, 2], 3, seed=8)
+    positions = torch.tensor([0, 1, 4, 5, 9, 1, 2])
+    ours = msacore.propagate(x, offsets.to(dtype), positions=positions.to(dtype), window=2)
+    assert torch.equal(ours, msacore.propagate(x, offsets, positions=positions, window=2))
+    rowptr, col, weight = window_edges(offsets, 3, dtype=F64)
+    ours = msacore.graph_propagate(x.flatten(0, 1), rowptr.to(dtype), col.to(dtype), weight)
+    assert torch.equal(ours, msacore.graph_propagate(x.flatten(0, 1), rowptr, col, weight))
+
+
+def test_numbers_may_be_tensors_without_gradient() -> None:
+    x, offsets, _ = draw([5, 2], 3, seed=9)
+    ours = msacore.propagate(x, offsets, alpha=torch.tensor(0.25), steps=torch.tensor([2]), window=torch.tensor(1))
+    assert torch.equal(ours, msacore.propagate(x, offsets, alpha=0.25, steps=2, window=1))
+    for call in (
+        lambda alpha: msacore.propagate(x, offsets, alpha=alpha),
+        lambda alpha: msacore.graph_propagate(x.flatten(0, 1), *window_edges(offsets, 3, dtype=F64), alpha=alpha),
+    ):
+        with pytest.raises(RuntimeError, match="`alpha` is not differentiable"):
+            call(torch.nn.Parameter(torch.tensor(0.25)))
+
+
+def test_positions_are_compared_without_overflow() -> None:
+    limits = torch.iinfo(torch.int64)
+    h = torch.tensor([1.0, 2.0, 4.0, 8.0], dtype=F64).view(4, 1, 1)
+    positions = torch.tensor([limits.min, -1, 0, limits.max])
+    offsets = torch.tensor([0, 4])
+    ours = [
+        msacore.window_mean(h, offsets, positions=positions, window=window).flatten().tolist()
+        for window in (1, (limits.max, 0), (0, limits.max), -1)
+    ]
+    assert ours[0] == [1, 3, 3, 8]
+    assert ours[1] == [1, 1.5, 3, 6]  # the smallest int64 is 2^63 before 0
+    assert ours[2] == [1.5, 3, 6, 8]
+    assert ours[3] == [3.75] * 4

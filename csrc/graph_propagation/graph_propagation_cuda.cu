@@ -14,8 +14,14 @@ namespace {
 
 template <typename T>
 Csr<T> csr_of(const Graph& graph, const GraphSizes& s) {
-  return {graph.rowptr.const_data_ptr<int64_t>(), graph.col.const_data_ptr<int64_t>(),
-          graph.weight ? graph.weight->const_data_ptr<T>() : nullptr, s.nodes, s.edges};
+  return {graph.rowptr.const_data_ptr<int64_t>(),
+          graph.col.const_data_ptr<int64_t>(),
+          graph.weight ? graph.weight->const_data_ptr<T>() : nullptr,
+          s.rows,
+          s.nodes,
+          s.edges,
+          s.heads,
+          s.head_width()};
 }
 
 template <typename From, typename To>
@@ -23,14 +29,20 @@ void convert(const From* from, To* to, int64_t count, cudaStream_t stream) {
   launch(convert_kernel<From, To>, grid_for(count, kGraphThreads), dim3(kGraphThreads), 0, stream, from, to, count);
 }
 
+// Vectors of columns must not reach from one head into the next.
+template <typename T>
+bool can_vectorise(const Csr<T>& graph, std::initializer_list<const void*> pointers) {
+  return msacore::cuda::can_vectorise<acc_t<T>>(graph.head_width, pointers);
+}
+
 // One step on `stream`, for any graph and any types of the states.
 template <typename T, typename In, typename Out>
 void step(const Csr<T>& graph, const In* h, const T* x, Out* out, int64_t width, acc_t<T> alpha, cudaStream_t stream) {
   constexpr int kVector = kPer16<acc_t<T>>;
-  const bool wide = can_vectorise<acc_t<T>>(width, {h, x, out});
+  const bool wide = can_vectorise(graph, {h, x, out});
   const Lanes lanes(width, wide ? kVector : 1);
   launch(wide ? step_kernel<kVector, T, In, Out> : step_kernel<1, T, In, Out>,
-         grid_for(graph.nodes * lanes.count(), kGraphThreads), dim3(kGraphThreads), 0, stream, graph, h, x, out, width,
+         grid_for(graph.rows * lanes.count(), kGraphThreads), dim3(kGraphThreads), 0, stream, graph, h, x, out, width,
          lanes, 1 - alpha, alpha);
 }
 
@@ -38,10 +50,10 @@ template <typename T, typename In, typename Out>
 void backward_step(const Csr<T>& transposed, const In* grad, const acc_t<T>* sum_before, Out* sum, acc_t<T>* next,
                    int64_t width, acc_t<T> alpha, bool last, cudaStream_t stream) {
   constexpr int kVector = kPer16<acc_t<T>>;
-  const bool wide = can_vectorise<acc_t<T>>(width, {grad, sum_before, sum, next});
+  const bool wide = can_vectorise(transposed, {grad, sum_before, sum, next});
   const Lanes lanes(width, wide ? kVector : 1);
   launch(wide ? backward_step_kernel<kVector, T, In, Out> : backward_step_kernel<1, T, In, Out>,
-         grid_for(transposed.nodes * lanes.count(), kGraphThreads), dim3(kGraphThreads), 0, stream, transposed, grad,
+         grid_for(transposed.rows * lanes.count(), kGraphThreads), dim3(kGraphThreads), 0, stream, transposed, grad,
          sum_before, sum, next, width, lanes, 1 - alpha, alpha, last ? acc_t<T>(1) : alpha);
 }
 
@@ -49,10 +61,10 @@ template <typename T, typename In, typename State>
 void edge_dots(const Csr<T>& graph, const In* grad, const State* h, acc_t<T>* weight_sum, int64_t width, acc_t<T> alpha,
                cudaStream_t stream) {
   constexpr int kVector = kPer16<acc_t<T>>;
-  const bool wide = can_vectorise<acc_t<T>>(width, {grad, h});
-  const Lanes lanes(width, wide ? kVector : 1);
+  const bool wide = can_vectorise(graph, {grad, h});
+  const Lanes lanes(graph.head_width, wide ? kVector : 1);
   launch(wide ? edge_dots_kernel<kVector, T, In, State> : edge_dots_kernel<1, T, In, State>,
-         grid_for(graph.nodes * lanes.count(), kGraphThreads), dim3(kGraphThreads), 0, stream, graph, grad, h,
+         grid_for(graph.rows * lanes.count(), kGraphThreads), dim3(kGraphThreads), 0, stream, graph, grad, h,
          weight_sum, width, lanes, 1 - alpha);
 }
 
@@ -61,8 +73,8 @@ struct Input {
   GraphSizes sizes;
   Graph graph;
 
-  Input(const char* op, const std::string& prefix, const Tensor& x, const Graph& given)
-      : sizes(check_graph(op, x, given, prefix)),
+  Input(const char* op, const std::string& prefix, const Tensor& x, const Graph& given, Accepted accepted)
+      : sizes(check_graph(op, x, given, prefix, accepted)),
         graph{torch::stable::contiguous(given.rowptr), torch::stable::contiguous(given.col), std::nullopt} {
     if (given.weight) graph.weight = torch::stable::contiguous(*given.weight);
   }
@@ -81,7 +93,7 @@ Graph transpose(const Graph& graph, const GraphSizes& s, cudaStream_t stream) {
   const Tensor edge = sorted_positions(graph.col, s.nodes, stream);
   Graph out{torch::stable::new_empty(graph.rowptr, {s.nodes + 1}), torch::stable::new_empty(graph.col, {s.edges}),
             std::nullopt};
-  if (graph.weight) out.weight = torch::stable::new_empty(*graph.weight, {s.edges});
+  if (graph.weight) out.weight = torch::stable::new_empty(*graph.weight, {s.edges, s.heads});
   launch(transpose_kernel<T>, grid_for(std::max(s.nodes + 1, s.edges), kGraphThreads), dim3(kGraphThreads), 0, stream,
          csr_of<T>(graph, s), edge.const_data_ptr<int64_t>(), out.rowptr.mutable_data_ptr<int64_t>(),
          out.col.mutable_data_ptr<int64_t>(), out.weight ? out.weight->mutable_data_ptr<T>() : nullptr);
@@ -97,10 +109,10 @@ Tensor states_like(const Tensor& x, int64_t count, const GraphSizes& s) {
 template <typename T>
 void forward(const HalfSteps& half_steps, const T* x, Tensor& out, acc_t<T> alpha, cudaStream_t stream) {
   using A = acc_t<T>;
-  const GraphSizes& s = half_steps[0]->sizes;
-  const int64_t steps = static_cast<int64_t>(half_steps.size());
+  const GraphSizes& s = half_steps[0].sizes;
+  const int64_t steps = half_steps.count;
   T* result = out.mutable_data_ptr<T>();
-  const auto graph = [&](int64_t k) { return half_steps[k]->template csr<T>(); };
+  const auto graph = [&](int64_t k) { return half_steps[k].template csr<T>(); };
   if (steps == 1) return step(graph(0), x, x, result, s.width, alpha, stream);
   Tensor states = states_like<T>(out, std::min<int64_t>(steps - 1, 2), s);
   const auto state = [&](int64_t k) { return states.mutable_data_ptr<A>() + k % 2 * s.nodes * s.width; };
@@ -112,10 +124,12 @@ void forward(const HalfSteps& half_steps, const T* x, Tensor& out, acc_t<T> alph
 }
 
 Tensor forward(const char* op, const Tensor& x_, const HalfSteps& half_steps, double alpha) {
-  if (half_steps.empty()) return torch::stable::clone(torch::stable::contiguous(x_));
+  if (half_steps.count == 0) return torch::stable::clone(torch::stable::contiguous(x_));
+  const int64_t rows = half_steps[0].sizes.rows;
+  if (x_.numel() == 0) return zero_rows(x_, rows, x_.scalar_type());
   const OnDeviceOf device(x_);
   const Tensor x = torch::stable::contiguous(x_);
-  Tensor out = torch::stable::new_empty(x, {x.size(0), x.size(1)});
+  Tensor out = new_rows(x, rows, x.scalar_type());
   if (out.numel() == 0) return out;
   dispatch_floating(x.scalar_type(), op, [&](auto tag) {
     using T = typename decltype(tag)::type;
@@ -127,13 +141,16 @@ Tensor forward(const char* op, const Tensor& x_, const HalfSteps& half_steps, do
 // What the backward half-steps share of a graph: Aᵀ, and where its weights' gradients add up (null: not wanted).
 template <typename T>
 struct Adjoint {
+  GraphSizes sizes;  // of the transposed graph
   Graph transposed;
   Tensor weight_sum;
 
   Adjoint(const Input& input, const Tensor& grad_weight, cudaStream_t stream)
-      : transposed(transpose<T>(input.graph, input.sizes, stream)),
+      : sizes{input.sizes.nodes, input.sizes.rows, input.sizes.width, input.sizes.edges, input.sizes.heads},
+        transposed(transpose<T>(input.graph, input.sizes, stream)),
         weight_sum(torch::stable::new_zeros(grad_weight, {grad_weight.numel()}, acc_dtype(grad_weight.scalar_type()))) {
   }
+  Csr<T> csr() const { return csr_of<T>(transposed, sizes); }
   acc_t<T>* dots() { return weight_sum.numel() > 0 ? weight_sum.mutable_data_ptr<acc_t<T>>() : nullptr; }
 };
 
@@ -143,9 +160,9 @@ template <typename T>
 void backward(const T* grad_out, const std::vector<const Input*>& graphs, const HalfSteps& half_steps, const T* x,
               std::vector<Tensor>& grads, acc_t<T> alpha, cudaStream_t stream) {
   using A = acc_t<T>;
-  const GraphSizes& s = half_steps[0]->sizes;
-  const int64_t count = s.nodes * s.width, steps = static_cast<int64_t>(half_steps.size());
-  const auto graph = [&](int64_t k) { return half_steps[k]->template csr<T>(); };
+  const GraphSizes& s = half_steps[0].sizes;
+  const int64_t count = s.nodes * s.width, steps = half_steps.count;
+  const auto graph = [&](int64_t k) { return half_steps[k].template csr<T>(); };
   std::map<const Input*, Adjoint<T>> adjoints;
   bool weighted = false;
   for (size_t g = 0; g < graphs.size(); ++g) {
@@ -164,12 +181,12 @@ void backward(const T* grad_out, const std::vector<const Input*>& graphs, const 
 
   // `grad` is Λ_k+1: of type T in the first step only, as is the state of k = 0.
   const auto one_step = [&](const auto* grad, int64_t k) {
-    Adjoint<T>& adjoint = adjoints.at(half_steps[k]);
+    Adjoint<T>& adjoint = adjoints.at(&half_steps[k]);
     A* const dots = adjoint.dots();
     if (dots && k == 0) edge_dots(graph(0), grad, x, dots, s.width, alpha, stream);
     if (dots && k > 0) edge_dots(graph(k), grad, static_cast<const A*>(state(k)), dots, s.width, alpha, stream);
     const A* before = k == steps - 1 ? nullptr : sum;
-    const Csr<T> transposed = csr_of<T>(adjoint.transposed, half_steps[k]->sizes);
+    const Csr<T> transposed = adjoint.csr();
     if (k == 0) {
       backward_step(transposed, grad, before, grads[0].mutable_data_ptr<T>(), static_cast<A*>(nullptr), s.width, alpha,
                     true, stream);
@@ -188,19 +205,19 @@ void backward(const T* grad_out, const std::vector<const Input*>& graphs, const 
 std::vector<Tensor> backward(const char* op, const Tensor& grad_out_, const Tensor& x_,
                              const std::vector<const Input*>& graphs, const HalfSteps& half_steps, double alpha,
                              bool weight_grad) {
-  check_shape(grad_out_, op, "grad_out", {x_.size(0), x_.size(1)}, "[n, d]");
-  check_dtype(grad_out_, op, "grad_out", x_.scalar_type());
-  check_device(grad_out_, op, "grad_out", x_);
+  check_grad_out(op, grad_out_, x_, graphs[0]->sizes.rows);
   const OnDeviceOf device(x_);
   const Tensor x = torch::stable::contiguous(x_), grad_out = torch::stable::contiguous(grad_out_);
-  const bool moves = !half_steps.empty() && x.numel() > 0;
-  std::vector<Tensor> grads{moves ? torch::stable::new_empty(x, {x.size(0), x.size(1)})
-                                  : torch::stable::clone(grad_out)};
-  for (const Input* input : graphs) {
-    const int64_t size = weight_grad && input->graph.weight ? input->sizes.edges : 0;
-    grads.push_back(moves ? torch::stable::new_empty(x, {size}) : torch::stable::new_zeros(x, {size}));
-  }
-  if (!moves) return grads;
+  std::vector<Tensor> grads;
+  if (half_steps.count == 0)
+    grads.push_back(torch::stable::clone(grad_out));
+  else if (grad_out.numel() == 0)
+    grads.push_back(zero_rows(x, x.size(0), x.scalar_type()));
+  else
+    grads.push_back(new_rows(x, x.size(0), x.scalar_type()));
+  for (const Input* input : graphs)
+    grads.push_back(weight_gradient(x, input->sizes, input->graph.weight, weight_grad, x.scalar_type()));
+  if (half_steps.count == 0 || x.numel() == 0 || grad_out.numel() == 0) return grads;
   dispatch_floating(x.scalar_type(), op, [&](auto tag) {
     using T = typename decltype(tag)::type;
     backward<T>(grad_out.const_data_ptr<T>(), graphs, half_steps, x.const_data_ptr<T>(), grads,

@@ -9,30 +9,31 @@ using namespace msacore::cuda;
 constexpr int kGraphThreads =
     256;  // in blocks of which 4 fit a multiprocessor: without that bound ptxas spills to fit 6
 
-// Graph on `nodes` rows; weight [edges] or null for ones.
+// A graph of `rows` targets whose sources are among `nodes`; weight [edges, heads], or null for ones.
 template <typename T>
 struct Csr {
   const int64_t *rowptr, *col;
   const T* weight;
-  int64_t nodes, edges;
+  int64_t rows, nodes, edges, heads, head_width;
 
   __device__ int64_t begin(int64_t row) const { return clamped(rowptr[row], edges + 1); }
   __device__ int64_t end(int64_t row) const { return begin(row + 1); }
   __device__ int64_t source(int64_t edge) const { return clamped(col[edge], nodes); }
-  __device__ acc_t<T> weight_of(int64_t edge) const {
-    return weight ? static_cast<acc_t<T>>(weight[edge]) : acc_t<T>(1);
+  __device__ int64_t head_of(int64_t column) const { return heads > 1 ? column / head_width : 0; }
+  __device__ acc_t<T> weight_of(int64_t edge, int64_t head) const {
+    return weight ? static_cast<acc_t<T>>(weight[edge * heads + head]) : acc_t<T>(1);
   }
 };
 
-// Σ_e weight[e] · h[col[e], c … c + V) over the edges of `row`, h [nodes, width]
+// Σ_e weight[e] · h[col[e], c … c + V) over the edges of `row`, h [nodes, width]; the columns are of one head.
 template <int V, typename T, typename In>
 __device__ __forceinline__ Vector<acc_t<T>, V> gather(const Csr<T>& graph, int64_t row, const In* __restrict__ h,
                                                       int64_t width, int64_t c) {
   Vector<acc_t<T>, V> sum{};
-  const int64_t end = graph.end(row);
+  const int64_t end = graph.end(row), head = graph.head_of(c);
 #pragma unroll 4
   for (int64_t e = graph.begin(row); e < end; ++e) {
-    const acc_t<T> w = graph.weight_of(e);
+    const acc_t<T> w = graph.weight_of(e, head);
     const auto value = load<V>(h + graph.source(e) * width + c);
 #pragma unroll
     for (int i = 0; i < V; ++i) sum.at[i] += w * static_cast<acc_t<T>>(value.at[i]);
@@ -46,7 +47,7 @@ template <int V, typename T, typename In, typename Out>
 __global__ void __launch_bounds__(kGraphThreads, 4)
     step_kernel(Csr<T> graph, const In* __restrict__ h, const T* __restrict__ x, Out* __restrict__ out, int64_t width,
                 Lanes lanes, acc_t<T> keep, acc_t<T> alpha) {
-  for (int64_t row = lanes.first_row(); row < graph.nodes; row += lanes.next_row()) {
+  for (int64_t row = lanes.first_row(); row < graph.rows; row += lanes.next_row()) {
     for (int64_t c = lanes.lane() * V; c < width; c += lanes.count() * V) {
       const auto sum = gather<V>(graph, row, h, width, c);
       Vector<T, V> own{};
@@ -70,7 +71,7 @@ __global__ void __launch_bounds__(kGraphThreads, 4)
                          acc_t<T>* __restrict__ next, int64_t width, Lanes lanes, acc_t<T> keep, acc_t<T> alpha,
                          acc_t<T> share) {
   using A = acc_t<T>;
-  for (int64_t row = lanes.first_row(); row < graph.nodes; row += lanes.next_row()) {
+  for (int64_t row = lanes.first_row(); row < graph.rows; row += lanes.next_row()) {
     for (int64_t c = lanes.lane() * V; c < width; c += lanes.count() * V) {
       const int64_t at = row * width + c;
       const auto gathered = gather<V>(graph, row, grad, width, c);
@@ -91,24 +92,27 @@ __global__ void __launch_bounds__(kGraphThreads, 4)
   }
 }
 
-// weight_sum[e] += keep · <grad[i], h[col[e]]> for the edges e of row i; weight_sum [edges]
+// weight_sum[e] += keep · <grad[i], h[col[e]]>, head by head, for the edges e of row i; weight_sum [edges, heads]
 template <int V, typename T, typename In, typename State>
 __global__ void __launch_bounds__(kGraphThreads, 4)
     edge_dots_kernel(Csr<T> graph, const In* __restrict__ grad, const State* __restrict__ h,
                      acc_t<T>* __restrict__ weight_sum, int64_t width, Lanes lanes, acc_t<T> keep) {
   using A = acc_t<T>;
-  for (int64_t row = lanes.first_row(); row < graph.nodes; row += lanes.next_row()) {
+  for (int64_t row = lanes.first_row(); row < graph.rows; row += lanes.next_row()) {
     const int64_t end = graph.end(row);
     for (int64_t e = graph.begin(row); e < end; ++e) {
-      A dot = 0;
-      for (int64_t c = lanes.lane() * V; c < width; c += lanes.count() * V) {
-        const auto g = load<V>(grad + row * width + c);
-        const auto value = load<V>(h + graph.source(e) * width + c);
+      for (int64_t head = 0; head < graph.heads; ++head) {
+        const int64_t first = head * graph.head_width, behind = first + graph.head_width;
+        A dot = 0;
+        for (int64_t c = first + lanes.lane() * V; c < behind; c += lanes.count() * V) {
+          const auto g = load<V>(grad + row * width + c);
+          const auto value = load<V>(h + graph.source(e) * width + c);
 #pragma unroll
-        for (int i = 0; i < V; ++i) dot += static_cast<A>(g.at[i]) * static_cast<A>(value.at[i]);
+          for (int i = 0; i < V; ++i) dot += static_cast<A>(g.at[i]) * static_cast<A>(value.at[i]);
+        }
+        dot = group_sum(dot, lanes.count());
+        if (lanes.lane() == 0) weight_sum[e * graph.heads + head] += keep * dot;
       }
-      dot = group_sum(dot, lanes.count());
-      if (lanes.lane() == 0) weight_sum[e] += keep * dot;
     }
   }
 }
@@ -119,7 +123,8 @@ __global__ void __launch_bounds__(kGraphThreads, 4)
   for (int64_t i = grid_thread(); i < count; i += grid_threads()) to[i] = static_cast<To>(from[i]);
 }
 
-// From `edge` [edges], the edges ordered by their source: rowptr_t [nodes + 1], col_t [edges], weight_t [edges] of Aᵀ.
+// From `edge` [edges], the edges ordered by their source: rowptr_t [nodes + 1], col_t [edges], weight_t [edges, heads]
+// of Aᵀ.
 template <typename T>
 __global__ void __launch_bounds__(kGraphThreads, 4)
     transpose_kernel(Csr<T> graph, const int64_t* __restrict__ edge, int64_t* __restrict__ rowptr_t,
@@ -129,8 +134,10 @@ __global__ void __launch_bounds__(kGraphThreads, 4)
   }
   for (int64_t p = grid_thread(); p < graph.edges; p += grid_threads()) {
     const int64_t e = edge[p];
-    col_t[p] = clamped(lower_bound(graph.nodes, e + 1, [&](int64_t i) { return graph.rowptr[i + 1]; }), graph.nodes);
-    if (weight_t) weight_t[p] = graph.weight[e];
+    col_t[p] = clamped(lower_bound(graph.rows, e + 1, [&](int64_t i) { return graph.rowptr[i + 1]; }), graph.rows);
+    for (int64_t head = 0; weight_t && head < graph.heads; ++head) {
+      weight_t[p * graph.heads + head] = graph.weight[e * graph.heads + head];
+    }
   }
 }
 

@@ -6,12 +6,18 @@ from torch import Tensor
 Csr = tuple[Tensor, Tensor, Tensor | None]
 
 
-def _half_step(h: Tensor, graph: Csr, x: Tensor, alpha: float) -> Tensor:
+def _received(h: Tensor, graph: Csr) -> Tensor:
     """Gather along the edges, scale, and add up per target node."""
     rowptr, col, weight = graph
-    target = torch.repeat_interleave(torch.arange(x.shape[0], device=x.device), rowptr.diff())
-    messages = h[col] if weight is None else weight[:, None] * h[col]
-    received = (1 - alpha) * torch.zeros_like(h).index_add(0, target, messages)
+    target = torch.repeat_interleave(torch.arange(len(rowptr) - 1, device=h.device), rowptr.diff())
+    messages = h[col]
+    if weight is not None:
+        messages = messages * weight.reshape(*weight.shape, *[1] * (h.dim() - weight.dim()))
+    return h.new_zeros((len(rowptr) - 1, *h.shape[1:])).index_add(0, target, messages)
+
+
+def _half_step(h: Tensor, graph: Csr, x: Tensor, alpha: float) -> Tensor:
+    received = (1 - alpha) * _received(h, graph)
     return received + alpha * x if alpha else received
 
 
