@@ -55,6 +55,13 @@ def add_run_arguments(parser: argparse.ArgumentParser) -> None:
     run.add_argument("--resume", action="store_true", help="go on from the checkpoints in --out")
     add_device_argument(run)
     _add_threads(run)
+    run.add_argument(
+        "--jobs",
+        type=int,
+        default=1,
+        metavar="N",
+        help="processes that share the seeds, on a thread each (%(default)s)",
+    )
     run.add_argument("--ablate", action="store_true", help="also run an arm without each part")
     run.add_argument(
         "--sweep-lambda", type=float, nargs="*", metavar="λ", help="also run these contrast weights (.01 .05 .1 .3)"
@@ -105,6 +112,8 @@ def run(args: argparse.Namespace) -> tuple[Path, Path]:
         raise ValueError(f"--rounds and --budget must be at least 1, got {args.rounds} and {args.budget}")
     if args.uncertainty == "ensemble_variance" and args.members < 2:
         raise ValueError("--uncertainty ensemble_variance compares models: give --members 2 or more")
+    if args.jobs < 1:
+        raise ValueError(f"--jobs must be at least 1, got {args.jobs}")
     if len(set(args.seeds)) < len(args.seeds):
         raise ValueError(f"--seeds must differ, got {args.seeds}")
     device = check_device(args.device)
@@ -115,6 +124,10 @@ def run(args: argparse.Namespace) -> tuple[Path, Path]:
     with timer("load"):
         corpus = load_from(args).standardise()
         data = Data.of(corpus, device)
+    if args.demo and args.data and args.budget == DEMO["budget"]:
+        # A demo shows the way with whatever is there: at most what the train part has left.
+        spare = len(data.buyable) - max(1, round(args.initial * len(data.buyable)))
+        args.budget = max(1, min(args.budget, spare // args.rounds))
     base = base_arm(args)
     arms = comparison(base)
     if args.ablate:
@@ -122,7 +135,8 @@ def run(args: argparse.Namespace) -> tuple[Path, Path]:
     if args.sweep_lambda is not None:
         arms += contrast_sweep(base, args.sweep_lambda or [0.01, 0.05, 0.1, 0.3])
     patterns = test_patterns(corpus, args, args.test_pattern, args.seeds[0])
-    experiment = Experiment(arms, args.seeds, corpus, data, args.out, args.resume, patterns)
+    jobs = min(args.jobs, len(args.seeds))
+    experiment = Experiment(arms, args.seeds, corpus, data, args.out, args.resume, patterns, jobs)
     with timer("experiment"):
         for _ in progress(experiment.rounds(), "training", experiment.total, args.no_progress, experiment.describe):
             pass

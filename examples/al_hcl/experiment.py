@@ -10,7 +10,10 @@ from typing import Any
 
 import numpy as np
 
+from examples.msa.checkpoint import seed_everything
 from examples.msa.corpus import Corpus
+from examples.msa.files import remove_temporaries
+from examples.msa.jobs import sole_user, spread
 from examples.msa.metrics import HIGHER_IS_BETTER, REPORTED, area_under_curve, mean_interval, paired_difference
 from examples.msa.patterns import TestPattern
 
@@ -44,6 +47,7 @@ class Experiment:
         folder: Checkpoints go below it.
         resume: Go on from checkpoints that are there.
         patterns: What the last model of each run may see when it is tested.
+        jobs: Processes that share the seeds; results do not depend on them.
     """
 
     def __init__(
@@ -55,9 +59,10 @@ class Experiment:
         folder: Path,
         resume: bool,
         patterns: Sequence[TestPattern] = (),
+        jobs: int = 1,
     ) -> None:
         self.arms, self.seeds, self.corpus, self.data = arms, seeds, corpus, data
-        self.folder, self.resume, self.patterns = folder, resume, patterns
+        self.folder, self.resume, self.patterns, self.jobs = folder, resume, patterns, jobs
         self.states: dict[str, list[State]] = {arm.name: [] for arm in arms}
 
     @property
@@ -66,19 +71,42 @@ class Experiment:
         return len(self.seeds) * sum(arm.selection.rounds + 1 for arm in self.arms)
 
     def rounds(self) -> Iterator[Training]:
-        """Run everything, seed by seed so that early results are whole comparisons; one item per training."""
-        for seed in self.seeds:
-            reference: State | None = None
-            starts: Starts = {}
-            for arm in self.arms:
-                name = f"{file_name(arm)}-seed{seed}"
-                path, export = self.folder / "checkpoints" / f"{name}.pt", self.folder / "predictions" / f"{name}.csv"
-                replayed = reference if arm.replay else None
-                run = Run(arm, self.corpus, self.data, seed, path, self.resume, replayed, starts, self.patterns, export)
-                yield from [Training(arm, seed, record) for record in run.state.records]
-                yield from (Training(arm, seed, state.records[-1]) for state in run.rounds())
-                self.states[arm.name].append(run.state)
-                reference = reference or run.state
+        """Run everything, seed by seed so that early results are whole comparisons; one item per training.
+
+        Seeds that other processes run come as wholes, when they are finished.
+        """
+        checkpoints = self.folder / "checkpoints"
+        with sole_user(checkpoints):
+            for folder in (self.folder, checkpoints, self.folder / "predictions"):
+                remove_temporaries(folder)
+            if self.jobs == 1:
+                for seed in self.seeds:
+                    yield from self._trainings(seed)
+                return
+            for seed, states in zip(self.seeds, spread(self.finish, self.seeds, self.jobs, checkpoints), strict=True):
+                for arm, state in zip(self.arms, states, strict=True):
+                    self.states[arm.name].append(state)
+                    yield from [Training(arm, seed, record) for record in state.records]
+
+    def finish(self, seed: int) -> list[State]:
+        """All arms with one seed, to the end."""
+        seed_everything(seed)
+        for _ in self._trainings(seed):
+            pass
+        return [self.states[arm.name].pop() for arm in self.arms]
+
+    def _trainings(self, seed: int) -> Iterator[Training]:
+        reference: State | None = None
+        starts: Starts = {}
+        for arm in self.arms:
+            name = f"{file_name(arm)}-seed{seed}"
+            path, export = self.folder / "checkpoints" / f"{name}.pt", self.folder / "predictions" / f"{name}.csv"
+            replayed = reference if arm.replay else None
+            run = Run(arm, self.corpus, self.data, seed, path, self.resume, replayed, starts, self.patterns, export)
+            yield from [Training(arm, seed, record) for record in run.state.records]
+            yield from (Training(arm, seed, state.records[-1]) for state in run.rounds())
+            self.states[arm.name].append(run.state)
+            reference = reference or run.state
 
     def describe(self, training: Training) -> str:
         """A line for a log."""

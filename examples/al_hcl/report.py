@@ -11,6 +11,7 @@ import numpy as np
 from examples.msa import plots
 from examples.msa.baselines import fill, fit_ridge
 from examples.msa.metrics import evaluate, mean_interval
+from examples.msa.protocols import add_checkpoints, add_patterns
 from examples.msa.report import Report, Section
 
 from .arms import ALL_LABELS, RANDOM, REFERENCE
@@ -48,6 +49,9 @@ def build_report(experiment: Experiment, run: dict[str, Any]) -> Report:
     names = [a.name for a in experiment.arms if a.selection.rounds and a.name not in (REFERENCE, RANDOM)]
     if names:
         _ablation(report.section("Ablations"), experiment, summary, names)
+    last = {name: [state.records[-1] for state in states] for name, states in experiment.states.items()}
+    add_checkpoints(report, experiment.metrics, last)
+    add_patterns(report, experiment.metrics, last)
     _selected(report.section("Selected samples"), experiment)
     _maps(report.section("Embeddings"), experiment)
     _times(report.section("Time per stage"), summary)

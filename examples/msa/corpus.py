@@ -229,17 +229,17 @@ class Corpus:
 
         Returns:
             Per modality two float32 arrays ``[d]``; the second is 0 for columns without spread. Both are 0 for a
-            modality that no utterance has.
+            modality that is observed nowhere while others are.
 
         Raises:
-            ValueError: A modality that some utterance has is never observed in the train part and is not skipped.
+            ValueError: A modality that is observed somewhere is so in no train row, and is not skipped.
         """
         seen = self.available if observed is None else self.available & observed
         found = {}
         for m, (name, x) in enumerate(self.features.items()):
             if name in skip:
                 continue
-            if not self.available[:, m].any():
+            if not seen[:, m].any() and (seen.any() or not self.available[:, m].any()):
                 found[name] = np.zeros(x.shape[-1], np.float32), np.zeros(x.shape[-1], np.float32)
                 continue
             rows = np.flatnonzero((self.split == TRAIN) & seen[:, m])

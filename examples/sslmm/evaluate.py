@@ -72,17 +72,19 @@ class Grid:
     def run(self, cells: Sequence[Cell]) -> Iterator[dict[str, Any]]:
         """Results of the cells in order; each is written as soon as it is known."""
         with sole_user(self.folder):
-            remove_temporaries(self.folder)
+            for folder in (self.folder, self.folder.parent, self.tests.predictions, self.tests.masks):
+                if folder is not None:
+                    remove_temporaries(folder)
             yield from spread(self.cell, cells, self.jobs, self.folder)
 
     def cell(self, cell: Cell) -> dict[str, Any]:
         """The result of one cell, from the folder or computed and put there."""
-        file = self.folder / f"{cell.id}.json"
+        file, checkpoint = self.folder / f"{cell.id}.json", self.folder / f"{cell.id}.pt"
         if not file.exists():
-            checkpoint = self.folder / f"{cell.id}.pt"
             result = run_cell(self.corpus, cell, self.config, self.device, checkpoint, self.resume, self.tests)
             write_atomic(file, to_json(result))
-            checkpoint.unlink(missing_ok=True)
+        # Also what a run left that was killed between the two.
+        checkpoint.unlink(missing_ok=True)
         return json.loads(file.read_text())
 
 

@@ -9,7 +9,8 @@ import numpy as np
 
 from examples.msa import plots
 from examples.msa.corpus import Corpus
-from examples.msa.metrics import mean_interval
+from examples.msa.metrics import REPORTED, mean_interval
+from examples.msa.protocols import add_checkpoints, add_patterns
 from examples.msa.report import Report
 
 from .evaluate import METHODS, area_over_rates, column, compare
@@ -70,7 +71,16 @@ def build(
             _curves(report, results, rates, share, complete)
         if 0 < rate in rates and 0 in rates:
             _cost(report, results, rate, share, complete)
+    at_point = {m: _runs(results, m, rate, share) for m in methods}
+    add_checkpoints(report, REPORTED[corpus.family], at_point)
+    add_patterns(report, metrics, at_point)
     return report
+
+
+def _runs(results: Sequence[dict[str, Any]], method: str, rate: float, share: float) -> list[dict[str, Any]]:
+    """Results of a method at one point."""
+    wanted = {"method": method, "rate": rate, "share": share}
+    return [r for r in results if all(r["cell"][k] == v for k, v in wanted.items())]
 
 
 def _complete(results: Sequence[dict[str, Any]], method: str, rates: Sequence[float], share: float) -> bool:
