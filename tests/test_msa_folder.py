@@ -174,6 +174,19 @@ def test_what_an_array_file_lacks_is_named(tmp_path, changes, kwargs, message):
     assert "any.npz" in str(e.value)
 
 
+def test_a_value_that_is_not_finite_has_its_row_in_the_file(tmp_path):
+    x = np.ones((12, 4))
+    x[8, 3] = np.nan
+    split = np.repeat([-1, 0, 1, 2], 3)
+    with pytest.raises(ValueError, match=r"row 8, column 3"):
+        load(any_npz(tmp_path, lexical=x, split=split))
+    values = np.random.default_rng(0).standard_normal((N, 4))
+    values[3, 1] = np.inf
+    path = folder(tmp_path, TABLE.replace("a_0,a,0,train", "a_0,a,0,unused"), text=values)
+    with pytest.raises(ValueError, match=r"row 3, column 1"):
+        load(path)
+
+
 def test_describe_prints_what_was_read(tmp_path, capsys):
     root = streams(True, True)
     root["train"]["regression_labels"][0] = np.nan
@@ -201,14 +214,14 @@ def test_describe_refuses_and_repairs_as_the_systems_do(tmp_path, capsys):
 
 
 @pytest.mark.parametrize("out", ["open", "copy.npz"])
-@pytest.mark.parametrize("source", ["aligned", "streams", "npz", "folder"])
+@pytest.mark.parametrize("source", ["aligned", "streams", "back", "npz", "folder"])
 def test_what_is_converted_is_read_as_it_was(tmp_path, out, source, capsys):
     if source == "npz":
         path = any_npz(tmp_path)
     elif source == "folder":
         path = folder(tmp_path)
     else:
-        root = mmsa() if source == "aligned" else streams(True, False)
+        root = mmsa() if source == "aligned" else streams(source == "streams", False)
         root["train"]["vision"][1] = 0
         root["test"]["regression_labels"][0] = np.nan
         path = write(tmp_path, root)

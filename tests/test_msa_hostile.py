@@ -89,6 +89,19 @@ def test_what_is_shared_within_reason_is_read(tmp_path):
     assert read[:8] == [value] * 8 and plain(read[9]).tolist() == [0, 1, 2]
 
 
+def test_types_that_are_not_read_matter_only_where_they_are_wanted(tmp_path):
+    root = mmsa(n=(2, 2, 2))
+    odd = [np.zeros(2, "M8[s]"), np.zeros(2, complex), np.zeros(2, [("a", "f4")]), np.datetime64(0, "s")]
+    root["train"]["odd"] = odd
+    (tmp_path / "x.pkl").write_bytes(pickle.dumps(root))
+    assert len(load(tmp_path / "x.pkl")) == 6
+    for array in odd[:3]:
+        root["train"]["audio"] = array
+        (tmp_path / "x.pkl").write_bytes(pickle.dumps(root))
+        with pytest.raises(ValueError, match=r"x\.pkl, split 'train': 'audio' is no array of numbers"):
+            load(tmp_path / "x.pkl")
+
+
 def test_unwanted_arrays_stay_in_the_file(tmp_path):
     root = {"wanted": np.arange(4.0), "other": np.zeros(1 << 22, np.float32)}
     for protocol in (2, 4, 5):

@@ -80,16 +80,30 @@ def test_a_row_that_fits_both_ends_follows_the_others():
     assert back.masks["a"][3].tolist() == [True, True, True, False] and not back.front
 
 
-@pytest.mark.parametrize(("values", "length", "mask"), [
-    ([1, 1, 1, 0], 2, [1, 1, 1, 0]),
-    ([0, 1, 1, 1], 2, [0, 1, 1, 1]),
-    ([1, 1, 1, 1], 2, [1, 1, 0, 0]),
-    ([1, 1, 0, 0], 0, [1, 1, 0, 0]),
+@pytest.mark.parametrize(("values", "length", "own", "words"), [
+    ([1, 1, 1, 0], 2, [1, 1, 1, 0], [1, 1, 0, 0]),
+    ([0, 1, 1, 1], 2, [0, 1, 1, 1], [0, 1, 1, 1]),
+    ([0, 1, 1, 0], 1, [0, 1, 1, 0], [0, 1, 1, 0]),
+    ([1, 1, 1, 1], 2, [1, 1, 0, 0], [1, 1, 0, 0]),
+    ([1, 1, 0, 0], 0, [1, 1, 0, 0], [1, 1, 0, 0]),
 ])  # fmt: skip
-def test_values_beyond_their_length_are_counted(values, length, mask):
+def test_values_beyond_their_length_are_counted(values, length, own, words):
     x = np.array(values, np.float32).reshape(1, 4, 1)
-    found = masks_of({"a": x}, {"a": np.array([length])})
-    assert found.masks["a"][0].astype(int).tolist() == mask and found.contradicted == {"a": 1}
+    for found, mask in (
+        (masks_of({"a": x}, {"a": np.array([length])}), own),
+        (masks_of({"a": x}, {}, np.arange(4)[None] < length), words),
+    ):
+        assert found.masks["a"][0].astype(int).tolist() == mask
+        dropped = mask < values
+        assert (found.cut, found.kept) == (({"a": 1}, {}) if dropped else ({}, {"a": 1}))
+
+
+def test_values_behind_the_last_word_do_not_cost_the_alignment(tmp_path):
+    root = streams(False, True)
+    size = int(root["train"]["text_bert"][0, 1].sum())
+    root["train"]["audio"][0, size] = 1
+    c = load(write(tmp_path, root), pooled=False)
+    assert c.aligned and any(n.startswith("audio: the values of 1 of 70 utterances reach beyond") for n in c.notes)
 
 
 def test_contradictions_are_noted_with_their_count(tmp_path):

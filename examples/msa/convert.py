@@ -71,6 +71,7 @@ def arrays(corpus: Corpus) -> dict[str, np.ndarray]:
     if corpus.media is not None:
         result["media"] = corpus.media.astype(str)
     result["family"] = np.array(corpus.family)
+    result["aligned"] = np.array(corpus.aligned)
     result["notes"] = np.array(corpus.notes, dtype=str)
     return result
 
@@ -97,4 +98,6 @@ def _write_folder(corpus: Corpus, out: Path) -> None:
             np.savez(out / f"{m}.npz", features=x, present=there, **mask)
         else:
             np.save(out / f"{m}.npy", x)
-    (out / FACTS).write_text(to_json({"family": corpus.family, "notes": corpus.notes}), encoding="utf-8")
+    (out / FACTS).write_text(
+        to_json({"family": corpus.family, "aligned": corpus.aligned, "notes": corpus.notes}), encoding="utf-8"
+    )

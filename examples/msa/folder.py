@@ -81,7 +81,7 @@ def load_folder(
             masks[name] = mask[rows]
         present[name] = there[rows]
     features, found, available, aligned = intake.features(
-        str(path), values, (split == TRAIN)[rows], lengths, None, masks, present
+        str(path), values, (split == TRAIN)[rows], lengths, None, masks, present, rows
     )
     names = columns.get("video")
     order: dict[str, int] = {}
@@ -151,11 +151,12 @@ def _facts(path: Path, intake: Intake) -> None:
         with file.open("rb") as f:
             facts = json.loads(f.read(MAX_FACTS))
         family, notes = facts["family"], facts["notes"]
-        if family not in LABEL_RANGE or not all(isinstance(n, str) for n in notes):
-            raise ValueError("no family or no notes")
+        aligned = facts["aligned"]
+        if family not in LABEL_RANGE or not all(isinstance(n, str) for n in notes) or not isinstance(aligned, bool):
+            raise ValueError("other values than it has")
     except (ValueError, KeyError, TypeError, RecursionError) as e:
         raise ValueError(f"{file}: not the facts that convert writes ({e}); remove the file to do without") from e
-    intake.stored_family = family
+    intake.stored_family, intake.stored_aligned = family, aligned
     intake.notes += notes
 
 

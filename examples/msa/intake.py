@@ -66,6 +66,7 @@ class Intake:
         means: Column means of the train part, where values are to be repaired.
         kinds: Dimensions of each modality, alike in all parts.
         stored_family: The family, where the file itself names it.
+        stored_aligned: False where the file itself says that its sequences are not aligned.
     """
 
     path: Path
@@ -79,6 +80,7 @@ class Intake:
     means: dict[str, np.ndarray] = field(default_factory=dict)
     kinds: dict[str, int] = field(default_factory=dict)
     stored_family: str | None = None
+    stored_aligned: bool | None = None
 
     def features(
         self,
@@ -89,6 +91,7 @@ class Intake:
         words: np.ndarray | None = None,
         masks: dict[str, np.ndarray] | None = None,
         available: dict[str, np.ndarray] | None = None,
+        rows: np.ndarray | None = None,
     ) -> tuple[dict[str, np.ndarray], dict[str, np.ndarray], dict[str, np.ndarray], bool]:
         """Check, repair, mask and pool the features of a part.
 
@@ -100,6 +103,7 @@ class Intake:
             words: Mask of the words, see :func:`examples.msa.streams.masks_of`.
             masks: Masks that the file itself holds; these are taken as they are.
             available: Rows that have the modality, where the file says it.
+            rows: Number of each row in the file, where some are left out.
 
         Returns:
             Features, masks, and rows that have the modality; and whether the sequences are aligned.
@@ -113,11 +117,11 @@ class Intake:
         given, present = masks or {}, available or {}
         n = len(train)
         there = {m: present.get(m, np.ones(n, bool)) for m in values}
-        checked = {m: self._finite(where, m, x, train & there[m], there[m]) for m, x in values.items()}
+        checked = {m: self._finite(where, m, x, train & there[m], there[m], rows) for m, x in values.items()}
         sequences = {m: x for m, x in checked.items() if x.ndim == 3}
         found = masks_of({m: x for m, x in sequences.items() if m not in given}, lengths, words)
         found.masks |= {m: mask for m, mask in given.items() if m in sequences}
-        for kind, counted in (("front", found.front), ("beyond", found.contradicted)):
+        for kind, counted in (("front", found.front), ("kept", found.kept), ("cut", found.cut)):
             for m, count in counted.items():
                 self.counts[kind, m] += count
         if found.apart:
@@ -143,7 +147,9 @@ class Intake:
                     checked[m], found.masks[m], aligned = x[:, None], np.ones((n, 1), bool), False
         return checked, found.masks, there, aligned
 
-    def _finite(self, where: str, name: str, x: np.ndarray, train: np.ndarray, there: np.ndarray) -> np.ndarray:
+    def _finite(
+        self, where: str, name: str, x: np.ndarray, train: np.ndarray, there: np.ndarray, rows: np.ndarray | None
+    ) -> np.ndarray:
         bad = ~np.isfinite(x)
         if not there.all():
             bad[~there] = False
@@ -154,8 +160,9 @@ class Intake:
             return x
         count = int(bad.sum())
         if not self.repair:
-            place = np.argwhere(bad)[0].tolist()
-            at = f"row {place[0]}, " + (f"step {place[1]}, " if x.ndim == 3 else "") + f"column {place[-1]}"
+            row, *others = np.argwhere(bad)[0].tolist()
+            step = f"step {others[0]}, " if x.ndim == 3 else ""
+            at = f"row {row if rows is None else rows[row]}, {step}column {others[-1]}"
             raise ValueError(
                 f"{where}: {name!r} holds {count} values that are not finite, the first in {at} (counted from 0); "
                 "--repair replaces them by the means of the train part"
@@ -165,7 +172,7 @@ class Intake:
         lost = bad.all(-1, keepdims=True)
         return np.where(bad, np.where(lost, np.float32(0), self.means[name]), x)
 
-    def corpus(self, parts: Sequence[Part], name: str | None = None, aligned: bool | None = None) -> Corpus:
+    def corpus(self, parts: Sequence[Part], name: str | None = None) -> Corpus:
         """The corpus of all parts.
 
         Raises:
@@ -209,7 +216,7 @@ class Intake:
             utterance_ids=np.array(found.names, dtype=str)[order],
             masks=masks,
             available=available,
-            aligned=bool(masks) and (all(p.aligned for p in parts) if aligned is None else aligned),
+            aligned=bool(masks) and all(p.aligned for p in parts) and self.stored_aligned is not False,
             notes=tuple(self.notes + found.notes + ([family.note] if family.note else [])),
             clips=found.numbers(order, video_ptr),
             videos=None if names is None else np.array([names[i] for i in order[video_ptr[:-1]]], dtype=object),
@@ -238,8 +245,10 @@ class Intake:
         for (kind, m), count in self.counts.items():
             self.notes.append({
                 "front": f"{m}: {count} of {n} utterances are padded at the front; the mask follows the data",
-                "beyond": f"{m}: the values of {count} of {n} utterances reach beyond the length that the file gives; "
-                "where they end before the sequence does they count as data, else the length decides",
+                "kept": f"{m}: the values of {count} of {n} utterances reach beyond the length that the file gives; "
+                "they count as data",
+                "cut": f"{m}: the values of {count} of {n} utterances reach beyond the length that the file gives; "
+                "they are left out",
                 "apart": "the modalities are padded at different ends: steps of equal number belong to different words",
                 "empty": f"{m}: {count} of {n} utterances are all zeros: read as missing",
                 "lost": f"{count} of {n} utterances lack every modality",

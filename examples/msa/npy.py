@@ -111,8 +111,10 @@ class Archive:
         self.path = path
         self.left = FREE_BYTES + MAX_RATIO * path.stat().st_size
         self.headers: dict[str, Header] = {}
-        with _named(path, ".npz"), zipfile.ZipFile(path) as archive:
-            self.members = {i.filename[: -len(".npy")]: i for i in archive.infolist() if i.filename.endswith(".npy")}
+        with _named(path, ".npz"):
+            # It stays open: its directory may be long, and is read once.
+            self.file = zipfile.ZipFile(path)
+            self.members = {i.filename[: -len(".npy")]: i for i in self.file.infolist() if i.filename.endswith(".npy")}
 
     def __contains__(self, key: object) -> bool:
         return key in self.members
@@ -146,11 +148,11 @@ class Archive:
 
     @contextmanager
     def _open(self, key: str) -> Iterator[IO[bytes]]:
-        with _named(self.path, ".npz"), zipfile.ZipFile(self.path) as archive:
+        with _named(self.path, ".npz"):
             info = self.members[key]
             if info.compress_type not in (zipfile.ZIP_STORED, zipfile.ZIP_DEFLATED) or info.flag_bits & 1:
                 raise NotPlain(f"{key[:80]!r} is packed or locked in a way that NumPy does not use")
-            with archive.open(info) as f:
+            with self.file.open(info) as f:
                 yield f
 
 

@@ -3,7 +3,7 @@
 Documented keys, ``N`` utterances: features (any other name) ``[N, d]`` or ``[N, L, d]``; ``label`` ``[N]``; ``split``
 ``[N]`` (0, 1, 2, or -1 for rows to leave out); ``utt_id`` ``[N]``; ``video_index`` ``[N]`` or ``video_id`` ``[N]`` or
 ``[V]``; ``clip_id`` ``[N]``; ``transcript`` and ``media`` ``[N]``; and for a feature ``x`` its ``x_mask`` ``[N, L]``,
-``x_lengths`` ``[N]`` and ``x_present`` ``[N]``. ``family`` and ``notes`` are what ``convert`` adds.
+``x_lengths`` ``[N]`` and ``x_present`` ``[N]``. ``family``, ``aligned`` and ``notes`` are what ``convert`` adds.
 """
 
 from __future__ import annotations
@@ -187,6 +187,8 @@ def _facts(intake: Intake, archive: Archive) -> None:
         if family not in LABEL_RANGE:
             raise ValueError(f"{archive.path}: 'family' must be one of {sorted(LABEL_RANGE)}, got {family[:40]!r}")
         intake.stored_family = family
+    if "aligned" in archive:
+        intake.stored_aligned = bool(np.all(_number(archive, "aligned")))
     if "notes" in archive:
         notes = _get(archive, "notes")
         intake.notes += texts(str(archive.path), "notes", notes, notes.size)
@@ -233,8 +235,9 @@ def _corpus(
             if not ((lengths[m] >= 0) & (lengths[m] <= x.shape[1])).all():
                 raise ValueError(f"{where}: '{key}_lengths' must hold {n} numbers in [0, {x.shape[1]}]")
     features, masks, available, aligned = intake.features(
-        where, {m: x[rows] for m, (_, x) in values.items()}, (split == TRAIN)[rows], lengths, None, masks, present
-    )
+        where, {m: x[rows] for m, (_, x) in values.items()}, (split == TRAIN)[rows], lengths, None, masks, present,
+        rows,
+    )  # fmt: skip
 
     def entries(key: str, read: Any) -> list[Any] | None:
         if key not in archive:

@@ -42,8 +42,8 @@ def _frombuffer(data: Any, dtype: Any, shape: Any, order: Any) -> StoredArray:
 def _scalar(dtype: Any, data: Any) -> Any:
     if not isinstance(dtype, StoredDType):
         refuse("a NumPy number without a type")
-    if dtype.dtype.kind == "O":
-        return data
+    if dtype.dtype is None or dtype.dtype.kind == "O":
+        return None
     array = StoredArray()
     array.fill((1,), dtype, False, data)
     return array.value[0]

@@ -10,7 +10,6 @@ from typing import Any, NoReturn
 
 import numpy as np
 
-_KINDS = "biufUSO"
 _SPEC = re.compile(r"[<>=|]?(\?|[biufUSO]\d{0,6}|bool|u?int\d{1,2}|float\d{2}|object|str)")
 # Files hold no more dimensions than this: text_bert has three.
 _MAX_DIMENSIONS = 8
@@ -57,19 +56,19 @@ class LongText:
 
 
 class StoredDType:
-    """The element type of arrays: numbers, texts or objects, nothing structured."""
+    """The element type of arrays: numbers, texts or objects. Others (times, records) are None: arrays of them are no
+    fault of the file, but cannot be read."""
 
     def __init__(self, spec: Any, align: Any = False, copy: Any = False) -> None:
-        if not isinstance(spec, str) or not _SPEC.fullmatch(spec):
-            refuse(f"arrays of type {str(spec)[:40]!r}, which are not read")
-        self.dtype = np.dtype(spec)
-        if self.dtype.kind not in _KINDS:
-            refuse(f"arrays of type {spec!r}, which are not read")
+        known = isinstance(spec, str) and _SPEC.fullmatch(spec)
+        self.dtype = np.dtype(spec) if known else None
 
     def set_state(self, state: Any) -> None:
-        if not isinstance(state, tuple) or len(state) < 5 or any(part is not None for part in state[2:5]):
-            refuse("structured arrays, which are not read")
-        if state[1] in ("<", ">"):
+        if not isinstance(state, tuple) or len(state) < 5:
+            refuse("a type with an odd state")
+        if any(part is not None for part in state[2:5]):
+            self.dtype = None
+        if self.dtype is not None and state[1] in ("<", ">"):
             self.dtype = self.dtype.newbyteorder(state[1])
 
 
@@ -93,6 +92,8 @@ class StoredArray:
         if not isinstance(dtype, StoredDType):
             refuse("an array without a type")
         self.dtype, self.order, self.data = dtype.dtype, "F" if fortran else "C", data
+        if self.dtype is None:
+            return
         if self.dtype.kind == "O":
             if not isinstance(data, list):
                 refuse("an object array without a list of objects")
@@ -119,7 +120,7 @@ class StoredArray:
     def value(self) -> np.ndarray:
         """The array, built anew: a copy, as the file's memory is read-only."""
         if self.shape is None:
-            refuse("an array without a state")
+            refuse("an array without a state, or of a type that is not read")
         if self.dtype.kind == "O":
             flat = np.empty(len(self.data), dtype=object)
             flat[:] = self.data

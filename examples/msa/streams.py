@@ -19,14 +19,16 @@ class Masks:
         masks: bool ``[N, L_m]`` of each modality.
         aligned: Step ``l`` belongs to the same word in every modality.
         front: Utterances of each modality that are padded at the front though lengths were given.
-        contradicted: Utterances of each modality whose values reach beyond the length given.
+        kept: Utterances of each modality whose values reach beyond the length given, and count as data.
+        cut: Utterances of each modality whose values reach beyond the length given, and are left out.
         apart: The modalities have equal lengths, but are padded at different ends.
     """
 
     masks: dict[str, np.ndarray]
     aligned: bool
     front: dict[str, int] = field(default_factory=dict)
-    contradicted: dict[str, int] = field(default_factory=dict)
+    kept: dict[str, int] = field(default_factory=dict)
+    cut: dict[str, int] = field(default_factory=dict)
     apart: bool = False
 
 
@@ -42,8 +44,8 @@ def masks_of(features: dict[str, np.ndarray], lengths: dict[str, np.ndarray], wo
     Returns:
         For each utterance: where values lie within the length from the start, that mask; where they lie within it
         from the end, that one; where an utterance could be either, the end that most of the others have. Values that
-        reach beyond the length at one end are data too; where they fill the whole sequence, only the length tells
-        data from padding. Zero steps between two others are data.
+        reach beyond the length are data too, but not where they fill the whole sequence (then only the length tells
+        data from padding) or run on behind the last word. Zero steps between two others are data.
     """
     spans = {m: _span(x) for m, x in features.items()}
     steps = {m: x.shape[1] for m, x in features.items()}
@@ -57,20 +59,20 @@ def masks_of(features: dict[str, np.ndarray], lengths: dict[str, np.ndarray], wo
             return result
     for m, (first, stop) in spans.items():
         own, size = lengths.get(m), steps[m]
-        if own is None and words is not None and words.shape[1] == size:
-            mask, front, beyond = _follow(first, stop, size, words.sum(1), words)
-            if m == "text":
-                # A language model gives values for padding too: they contradict nothing.
-                beyond = np.zeros_like(beyond)
-        elif own is not None:
-            mask, front, beyond = _follow(first, stop, size, own, None)
-        else:
-            mask, front, beyond = _between(first, stop, size), np.zeros(len(first), bool), np.zeros(len(first), bool)
+        borrowed = words is not None and own is None and words.shape[1] == size
+        if own is None and not borrowed:
+            result.masks[m] = _between(first, stop, size)
+            continue
+        mask, front, kept, cut = _follow(
+            first, stop, size, words.sum(1) if borrowed else own, words if borrowed else None
+        )
         result.masks[m] = mask
-        if front.any():
-            result.front[m] = int(front.sum())
-        if beyond.any():
-            result.contradicted[m] = int(beyond.sum())
+        if borrowed and m == "text":
+            # A language model gives values for padding too: they contradict nothing.
+            cut = np.zeros_like(cut)
+        for counts, rows in ((result.front, front), (result.kept, kept), (result.cut, cut)):
+            if rows.any():
+                counts[m] = int(rows.sum())
     if words is not None and not lengths and set(steps.values()) == {words.shape[1]}:
         result.aligned = all(np.array_equal(mask, words) for mask in result.masks.values())
         result.apart = bool(result.front) and not result.aligned
@@ -106,24 +108,23 @@ def _end(first: np.ndarray, stop: np.ndarray, size: int) -> int:
 
 def _follow(
     first: np.ndarray, stop: np.ndarray, size: int, length: np.ndarray, words: np.ndarray | None
-) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
-    """Mask of one modality, and which rows are padded at the front, and which reach beyond their length."""
-    zero = np.zeros_like(first)
+) -> tuple[np.ndarray, np.ndarray, np.ndarray, np.ndarray]:
+    """Mask of one modality; rows padded at the front; rows whose values beyond their length are kept, and are cut."""
+    start, end = np.zeros_like(first), np.full_like(first, size)
     there = stop > first
     back, front = there & (stop <= length), there & (first >= size - length)
+    beyond = there & ~back & ~front
     either = back & front
     mostly_front = int((front & ~back).sum()) > int((back & ~front).sum())
     back, front = (back & ~either, front) if mostly_front else (back, front & ~either)
-    beyond = there & ~back & ~front
-    full = beyond & (first == 0) & (stop == size) & (length > 0)
+    at_back = _between(start, length, size) if words is None else words
     # A length that was counted on words is not that of the stream: there the values alone say where it starts.
-    exact_front = _between(first if words is not None else np.where(front, size - length, first), zero + size, size)
-    exact_back = _between(zero, length, size) if words is None else words
-    from_data = _between(first, stop, size)
-    default = exact_front if mostly_front and words is None else exact_back
-    counted = _between(size - length, zero + size, size) if mostly_front and words is None else exact_back
-    mask = np.where(front[:, None], exact_front, np.where(back[:, None], exact_back, default))
-    mask = np.where((beyond & ~full)[:, None], from_data, mask)
-    mask = np.where(full[:, None], counted, mask)
-    padded_front = (front & (length < size)) | (beyond & ~full & (first > 0) & (stop == size))
-    return mask, padded_front, beyond
+    at_front = _between(size - length if words is None else first, end, size)
+    # What fills the whole sequence shows no padding, and what runs on behind the words belongs to none of them.
+    cut = beyond & (first == 0) & (length > 0) & ((stop == size) | (words is not None))
+    kept = beyond & ~cut
+    by_length = at_front if mostly_front and words is None else at_back
+    mask = np.where(front[:, None], at_front, np.where(back[:, None], at_back, by_length))
+    mask = np.where(kept[:, None], _between(first, stop, size), mask)
+    padded_front = (front & (length < size)) | (kept & (first > 0) & (stop == size))
+    return mask, padded_front, kept, cut
