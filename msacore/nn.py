@@ -8,12 +8,13 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from msacore._ranking import RankNContrast
 from msacore.ops.hierarchical_contrastive import hierarchical_contrastive_loss
 from msacore.ops.low_rank_fusion import low_rank_fusion
 from msacore.ops.matrix_fusion import ACTIVATIONS, matrix_fusion
 from msacore.ops.propagation import SEND, modality_mean, propagate, window_mean
 
-__all__ = ["AlternatingPropagation", "HierarchicalContrastiveLoss", "LowRankFusion", "MatrixFusion"]
+__all__ = ["AlternatingPropagation", "HierarchicalContrastiveLoss", "LowRankFusion", "MatrixFusion", "RankNContrast"]
 
 
 class MatrixFusion(nn.Module):

@@ -4,7 +4,7 @@ import pytest
 import torch
 
 import msacore
-from msacore.nn import LowRankFusion, MatrixFusion
+from msacore.nn import LowRankFusion, MatrixFusion, RankNContrast
 
 
 def test_matrix_fusion_module_is_the_operator_with_its_parameters() -> None:
@@ -63,3 +63,19 @@ def test_sizes_are_shown_and_bad_options_refused() -> None:
         MatrixFusion(6, 4, modalities=1)
     with pytest.raises(ValueError, match=r"`activation`.*'tanh'"):
         MatrixFusion(6, 4, activation="tanh")
+
+
+def test_rank_n_contrast_module_is_the_operator_and_can_learn_its_temperature() -> None:
+    embeddings, targets, mask = torch.randn(9, 4), torch.randint(0, 3, (9, 2)), torch.rand(9) < 0.8
+    expected = msacore.rank_n_contrast(embeddings, targets, temperature=0.5, mask=mask)
+    assert torch.equal(RankNContrast(0.5)(embeddings, targets, mask), expected)
+    module = RankNContrast(0.5, learn_temperature=True, dtype=torch.float64)
+    temperature = torch.tensor(0.5, dtype=torch.float64, requires_grad=True)
+    msacore.rank_n_contrast(embeddings, targets, temperature=temperature, mask=mask).backward()
+    module(embeddings, targets, mask).backward()
+    torch.testing.assert_close(module.log_temperature.grad, temperature.grad * 0.5)
+    assert [name for name, _ in module.named_parameters()] == ["log_temperature"]
+    assert not list(RankNContrast().parameters())
+    assert str(module) == "RankNContrast(temperature=0.5, learn_temperature=True)"
+    with pytest.raises(ValueError, match="`temperature` to be positive"):
+        RankNContrast(0.0)

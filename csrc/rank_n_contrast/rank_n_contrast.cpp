@@ -10,71 +10,73 @@
 #include <vector>
 
 #include "core/dtype.h"
-#include "cpu/gemm.h"
+#include "cpu/product.h"
+#include "rank_n_contrast/rank_n_contrast_centre.h"
+#include "rank_n_contrast/rank_n_contrast_labels.h"
 #include "rank_n_contrast/rank_n_contrast_rows.h"
 
 namespace msacore::rank_n_contrast::cpu {
-using namespace msacore::cpu;
 namespace {
 
 constexpr int64_t kTileElements = 1 << 19, kLeastTileRows = 32;
-constexpr int64_t kGrain = 16384;
 constexpr int64_t kRowsPerTask = 8;
 
-// The unmasked samples by rising target, NaN last.
-template <typename Target>
-struct Ranked {
-  std::vector<int64_t> sample;
-  std::vector<acc_t<Target>> target;
-
-  Ranked(const Target* targets, const bool* mask, int64_t count) {
-    sample.reserve(count);
-    for (int64_t i = 0; i < count; ++i)
-      if (!mask || mask[i]) sample.push_back(i);
-    std::stable_sort(sample.begin(), sample.end(), [&](int64_t a, int64_t b) {
-      const auto left = static_cast<acc_t<Target>>(targets[a]), right = static_cast<acc_t<Target>>(targets[b]);
-      return left < right || (left == left && right != right);
-    });
-    target.reserve(sample.size());
-    for (int64_t i : sample) target.push_back(static_cast<acc_t<Target>>(targets[i]));
-  }
-};
-
-// Their embeddings in that order, less the mean, which changes no distance and keeps the expanded squares accurate.
-// A last column of ones makes a product with them a row sum too.
-template <typename T>
+// The embeddings about their mean, which changes no distance and keeps the expanded squares accurate, in units of their
+// spread. A last column of ones makes a product with them a row sum too.
+template <typename T, typename A>
 struct Centred {
-  using A = acc_t<T>;
   const T* embeddings;
   const std::vector<int64_t>& sample;
-  int64_t n, width;
-  Tensor rows;  // [n, d + 1]
-  std::vector<A> square;
+  const Spread& spread;
+  int64_t n, width, padded;
+  double to_units;
+  Scratch memory;
+  A *rows, *square;  // [n, padded], [n]: far rows are zeros, of infinite square
 
-  Centred(const Tensor& source, const std::vector<int64_t>& sample)
-      : embeddings(source.const_data_ptr<T>()),
+  Centred(const T* embeddings, const std::vector<int64_t>& sample, const Spread& spread, int64_t width)
+      : embeddings(embeddings),
         sample(sample),
+        spread(spread),
         n(static_cast<int64_t>(sample.size())),
-        width(source.size(1)),
-        rows(torch::stable::new_empty(source, {n, width + 1}, acc_dtype(source.scalar_type()))),
-        square(n, 0) {
-    std::vector<double> mean(width, 0);
-    for (int64_t i : sample)
-      for (int64_t c = 0; c < width; ++c) mean[c] += static_cast<A>(embeddings[i * width + c]);
-    for (double& m : mean) m /= static_cast<double>(n);
-    A* out = rows.mutable_data_ptr<A>();
-    for (int64_t p = 0; p < n; ++p, out += width + 1) {
+        width(width),
+        padded(width + 1),
+        to_units(spread.to_units()),
+        rows(memory.take<A>(n * padded)),
+        square(memory.take<A>(n)) {
+    const std::vector<double> mean = mean_of_near();
+    for (int64_t p = 0; p < n; ++p) {
+      A* out = rows + p * padded;
+      square[p] = 0;
       for (int64_t c = 0; c < width; ++c) {
-        out[c] = static_cast<A>(original(p)[c]) - static_cast<A>(mean[c]);
+        out[c] = static_cast<A>(value(p, c) - mean[c]);
         square[p] += out[c] * out[c];
       }
       out[width] = 1;
+      if (!std::is_same_v<A, double> || !spread.is_far(p)) continue;
+      std::fill_n(out, width, A(0));
+      square[p] = std::numeric_limits<A>::infinity();
     }
   }
   const T* original(int64_t p) const { return embeddings + sample[p] * width; }
+  double value(int64_t p, int64_t c) const { return static_cast<acc_t<T>>(original(p)[c]) * to_units; }
+  Block<A> block() const { return {rows, n, padded, padded}; }
+
+ private:
+  std::vector<double> mean_of_near() const {
+    std::vector<double> mean(width, 0);
+    double count = 0;
+    for (int64_t p = 0; p < n; ++p) {
+      if (!(spread.norm[p] <= kMeanReach * spread.median)) continue;
+      for (int64_t c = 0; c < width; ++c) mean[c] += value(p, c);
+      ++count;
+    }
+    for (double& m : mean) m /= std::max(count, 1.0);
+    return mean;
+  }
 };
 
-// Two samples so close that their term of the gradient is added as a difference, not through the products.
+// Two samples whose term of the gradient is added as a difference, not through the products: they are so close that
+// products cancel, or one is far.
 template <typename A>
 struct NearPair {
   int64_t other;
@@ -82,22 +84,25 @@ struct NearPair {
 };
 
 // Walks over tiles of anchors. A tile holds a row per anchor: products, then distances, then factors of the gradient.
-template <typename T, typename Target>
+template <typename T, typename A>
 class Sweep {
-  using A = acc_t<T>;
-
  public:
-  Sweep(const Tensor& embeddings, const Ranked<Target>& ranked, double temperature)
-      : pool_(embeddings, ranked.sample),
-        target_(ranked.target.data()),
-        inverse_temperature_(static_cast<A>(1 / temperature)),
+  Sweep(const Problem& problem, const Labels& labels, const Spread& spread, double temperature)
+      : pool_(problem.embeddings.const_data_ptr<T>(), labels.sample(), spread, problem.width),
+        labels_(labels),
+        begin_(std::min(problem.anchor_begin, pool_.n)),
+        end_(std::min(problem.anchor_end, pool_.n)),
+        temperature_(temperature),
+        // The largest finite slope stands for those beyond, which have no finite result.
+        slope_(static_cast<A>(std::min(std::ldexp(1 / temperature, spread.exponent), 1e300))),
         tile_rows_(std::min(pool_.n, std::max(kLeastTileRows, kTileElements / pool_.n))),
-        tile_(torch::stable::new_empty(pool_.rows, {tile_rows_, pool_.n})) {}
+        tile_(memory_.take<A>(tile_rows_ * pool_.n)) {}
 
+  // Σ of the anchors' losses.
   double loss() {
-    std::vector<double> losses(pool_.n);
+    std::vector<double> losses(pool_.n, 0);
     for_anchors(
-        [&](int64_t self, A* distance, Row<A>& row) {
+        [&](int64_t self, int64_t, A* distance, Row<A>& row) {
           const std::optional<Similarities> below = prepare(self, distance, row);
           losses[self] = below ? below->fall + sums(row, *below) : std::numeric_limits<double>::quiet_NaN();
         },
@@ -105,68 +110,86 @@ class Sweep {
     return std::accumulate(losses.begin(), losses.end(), 0.0);
   }
 
-  // `scale` times the gradient of loss(), into the rows of the samples.
-  void gradient(A scale, T* out) {
-    const int64_t n = pool_.n, padded = pool_.width + 1;
+  // `scale` times the gradient of loss(), into the rows of the samples; returns that of the temperature.
+  double gradient(double scale, T* out) {
+    const int64_t n = pool_.n, padded = pool_.padded;
     // Per sample Σ a (e_other - mean) and, in the last column, Σ a, over both ends of each pair's factor a.
-    Tensor sum = torch::stable::new_zeros(pool_.rows, {n, padded});
-    Tensor product = torch::stable::new_empty(pool_.rows, {n, padded});
-    A* sums = sum.mutable_data_ptr<A>();
+    A* sums = memory_.take<A>(n * padded);
+    std::fill_n(sums, n * padded, A(0));
     std::vector<std::vector<NearPair<A>>> near(tile_rows_);
+    std::vector<double> of_temperature(n, 0);
     for_anchors(
-        [&](int64_t self, A* distance, Row<A>& row) {
-          factors(self, distance, row, -scale * inverse_temperature_, near[self % tile_rows_]);
+        [&](int64_t self, int64_t i, A* distance, Row<A>& row) {
+          of_temperature[self] = factors(self, distance, row, static_cast<A>(-scale / temperature_), near[i]);
         },
         [&](int64_t first, int64_t count) {
-          const Tensor tile = torch::stable::narrow(tile_, 0, 0, count);
-          Tensor of_anchors = torch::stable::narrow(product, 0, 0, count);
-          mm_out(of_anchors, tile, pool_.rows);
-          add(sums + first * padded, of_anchors.const_data_ptr<A>(), count * padded);
-          mm_out(product, torch::stable::transpose(tile, 0, 1), torch::stable::narrow(pool_.rows, 0, first, count));
-          add(sums, product.const_data_ptr<A>(), n * padded);
+          const Block<A> tile{tile_, count, n, n}, all{sums, n, padded, padded};
+          multiply(all.rows_from(first, count), constant(tile), constant(pool_.block()), true);
+          multiply(all, constant(tile.transposed()), constant(pool_.block().rows_from(first, count)), true);
           add_near(first, count, near, sums);
         });
-    const A* rows = pool_.rows.template const_data_ptr<A>();
-    for (int64_t p = 0; p < n; ++p, rows += padded, sums += padded)
+    for (int64_t p = 0; p < n; ++p) {
+      const A *row = pool_.rows + p * padded, *sum = sums + p * padded;
       for (int64_t c = 0; c < pool_.width; ++c)
-        out[pool_.sample[p] * pool_.width + c] = static_cast<T>(sums[pool_.width] * rows[c] - sums[c]);
+        out[pool_.sample[p] * pool_.width + c] = static_cast<T>(sum[pool_.width] * row[c] - sum[c]);
+    }
+    const double sum = std::accumulate(of_temperature.begin(), of_temperature.end(), 0.0);
+    return scale * sum * slope_ / temperature_;
   }
 
  private:
-  // on_anchor(self, its row of the tile, scratch) for every anchor, in parallel; on_tile(first, count) after each tile.
+  // on_anchor(self, its place in the tile, its row of the tile, working memory) for every anchor, in parallel;
+  // on_tile(first, count) after each tile.
   template <typename OnAnchor, typename OnTile>
   void for_anchors(OnAnchor&& on_anchor, OnTile&& on_tile) {
-    Tensor all = torch::stable::narrow(pool_.rows, 1, 0, pool_.width);
-    for (int64_t first = 0; first < pool_.n; first += tile_rows_) {
-      const int64_t count = std::min(tile_rows_, pool_.n - first);
-      Tensor products = torch::stable::narrow(tile_, 0, 0, count);
-      mm_out(products, torch::stable::narrow(all, 0, first, count), torch::stable::transpose(all, 0, 1));
-      A* tile = tile_.template mutable_data_ptr<A>();
+    const Block<const A> all = constant(pool_.block().columns(0, pool_.width));
+    for (int64_t first = begin_; first < end_; first += tile_rows_) {
+      const int64_t count = std::min(tile_rows_, end_ - first);
+      multiply(Block<A>{tile_, count, pool_.n, pool_.n},
+               {pool_.rows + first * pool_.padded, count, pool_.width, pool_.padded}, all.transposed());
       torch::stable::parallel_for(0, count, kRowsPerTask, [&](int64_t begin, int64_t end) {
         Row<A> row(pool_.n);
-        for (int64_t i = begin; i < end; ++i) on_anchor(first + i, tile + i * pool_.n, row);
+        for (int64_t i = begin; i < end; ++i) on_anchor(first + i, i, tile_ + i * pool_.n, row);
       });
       on_tile(first, count);
     }
   }
 
-  // Turns products into distances and fills the scratch; nothing where a label gap is no number.
+  // Turns products into distances and fills the working memory; nothing where a label gap is not a number.
   std::optional<Similarities> prepare(int64_t self, A* distance, Row<A>& row) const {
     const int64_t n = pool_.n;
     row.near.clear();
     distance[self] = -std::numeric_limits<A>::infinity();  // never near; it stands in for a neighbour below
-    if (distances(distance, pool_.square.data(), self, n) > 0)
+    if (distances(distance, pool_.square, self, n) > 0)
       for (int64_t j = 0; j < n; ++j)
-        if (distance[j] < 0) {
+        if (distance[j] < 0 && j != self) {
           row.near.push_back(static_cast<int32_t>(j));
-          distance[j] = distance_between(pool_.original(self), pool_.original(j), pool_.width);
+          distance[j] =
+              static_cast<A>(distance_between(pool_.original(self), pool_.original(j), pool_.width) * pool_.to_units);
         }
-    distance[self] = distance[self ? self - 1 : 1];
-    const Similarities below = exponentials(distance, inverse_temperature_, self, n, row.weight.data());
-    if (!is_narrow(below)) similarities_below_top(distance, inverse_temperature_, n, row.weight.data());
-    if (!label_gaps<Target>(target_, self, n, row.gap.data())) return std::nullopt;
-    merge_by_gap(row.gap.data(), self, n, row.order.data());
+    const int64_t neighbour = self ? self - 1 : 1;
+    distance[self] = distance[neighbour];
+    if (is_far(self)) {
+      row.offset.resize(n);
+      for (int64_t j = 0; j < n; ++j) row.offset[j] = offset(self, j == self ? neighbour : j, distance[j]);
+    }
+    const A* relative = offsets(self, distance, row);
+    const Similarities below = exponentials(relative, slope_, self, n, row.weight.data());
+    if (!is_narrow(below)) similarities_below_top(relative, slope_, n, row.weight.data());
+    if (!labels_.order(self, row.order)) return std::nullopt;
     return below;
+  }
+
+  bool is_far(int64_t self) const { return std::is_same_v<A, double> && pool_.spread.is_far(self); }
+  // Of a far anchor; its distances are only good for their own length, not for their differences.
+  A offset(int64_t self, int64_t j, A distance) const {
+    const Spread& spread = pool_.spread;
+    const double both = static_cast<double>(distance) / pool_.to_units + spread.norm[self];
+    return static_cast<A>(pool_.to_units * offset_from(pool_.original(self), pool_.original(j),
+                                                       pool_.original(spread.middle), pool_.width, 1 / both));
+  }
+  const A* offsets(int64_t self, const A* distance, const Row<A>& row) const {
+    return is_far(self) ? row.offset.data() : distance;
   }
 
   static bool is_narrow(const Similarities& below) { return below.range <= kNarrow<A>; }
@@ -175,109 +198,117 @@ class Sweep {
     return is_narrow(below) ? running_sums(row, pool_.n - 1) : running_logarithms(row, pool_.n - 1);
   }
 
-  // The row becomes a_j, with which e_self - e_j enters the gradient; near pairs go to the list and become 0.
-  void factors(int64_t self, A* distance, Row<A>& row, A scale, std::vector<NearPair<A>>& near) const {
+  // The row becomes a_j, with which e_self - e_j enters the gradient; near pairs go to the list and become 0. Returns
+  // Σ slope · distance.
+  double factors(int64_t self, A* distance, Row<A>& row, A scale, std::vector<NearPair<A>>& near) const {
     near.clear();
     const std::optional<Similarities> below = prepare(self, distance, row);
-    if (!below) return std::fill(distance, distance + pool_.n, std::numeric_limits<A>::quiet_NaN());
+    if (!below) {
+      std::fill_n(distance, pool_.n, std::numeric_limits<A>::quiet_NaN());
+      return std::numeric_limits<double>::quiet_NaN();
+    }
     sums(row, *below);
     is_narrow(*below) ? gradient_of_sums(row, pool_.n - 1) : gradient_of_logarithms(row, pool_.n - 1);
+    row.weight[self] = 0;
+    // Slopes add up to 0, so that distances from the nearest do.
+    const double sum = weighted_distances(row.weight.data(), offsets(self, distance, row), below->nearest, pool_.n);
     constexpr A kNoFactor = std::numeric_limits<A>::infinity();
     for (int32_t j : row.near) {
-      if (distance[j] > 0) near.push_back({j, scale * row.weight[j] / distance[j]});
+      if (distance[j] != 0) near.push_back({j, scale * row.weight[j] / distance[j]});
       distance[j] = kNoFactor;
     }
     distance[self] = kNoFactor;
     divide_by_distance(row.weight.data(), scale, distance, pool_.n);
+    return sum;
   }
 
   // A task owns columns, so that the order of the sums is fixed.
   void add_near(int64_t first, int64_t count, const std::vector<std::vector<NearPair<A>>>& near, A* sums) const {
-    const int64_t padded = pool_.width + 1;
+    const int64_t padded = pool_.padded;
     torch::stable::parallel_for(0, pool_.width, 32, [&](int64_t begin, int64_t end) {
       for (int64_t i = 0; i < count; ++i)
-        for (const NearPair<A>& pair : near[i]) {
-          const T *own = pool_.original(first + i), *other = pool_.original(pair.other);
-          A *to_own = sums + (first + i) * padded, *to_other = sums + pair.other * padded;
-          for (int64_t c = begin; c < end; ++c) {
-            const A term = pair.factor * (static_cast<A>(own[c]) - static_cast<A>(other[c]));
-            to_own[c] -= term;
-            to_other[c] += term;
-          }
-        }
+        for (const NearPair<A>& pair : near[i])
+          add_difference(pair.factor, pool_.to_units, pool_.original(first + i), pool_.original(pair.other), begin, end,
+                         sums + (first + i) * padded, sums + pair.other * padded);
     });
   }
 
-  static void add(A* to, const A* from, int64_t count) {
-    torch::stable::parallel_for(0, count, kGrain, [&](int64_t b, int64_t e) { add_range(to, from, b, e); });
-  }
-
-  Centred<T> pool_;
-  const acc_t<Target>* target_;
-  A inverse_temperature_;
+  Centred<T, A> pool_;
+  const Labels& labels_;
+  int64_t begin_, end_;
+  double temperature_;
+  A slope_;  // of similarities in units of the embeddings
   int64_t tile_rows_;
-  Tensor tile_;
+  Scratch memory_;
+  A* tile_;
 };
+
+double read_temperature(const char* op, const Problem& problem) {
+  if (!problem.learned_temperature) return problem.temperature;
+  const double value = *problem.learned_temperature->const_data_ptr<double>();
+  check_temperature(op, "temperature", value);
+  return value;
+}
 
 // Calls body(sweep, 1 / pairs) where there are pairs at all.
 template <typename T, typename Body>
-void with_sweep(const char* op, const Inputs& in, double temperature, Body&& body) {
-  dispatch_floating(in.targets.scalar_type(), op, [&](auto target_tag) {
-    using Target = typename decltype(target_tag)::type;
-    const Ranked<Target> ranked(in.targets.const_data_ptr<Target>(),
-                                in.mask ? in.mask->const_data_ptr<bool>() : nullptr, in.targets.size(0));
-    const double n = static_cast<double>(ranked.sample.size());
-    if (n < 2) return;
-    Sweep<T, Target> sweep(in.embeddings, ranked, temperature);
-    body(sweep, 1 / (n * (n - 1)));
-  });
+void with_sweep(const char* op, const Problem& problem, Body&& body) {
+  const double temperature = read_temperature(op, problem);
+  const std::unique_ptr<Labels> labels = labels_of(op, problem);
+  const double n = static_cast<double>(labels->count());
+  if (n < 2) return;
+  const Spread spread(problem.embeddings.const_data_ptr<T>(), labels->sample(), problem.width);
+  // Similarities, or slopes, beyond this could leave the numbers of float32.
+  const bool too_steep = !(std::max(spread.largest, 1.0) / temperature <= 0x1p100);
+  const double share = 1 / (n * (n - 1));
+  if (std::is_same_v<T, double> || too_steep || spread.any_far()) {
+    Sweep<T, double> sweep(problem, *labels, spread, temperature);
+    body(sweep, share);
+  } else {
+    Sweep<T, acc_t<T>> sweep(problem, *labels, spread, temperature);
+    body(sweep, share);
+  }
 }
 
-Tensor forward_cpu(const Tensor& embeddings, const Tensor& targets, const std::optional<Tensor>& mask,
-                   double temperature) {
-  constexpr const char* op = "rank_n_contrast";
-  const Inputs given{embeddings, targets, mask};
-  check_inputs(op, given, temperature);
-  const Inputs in = contiguous(given);
-  Tensor out = torch::stable::new_zeros(embeddings, {}, acc_dtype(embeddings.scalar_type()));
-  dispatch_floating(embeddings.scalar_type(), op, [&](auto tag) {
+void forward(const char* op, const Problem& problem, Tensor& out) {
+  torch::stable::zero_(out);
+  dispatch_floating(problem.embeddings.scalar_type(), op, [&](auto tag) {
     using T = typename decltype(tag)::type;
-    with_sweep<T>(op, in, temperature, [&](auto& sweep, double share) {
+    with_sweep<T>(op, problem, [&](auto& sweep, double share) {
       *out.mutable_data_ptr<acc_t<T>>() = static_cast<acc_t<T>>(share * sweep.loss());
     });
   });
-  return out;
 }
 
-Tensor backward_cpu(const Tensor& grad_out, const Tensor& embeddings, const Tensor& targets,
-                    const std::optional<Tensor>& mask, double temperature) {
-  constexpr const char* op = "rank_n_contrast_backward";
-  const Inputs given{embeddings, targets, mask};
-  const Sizes s = check_inputs(op, given, temperature);
-  check_gradient(op, given, grad_out);
-  const Inputs in = contiguous(given);
-  Tensor grad = torch::stable::new_zeros(embeddings, {s.samples, s.width});
-  dispatch_floating(embeddings.scalar_type(), op, [&](auto tag) {
+void backward(const char* op, const Problem& problem, const Tensor& grad_out, Tensor& grad_embeddings,
+              Tensor& grad_temperature) {
+  torch::stable::zero_(grad_embeddings);
+  torch::stable::zero_(grad_temperature);
+  dispatch_floating(problem.embeddings.scalar_type(), op, [&](auto tag) {
     using T = typename decltype(tag)::type;
-    using A = acc_t<T>;
-    with_sweep<T>(op, in, temperature, [&](auto& sweep, double share) {
-      sweep.gradient(static_cast<A>(*grad_out.const_data_ptr<A>() * share), grad.mutable_data_ptr<T>());
+    with_sweep<T>(op, problem, [&](auto& sweep, double share) {
+      const double of_temperature =
+          sweep.gradient(share * *grad_out.const_data_ptr<double>(), grad_embeddings.mutable_data_ptr<T>());
+      if (problem.learned_temperature) *grad_temperature.mutable_data_ptr<double>() = of_temperature;
     });
   });
-  return grad;
 }
+
+using Operators = RankOperators<forward, backward>;
 
 }  // namespace
 }  // namespace msacore::rank_n_contrast::cpu
 
 STABLE_TORCH_LIBRARY_FRAGMENT(msacore, m) {
-  m.def("rank_n_contrast(Tensor embeddings, Tensor targets, Tensor? mask, *, float temperature) -> Tensor");
   m.def(
-      "rank_n_contrast_backward(Tensor grad_out, Tensor embeddings, Tensor targets, Tensor? mask, *, float "
-      "temperature) -> Tensor");
+      "rank_n_contrast(Tensor embeddings, Tensor targets, Tensor? learned_temperature, Tensor? mask, *, float "
+      "temperature, int anchor_begin, int anchor_count) -> Tensor");
+  m.def(
+      "rank_n_contrast_backward(Tensor grad_out, Tensor embeddings, Tensor targets, Tensor? learned_temperature, "
+      "Tensor? mask, *, float temperature, int anchor_begin, int anchor_count) -> (Tensor, Tensor)");
 }
 
 STABLE_TORCH_LIBRARY_IMPL(msacore, CPU, m) {
-  m.impl("rank_n_contrast", TORCH_BOX(&msacore::rank_n_contrast::cpu::forward_cpu));
-  m.impl("rank_n_contrast_backward", TORCH_BOX(&msacore::rank_n_contrast::cpu::backward_cpu));
+  m.impl("rank_n_contrast", TORCH_BOX(&msacore::rank_n_contrast::cpu::Operators::rank_n_contrast));
+  m.impl("rank_n_contrast_backward", TORCH_BOX(&msacore::rank_n_contrast::cpu::Operators::rank_n_contrast_backward));
 }

@@ -1,12 +1,12 @@
-// Rank-N-Contrast on CUDA: checks, workspace and launches, in strips of anchors so that no N × N matrix exists.
+// Rank-N-Contrast on CUDA: workspace and launches, in strips of anchors so that no N × N matrix exists.
 #include <algorithm>
 
+#include "core/round.h"
 #include "cuda/scratch.cuh"
 #include "rank_n_contrast/rank_n_contrast.h"
 #include "rank_n_contrast/rank_n_contrast_scan.cuh"
 
 namespace msacore::rank_n_contrast::cuda {
-using namespace msacore::cuda;
 namespace {
 
 #ifdef __CUDACC__
@@ -15,52 +15,80 @@ constexpr int64_t kStripBytes = int64_t{256} << 20;
 constexpr int64_t kStripBytes = 64 << 10;  // little, so that small inputs already take several strips
 #endif
 
-unsigned tiles(int64_t count) { return static_cast<unsigned>((count + kTile - 1) / kTile); }
+unsigned tiles(int64_t count) { return static_cast<unsigned>(ceil_div(count, int64_t{kTile})); }
 
-// The samples in order, and room for a strip of anchors.
-template <typename T, typename Target>
+// The samples in order, and room for a strip of anchors. Distances are of type A in both of two types, float32 and
+// float64, of which the device chooses one: they share their memory.
+template <typename T>
 struct Workspace {
-  using A = acc_t<T>;
+  const char* op;
+  const Problem& problem;
+  cudaStream_t stream;
+  bool is_space;
   Ranked<T> ranked;
-  acc_t<Target>* target;
-  int64_t strip;
+  int64_t from, to, strip;  // anchors, in whole tiles
   Near near;
-  A *distances, *sums;
-  double *scans, *losses;
+  void* target;
+  double *rows, *square, *distances, *offsets, *numbers, *losses, *sums;
+  int *order, *group;
   Scratch scratch;
 
-  Workspace(const Inputs& in, const Sizes& s, bool backward, cudaStream_t stream)
-      : ranked(ranked_of(in, s)),
-        strip(strip_of(ranked)),
+  Workspace(const char* op, const Problem& problem, bool backward, cudaStream_t stream)
+      : op(op),
+        problem(problem),
+        stream(stream),
+        is_space(problem.labels != 1),
+        ranked(ranked_of(problem)),
+        from(problem.anchor_begin / kTile * kTile),
+        to(round_up(problem.anchor_end, int64_t{kTile})),
+        strip(strip_of(ranked, to - from)),
         near(near_of(ranked.padded, strip)),
-        scratch(in.embeddings, [&](Scratch& memory) {
+        scratch(problem.embeddings, [&](Scratch& memory) {
           memory.take(ranked.sample, ranked.count);
-          memory.take(target, ranked.count);
+          memory.take(ranked.norm, ranked.count);
           memory.take(ranked.mean, ranked.d);
-          memory.take(ranked.rows, ranked.padded * ranked.width);
-          memory.take(ranked.square, ranked.padded);
-          memory.take(ranked.unmasked, 1);
+          memory.take(ranked.state, 1);
+          int64_t* eight_bytes = nullptr;
+          memory.take(eight_bytes, is_space ? 0 : ranked.count);
+          target = eight_bytes;
+          const int64_t elements = ranked.padded * pool<double>().width;  // as wide as those of float32, or wider
+          memory.take(rows, elements);
+          memory.take(square, ranked.padded);
           memory.take(distances, strip * ranked.padded);
-          memory.take(scans, strip * ranked.padded * 2);
-          memory.take(losses, backward ? 0 : ranked.padded);
-          memory.take(sums, backward ? ranked.padded * ranked.width : 0);
+          memory.take(offsets, strip * ranked.padded);
+          memory.take(numbers, strip * ranked.padded * 4);
+          memory.take(losses, to - from);
+          memory.take(sums, backward ? elements : 0);
+          memory.take(order, is_space ? strip * ranked.padded : 0);
+          memory.take(group, is_space ? strip * ranked.padded : 0);
           memory.take(near.by_anchor, strip * near.samples);
           memory.take(near.by_sample, ranked.padded * near.anchors);
         }) {
-    const bool* const mask = in.mask ? in.mask->const_data_ptr<bool>() : nullptr;
-    launch(embedding_mean_kernel<T>, dim3((ranked.d + kWarp - 1) / kWarp), dim3(kMeanThreads), 0, stream, mask, ranked);
-    launch(rank_kernel<T, Target>, grid_for(ranked.padded, kThreads), dim3(kThreads), 0, stream,
-           in.targets.template const_data_ptr<Target>(), mask, ranked, target);
+    with_targets([&](auto tag) {
+      using Target = typename decltype(tag)::type;
+      launch(rank_kernel<T, Target>, grid_for(ranked.count, kThreads), dim3(kThreads), 0, stream,
+             is_space ? nullptr : problem.targets.template const_data_ptr<Target>(), data_or_null<bool>(problem.mask),
+             ranked, static_cast<Value<Target>*>(target));
+    });
+    for (const bool last : {false, true}) {
+      launch(norm_kernel<T>, grid_for(ranked.count, kWarps), dim3(kThreads), 0, stream, ranked);
+      launch(median_kernel, dim3(1), dim3(kMedianThreads), 0, stream, ranked.norm, ranked.state, last,
+             data_or_null<double>(problem.learned_temperature), problem.temperature, std::is_same_v<T, double>);
+    }
+    launch(embedding_mean_kernel<T>, dim3(static_cast<unsigned>(ceil_div(ranked.d, int64_t{kWarp}))),
+           dim3(kMeanThreads), 0, stream, ranked);
+    with_types([&](auto tag) {
+      using A = typename decltype(tag)::type;
+      launch(rows_kernel<T, A>, grid_for(ranked.padded, kWarps), dim3(kThreads), 0, stream, pool<A>());
+    });
   }
 
-  static Ranked<T> ranked_of(const Inputs& in, const Sizes& s) {
+  static Ranked<T> ranked_of(const Problem& problem) {
     Ranked<T> ranked{};
-    ranked.embeddings = in.embeddings.template const_data_ptr<T>();
-    ranked.count = s.samples;
-    ranked.padded = int64_t{tiles(s.samples)} * kTile;
-    ranked.d = s.width;
-    ranked.depth = (s.width + kPer16<A> - 1) / kPer16<A> * kPer16<A>;
-    ranked.width = ranked.depth + kPer16<A>;
+    ranked.embeddings = problem.embeddings.template const_data_ptr<T>();
+    ranked.count = problem.samples;
+    ranked.padded = int64_t{tiles(problem.samples)} * kTile;
+    ranked.d = problem.width;
     return ranked;
   }
 
@@ -71,94 +99,139 @@ struct Workspace {
     return near;
   }
 
-  static int64_t strip_of(const Ranked<T>& ranked) {
-    const int64_t bytes_per_tile = ranked.padded * kTile * (sizeof(A) + 2 * sizeof(double));
-    return std::min(ranked.padded, kTile * std::max<int64_t>(1, kStripBytes / bytes_per_tile));
+  static int64_t strip_of(const Ranked<T>& ranked, int64_t anchors) {
+    const int64_t bytes_per_tile = ranked.padded * kTile * 6 * static_cast<int64_t>(sizeof(double));
+    return std::min(anchors, kTile * std::max<int64_t>(1, kStripBytes / bytes_per_tile));
   }
 
-  // Calls body(first, anchors) for every strip, whose anchors are done with: losses or factors.
-  template <bool Backward, typename Body>
-  void for_strips(double temperature, const A* grad_out, cudaStream_t stream, Body&& body) {
-    for (int64_t first = 0; first < ranked.padded; first += strip) {
-      const int64_t size = std::min(strip, ranked.padded - first);
-      launch(distance_kernel<T>, dim3(tiles(ranked.padded), tiles(size)), dim3(kTileThreads),
-             kTileBytes<A, A, A, true, true>, stream, ranked, first, distances, near);
-      launch(anchor_kernel<Backward, A, Target>, dim3(static_cast<unsigned>(size)), dim3(kThreads), 0, stream, target,
-             ranked.unmasked, ranked.padded, near, first, 1 / temperature, grad_out, distances, scans, losses);
-      body(first, size);
-    }
+  template <typename A>
+  Pool<T, A> pool() const {
+    const int64_t depth = round_up(ranked.d, int64_t{kPer16<A>});
+    return {ranked, depth, depth + kPer16<A>, reinterpret_cast<A*>(rows), reinterpret_cast<A*>(square)};
+  }
+
+  // Calls body(tag) with the type of the targets.
+  template <typename Body>
+  void with_targets(Body&& body) const {
+    if (problem.targets.scalar_type() == ScalarType::Long) return body(TypeTag<int64_t>{});
+    dispatch_floating(problem.targets.scalar_type(), op, body);
+  }
+
+  // Calls body(tag) with each type that distances may have.
+  template <typename Body>
+  static void with_types(Body&& body) {
+    if constexpr (!std::is_same_v<T, double>) body(TypeTag<float>{});
+    body(TypeTag<double>{});
+  }
+
+  // Calls body(first, anchors) for every strip.
+  template <typename Body>
+  void for_strips(Body&& body) const {
+    for (int64_t first = from; first < to; first += strip) body(first, std::min(strip, to - first));
+  }
+
+  // The anchors of a strip: their losses or, with `Backward`, factors.
+  template <bool Backward, typename A>
+  void anchors(int64_t first, int64_t size, const double* grad_out) const {
+    launch(distance_kernel<T, A>, dim3(tiles(ranked.padded), tiles(size)), dim3(kTileThreads),
+           kTileBytes<A, A, A, true, true>, stream, pool<A>(), first, reinterpret_cast<A*>(distances), offsets, near);
+    const Strip<A> of_anchors{first,
+                              problem.anchor_begin,
+                              problem.anchor_end,
+                              ranked.padded,
+                              reinterpret_cast<A*>(distances),
+                              offsets,
+                              numbers,
+                              near};
+    const auto launch_anchors = [&](const auto& labels) {
+      launch(anchor_kernel<Backward, A, std::decay_t<decltype(labels)>>, dim3(static_cast<unsigned>(size)),
+             dim3(kThreads), 0, stream, labels, ranked.state, ranked.norm, of_anchors, grad_out, losses - from);
+    };
+    if (is_space) return launch_anchors(Space{order, group, ranked.padded});
+    with_targets([&](auto tag) {
+      using Target = typename decltype(tag)::type;
+      launch_anchors(Line<Target>{static_cast<const Value<Target>*>(target)});
+    });
+  }
+
+  // The order that each anchor of a strip sees the others in. Gaps lie where `anchors` then puts numbers.
+  void sort(int64_t first, int64_t size) const {
+    if (!is_space) return;
+    with_targets([&](auto tag) {
+      using Target = typename decltype(tag)::type;
+      using Sum = typename LabelTypes<Target>::SumOfGaps;
+      static_assert(sizeof(Sum) <= 4 * sizeof(double), "gaps must fit where numbers will lie");
+      launch(order_kernel<T, Target>, dim3(static_cast<unsigned>(size)), dim3(kThreads), 0, stream,
+             problem.targets.template const_data_ptr<Target>(), problem.labels, ranked, first,
+             reinterpret_cast<Sum*>(numbers), order, group);
+    });
+  }
+
+  // The factors of a strip's anchors into `sums`.
+  template <typename A>
+  void pull(int64_t first, int64_t size) const {
+    const Pool<T, A> p = pool<A>();
+    A *const factors = reinterpret_cast<A*>(distances), *const to_sums = reinterpret_cast<A*>(sums);
+    const auto grid = [&](int64_t samples) { return dim3(tiles(p.width), tiles(samples)); };
+    launch(pull_kernel<false, A>, grid(ranked.padded), dim3(kTileThreads), kTileBytes<A, A, A, false, false>, stream,
+           ranked.state, p.rows, p.width, factors, ranked.padded, 0, first, size, first > from, to_sums);
+    launch(pull_kernel<true, A>, grid(size), dim3(kTileThreads), kTileBytes<A, A, A, true, false>, stream, ranked.state,
+           p.rows, p.width, factors, ranked.padded, first, 0, ranked.padded, true, to_sums);
+    launch(near_kernel<T, A>, grid_for(ranked.count * kWarp, kThreads), dim3(kThreads), 0, stream, p, near, first, size,
+           numbers + ranked.padded, 4 * ranked.padded, to_sums);
   }
 };
 
-// Calls body(workspace) where there are pairs.
-template <typename T, typename Body>
-void with_workspace(const char* op, const Inputs& in, const Sizes& s, bool backward, cudaStream_t stream, Body&& body) {
-  if (s.samples < 2) return;
-  dispatch_floating(in.targets.scalar_type(), op, [&](auto tag) {
-    Workspace<T, typename decltype(tag)::type> workspace(in, s, backward, stream);
-    body(workspace);
+void forward(const char* op, const Problem& problem, Tensor& out) {
+  const OnDeviceOf device(problem.embeddings);
+  dispatch_floating(problem.embeddings.scalar_type(), op, [&](auto tag) {
+    using T = typename decltype(tag)::type;
+    const Workspace<T> workspace(op, problem, false, device.stream);
+    workspace.for_strips([&](int64_t first, int64_t size) {
+      workspace.sort(first, size);
+      Workspace<T>::with_types([&](auto type) {
+        using A = typename decltype(type)::type;
+        workspace.template anchors<false, A>(first, size, nullptr);
+      });
+    });
+    launch(loss_kernel<acc_t<T>>, dim3(1), dim3(kThreads), 0, device.stream, workspace.losses,
+           workspace.to - workspace.from, workspace.ranked.state, out.mutable_data_ptr<acc_t<T>>());
   });
 }
 
-Tensor forward_cuda(const Tensor& embeddings, const Tensor& targets, const std::optional<Tensor>& mask,
-                    double temperature) {
-  constexpr const char* op = "rank_n_contrast";
-  const Inputs given{embeddings, targets, mask};
-  const Sizes s = check_inputs(op, given, temperature);
-  const OnDeviceOf device(embeddings);
-  const Inputs in = contiguous(given);
-  Tensor out = torch::stable::new_empty(embeddings, {}, acc_dtype(embeddings.scalar_type()));
-  if (s.samples < 2) torch::stable::zero_(out);
-  dispatch_floating(embeddings.scalar_type(), op, [&](auto tag) {
+void backward(const char* op, const Problem& problem, const Tensor& grad_out, Tensor& grad_embeddings,
+              Tensor& grad_temperature) {
+  const OnDeviceOf device(problem.embeddings);
+  dispatch_floating(problem.embeddings.scalar_type(), op, [&](auto tag) {
     using T = typename decltype(tag)::type;
-    using A = acc_t<T>;
-    with_workspace<T>(op, in, s, false, device.stream, [&](auto& workspace) {
-      workspace.template for_strips<false>(temperature, nullptr, device.stream, [](int64_t, int64_t) {});
-      launch(mean_kernel<A>, dim3(1), dim3(kThreads), 0, device.stream, workspace.losses, workspace.ranked.padded,
-             workspace.ranked.unmasked, out.mutable_data_ptr<A>());
+    const Workspace<T> workspace(op, problem, true, device.stream);
+    const double* g = grad_out.const_data_ptr<double>();
+    workspace.for_strips([&](int64_t first, int64_t size) {
+      workspace.sort(first, size);
+      Workspace<T>::with_types([&](auto type) {
+        using A = typename decltype(type)::type;
+        workspace.template anchors<true, A>(first, size, g);
+        workspace.template pull<A>(first, size);
+      });
     });
+    Workspace<T>::with_types([&](auto type) {
+      using A = typename decltype(type)::type;
+      launch(scatter_kernel<T, A>, grid_for(problem.samples, kWarps), dim3(kThreads), 0, device.stream,
+             workspace.template pool<A>(), reinterpret_cast<const A*>(workspace.sums),
+             grad_embeddings.mutable_data_ptr<T>());
+    });
+    if (problem.learned_temperature)
+      launch(temperature_kernel, dim3(1), dim3(kThreads), 0, device.stream, workspace.losses,
+             workspace.to - workspace.from, workspace.ranked.state, g, grad_temperature.mutable_data_ptr<double>());
   });
-  return out;
 }
 
-Tensor backward_cuda(const Tensor& grad_out, const Tensor& embeddings, const Tensor& targets,
-                     const std::optional<Tensor>& mask, double temperature) {
-  constexpr const char* op = "rank_n_contrast_backward";
-  const Inputs given{embeddings, targets, mask};
-  const Sizes s = check_inputs(op, given, temperature);
-  check_gradient(op, given, grad_out);
-  const OnDeviceOf device(embeddings);
-  const Inputs in = contiguous(given);
-  Tensor grad = torch::stable::new_empty(embeddings, {s.samples, s.width});
-  if (s.samples < 2) torch::stable::zero_(grad);
-  dispatch_floating(embeddings.scalar_type(), op, [&](auto tag) {
-    using T = typename decltype(tag)::type;
-    using A = acc_t<T>;
-    with_workspace<T>(op, in, s, true, device.stream, [&](auto& workspace) {
-      const auto& ranked = workspace.ranked;
-      workspace.template for_strips<true>(
-          temperature, grad_out.const_data_ptr<A>(), device.stream, [&](int64_t first, int64_t size) {
-            const auto grid = [&](int64_t samples) { return dim3(tiles(ranked.width), tiles(samples)); };
-            launch(pull_kernel<false, A>, grid(ranked.padded), dim3(kTileThreads), kTileBytes<A, A, A, false, false>,
-                   device.stream, ranked.rows, ranked.width, workspace.distances, ranked.padded, 0, first, size,
-                   first > 0, workspace.sums);
-            launch(pull_kernel<true, A>, grid(size), dim3(kTileThreads), kTileBytes<A, A, A, true, false>,
-                   device.stream, ranked.rows, ranked.width, workspace.distances, ranked.padded, first, 0,
-                   ranked.padded, true, workspace.sums);
-            launch(near_kernel<T>, grid_for(ranked.count * kWarp, kThreads), dim3(kThreads), 0, device.stream, ranked,
-                   workspace.near, first, size, workspace.scans + ranked.padded, 2 * ranked.padded, workspace.sums);
-          });
-      launch(scatter_kernel<T>, grid_for(s.samples, kThreads / kWarp), dim3(kThreads), 0, device.stream, ranked,
-             workspace.sums, grad.mutable_data_ptr<T>());
-    });
-  });
-  return grad;
-}
+using Operators = RankOperators<forward, backward>;
 
 }  // namespace
 }  // namespace msacore::rank_n_contrast::cuda
 
 MSACORE_CUDA_LIBRARY(m) {
-  m.impl("rank_n_contrast", TORCH_BOX(&msacore::rank_n_contrast::cuda::forward_cuda));
-  m.impl("rank_n_contrast_backward", TORCH_BOX(&msacore::rank_n_contrast::cuda::backward_cuda));
+  m.impl("rank_n_contrast", TORCH_BOX(&msacore::rank_n_contrast::cuda::Operators::rank_n_contrast));
+  m.impl("rank_n_contrast_backward", TORCH_BOX(&msacore::rank_n_contrast::cuda::Operators::rank_n_contrast_backward));
 }

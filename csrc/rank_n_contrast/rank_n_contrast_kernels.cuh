@@ -1,121 +1,12 @@
-// Rank-N-Contrast on CUDA: samples in order of their targets, distances, and what factors of pairs pull at embeddings.
-// Both are tile products on tensor cores, of embeddings less their mean, which changes no difference. Near pairs, whose
-// difference such products would cancel away, are marked, kept out and taken by differences.
+// Rank-N-Contrast on CUDA: distances, and what factors of pairs pull at embeddings. Both are tile products on tensor
+// cores, of embeddings less their mean, which changes no difference. Near pairs, whose difference such products would
+// cancel away, and pairs with a far row are marked, kept out and taken by differences.
 #pragma once
-#include "cuda/rows.cuh"
-#include "cuda/tile_product.cuh"
+#include "rank_n_contrast/rank_n_contrast_centre.cuh"
 
 namespace msacore::rank_n_contrast::cuda {
-using namespace msacore::cuda;
 
-constexpr int kThreads = 256, kWarps = kThreads / kWarp;
-constexpr int kMeanThreads = 1024, kMeanWarps = kMeanThreads / kWarp;
 constexpr int kWordBits = 32, kWordsPerTile = kTile / kWordBits;
-
-// The samples by rising target: unmasked ones in order, targets that are no numbers last; then the masked.
-template <typename T>
-struct Ranked {
-  using A = acc_t<T>;
-  const T* embeddings;    // [count, d], as they came
-  int64_t count, padded;  // all samples, and that in whole tiles
-  int64_t d, depth;       // of an embedding, and that padded with zeros to 16 bytes
-  int64_t width;          // that and 16 bytes more, the first element 1: a product with such rows sums the factors too
-  int64_t* sample;        // [count]: which one
-  A* mean;                // [d]: of the unmasked embeddings, 0 where that is no number
-  A* rows;                // [padded, width]: embeddings less the mean, zeros from `unmasked` on
-  A* square;              // [padded]: their squared norms
-  int64_t* unmasked;      // how many
-
-  __device__ const T* embedding(int64_t place) const { return embeddings + sample[place] * d; }
-};
-
-// Grid [⌈d / 32⌉]: a lane owns a column, the warps share the rows.
-template <typename T>
-__global__ void __launch_bounds__(kMeanThreads, 1)
-    embedding_mean_kernel(const bool* __restrict__ mask, const __grid_constant__ Ranked<T> ranked) {
-  using A = acc_t<T>;
-  MSACORE_SHARED(partial, double[kMeanWarps][kWarp + 1]);
-  MSACORE_SHARED(counts, int[kMeanWarps]);
-  const int64_t c = int64_t{blockIdx.x} * kWarp + lane_id();
-  double sum = 0;
-  int count = 0;
-#pragma unroll 8
-  for (int64_t i = warp_id(); i < ranked.count; i += kMeanWarps) {
-    const bool unmasked = !mask || mask[i];
-    count += unmasked;
-    if (unmasked && c < ranked.d) sum += static_cast<double>(static_cast<A>(ranked.embeddings[i * ranked.d + c]));
-  }
-  partial[warp_id()][lane_id()] = sum;
-  if (lane_id() == 0) counts[warp_id()] = count;
-  __syncthreads();
-  if (warp_id() > 0) return;
-  for (int w = 1; w < kMeanWarps; ++w) {
-    sum += partial[w][lane_id()];
-    count += counts[w];
-  }
-  const double mean = sum / count;
-  if (c < ranked.d) ranked.mean[c] = mean - mean == 0 ? static_cast<A>(mean) : A(0);
-}
-
-// Blocks of 256 samples count those before each, then move their embeddings. target [count]: the targets in order.
-template <typename T, typename Target>
-__global__ void __launch_bounds__(kThreads, 4)
-    rank_kernel(const Target* __restrict__ targets, const bool* __restrict__ mask,
-                const __grid_constant__ Ranked<T> ranked, acc_t<Target>* __restrict__ target) {
-  using A = acc_t<T>;
-  using Y = acc_t<Target>;
-  enum Kind : int { kNumber, kNaN, kMasked };
-  MSACORE_SHARED(value, Y[kThreads]);
-  MSACORE_SHARED(kind, int[kThreads]);
-  MSACORE_SHARED(place, int64_t[kThreads]);
-  const auto kind_of = [&](int64_t i, Y& y) -> int {
-    y = 0;
-    if (mask && !mask[i]) return kMasked;
-    y = static_cast<Y>(targets[i]);
-    return y == y ? kNumber : kNaN;
-  };
-  for (int64_t first = int64_t{blockIdx.x} * kThreads; first < ranked.padded; first += grid_threads()) {
-    const int64_t i = first + threadIdx.x;
-    Y own = 0;
-    const int own_kind = i < ranked.count ? kind_of(i, own) : kMasked;
-    int64_t before = 0, unmasked = 0;
-    for (int64_t start = 0; start < ranked.count; start += kThreads) {
-      __syncthreads();
-      const int64_t j = start + threadIdx.x;
-      if (j < ranked.count) kind[threadIdx.x] = kind_of(j, value[threadIdx.x]);
-      __syncthreads();
-      const int size = static_cast<int>(min(ranked.count - start, int64_t{kThreads}));
-      for (int k = 0; k < size; ++k) {
-        const bool same = kind[k] == own_kind && (own_kind != kNumber || value[k] == own);
-        const bool less = kind[k] < own_kind || (kind[k] == own_kind && own_kind == kNumber && value[k] < own);
-        before += less || (same && start + k < i);
-        unmasked += kind[k] != kMasked;
-      }
-    }
-    __syncthreads();
-    place[threadIdx.x] = i < ranked.count ? before : i;
-    kind[threadIdx.x] = own_kind;
-    if (i < ranked.count) {
-      ranked.sample[before] = i;
-      target[before] = own;
-    }
-    if (i == 0) *ranked.unmasked = unmasked;
-    __syncthreads();
-    for (int r = warp_id(); r < kThreads && first + r < ranked.padded; r += kWarps) {
-      A* to = ranked.rows + place[r] * ranked.width;
-      const T* from = ranked.embeddings + (first + r) * ranked.d;
-      A square = 0;
-      for (int64_t c = lane_id(); c < ranked.width; c += kWarp) {
-        A value = 0;
-        if (kind[r] != kMasked) value = c < ranked.d ? static_cast<A>(from[c]) - ranked.mean[c] : A(c == ranked.depth);
-        to[c] = value;
-        if (c < ranked.d) square += value * value;
-      }
-      square = warp_sum(square);
-      if (lane_id() == 0) ranked.square[place[r]] = square;
-    }
-  }
-}
 
 // Which pairs are near: a strip's anchors against all samples, a bit each, by anchor [strip, padded / 32] and by sample
 // [padded, strip / 32].
@@ -137,32 +28,48 @@ constexpr int kPairLanes = 8;  // that find the distance of a near pair
 template <typename A>
 constexpr int kTileBlocks = sizeof(A) == 8 ? 2 : 3;  // of a multiprocessor: more would spill registers
 
-// Grid [column tiles, row tiles of the strip that begins at `first`]: distances [strip, padded], and near pairs.
+// Of a far anchor: ‖own - row‖ - ‖own - middle‖ as <middle - row, (own - row) + (own - middle)> / (the sum of both),
+// which keeps what the difference of two long distances would cancel. By kPairLanes neighbours.
 template <typename T>
-__global__ void __launch_bounds__(kTileThreads, kTileBlocks<acc_t<T>>)
-    distance_kernel(const __grid_constant__ Ranked<T> ranked, int64_t first, acc_t<T>* __restrict__ distance,
-                    const __grid_constant__ Near near) {
-  using A = acc_t<T>;
+__device__ __forceinline__ double offset_from(const T* own, const T* row, const T* middle, int64_t d, double both) {
+  const double inverse = 1 / both;
+  double sum = 0;
+  for (int64_t c = lane_id() % kPairLanes; c < d; c += kPairLanes) {
+    const double o = as_double(own[c]), r = as_double(row[c]), m = as_double(middle[c]);
+    sum += (m - r) * (((o - r) + (o - m)) * inverse);
+  }
+  return group_sum(sum, kPairLanes);
+}
+
+// Grid [column tiles, row tiles of the strip that begins at `first`]: distances [strip, padded] in units, near pairs,
+// and of far anchors the offsets [strip, padded] that stand for distances where only differences count.
+template <typename T, typename A>
+__global__ void __launch_bounds__(kTileThreads, kTileBlocks<A>)
+    distance_kernel(const __grid_constant__ Pool<T, A> pool, int64_t first, A* __restrict__ distance,
+                    double* __restrict__ offset, const __grid_constant__ Near near) {
+  if (pool.is_idle()) return;
+  const Ranked<T>& ranked = pool.ranked;
   MSACORE_SHARED(pair, uint16_t[kTile * kTile]);
   MSACORE_SHARED(listed, int);
   MSACORE_SHARED(of_rows, unsigned[kTile][kWordsPerTile]);
   MSACORE_SHARED(of_columns, unsigned[kTile][kWordsPerTile]);
-  const int64_t row = int64_t{blockIdx.y} * kTile, column = int64_t{blockIdx.x} * kTile, n = *ranked.unmasked;
+  const int64_t row = int64_t{blockIdx.y} * kTile, column = int64_t{blockIdx.x} * kTile, n = ranked.state->unmasked;
   const int t = thread_in_block(), r = t / kWordsPerTile, word = t % kWordsPerTile;
   of_rows[r][word] = of_columns[r][word] = 0;
   if (t == 0) listed = 0;
   const auto tile = [&](int64_t from) {
-    return Matrix<A>{ranked.rows + from * ranked.width, ranked.width, kTile, ranked.depth};
+    return Matrix<A>{pool.rows + from * pool.width, pool.width, kTile, pool.depth};
   };
   TileSums<A> c;
   clear(c);
-  add_tile_product<true, true>(c, tile(first + row), tile(column), ranked.depth);
+  add_tile_product<true, true>(c, tile(first + row), tile(column), pool.depth);
   for_neighbours(c, [&](int i, int j, A left, A right) {
     const int64_t self = first + row + i, other = column + j;
-    const A own = ranked.square[self];
+    const A own = pool.square[self];
     const auto apart = [&](int side, A product) -> A {
-      const A norms = own + ranked.square[other + side], square = norms - 2 * product;
-      if (!(square * kNearShare >= norms) && self != other + side && self < n && other + side < n) {
+      const A norms = own + pool.square[other + side], square = norms - 2 * product;
+      const bool good = square * kNearShare >= norms && norms < static_cast<A>(INFINITY);
+      if (!good && self != other + side && self < n && other + side < n) {
         const int at = j + side;
         pair[atomicAdd(&listed, 1)] = static_cast<uint16_t>(i * kTile + at);
         atomicOr(&of_rows[i][at / kWordBits], 1u << at % kWordBits);
@@ -175,28 +82,39 @@ __global__ void __launch_bounds__(kTileThreads, kTileBlocks<acc_t<T>>)
   __syncthreads();
   for (int p = t / kPairLanes; p < listed; p += kTileThreads / kPairLanes) {
     const int i = pair[p] / kTile, j = pair[p] % kTile;
-    const T *x = ranked.embedding(first + row + i), *y = ranked.embedding(column + j);
-    A sum = 0;
-    for (int64_t k = lane_id() % kPairLanes; k < ranked.d; k += kPairLanes) {
-      const A difference = static_cast<A>(x[k]) - static_cast<A>(y[k]);
-      sum += difference * difference;
-    }
-    sum = group_sum(sum, kPairLanes);
-    if (lane_id() % kPairLanes == 0) distance[(row + i) * ranked.padded + column + j] = static_cast<A>(sqrt(sum));
+    const int64_t self = first + row + i, at = (row + i) * ranked.padded + column + j;
+    const T *x = ranked.embedding(self), *y = ranked.embedding(column + j);
+    const double units = ranked.state->to_units, between = distance_between(x, y, ranked.d, kPairLanes);
+    if (lane_id() % kPairLanes == 0) distance[at] = static_cast<A>(between * units);
+    if (!std::is_same_v<A, double> || !ranked.far(self)) continue;
+    const T* const middle = ranked.embedding(ranked.state->middle);
+    const double from_middle = offset_from(x, y, middle, ranked.d, between + ranked.norm[self]);
+    if (lane_id() % kPairLanes == 0) offset[at] = from_middle * units;
   }
   near.by_anchor[(row + r) * near.samples + column / kWordBits + word] = of_rows[r][word];
   near.by_sample[(column + r) * near.anchors + row / kWordBits + word] = of_columns[r][word];
 }
 
-// One block: the mean over all pairs, 0 where there are none.
+// One block: the sum of `count` anchors' losses over the number of all pairs, 0 where there are none.
 template <typename A>
-__global__ void __launch_bounds__(kThreads, 1) mean_kernel(const double* __restrict__ losses, int64_t count,
-                                                           const int64_t* __restrict__ unmasked, A* __restrict__ out) {
+__global__ void __launch_bounds__(kThreads, 1) loss_kernel(const double* __restrict__ losses, int64_t count,
+                                                           const State* __restrict__ state, A* __restrict__ out) {
   double sum = 0;
   for (int64_t i = threadIdx.x; i < count; i += kThreads) sum += losses[i];
   sum = block_sum(sum);
-  const double n = static_cast<double>(*unmasked);
+  const double n = static_cast<double>(state->unmasked);
   if (threadIdx.x == 0) *out = static_cast<A>(n > 1 ? sum / (n * (n - 1)) : 0);
+}
+
+// One block: the gradient of the temperature from the anchors' Σ slope · distance.
+__global__ void __launch_bounds__(kThreads, 1)
+    temperature_kernel(const double* __restrict__ sums, int64_t count, const State* __restrict__ state,
+                       const double* __restrict__ grad_out, double* __restrict__ grad) {
+  double sum = 0;
+  for (int64_t i = threadIdx.x; i < count; i += kThreads) sum += sums[i];
+  sum = block_sum(sum);
+  const double n = static_cast<double>(state->unmasked);
+  if (threadIdx.x == 0) *grad = n > 1 ? *grad_out / (n * (n - 1)) * sum * state->slope / state->temperature : 0;
 }
 
 // Grid [tiles of the width, tiles of samples]: sums ← or += Σ_other a · row_other, a block's 64 samples from row `own`
@@ -204,8 +122,10 @@ __global__ void __launch_bounds__(kThreads, 1) mean_kernel(const double* __restr
 // or of anchors `other` ([others, padded]).
 template <bool OfAnchors, typename A>
 __global__ void __launch_bounds__(kTileThreads, kTileBlocks<A>)
-    pull_kernel(const A* __restrict__ rows, int64_t width, const A* __restrict__ factors, int64_t padded, int64_t own,
-                int64_t other, int64_t others, bool add, A* __restrict__ sums) {
+    pull_kernel(const State* __restrict__ state, const A* __restrict__ rows, int64_t width,
+                const A* __restrict__ factors, int64_t padded, int64_t own, int64_t other, int64_t others, bool add,
+                A* __restrict__ sums) {
+  if (state->precise != std::is_same_v<A, double>) return;
   const int64_t tile = int64_t{blockIdx.y} * kTile, column = int64_t{blockIdx.x} * kTile;
   const Matrix<A> factor{factors + (OfAnchors ? tile * padded : tile), padded, OfAnchors ? kTile : others,
                          OfAnchors ? others : kTile};
@@ -224,12 +144,14 @@ __global__ void __launch_bounds__(kTileThreads, kTileBlocks<A>)
 
 // The near pairs of the strip of `size` anchors that begins at `first`: sums -= Σ a (e_own - e_other), a warp per
 // sample. factors: those of anchor k and sample j at [k · stride + j].
-template <typename T>
+template <typename T, typename A>
 __global__ void __launch_bounds__(kThreads, 4)
-    near_kernel(const __grid_constant__ Ranked<T> ranked, const __grid_constant__ Near near, int64_t first,
-                int64_t size, const double* __restrict__ factors, int64_t stride, acc_t<T>* __restrict__ sums) {
-  using A = acc_t<T>;
-  const int64_t n = *ranked.unmasked, warps = int64_t{gridDim.x} * kWarps;
+    near_kernel(const __grid_constant__ Pool<T, A> pool, const __grid_constant__ Near near, int64_t first, int64_t size,
+                const double* __restrict__ factors, int64_t stride, A* __restrict__ sums) {
+  if (pool.is_idle()) return;
+  const Ranked<T>& ranked = pool.ranked;
+  const double units = ranked.state->to_units;
+  const int64_t n = ranked.state->unmasked, warps = int64_t{gridDim.x} * kWarps;
   for (int64_t p = int64_t{blockIdx.x} * kWarps + warp_id(); p < n; p += warps) {
     const T* const own = ranked.embedding(p);
     // words: which of the samples from row `begin` on are near p; theirs are the factors at from + place · step.
@@ -243,7 +165,7 @@ __global__ void __launch_bounds__(kThreads, 4)
             const T* const other = ranked.embedding(begin + place);
             const A factor = static_cast<A>(from[place * step]);
             for (int64_t c = lane_id(); c < ranked.d; c += kWarp)
-              sums[p * ranked.width + c] -= factor * (static_cast<A>(own[c]) - static_cast<A>(other[c]));
+              sums[p * pool.width + c] -= factor * static_cast<A>((as_double(own[c]) - as_double(other[c])) * units);
           }
         }
       }
@@ -257,16 +179,17 @@ __global__ void __launch_bounds__(kThreads, 4)
 
 // grad [count, d] ← Σ a (row_own - row_other) from the sums, a warp each; zeros for masked samples and where there are
 // no pairs.
-template <typename T>
+template <typename T, typename A>
 __global__ void __launch_bounds__(kThreads, 4)
-    scatter_kernel(const __grid_constant__ Ranked<T> ranked, const acc_t<T>* __restrict__ sums, T* __restrict__ grad) {
-  using A = acc_t<T>;
-  const int64_t n = *ranked.unmasked, warps = int64_t{gridDim.x} * kWarps;
+    scatter_kernel(const __grid_constant__ Pool<T, A> pool, const A* __restrict__ sums, T* __restrict__ grad) {
+  if (pool.is_idle()) return;
+  const Ranked<T>& ranked = pool.ranked;
+  const int64_t n = ranked.state->unmasked, warps = int64_t{gridDim.x} * kWarps;
   for (int64_t p = int64_t{blockIdx.x} * kWarps + warp_id(); p < ranked.count; p += warps) {
     T* to = grad + ranked.sample[p] * ranked.d;
-    const A *row = ranked.rows + p * ranked.width, *sum = sums + p * ranked.width;
+    const A *row = pool.rows + p * pool.width, *sum = sums + p * pool.width;
     for (int64_t c = lane_id(); c < ranked.d; c += kWarp)
-      to[c] = static_cast<T>(p < n && n > 1 ? sum[ranked.depth] * row[c] - sum[c] : A(0));
+      to[c] = static_cast<T>(p < n && n > 1 ? sum[pool.depth] * row[c] - sum[c] : A(0));
   }
 }
 

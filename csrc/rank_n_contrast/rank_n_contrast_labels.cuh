@@ -1,0 +1,218 @@
+// Rank-N-Contrast on CUDA: the places of the samples, and the others in the order of their label gaps as one anchor
+// sees them: where gaps fall, by ranks 0 … n - 1, towards the anchor's own rank from either side.
+#pragma once
+#include "rank_n_contrast/rank_n_contrast_centre.cuh"
+
+namespace msacore::rank_n_contrast::cuda {
+
+// A sum of gaps of 64 bits.
+struct WideGap {
+  uint64_t high, low;
+
+  __device__ void add(uint64_t gap) {
+    low += gap;
+    high += low < gap;
+  }
+};
+__device__ __forceinline__ bool operator<(const WideGap& a, const WideGap& b) {
+  return a.high < b.high || (a.high == b.high && a.low < b.low);
+}
+
+// What labels are stored as for subtraction, and their gap. Gaps of integers are exact.
+template <typename Target>
+struct LabelTypes {
+  using Value = acc_t<Target>;
+  using Gap = acc_t<Target>;
+  using SumOfGaps = acc_t<Target>;
+};
+template <>
+struct LabelTypes<int64_t> {
+  using Value = int64_t;
+  using Gap = uint64_t;
+  using SumOfGaps = WideGap;
+};
+template <typename Target>
+using Value = typename LabelTypes<Target>::Value;
+
+// |a - b| rounded as the dtype of the targets rounds it.
+template <typename Target>
+__device__ __forceinline__ typename LabelTypes<Target>::Gap gap_between(Value<Target> a, Value<Target> b) {
+  if constexpr (std::is_same_v<Target, int64_t>) {
+    const auto left = static_cast<uint64_t>(a), right = static_cast<uint64_t>(b);
+    return a > b ? left - right : right - left;
+  } else {
+    return static_cast<Value<Target>>(fabs(static_cast<Value<Target>>(static_cast<Target>(a - b))));
+  }
+}
+
+// Blocks of 256 samples count those before each. `targets` [count] or null, which sorts by the mask alone; target
+// [count]: the targets in order.
+template <typename T, typename Target>
+__global__ void __launch_bounds__(kThreads, 4)
+    rank_kernel(const Target* __restrict__ targets, const bool* __restrict__ mask,
+                const __grid_constant__ Ranked<T> ranked, Value<Target>* __restrict__ target) {
+  using Y = Value<Target>;
+  enum Kind : int { kNumber, kNaN, kMasked };
+  MSACORE_SHARED(value, Y[kThreads]);
+  MSACORE_SHARED(kind, int[kThreads]);
+  const auto kind_of = [&](int64_t i, Y& y) -> int {
+    y = 0;
+    if (mask && !mask[i]) return kMasked;
+    if (targets) y = static_cast<Y>(targets[i]);
+    return y == y ? kNumber : kNaN;
+  };
+  for (int64_t first = int64_t{blockIdx.x} * kThreads; first < ranked.count; first += grid_threads()) {
+    const int64_t i = first + threadIdx.x;
+    Y own = 0;
+    const int own_kind = i < ranked.count ? kind_of(i, own) : kMasked;
+    int64_t before = 0, unmasked = 0;
+    for (int64_t start = 0; start < ranked.count; start += kThreads) {
+      __syncthreads();
+      const int64_t j = start + threadIdx.x;
+      if (j < ranked.count) kind[threadIdx.x] = kind_of(j, value[threadIdx.x]);
+      __syncthreads();
+      const int size = static_cast<int>(min(ranked.count - start, int64_t{kThreads}));
+      for (int k = 0; k < size; ++k) {
+        const bool same = kind[k] == own_kind && (own_kind != kNumber || value[k] == own);
+        const bool less = kind[k] < own_kind || (kind[k] == own_kind && own_kind == kNumber && value[k] < own);
+        before += less || (same && start + k < i);
+        unmasked += kind[k] != kMasked;
+      }
+    }
+    if (i < ranked.count) {
+      ranked.sample[before] = i;
+      if (targets) target[before] = own;
+    }
+    if (i == 0) {
+      ranked.state->unmasked = unmasked;
+      ranked.state->middle = 0;
+    }
+  }
+}
+
+// The first rank in begin … end where `is` holds; it holds from there on.
+template <typename Is>
+__device__ __forceinline__ int first_place(int begin, int end, Is is) {
+  while (begin < end) {
+    const int middle = (begin + end) / 2;
+    if (is(middle)) {
+      end = middle;
+    } else {
+      begin = middle + 1;
+    }
+  }
+  return begin;
+}
+
+// One label a sample: ranks are places.
+template <typename Target>
+struct Line {
+  const Value<Target>* target;  // [count], in order
+
+  struct View {
+    const Value<Target>* target;
+    Value<Target> own;
+    int self;
+
+    __device__ int place(int rank) const { return rank; }
+    __device__ typename LabelTypes<Target>::Gap gap(int rank) const { return gap_between<Target>(own, target[rank]); }
+    __device__ bool is_bad(int place) const { return gap(place) != gap(place); }
+  };
+  __device__ View view(int64_t, int self, int) const { return {target, target[self], self}; }
+};
+
+// Several labels a sample: every anchor has sorted the others, and is last.
+struct Space {
+  const int *order,
+      *group;  // [strip, padded]: the place of a rank, and the rank at which its group of equal gaps begins
+  int64_t padded;
+
+  struct View {
+    const int *order, *group;
+    int self, n;
+
+    __device__ int place(int rank) const { return order[rank]; }
+    __device__ int gap(int rank) const { return n - group[rank]; }
+    __device__ bool is_bad(int) const { return group[0] < 0; }
+  };
+  __device__ View view(int64_t anchor, int, int n) const {
+    return {order + anchor * padded, group + anchor * padded, n - 1, n};
+  }
+};
+
+constexpr int kMergeItems = 8;  // of a thread
+
+// A block per anchor of the strip that begins at `first`: gaps [n], by place, and a stable merge sort of the others by
+// falling gap. gaps, order and group are [strip, padded]; `group` begins with -1 where a gap is not a number.
+template <typename T, typename Target>
+__global__ void __launch_bounds__(kThreads, 4)
+    order_kernel(const Target* __restrict__ targets, int64_t labels, const __grid_constant__ Ranked<T> ranked,
+                 int64_t first, typename LabelTypes<Target>::SumOfGaps* __restrict__ all_gaps,
+                 int* __restrict__ all_order, int* __restrict__ all_group) {
+  using Sum = typename LabelTypes<Target>::SumOfGaps;
+  const int self = static_cast<int>(first + blockIdx.x), n = static_cast<int>(ranked.state->unmasked), others = n - 1;
+  if (self >= n) return;
+  Sum* const gaps = all_gaps + int64_t{blockIdx.x} * ranked.padded;
+  int *from = all_order + int64_t{blockIdx.x} * ranked.padded, *to = all_group + int64_t{blockIdx.x} * ranked.padded;
+  const Target* const own = targets + ranked.sample[self] * labels;
+  bool bad = false;
+  for (int j = threadIdx.x; j < n; j += kThreads) {
+    const Target* const other = targets + ranked.sample[j] * labels;
+    Sum gap{};
+    for (int64_t c = 0; c < labels; ++c) {
+      const auto one = gap_between<Target>(static_cast<Value<Target>>(own[c]), static_cast<Value<Target>>(other[c]));
+      if constexpr (std::is_same_v<Target, int64_t>) {
+        gap.add(one);
+      } else {
+        gap += one;
+      }
+    }
+    if constexpr (!std::is_same_v<Target, int64_t>) {
+      gap = static_cast<Sum>(static_cast<Target>(gap));
+      bad = bad || gap != gap;
+    }
+    gaps[j] = gap;
+  }
+  bad = __syncthreads_or(bad);
+  const auto before = [&](int a, int b) { return gaps[b] < gaps[a]; };
+  for (int begin = threadIdx.x * kMergeItems; begin < others; begin += kThreads * kMergeItems) {
+    const int end = min(begin + kMergeItems, others);
+    for (int r = begin; r < end; ++r) {
+      const int place = r < self ? r : r + 1;
+      int at = r;
+      for (; at > begin && before(place, from[at - 1]); --at) from[at] = from[at - 1];
+      from[at] = place;
+    }
+  }
+  for (int width = kMergeItems; width < others; width *= 2) {
+    __syncthreads();
+    for (int begin = threadIdx.x * kMergeItems; begin < others; begin += kThreads * kMergeItems) {
+      const int start = begin / (2 * width) * (2 * width), end = min(begin + kMergeItems, others);
+      const int *const a = from + start, *const b = a + width;
+      const int size_a = min(width, others - start), size_b = max(0, min(width, others - start - width));
+      const int diagonal = begin - start;
+      int i = first_place(max(0, diagonal - size_b), min(diagonal, size_a),
+                          [&](int k) { return before(b[diagonal - 1 - k], a[k]); });
+      int j = diagonal - i;
+      for (int r = begin; r < end; ++r) {
+        const bool take_b = i >= size_a || (j < size_b && before(b[j], a[i]));
+        to[r] = take_b ? b[j] : a[i];
+        j += take_b;
+        i += !take_b;
+      }
+    }
+    int* const done = to;
+    to = from;
+    from = done;
+  }
+  __syncthreads();
+  int *const order = all_order + int64_t{blockIdx.x} * ranked.padded, *const group = all_group + (order - all_order);
+  for (int r = threadIdx.x; r < others && from != order; r += kThreads) order[r] = from[r];
+  __syncthreads();
+  for (int r = threadIdx.x; r < others; r += kThreads)
+    group[r] = first_place(0, r, [&](int k) { return !before(order[k], order[r]); });
+  __syncthreads();
+  if (bad && threadIdx.x == 0) group[0] = -1;
+}
+
+}  // namespace msacore::rank_n_contrast::cuda
