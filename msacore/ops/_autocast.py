@@ -15,17 +15,16 @@ def _to_float32(value: Any) -> Any:
     return [_to_float32(item) for item in value] if isinstance(value, (list, tuple)) else value
 
 
-def compute_in_float32(name: str, keep: Collection[str] = ()) -> None:
-    """Make ``msacore::<name>`` cast its 16-bit tensors to float32 inside autocast, all but the arguments in ``keep``.
+def compute_in_float32(name: str, keep: Collection[int] = ()) -> None:
+    """Make ``msacore::<name>`` cast its 16-bit tensors to float32 inside autocast, but those at the positions ``keep``.
 
     ``torch.library.register_autocast`` would do, but refuses operators with keyword-only arguments.
     """
     op = getattr(torch.ops.msacore, name).default
-    names = [argument.name for argument in op._schema.arguments]
 
     def register(device: str) -> None:
         def kernel(*args: Any, **options: Any) -> Any:
-            cast = [a if name in keep else _to_float32(a) for name, a in zip(names, args, strict=False)]
+            cast = [a if i in keep else _to_float32(a) for i, a in enumerate(args)]
             with torch.autocast(device, enabled=False):
                 return op(*cast, **options)
 

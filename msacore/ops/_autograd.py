@@ -7,7 +7,6 @@ from typing import Any, NoReturn
 import torch
 from torch import Tensor
 from torch.autograd import forward_ad
-from torch.utils import _pytree as pytree
 
 from msacore.ops import _torch
 
@@ -102,37 +101,33 @@ def _short_function(op: Any, setup_context: Formula | None, backward: Formula) -
 def _loop_over_batch(op: Any) -> Formula:
     """Batching rule of an operator for ``torch.vmap``."""
 
-    def select(value: Any, dim: Any, i: int) -> Any:
+    def element(value: Any, dim: Any, take: Callable[[Tensor, int | None], Tensor]) -> Any:
         if isinstance(value, (list, tuple)):
-            return [select(v, d, i) for v, d in zip(value, dim, strict=True)]
-        return value if dim is None else value.select(dim, i)
+            return [element(v, d, take) for v, d in zip(value, dim, strict=True)]
+        return take(value, dim) if isinstance(value, Tensor) else value
 
-    def stack(results: Sequence[Any]) -> Any:
-        if isinstance(results[0], Tensor):
-            return torch.stack(list(results))
-        return type(results[0])(stack(items) for items in zip(*results, strict=True))
-
-    def empty(arguments: Any, in_dims: Any, options: dict[str, Any]) -> Any:
-        """An empty batch of results: the fake kernel knows the shape of one."""
-
-        def fake(value: Any, dim: Any) -> Any:
-            if isinstance(value, (list, tuple)):
-                return [fake(v, d) for v, d in zip(value, dim, strict=True)]
-            if not isinstance(value, Tensor):
-                return value
-            shape = [size for i, size in enumerate(value.shape) if i != dim]
-            return value.new_empty(shape, device="meta")
-
-        device = next(t.device for t in pytree.tree_leaves(arguments) if isinstance(t, Tensor))
-        results = op(*fake(arguments, in_dims), **options)
-        return pytree.tree_map(lambda t: t.new_empty((0, *t.shape), device=device), results)
+    def each(results: Any, change: Callable[..., Any], *others: Any) -> Any:
+        if isinstance(results, (list, tuple)):
+            return type(results)(each(item, change, *rest) for item, *rest in zip(results, *others, strict=True))
+        return change(results, *others)
 
     def rule(info: Any, in_dims: Any, *arguments: Any, **options: Any) -> tuple[Any, Any]:
+        def call(take: Callable[[Tensor, int | None], Tensor]) -> Any:
+            return op(*element(arguments, in_dims, take), **options)
+
+        def fake(t: Tensor, dim: int | None) -> Tensor:
+            return t.new_empty([size for i, size in enumerate(t.shape) if i != dim], device="meta")
+
+        def element_of(i: int) -> Callable[[Tensor, int | None], Tensor]:
+            return lambda t, dim: t if dim is None else t.select(dim, i)
+
         if info.batch_size:
-            batch = stack([op(*select(arguments, in_dims, i), **options) for i in range(info.batch_size)])
-        else:
-            batch = empty(arguments, in_dims, options)
-        return batch, pytree.tree_map(lambda _: 0, batch)
+            first, *others = [call(element_of(i)) for i in range(info.batch_size)]
+            batch = each(first, lambda *results: torch.stack(results), *others)
+        else:  # the fake kernel knows the shapes that an element would have
+            device = next(t.device for t in _flatten(arguments) if isinstance(t, Tensor))
+            batch = each(call(fake), lambda t: t.new_empty((0, *t.shape), device=device))
+        return batch, each(batch, lambda _: 0)
 
     return rule
 
