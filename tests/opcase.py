@@ -1,7 +1,7 @@
 """What a test must know about an operator; `tests/test_ops.py` runs every generic test over every case."""
 
 from collections.abc import Callable, Iterator
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from typing import Any
 
 import torch
@@ -48,11 +48,10 @@ class OpCase:
     gradients: tuple[str, ...]  # names of the differentiable arguments; of a sequence every member counts
     bad_inputs: dict[str, BadInput]
     # Positions that must stay unread, as (path to the tensor, boolean mask of its shape).
-    hidden: Callable[[Arguments], list[tuple[tuple[Any, ...], Tensor]]] | None = None
+    hidden: Callable[[Arguments], list[tuple[tuple[Any, ...], Tensor]]]
     # A hidden position still has its own result and gradient (missing nodes of `propagate`).
     hidden_keeps_own_result: bool = False
     loss: bool = False  # losses of 16-bit inputs are float32
-    dtypes: tuple[torch.dtype, ...] = field(default=DTYPES)
 
 
 def tensors_of(value: Any, path: tuple[Any, ...] = ()) -> Iterator[tuple[tuple[Any, ...], Tensor]]:

@@ -10,6 +10,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 
 from tests import cases
 from tests.opcase import (
+    DTYPES,
     FLOAT32,
     FLOAT64,
     OpCase,
@@ -30,27 +31,35 @@ CPU = torch.device("cpu")
 case_parameter = pytest.mark.parametrize("case", cases.ALL, ids=lambda case: case.name)
 
 
-def _each(condition: Callable[[Sample], bool] = lambda sample: True) -> Any:
+def _each(condition: Callable[[OpCase, Sample], bool] = lambda case, sample: True) -> Any:
     """Parametrise over case and sample; samples are built again inside the test, on its device and dtype."""
-    pairs = [(case, sample.id) for case in cases.ALL for sample in case.samples(CPU, FLOAT32) if condition(sample)]
+    pairs: list[tuple[OpCase, str]] = []
+    for case in cases.ALL:
+        found = [(case, sample.id) for sample in case.samples(CPU, FLOAT32) if condition(case, sample)]
+        assert found, f"no sample of {case.name} is fit for a generic test"
+        pairs += found
     return pytest.mark.parametrize(("case", "sample"), pairs, ids=[f"{case.name}-{name}" for case, name in pairs])
 
 
-each_sample, each_small_sample = _each(), _each(lambda sample: sample.small)
+def _hides(case: OpCase, sample: Sample) -> bool:
+    return any(mask.any() for _, mask in case.hidden(map_tensors(sample.arguments, torch.clone)))
 
 
-def _arguments(case: OpCase, sample: str, device: torch.device, dtype: torch.dtype) -> dict[str, Any]:
+each_sample = _each()
+each_small_sample = _each(lambda case, sample: sample.small)
+each_sample_that_hides = _each(_hides)
+
+
+def arguments_of(case: OpCase, sample: str, device: torch.device, dtype: torch.dtype) -> dict[str, Any]:
     return next(s.arguments for s in case.samples(device, dtype) if s.id == sample)
 
 
-@pytest.mark.parametrize("dtype", [torch.float32, torch.float64, torch.float16, torch.bfloat16], ids=str)
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
 @each_sample
 def test_values_and_gradients_are_as_accurate_as_torch(
     case: OpCase, sample: str, device: torch.device, dtype: torch.dtype
 ) -> None:
-    if dtype not in case.dtypes:
-        return
-    arguments = _arguments(case, sample, device, dtype)
+    arguments = arguments_of(case, sample, device, dtype)
     outputs, grads = run(case, case.op, arguments)
     for output in outputs:
         assert output.is_contiguous()
@@ -73,7 +82,7 @@ def _assert_accurate(case: OpCase, arguments: dict[str, Any], outputs: list[Tens
 @each_sample
 def test_threads_share_the_work(case: OpCase, sample: str) -> None:
     """Values stay right and bits repeat, however many threads there are."""
-    arguments = _arguments(case, sample, CPU, FLOAT32)
+    arguments = arguments_of(case, sample, CPU, FLOAT32)
     before = torch.get_num_threads()
     try:
         for threads in (2, 5):
@@ -89,15 +98,14 @@ def test_threads_share_the_work(case: OpCase, sample: str) -> None:
 
 @each_small_sample
 def test_gradcheck(case: OpCase, sample: str, device: torch.device) -> None:
-    arguments, wanted = leaves(case, _arguments(case, sample, device, FLOAT64))
+    arguments, wanted = leaves(case, arguments_of(case, sample, device, FLOAT64))
 
     def function(*values: Tensor) -> tuple[Tensor, ...]:
         replacement = {id(t): value for (_, t), value in zip(wanted, values, strict=True)}
         result = case.op(**map_tensors(arguments, lambda t: replacement.get(id(t), t)))
         return tuple(o for o in outputs_of(result) if o.requires_grad)
 
-    if not function(*[t for _, t in wanted]):
-        return
+    assert function(*[t for _, t in wanted]), "nothing to differentiate"
     assert torch.autograd.gradcheck(function, [t for _, t in wanted], fast_mode=False)
 
 
@@ -117,7 +125,7 @@ class _Recorder(TorchDispatchMode):
 @pytest.mark.parametrize("layout", ["contiguous", "transposed"])
 @each_small_sample
 def test_opcheck(case: OpCase, sample: str, device: torch.device, layout: str) -> None:
-    arguments = _arguments(case, sample, device, FLOAT32)
+    arguments = arguments_of(case, sample, device, FLOAT32)
     if layout == "transposed":
         arguments = map_tensors(arguments, non_contiguous)
     with _Recorder() as recorder:
@@ -187,11 +195,9 @@ def test_bad_input_raises_alike_on_every_device(case: OpCase, label: str, device
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
-@each_sample
+@each_sample_that_hides
 def test_hidden_inputs_are_never_read(case: OpCase, sample: str, device: torch.device, dtype: torch.dtype) -> None:
-    if case.hidden is None:
-        return
-    arguments = _arguments(case, sample, device, dtype)
+    arguments = arguments_of(case, sample, device, dtype)
     outputs, grads = run(case, case.op, arguments)
     poisoned = map_tensors(arguments, torch.clone)
     hidden = dict(case.hidden(poisoned))
@@ -209,17 +215,9 @@ def test_hidden_inputs_are_never_read(case: OpCase, sample: str, device: torch.d
             assert (ours[hidden[path]] == 0).all(), f"hidden positions of {path} have a gradient"
 
 
-@case_parameter
-def test_some_sample_hides_something(case: OpCase) -> None:
-    if case.hidden is None:
-        return
-    samples = case.samples(CPU, FLOAT32)
-    assert any(mask.any() for s in samples for _, mask in case.hidden(map_tensors(s.arguments, torch.clone)))
-
-
 @each_sample
 def test_two_runs_give_equal_bits(case: OpCase, sample: str, device: torch.device) -> None:
-    arguments = _arguments(case, sample, device, FLOAT32)
+    arguments = arguments_of(case, sample, device, FLOAT32)
     first, second = run(case, case.op, arguments), run(case, case.op, arguments)
     for a, b in zip([*first[0], *first[1]], [*second[0], *second[1]], strict=True):
         assert torch.equal(a, b)
@@ -227,7 +225,7 @@ def test_two_runs_give_equal_bits(case: OpCase, sample: str, device: torch.devic
 
 @each_sample
 def test_every_output_is_written(case: OpCase, sample: str, device: torch.device) -> None:
-    arguments = _arguments(case, sample, device, FLOAT32)
+    arguments = arguments_of(case, sample, device, FLOAT32)
     expected = run(case, case.op, arguments)
     torch.use_deterministic_algorithms(True)  # fills fresh memory with NaN
     try:
@@ -240,7 +238,7 @@ def test_every_output_is_written(case: OpCase, sample: str, device: torch.device
 
 @each_small_sample
 def test_non_contiguous_inputs_give_the_same_bits(case: OpCase, sample: str, device: torch.device) -> None:
-    arguments = _arguments(case, sample, device, FLOAT32)
+    arguments = arguments_of(case, sample, device, FLOAT32)
     outputs, grads = run(case, case.op, arguments)
     wanted_arguments, wanted = leaves(case, arguments)
     strided = map_tensors(wanted_arguments, lambda t: non_contiguous(t) if not t.requires_grad else t)

@@ -62,6 +62,19 @@ def _refuse_tangents(op: Any, arguments: Sequence[Any]) -> None:
         )
 
 
+class _Saved:
+    """What a backward formula sees of the context, with the saved tensors read.
+
+    They are read once, because each reading unpacks, which checkpoints allow only once; and they are read before
+    anything else, because a checkpoint runs the model's forward pass again when they are.
+    """
+
+    def __init__(self, ctx: Any) -> None:
+        vars(self).update(vars(ctx))
+        self.saved_tensors = ctx.saved_tensors
+        self.needs_input_grad = ctx.needs_input_grad
+
+
 def _short_function(op: Any, setup_context: Formula | None, backward: Formula) -> type[torch.autograd.Function]:
     """The formula as an autograd function, which costs less host time than torch's registered form of it."""
 
@@ -82,16 +95,16 @@ def _short_function(op: Any, setup_context: Formula | None, backward: Formula) -
         return lists.flatten_results(output) if lists else output
 
     def call_backward(ctx: Any, *grads: Any) -> tuple[Any, ...]:
+        saved = _Saved(ctx)
         if ctx.lists:
-            if list not in map(type, ctx.needs_input_grad):  # a second backward pass finds it nested
-                ctx.needs_input_grad = _nest(ctx.needs_input_grad, ctx.lists.arguments)
+            saved.needs_input_grad = _nest(ctx.needs_input_grad, ctx.lists.arguments)
             grads = ctx.lists.nest_results(grads)
         # create_graph=True, forward mode, transforms: the gradient operator is called as any other, and refuses what is
         # not implemented.
         if torch.is_grad_enabled() or _torch.forward_mode_may_be_active() or _torch.is_in_transform():
-            return *_flatten(backward(ctx, *grads)), None, None
+            return *_flatten(backward(saved, *grads)), None, None
         with _torch.below_autograd():
-            return *_flatten(backward(ctx, *grads)), None, None
+            return *_flatten(backward(saved, *grads)), None, None
 
     # Profilers and anomaly mode show the name of the class.
     members = {"forward": staticmethod(forward), "backward": staticmethod(call_backward)}
@@ -167,7 +180,11 @@ def _register(op: Any, setup_context: Formula | None, backward: Formula) -> type
 
     library = _GuardedLibrary(guard)
     _libraries.append(library)
-    torch.library.register_autograd(_name(op), backward, setup_context=setup_context, lib=library)
+
+    def registered_backward(ctx: Any, *grads: Any) -> Any:
+        return backward(_Saved(ctx), *grads)
+
+    torch.library.register_autograd(_name(op), registered_backward, setup_context=setup_context, lib=library)
     torch.library.register_vmap(_name(op), _loop_over_batch(op), lib=library)
     return function
 
@@ -208,3 +225,8 @@ def differentiable(op: Any, setup_context: Formula, backward: Formula) -> Formul
         return lists.nest_results(apply(*_flatten(arguments), lists, options))
 
     return call
+
+
+def will_differentiate(*tensors: Tensor) -> bool:
+    """Whether a call should keep for its backward pass what costs memory. A trace must not depend on it."""
+    return _torch.is_tracing() or (torch.is_grad_enabled() and any(t.requires_grad for t in tensors))

@@ -7,7 +7,7 @@ import torch
 from torch import Tensor
 
 from msacore.ops._autocast import compute_in_float32
-from msacore.ops._autograd import differentiable, refuse_second_derivative
+from msacore.ops._autograd import differentiable, refuse_second_derivative, will_differentiate
 from msacore.ops._check import (
     as_choice,
     as_flag,
@@ -285,6 +285,6 @@ def hierarchical_contrastive_loss(
         temperatures=numbers,
         intra_modal=intra_modal,
         normalize=as_flag(op, "normalize", normalize),
-        keep=learned == [None] * _TIERS and torch.is_grad_enabled() and any(t.requires_grad for t in wanted),
+        keep=learned == [None] * _TIERS and will_differentiate(*wanted),
     )
     return (loss, tiers) if as_flag(op, "return_tiers", return_tiers) else loss

@@ -7,8 +7,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from msacore.ops import _torch
-from msacore.ops._autograd import differentiable, refuse_second_derivative
+from msacore.ops._autograd import differentiable, refuse_second_derivative, will_differentiate
 from msacore.ops._check import cast_under_autocast, check_device, check_dtype, check_floating, check_shape, fail
 
 _low_rank_fusion = torch.ops.msacore.low_rank_fusion.default
@@ -168,6 +167,5 @@ def low_rank_fusion(
         tensor([[9.]])
     """
     inputs, parameters = cast_under_autocast(list(features), [*factors, rank_weight, bias])
-    differentiated = torch.is_grad_enabled() and any(t.requires_grad for t in (*inputs, *parameters))
-    keep = differentiated or _torch.is_tracing()  # a trace must be the same with gradients and without
+    keep = will_differentiate(*inputs, *parameters)
     return _eager(inputs, parameters[:-2], *parameters[-2:], available, keep=keep)[0]

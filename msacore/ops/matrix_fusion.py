@@ -116,8 +116,7 @@ def _setup_context(
 
 
 def _backward(ctx: Any, grad_fused: Tensor, grad_pairs: Tensor) -> tuple[Any, ...]:
-    saved = ctx.saved_tensors  # read once: every reading unpacks, which checkpoints and offloading hooks allow once
-    features, others = saved[: ctx.modalities], saved[ctx.modalities :]
+    features, others = ctx.saved_tensors[: ctx.modalities], ctx.saved_tensors[ctx.modalities :]
     grads = _matrix_fusion_backward(grad_fused, grad_pairs, list(features), *others, **ctx.options)
     return *grads, None, None
 
