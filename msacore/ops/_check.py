@@ -132,7 +132,8 @@ def as_number_or_tensor(op: str, name: str, value: Any) -> tuple[float, Tensor |
     """Return a number that is differentiable where it is a tensor: ``(number, None)`` or ``(1.0, 0-d tensor)``."""
     if not isinstance(value, Tensor):
         return as_number(op, name, value), None
-    if as_tensor(op, name, value).dtype not in FLOATING or value.numel() != 1:
+    # A 0-d tensor is not asked for its size, which a trace would record.
+    if as_tensor(op, name, value).dtype not in FLOATING or (value.dim() > 0 and value.shape.numel() != 1):
         fail(op, f"expected `{name}` to be a number or a floating tensor with one element, got {describe(value)}")
     return 1.0, value if value.dim() == 0 else value.reshape(())
 
