@@ -110,7 +110,7 @@ __device__ __forceinline__ void store_neighbours(T* to, T first, T second, int64
 
 // Takes the first `steps` of a stage, rounded up to whole fragments, and `Down` of a warp's two tiles down.
 template <typename A, typename B, typename C, bool AInner, bool BInner, int Down>
-__device__ __forceinline__ void multiply_stage(TileSums<C>& c, const A* a, const B* b, int64_t steps) {
+__device__ __forceinline__ void multiply_stage(TileSums<C>& c, const A* a, const B* b, int steps) {
   using StageA = Stage<A, C, AInner>;
   using StageB = Stage<B, C, BInner>;
   const int row = warp_id() / 2 * 32, column = warp_id() % 2 * 32;
@@ -203,36 +203,42 @@ __device__ __forceinline__ void add_tile_product(TileSums<C>& c, const OperandA&
   const auto stage_b = [&](int s) {
     return reinterpret_cast<B*>(memory + Stages * StageA::kBytes + s * StageB::kBytes);
   };
-  const auto copy = [&](int64_t k, int s) {
-    if (k < depth) {
-      StageA::copy(stage_a(s), operand_a, k);
-      StageB::copy(stage_b(s), operand_b, k);
+  // Stages are counted in 32 bits, and the steps of the last one kept apart: what the loop keeps in registers is
+  // little.
+  const int stages = static_cast<int>((depth + kDepth<C> - 1) / kDepth<C>);
+  const int last_steps = static_cast<int>(depth - int64_t{stages - 1} * kDepth<C>);
+  const auto copy = [&](int stage, int s) {
+    if (stage < stages) {
+      StageA::copy(stage_a(s), operand_a, int64_t{stage} * kDepth<C>);
+      StageB::copy(stage_b(s), operand_b, int64_t{stage} * kDepth<C>);
     }
     async_commit();
   };
-  const int64_t rows_here = columns > warp_id() % 2 * 32 ? rows - warp_id() / 2 * 32 : 0;
+  const int first_row = warp_id() / 2 * 32;
+  const bool any = columns > warp_id() % 2 * 32 && rows > first_row, both = rows > first_row + 16;
 #pragma unroll
-  for (int s = 0; s < Stages - 1; ++s) copy(s * kDepth<C>, s);
+  for (int stage = 0; stage < Stages - 1; ++stage) copy(stage, stage);
   int s = 0;
   [[maybe_unused]] TileSums<C> part;
   if constexpr (!std::is_same_v<C, double>) clear(part);
-  const auto multiply = [&](TileSums<C>& to, int64_t k) {
-    if (rows_here > 16) {
-      multiply_stage<A, B, C, AInner, BInner, 2>(to, stage_a(s), stage_b(s), depth - k);
-    } else if (rows_here > 0) {
-      multiply_stage<A, B, C, AInner, BInner, 1>(to, stage_a(s), stage_b(s), depth - k);
+  const auto multiply = [&](TileSums<C>& to, int steps) {
+    if (any && both) {
+      multiply_stage<A, B, C, AInner, BInner, 2>(to, stage_a(s), stage_b(s), steps);
+    } else if (any) {
+      multiply_stage<A, B, C, AInner, BInner, 1>(to, stage_a(s), stage_b(s), steps);
     }
   };
-  for (int64_t k = 0; k < depth; k += kDepth<C>) {
+  for (int stage = 0; stage < stages; ++stage) {
     async_wait<Stages - 2>();
     __syncthreads();  // this stage is complete, and the readers of the one before are done
-    copy(k + (Stages - 1) * kDepth<C>, s == 0 ? Stages - 1 : s - 1);
+    copy(stage + Stages - 1, s == 0 ? Stages - 1 : s - 1);
+    const bool last = stage + 1 == stages;
+    const int steps = last ? last_steps : kDepth<C>;
     if constexpr (std::is_same_v<C, double>) {
-      multiply(c, k);
+      multiply(c, steps);
     } else {
-      constexpr int64_t kSteps = kStagesOfSum<A, B> * kDepth<C>;
-      multiply(part, k);
-      if ((k + kDepth<C>) % kSteps == 0 || k + kDepth<C> >= depth) add_part(c, part);
+      multiply(part, steps);
+      if (last || (stage + 1) % kStagesOfSum<A, B> == 0) add_part(c, part);
     }
     s = s + 1 == Stages ? 0 : s + 1;
   }

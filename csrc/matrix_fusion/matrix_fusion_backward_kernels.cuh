@@ -207,7 +207,7 @@ constexpr int kFeatureBytes = kTileBytes<T, T, acc_t<T>, true, false>;
 
 // grad_x_n[token, j] = Σ_{m < n} Σ_i h[m, token, i] row_grads[b, (m, n), i, j] / k' + Σ_i grad_h[n, token, i] W[i, j]
 template <typename T>
-__global__ void __launch_bounds__(kTileThreads, kBlocks<T>)
+__global__ void __launch_bounds__(kTileThreads, sizeof(T) == 2 ? 3 : 2)
     feature_grads_kernel(const __grid_constant__ Problem<T> p, const T* __restrict__ h, const RowGrads<T> grads,
                          const T* __restrict__ grad_h, const __grid_constant__ FeatureGrads<T> grad_x,
                          int64_t first_sample) {

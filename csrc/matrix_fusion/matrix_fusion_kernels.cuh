@@ -38,13 +38,9 @@ __device__ __forceinline__ void store_parts(T* to, int64_t stride, A first, A se
 }
 
 template <typename T>
-constexpr int kBlocks = sizeof(T) == 2   ? 4
-                        : sizeof(T) == 4 ? 3
-                                         : 2;  // on a multiprocessor, at least
+constexpr int kBlocks = sizeof(T) == 8 ? 2 : 3;  // on a multiprocessor, at least
 template <typename T>
-constexpr int kPairKernelBlocks = sizeof(T) == 2   ? 3
-                                  : sizeof(T) == 4 ? 2
-                                                   : 1;
+constexpr int kPairKernelBlocks = sizeof(T) == 8 ? 1 : 2;
 
 __host__ __device__ inline int64_t tiles_of(int64_t extent) { return (extent + kTile - 1) / kTile; }
 

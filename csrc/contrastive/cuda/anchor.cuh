@@ -75,10 +75,12 @@ struct InverseNorm {
   A mantissa;
   int exponent;
 };
+constexpr double kLargest = std::numeric_limits<double>::max();
+
 // From the square of |x · 2^shrunk|.
 __device__ __forceinline__ InverseNorm<double> inverse_root(double square, int shrunk) {
   if (square == 0) return {0, 0};
-  if (!(square <= std::numeric_limits<double>::max())) return {NAN, 0};
+  if (!(square <= kLargest)) return {NAN, 0};
   int exponent = 0;
   const double mantissa = frexp(1 / sqrt(square), &exponent);
   return {mantissa, exponent + shrunk};
