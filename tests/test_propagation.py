@@ -1,5 +1,7 @@
 """Properties of propagation over conversations, its edge lists and its modules."""
 
+from collections.abc import Callable
+
 import pytest
 import torch
 from hypothesis import given
@@ -7,7 +9,7 @@ from hypothesis import strategies as st
 from torch import Tensor
 
 import msacore
-from msacore.graph import modality_edges, window_edges
+from msacore.graph import from_edge_index, modality_edges, window_edges
 from msacore.nn import AlternatingPropagation
 from msacore.reference import propagation as reference
 from tests.cases.propagation import conversations
@@ -20,6 +22,18 @@ sends = st.sampled_from(["after_fill", "never"])
 seeds = st.integers(0, 2**31 - 1)
 
 
+def draw_positions(sizes: list[int], seed: int, gaps: bool) -> Tensor | None:
+    """Numbers with gaps, some beyond what the difference of two int64 can say."""
+    if not gaps:
+        return None
+    generator = torch.Generator().manual_seed(seed)
+    step = torch.randint(1, 4, (sum(sizes),), generator=generator)
+    parts = [part.cumsum(0) - 4 for part in step.split(sizes)]
+    if len(parts[-1]) > 2:
+        parts[-1][0], parts[-1][-1] = torch.iinfo(torch.int64).min, torch.iinfo(torch.int64).max
+    return torch.cat(parts)
+
+
 def draw(sizes: list[int], modalities: int, seed: int, width: int = 3) -> tuple[Tensor, Tensor, Tensor]:
     """States, offsets and availability."""
     generator = torch.Generator().manual_seed(seed)
@@ -27,17 +41,18 @@ def draw(sizes: list[int], modalities: int, seed: int, width: int = 3) -> tuple[
     return x, conversations(*sizes), torch.rand(sum(sizes), modalities, generator=generator) < 0.6
 
 
-@given(lengths, modality_counts, windows, seeds)
+@given(lengths, modality_counts, windows, st.booleans(), st.booleans(), seeds)
 def test_half_steps_equal_their_edge_lists(
-    sizes: list[int], modalities: int, window: tuple[int, int], seed: int
+    sizes: list[int], modalities: int, window: tuple[int, int], gaps: bool, include_self: bool, seed: int
 ) -> None:
     x, offsets, senders = draw(sizes, modalities, seed)
+    options = dict(window=window, positions=draw_positions(sizes, seed, gaps), include_self=include_self)
     nodes = x.flatten(0, 1)
     for gate in (None, senders):
-        intra = window_edges(offsets, modalities, window, gate, F64)
+        intra = window_edges(offsets, modalities, senders=gate, dtype=F64, **options)
         inter = modality_edges(len(x), modalities, gate, F64)
         for edges, ours in (
-            (intra, msacore.window_mean(x, offsets, senders=gate, window=window)),
+            (intra, msacore.window_mean(x, offsets, senders=gate, **options)),
             (inter, msacore.modality_mean(x, senders=gate)),
         ):
             torch.testing.assert_close(
@@ -45,19 +60,27 @@ def test_half_steps_equal_their_edge_lists(
             )
 
 
-@given(lengths, modality_counts, windows, sends, st.integers(0, 3), seeds)
+@given(lengths, modality_counts, windows, sends, st.integers(0, 3), st.booleans(), st.booleans(), seeds)
 def test_the_window_form_equals_the_graph_form(
-    sizes: list[int], modalities: int, window: tuple[int, int], send: str, steps: int, seed: int
+    sizes: list[int],
+    modalities: int,
+    window: tuple[int, int],
+    send: str,
+    steps: int,
+    gaps: bool,
+    include_self: bool,
+    seed: int,
 ) -> None:
     x, offsets, available = draw(sizes, modalities, seed)
+    options = dict(window=window, positions=draw_positions(sizes, seed, gaps), include_self=include_self)
     later = available if send == "never" else None
     y = torch.randn_like(x)
-    ours = msacore.propagate(x.requires_grad_(), offsets, available=available, window=window, steps=steps, send=send)
+    ours = msacore.propagate(x.requires_grad_(), offsets, available=available, steps=steps, send=send, **options)
     by_graph = msacore.alternating_graph_propagate(
         x.flatten(0, 1),
-        window_edges(offsets, modalities, window, later, F64),
+        window_edges(offsets, modalities, senders=later, dtype=F64, **options),
         modality_edges(len(x), modalities, later, F64),
-        first_intra=window_edges(offsets, modalities, window, available, F64),
+        first_intra=window_edges(offsets, modalities, senders=available, dtype=F64, **options),
         steps=steps,
     ).view_as(x)
     torch.testing.assert_close(ours, by_graph, rtol=1e-12, atol=1e-12)
@@ -135,21 +158,21 @@ def test_reversing_time_swaps_past_and_future(
     torch.testing.assert_close(mirrored, expected, rtol=1e-12, atol=1e-12)
 
 
-@given(st.integers(1, 40), windows, st.sampled_from([float("nan"), float("inf")]), seeds)
+@given(st.integers(1, 40), windows, st.sampled_from([float("nan"), float("inf")]), st.booleans(), seeds)
 def test_a_non_finite_state_reaches_only_the_windows_that_hold_it(
-    length: int, window: tuple[int, int], value: float, seed: int
+    length: int, window: tuple[int, int], value: float, include_self: bool, seed: int
 ) -> None:
     x, offsets, _ = draw([length, 4], 3, seed)
     at = seed % length
     x[at, 1] = value
     past, future = (side if side >= 0 else length for side in window)
     i = torch.arange(length + 4)
-    reached = (i < length) & (at - i <= future) & (i - at <= past)
+    reached = (i < length) & (at - i <= future) & (i - at <= past) & ((i != at) | include_self)
     expected = torch.zeros(length + 4, 3, dtype=torch.bool)
     expected[reached, 1] = True
-    ours = msacore.window_mean(x, offsets, window=window)
+    ours = msacore.window_mean(x, offsets, window=window, include_self=include_self)
     assert torch.equal(~ours.isfinite().all(-1), expected)
-    step = msacore.propagate(x, offsets, window=window, steps=1, alpha=0.0)
+    step = msacore.propagate(x, offsets, window=window, include_self=include_self, steps=1, alpha=0.0)
     assert torch.equal(~step.isfinite().all(-1), expected[:, [1, 0, 1]])
 
 
@@ -187,13 +210,62 @@ def test_no_steps_copy() -> None:
     assert out.data_ptr() != x.data_ptr()
 
 
-def test_a_graph_needs_sound_arguments() -> None:
-    with pytest.raises(ValueError, match="window_edges: expected `window`"):
-        window_edges(torch.tensor([0, 2]), 3, window=(-2, 1))
-    with pytest.raises(ValueError, match="window_edges: expected `offsets`"):
-        window_edges(torch.tensor([0, 3, 2]), 3)
-    with pytest.raises(ValueError, match="modality_edges: expected `senders`"):
-        modality_edges(4, 3, senders=torch.ones(4, 2, dtype=torch.bool))
+@pytest.mark.parametrize(
+    ("build", "words"),
+    [
+        (lambda: window_edges(torch.tensor([0, 2]), 3, window=(-2, 1)), "window_edges: expected `window`"),
+        (lambda: window_edges(torch.tensor([0, 2]), 3, window=1.5), "window_edges: expected `window`"),
+        (lambda: window_edges(torch.tensor([0, 3, 2]), 3), "window_edges: expected `offsets`"),
+        (lambda: window_edges(torch.tensor([0.0, 3.0]), 3), "window_edges: expected `offsets`.*float32"),
+        (lambda: window_edges([0, 3], 3), "window_edges: expected `offsets`.*list"),
+        (lambda: window_edges(torch.tensor([0, 3]), -1), "window_edges: expected `M`.*-1"),
+        (lambda: window_edges(torch.tensor([0, 3]), 2, include_self=1), "window_edges: expected `include_self`"),
+        (lambda: window_edges(torch.tensor([0, 3]), 2, dtype=torch.int64), "window_edges: expected `dtype`"),
+        (lambda: window_edges(torch.tensor([0, 3]), 2, positions=torch.arange(2)), r"`positions`.*\[3\], got \[2\]"),
+        (lambda: window_edges(torch.tensor([0, 3]), 2, positions=torch.tensor([0, 2, 2])), "`positions` to increase"),
+        (
+            lambda: modality_edges(4, 3, senders=torch.ones(4, 2, dtype=torch.bool)),
+            "modality_edges: expected `senders`",
+        ),
+        (lambda: modality_edges(4.0, 3), "modality_edges: expected `N`.*4.0"),
+        (lambda: from_edge_index(torch.zeros(3, 2, dtype=torch.int64), 2), r"`edge_index` to have shape \[2, E\]"),
+        (lambda: from_edge_index(torch.zeros(2, 2), 2), "`edge_index` to have dtype int64"),
+        (lambda: from_edge_index(torch.tensor([[0, 3], [1, 1]]), 3), r"`edge_index` in \[0, num_nodes = 3\), got 3"),
+        (lambda: from_edge_index(torch.tensor([[0, 1], [-1, 1]]), 3), "`edge_index`.*got -1"),
+        (lambda: from_edge_index(torch.tensor([[0], [1]]), 2, torch.ones(2)), r"`weight`.*E = 1, got \[2\]"),
+    ],
+)
+def test_a_graph_needs_sound_arguments(build: Callable[[], object], words: str) -> None:
+    with pytest.raises((RuntimeError, ValueError), match=words):
+        build()
+
+
+@given(st.integers(1, 9), st.integers(0, 40), st.booleans(), seeds)
+def test_edges_of_a_graph_library_become_rows(nodes: int, count: int, heads: bool, seed: int) -> None:
+    generator = torch.Generator().manual_seed(seed)
+    edges = torch.randint(0, nodes, (2, count), generator=generator)
+    weight = torch.randn(count, *([2] if heads else []), generator=generator, dtype=F64, requires_grad=True)
+    x = torch.randn(nodes, *([2] if heads else []), 3, generator=generator, dtype=F64)
+    rowptr, col, ordered, order = from_edge_index(edges.int(), nodes, weight)
+    target = torch.arange(nodes).repeat_interleave(rowptr.diff())
+    assert torch.equal(torch.stack([col, target]), edges[:, order])
+    same = target[1:] == target[:-1]
+    assert (order[1:][same] > order[:-1][same]).all(), "edges of a target changed their order"
+    expected = torch.zeros_like(x).index_add(0, edges[1], x[edges[0]] * weight[..., None])
+    ours = msacore.graph_propagate(x, rowptr, col, ordered)
+    torch.testing.assert_close(ours, expected, rtol=1e-12, atol=1e-12)
+    y = torch.randn(x.shape, generator=generator, dtype=F64)
+    torch.testing.assert_close(*(torch.autograd.grad(out, weight, y)[0] for out in (ours, expected)))
+    assert from_edge_index(edges, nodes)[2] is None
+
+
+def test_indices_of_a_graph_may_be_narrow() -> None:
+    wide, narrow = (window_edges(torch.tensor([0, 4], dtype=dtype), 2) for dtype in (torch.int64, torch.uint8))
+    assert all(torch.equal(a, b) for a, b in zip(wide, narrow, strict=True))
+    positions = torch.tensor([-128, -1, 0, 127])
+    ours = [window_edges(torch.tensor([0, 4]), 1, 127, positions=p) for p in (positions, positions.to(torch.int8))]
+    assert all(torch.equal(a, b) for a, b in zip(*ours, strict=True))
+    assert ours[0][0].tolist() == [0, 2, 5, 8, 10]
 
 
 @pytest.mark.parametrize("send", ["after_fill", "never"])

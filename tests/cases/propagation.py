@@ -42,7 +42,7 @@ def _sample(
         arguments[gate] = (torch.rand(utterances, modalities, generator=generator) < 0.6).to(device)
     if options.pop("gaps", False):
         arguments["positions"] = gaps(lengths, generator).to(device)
-    return Sample(name, {**arguments, **options}, small=name in SMALL)
+    return Sample(name, {**arguments, **options}, small=name in SMALL, on_host=not name.startswith("statistics"))
 
 
 # lengths of the conversations, modalities, width
@@ -60,6 +60,7 @@ SIZES = {
     "large": ((24, 7, 0, 13, 1), 3, 37),
     "many modalities": ((14, 5), 6, 20),
     "one long": ((60, *[1] * 9), 3, 5),  # on a GPU it goes through global memory
+    "real": ((24,) * 8, 3, 128),
 }
 SMALL = (
     *("odd", "another size", "five modalities", "no utterance", "ungated", "odd, never", "alpha 0, never"),
@@ -82,7 +83,8 @@ def _propagate_samples(device: torch.device, dtype: torch.dtype) -> list[Sample]
 
     samples: list[Sample] = []
     for size in SIZES:
-        sample(size, size, steps=3, send="after_fill")
+        if size != "real":
+            sample(size, size, steps=3, send="after_fill")
     for send in ("after_fill", "never"):
         for name, window in WINDOWS.items():
             sample(f"{name} window, {send}", "large", steps=2, window=window, alpha=0.3, send=send)
@@ -102,6 +104,10 @@ def _propagate_samples(device: torch.device, dtype: torch.dtype) -> list[Sample]
     sample("nobody in reach", "odd", ungated=True, include_self=False, window=0, steps=2)
     sample("alpha 0, never", "odd", alpha=0.0, send="never")
     sample("alpha 1", "odd", alpha=1.0)
+    # Lengths and width of real use, for counts of instructions: as many columns at a time as a block takes.
+    sample("statistics", "real", steps=10, ungated=True)
+    sample("statistics, whole window", "real", steps=10, window=-1, ungated=True)
+    sample("statistics, gated", "real", steps=10, send="never")
     return samples
 
 
