@@ -104,7 +104,7 @@ def test_other_files_of_torch_are_told_apart(tmp_path):
     with pytest.raises(ValueError, match="not a checkpoint of these systems"):
         load_checkpoint(tmp_path / "w.pt", {})
     torch.save({"format": 99, "arguments": {}, "rng": {}, "state": {}}, tmp_path / "w.pt")
-    with pytest.raises(ValueError, match="format 99, expected 1"):
+    with pytest.raises(ValueError, match="format 99, expected 2"):
         load_checkpoint(tmp_path / "w.pt", {})
     with pytest.raises(FileNotFoundError, match="no checkpoint to resume"):
         load_checkpoint(tmp_path / "none.pt", {})

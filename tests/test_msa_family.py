@@ -21,6 +21,8 @@ SMALL, LARGE = np.array([-1, 0.4, 1, np.nan], np.float32), np.array([-2.4, 3, np
     ("MOSEI/Processed/aligned_50.pkl", LARGE, False, "mosei"),
     ("MOSI/sims_style/aligned_50.pkl", SMALL, False, "sims"),
     ("MOSI/mosi_to_sims/x.pkl", SMALL, False, "mosi"),
+    ("what_i_did_with_sims_at_first/data.pkl", LARGE, False, "mosi"),
+    ("all/cmu_mosei_unaligned_50_glove.pkl", LARGE, False, "mosei"),
     ("data.pkl", LARGE, True, "mosi"),
     ("data.pkl", SMALL, True, "sims"),
 ])  # fmt: skip

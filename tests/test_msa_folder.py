@@ -233,6 +233,7 @@ def test_what_is_converted_is_read_as_it_was(tmp_path, out, source, capsys):
         None if v is None else v.tolist() for v in (before.transcripts, before.videos)
     ]
     assert set(before.notes) <= set(after.notes)
+    assert main(["convert", str(path), str(tmp_path / "copy.pkl")]) == 2
     if out == "open":
         assert main(["convert", str(path), str(tmp_path / out)]) == 2 and "there already" in capsys.readouterr().err
     assert not [p for p in tmp_path.iterdir() if p.name.startswith(".")]

@@ -29,13 +29,15 @@ def convert(corpus: Corpus, out: str | Path) -> Path:
         The path.
 
     Raises:
-        ValueError: The folder holds something.
+        ValueError: The folder holds something, or the path is that of another kind of file.
     """
     out = Path(out)
     if out.suffix == ".npz":
         buffer = io.BytesIO()
         np.savez_compressed(buffer, **arrays(corpus))
         return write_atomic(out, buffer.getvalue())
+    if out.suffix in (".pkl", ".pt", ".csv", ".npy", ".h5", ".json"):
+        raise ValueError(f"{out}: only a folder or a file that ends in .npz is written")
     if out.exists() and (not out.is_dir() or any(out.iterdir())):
         raise ValueError(f"{out}: it is there already; name a new folder, or a file that ends in .npz")
     out.parent.mkdir(parents=True, exist_ok=True)

@@ -12,6 +12,8 @@ from .corpus import LABEL_RANGE
 
 _NAMES = re.compile(r"(mosei|mosi|sims)(?![a-uw-z])", re.I)
 _SLACK = 1e-3
+# A folder of more words is called by a sentence, not by the name of a set.
+MAX_WORDS = 4
 
 
 @dataclass(frozen=True)
@@ -26,7 +28,8 @@ class Family:
 def family_of(path: Path, labels: np.ndarray, unimodal: bool = False, given: str | None = None) -> Family:
     """Decide on a family.
 
-    The part of the path that is nearest to the file and names one set counts first. Without one, labels for each
+    The part of the path that is nearest to the file and names one set counts first; folders whose names are whole
+    sentences do not count. Without one, labels for each
     modality within [-1, 1] mean SIMS, and labels beyond [-1, 1] mean MOSI. Labels within [-1, 1] alone may be of any
     set: then the family is ``mosi``, with a note.
 
@@ -65,7 +68,10 @@ def family_of(path: Path, labels: np.ndarray, unimodal: bool = False, given: str
 
 
 def _in_path(path: Path) -> tuple[str, str] | None:
-    for part in reversed(path.absolute().parts):
+    *folders, name = path.absolute().parts
+    for part in (name, *reversed(folders)):
+        if part is not name and len(re.findall(r"[^\W_]+", part)) > MAX_WORDS:
+            continue
         found = {m.lower() for m in _NAMES.findall(part)}
         if len(found) == 1:
             return found.pop(), part
