@@ -103,7 +103,8 @@ def test_picks_of_a_partly_labelled_set_come_from_its_train_part(
     labels = truth.labels.copy()
     hidden = truth.rows("train")[20:]
     labels[hidden] = np.nan
-    assert run(monkeypatch, replace(truth, labels=labels), f"--budget 7 --out {tmp_path}") == 0
+    videos = np.array([f"v{v:04d}" for v in range(len(truth.video_ptr) - 1)], dtype=object)
+    assert run(monkeypatch, replace(truth, labels=labels, videos=videos), f"--budget 7 --out {tmp_path}") == 0
     assert {r["id"] for r in table(tmp_path)} <= set(truth.utterance_ids[hidden].tolist())
     assert {r["video"] for r in table(tmp_path)} <= {f"v{v:04d}" for v in truth.video_index[hidden]}
     assert run(monkeypatch, truth, f"--out {tmp_path}") == 2

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import argparse
-import re
 from dataclasses import dataclass, replace
 from pathlib import Path
 
@@ -155,11 +154,12 @@ def _nearest(embedding: Tensor, rows: np.ndarray, labelled: Tensor) -> np.ndarra
 
 
 def _lines(pool: Corpus, choice: Choice) -> list[tuple[str, ...]]:
-    videos, ids = video_names(pool), pool.utterance_ids
+    ids, number = pool.utterance_ids, pool.video_index
+    names = np.arange(len(pool.video_ptr) - 1) if pool.videos is None else pool.videos
     return [
         (
             str(ids[row]),
-            videos[row],
+            str(names[number[row]]),
             str(int(pool.positions[row])),
             f"{score:.6g}",
             f"{uncertainty:.6g}" if np.isfinite(uncertainty) else "",
@@ -169,17 +169,3 @@ def _lines(pool: Corpus, choice: Choice) -> list[tuple[str, ...]]:
             choice.rows, choice.scores, choice.uncertainty, choice.nearest, strict=True
         )
     ]
-
-
-def video_names(corpus: Corpus) -> list[str]:
-    """Name of each row's video: what its ids have before their clip's number, else its number in the corpus."""
-    numbers = corpus.video_index.tolist()
-    stems = [re.sub(r"(\$_\$|[\W_]*\[?)\d+\]?$", "", str(name)) for name in corpus.utterance_ids.tolist()]
-    owners: dict[str, set[int]] = {}
-    for stem, number in zip(stems, numbers, strict=True):
-        owners.setdefault(stem, set()).add(number)
-    of_video: dict[int, set[str]] = {}
-    for stem, number in zip(stems, numbers, strict=True):
-        of_video.setdefault(number, set()).add(stem)
-    told = all(len(v) == 1 for v in owners.values()) and all(len(s) == 1 and "" not in s for s in of_video.values())
-    return stems if told else [f"video {number}" for number in numbers]

@@ -11,7 +11,7 @@ import numpy as np
 import torch
 
 from examples.msa.baselines import fill, fit_mlp
-from examples.msa.corpus import Corpus
+from examples.msa.corpus import TEST, VALID, Corpus
 from examples.msa.metrics import evaluate
 from examples.msa.missing import MissingPattern, label_mask, missing_mask
 from examples.msa.patterns import TestPattern, write_mask
@@ -184,7 +184,8 @@ def _system(
     trainer = Trainer(standard, observed, labelled, ablated(config, cell.method), cell.seed, device)
     fit = trainer.fit(checkpoint, resume=resume)
     seen = replace(standard, available=standard.available & observed)
-    _, variance = predict_corpus(trainer.model, seen, device=device)
+    # No one asks how sure the model is of what it was trained on.
+    _, variance = predict_corpus(trainer.model, seen, device=device, parts=(VALID, TEST))
     others = [predict_corpus(trainer.model, replace(standard, available=p.observed), 0, device)[0] for p in patterns]
     rows = corpus.rows("test", labelled=True)
 

@@ -47,7 +47,12 @@ def predict_conversations(
 
 
 def predict_corpus(
-    model: SSLMM, corpus: Corpus, passes: int = PASSES, device: torch.device | str = "cpu", seed: int = 0
+    model: SSLMM,
+    corpus: Corpus,
+    passes: int = PASSES,
+    device: torch.device | str = "cpu",
+    seed: int = 0,
+    parts: Sequence[int] = (*SPLITS.values(), UNUSED),
 ) -> tuple[np.ndarray, np.ndarray]:
     """Predict every utterance from what ``corpus.available`` shows of it; neighbours of other splits are not heard.
 
@@ -57,6 +62,7 @@ def predict_corpus(
         passes: Stochastic passes for the variance.
         device: Where to compute.
         seed: Of dropout; the global generators are left as they were.
+        parts: Codes of the splits to predict; 0 stands for the others.
 
     Returns:
         Predictions and their variance, float64 ``[N]`` each.
@@ -65,7 +71,7 @@ def predict_corpus(
     value, variance = np.zeros(len(corpus)), np.zeros(len(corpus))
     with torch.random.fork_rng():
         torch.manual_seed(seed)
-        for code in (*SPLITS.values(), UNUSED):
+        for code in parts:
             conversations = conversations_of(corpus, code)
             if conversations:
                 found = predict_conversations(model, tensors["features"], tensors["available"], conversations, passes)
