@@ -1,5 +1,6 @@
 """What the public functions accept for each kind of argument, and the words in which they refuse the rest."""
 
+import inspect
 from collections.abc import Callable
 from typing import Any
 
@@ -8,6 +9,10 @@ import pytest
 import torch
 
 from msacore.ops import _check
+from tests import cases
+from tests.opcase import OpCase
+
+CPU = torch.device("cpu")
 
 _NESTED = torch.nested.nested_tensor([torch.ones(2), torch.ones(3)], layout=torch.jagged)
 _OLD_NESTED = torch.nested.nested_tensor([torch.ones(2), torch.ones(3)], layout=torch.strided)
@@ -92,3 +97,51 @@ def test_what_is_accepted() -> None:
     assert _check.as_flag("operator", "argument", np.bool_(True)) is True
     for window in (2, np.int64(2), (2, 2), [2, torch.tensor(2)], torch.tensor(2)):
         assert _check.as_window("operator", window) == (2, 2)
+
+
+_NOT_A_NUMBER: tuple[Any, ...] = (True, "0.1", np.ones(2), torch.ones(2))
+
+
+def _wrong_values(value: Any) -> list[Any]:
+    """Values of a wrong kind for an argument that may be ``value``."""
+    if isinstance(value, torch.Tensor):
+        return [np.ones(tuple(value.shape)), _NESTED, "text", {"x": value}, 1.5, [value]]
+    if isinstance(value, (list, tuple)) and any(isinstance(item, torch.Tensor) for item in value):
+        return [3, 1.5, "text", {"x": value[0]}, _NESTED, [np.ones(3)] * len(value)]
+    if isinstance(value, bool):
+        return [1, 1.0, "yes", torch.ones(2), np.ones(2), None]
+    if isinstance(value, str):
+        return ["no such word", 1, None, [value], torch.ones(2), np.ones(2)]
+    if isinstance(value, tuple):
+        return [1.5, "text", None, {"x": 1}, (*value, *value), (None,) * len(value), torch.ones(7, 1)]
+    if isinstance(value, int):
+        return [*_NOT_A_NUMBER, 1.5, None, torch.ones((), requires_grad=True), torch.ones((), device="meta")]
+    return [*_NOT_A_NUMBER, 1j, None]
+
+
+def _options() -> list[tuple[OpCase, str, dict[str, Any]]]:
+    """Every argument of every operator, with the arguments of a call in which it is used."""
+    found = []
+    for case in cases.ALL:
+        samples = [s.arguments for s in case.samples(CPU, torch.float32)]
+        for name, parameter in inspect.signature(case.op).parameters.items():
+            used = [s for s in samples if s.get(name) is not None]
+            used = [s for s in used if name != "labels" or s.get("tier1", "intra_modal") == "intra_modal"]
+            if not used and parameter.default is not None:
+                used = [{**samples[0], name: parameter.default}]
+            assert used or name == "group", f"no sample of {case.name} has {name}"
+            found += [(case, name, used[0])] if used else []
+    return found
+
+
+_OPTIONS = _options()
+_OPTION_IDS = [f"{case.name}-{name}" for case, name, _ in _OPTIONS]
+
+
+@pytest.mark.parametrize(("case", "name", "arguments"), _OPTIONS, ids=_OPTION_IDS)
+def test_every_operator_names_an_argument_of_a_wrong_kind(case: OpCase, name: str, arguments: dict[str, Any]) -> None:
+    for wrong in _wrong_values(0.1 if name == "temperature" else arguments[name]):
+        with pytest.raises((RuntimeError, ValueError)) as raised:
+            case.op(**{**arguments, name: wrong})
+        words = str(raised.value)
+        assert f"msacore::{case.name}: " in words and name in words, f"{_check.describe(wrong)}: {words}"

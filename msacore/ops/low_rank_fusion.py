@@ -8,7 +8,17 @@ import torch
 from torch import Tensor
 
 from msacore.ops._autograd import differentiable, refuse_second_derivative, will_differentiate
-from msacore.ops._check import cast_under_autocast, check_device, check_dtype, check_floating, check_shape, fail
+from msacore.ops._check import (
+    as_optional_tensor,
+    as_tensor,
+    as_tensors,
+    cast_under_autocast,
+    check_device,
+    check_dtype,
+    check_floating,
+    check_shape,
+    fail,
+)
 
 _low_rank_fusion = torch.ops.msacore.low_rank_fusion.default
 _low_rank_fusion_backward = torch.ops.msacore.low_rank_fusion_backward.default
@@ -166,6 +176,10 @@ def low_rank_fusion(
         >>> low_rank_fusion([x, y], factors, torch.ones(1), torch.zeros(1))
         tensor([[9.]])
     """
-    inputs, parameters = cast_under_autocast(list(features), [*factors, rank_weight, bias])
+    op = "low_rank_fusion"
+    inputs, weights = as_tensors(op, "features", features), as_tensors(op, "factors", factors)
+    weights += [as_tensor(op, "rank_weight", rank_weight), as_tensor(op, "bias", bias)]
+    hidden = as_optional_tensor(op, "available", available)
+    inputs, parameters = cast_under_autocast(inputs, weights)
     keep = will_differentiate(*inputs, *parameters)
-    return _eager(inputs, parameters[:-2], *parameters[-2:], available, keep=keep)[0]
+    return _eager(inputs, parameters[:-2], *parameters[-2:], hidden, keep=keep)[0]

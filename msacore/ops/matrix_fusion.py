@@ -7,7 +7,19 @@ import torch
 from torch import Tensor
 
 from msacore.ops._autograd import differentiable, refuse_second_derivative
-from msacore.ops._check import cast_under_autocast, check_device, check_dtype, check_floating, check_shape, fail
+from msacore.ops._check import (
+    as_choice,
+    as_flag,
+    as_optional_tensor,
+    as_tensor,
+    as_tensors,
+    cast_under_autocast,
+    check_device,
+    check_dtype,
+    check_floating,
+    check_shape,
+    fail,
+)
 
 _matrix_fusion = torch.ops.msacore.matrix_fusion.default
 _matrix_fusion_backward = torch.ops.msacore.matrix_fusion_backward.default
@@ -179,12 +191,16 @@ def matrix_fusion(
         >>> fused
         tensor([[[2.]]])
     """
-    if activation not in ACTIVATIONS:
-        names = ", ".join(map(repr, ACTIVATIONS))
-        raise ValueError(f"msacore::matrix_fusion: expected `activation` to be one of {names}, got {activation!r}")
-    parameters = [row_weight, row_bias, pair_weight, pair_bias]
-    aligned = list(features)
-    if all(feature.dim() == 2 for feature in aligned):
+    op = "matrix_fusion"
+    code = as_choice(op, "activation", activation, ACTIVATIONS)
+    augment = as_flag(op, "augment", augment)
+    aligned = as_tensors(op, "features", features)
+    given = dict(row_weight=row_weight, row_bias=row_bias, pair_weight=pair_weight, pair_bias=pair_bias)
+    parameters = [as_tensor(op, name, value) for name, value in given.items()]
+    hidden = [as_optional_tensor(op, "mask", mask), as_optional_tensor(op, "available", available)]
+    if aligned and all(feature.dim() == 2 for feature in aligned):
+        for m, feature in enumerate(aligned):
+            check_shape(op, f"features[{m}]", feature, aligned[0].shape, "[B, k]")
         aligned = [feature.unsqueeze(1) for feature in aligned]
     aligned, parameters = cast_under_autocast(aligned, parameters)
-    return _eager(aligned, *parameters, mask, available, augment=augment, activation=ACTIVATIONS[activation])
+    return _eager(aligned, *parameters, *hidden, augment=augment, activation=code)
