@@ -2,19 +2,25 @@
 
 import math
 from collections.abc import Sequence
-from itertools import combinations
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
+from msacore._contrast import HierarchicalContrastiveLoss, InfoNCE
 from msacore._ranking import RankNContrast
-from msacore.ops.hierarchical_contrastive import hierarchical_contrastive_loss
 from msacore.ops.low_rank_fusion import low_rank_fusion
 from msacore.ops.matrix_fusion import ACTIVATIONS, matrix_fusion
 from msacore.ops.propagation import SEND, modality_mean, propagate, window_mean
 
-__all__ = ["AlternatingPropagation", "HierarchicalContrastiveLoss", "LowRankFusion", "MatrixFusion", "RankNContrast"]
+__all__ = [
+    "AlternatingPropagation",
+    "HierarchicalContrastiveLoss",
+    "InfoNCE",
+    "LowRankFusion",
+    "MatrixFusion",
+    "RankNContrast",
+]
 
 
 class MatrixFusion(nn.Module):
@@ -262,105 +268,4 @@ class AlternatingPropagation(nn.Module):
         return (
             f"features={self.features}, steps={self.steps}, variant={self.variant!r}, alpha={self.alpha}, "
             f"window={self.window}, include_self={self.include_self}, send={self.send!r}"
-        )
-
-
-class HierarchicalContrastiveLoss(nn.Module):
-    """Project every embedding, then :func:`msacore.hierarchical_contrastive_loss`.
-
-    Each modality, the fused embedding and each pair has a linear projection of its own.
-
-    Args:
-        in_features: Width of the unimodal and fused embeddings.
-        high_level_features: Width of the high-level features of a pair.
-        projection: Width after projection.
-        modalities: Number of modalities M.
-        tier_weights: Weights of the three tiers.
-        temperatures: Temperatures of the three tiers.
-        tier1: "cross_modal" or "intra_modal".
-        device: Device of the parameters.
-        dtype: Floating dtype of the parameters.
-
-    Example:
-        >>> loss = HierarchicalContrastiveLoss(in_features=8, high_level_features=4, projection=16)
-        >>> unimodal, fused = [torch.randn(6, 8) for _ in range(3)], torch.randn(6, 8)
-        >>> loss(unimodal, fused, [torch.randn(6, 4) for _ in range(3)]).shape
-        torch.Size([])
-    """
-
-    def __init__(
-        self,
-        in_features: int,
-        high_level_features: int,
-        projection: int = 128,
-        modalities: int = 3,
-        tier_weights: Sequence[float] = (0.2, 0.3, 0.5),
-        temperatures: Sequence[float] = (0.1, 0.1, 0.5),
-        tier1: str = "cross_modal",
-        device: torch.device | str | None = None,
-        dtype: torch.dtype | None = None,
-    ) -> None:
-        super().__init__()
-        if modalities < 1:
-            raise ValueError(f"HierarchicalContrastiveLoss: expected `modalities` to be at least 1, got {modalities}")
-        self.in_features, self.high_level_features, self.projection = in_features, high_level_features, projection
-        self.modalities, self.tier1 = modalities, tier1
-        self.tier_weights, self.temperatures = tuple(tier_weights), tuple(temperatures)
-        self.pairs = list(combinations(range(modalities), 2))
-
-        def linear(width: int) -> nn.Linear:
-            return nn.Linear(width, projection, device=device, dtype=dtype)
-
-        self.unimodal = nn.ModuleList(linear(in_features) for _ in range(modalities))
-        self.fused = linear(in_features)
-        self.high_level = nn.ModuleList(linear(high_level_features) for _ in self.pairs)
-
-    def forward(
-        self,
-        unimodal: Sequence[Tensor],
-        fused: Tensor,
-        high_level: Sequence[Tensor],
-        available: Tensor | None = None,
-        labels: Tensor | None = None,
-        return_tiers: bool = False,
-    ) -> Tensor | tuple[Tensor, Tensor]:
-        """Return the loss, and with ``return_tiers`` the three tiers ``[3]``.
-
-        Args:
-            unimodal: M tensors ``[N, in_features]``.
-            fused: ``[N, in_features]``.
-            high_level: M(M-1)/2 tensors ``[N, high_level_features]`` in the order (0, 1), (0, 2), (1, 2), ….
-            available: Modalities present in a sample, ``[N, M]``, bool.
-            labels: ``[N]``, int64; needed by "intra_modal".
-            return_tiers: Also return the tiers.
-        """
-        if len(unimodal) != self.modalities or len(high_level) != len(self.pairs):
-            raise ValueError(
-                f"HierarchicalContrastiveLoss: expected {self.modalities} tensors in `unimodal` and {len(self.pairs)} "
-                f"in `high_level`, got {len(unimodal)} and {len(high_level)}"
-            )
-        if available is not None:
-            # A projection reads its input into the gradient of its weight, so missing rows are cleared before it.
-            columns = available.unbind(1)
-            exist = [columns[m] & columns[n] for m, n in self.pairs]
-            unimodal = [torch.where(e[:, None], x, 0) for e, x in zip(columns, unimodal, strict=True)]
-            high_level = [torch.where(e[:, None], x, 0) for e, x in zip(exist, high_level, strict=True)]
-        return hierarchical_contrastive_loss(
-            [project(x) for project, x in zip(self.unimodal, unimodal, strict=True)],
-            self.fused(fused),
-            [project(x) for project, x in zip(self.high_level, high_level, strict=True)],
-            available=available,
-            labels=labels,
-            tier_weights=self.tier_weights,
-            temperatures=self.temperatures,
-            tier1=self.tier1,
-            return_tiers=return_tiers,
-        )
-
-    def extra_repr(self) -> str:
-        """Return the sizes and options, as in the constructor."""
-        return (
-            f"in_features={self.in_features}, high_level_features={self.high_level_features}, "
-            f"projection={self.projection}, modalities={self.modalities}, tier_weights={self.tier_weights}, "
-            f"temperatures={self.temperatures}, tier1={self.tier1!r}"
         )
