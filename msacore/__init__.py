@@ -6,6 +6,7 @@ from msacore._version import __version__
 load_extension()
 
 from msacore import graph, nn, uncertainty  # noqa: E402
+from msacore.ops import info_nce_partial as _info_nce_partial  # noqa: E402, F401  # registers the fake kernels
 from msacore.ops import kcenter as _kcenter  # noqa: E402, F401  # registers the fake kernels
 from msacore.ops.graph_propagation import alternating_graph_propagate, graph_propagate  # noqa: E402
 from msacore.ops.hierarchical_contrastive import hierarchical_contrastive_loss  # noqa: E402

@@ -39,6 +39,8 @@ def test_every_operator_has_its_kernels_and_its_case() -> None:
         assert {"cpu", "meta"} <= set(devices), f"{name} lacks a CPU or a fake kernel: {devices}"
         if f"{name}_backward" in table or short.endswith("_backward"):
             assert "autograd" in devices, f"{name} has no autograd formula"
+            if "_partial" in short:  # no public function: tests/test_info_nce_partial.py
+                continue
             assert short.removesuffix("_backward") in tested, f"{name} has no OpCase"
 
 

@@ -83,10 +83,7 @@ void load(Problem<T>& problem, const acc_t<T>* grad_out, const acc_t<T>* row_sta
       const double gradient = static_cast<double>(grad_out[options.reduction == kNone ? i : 0]) * factor;
       return options.reduction == kMean ? gradient / count : gradient;
     };
-    const auto softmax_of = [&](int64_t i) {
-      return options.denominator == kNegatives ? static_cast<double>(stats[kRest * n + i]) : 1.0;
-    };
-    load_shares(term, direction, side, n, stats, !problem.disjoint(), gradient_of, softmax_of);
+    problem.load(direction, side, n, stats, gradient_of);
   };
   load_direction(term.rows, *term.a, problem.size.anchors, row_stats);
   if (!term.self()) load_direction(term.columns, *term.b, problem.size.candidates, term.both ? column_stats : nullptr);

@@ -44,7 +44,9 @@ enum Stat : int64_t {
 };
 inline int64_t stat_rows(int64_t denominator) { return denominator == kNegatives ? 5 : 4; }
 
-inline InfoNceSizes check_inputs(const char* op, const InfoNceInputs& in, const InfoNceOptions& options) {
+// `is_part`: the anchors are a part of a batch, and the caller checks which candidates they are.
+inline InfoNceSizes check_inputs(const char* op, const InfoNceInputs& in, const InfoNceOptions& options,
+                                 bool is_part = false) {
   const Tensor& anchors = in.anchors;
   check_floating(anchors, op, "anchors");
   check_shape(anchors, op, "anchors", {-1, -1}, "[N, d]");
@@ -83,7 +85,7 @@ inline InfoNceSizes check_inputs(const char* op, const InfoNceInputs& in, const 
     check_shape(*in.weights, op, "weights", {n, m}, "[N, N']");
     check_device(*in.weights, op, "weights", anchors);
   }
-  if (!in.weights && !in.anchor_labels)
+  if (!in.weights && !in.anchor_labels && !is_part)
     check(n == m, op, "expected `candidates` to have as many rows as `anchors` (", n,
           ") when neither `labels` nor `weights` say which are positive, got ", m);
   check(options.denominator >= kAll && options.denominator <= kDecoupled, op,

@@ -190,6 +190,15 @@ struct Problem {
     return {std::log1p(power) + std::max(0.0, -lead), (lead > 0 ? power : 1.0) / (1 + power)};
   }
 
+  // Loads the weights of a direction in the gradient, from what the forward pass kept of its n anchors (null: no
+  // anchors); gradient_of(i) is the gradient of the loss of anchor i.
+  template <typename GradientOf>
+  void load(Direction<A>& direction, const Side<A>& side, int64_t n, const A* stats, GradientOf&& gradient_of) const {
+    load_shares(term(), direction, side, n, stats, !disjoint(), gradient_of, [&](int64_t i) {
+      return options.denominator == kNegatives ? static_cast<double>(stats[kRest * n + i]) : 1.0;
+    });
+  }
+
   // A sweep over all tiles: the positives of the anchors whose softmax is loaded, against their negatives.
   void sum_positives(PositiveSums& rows, PositiveSums& columns) {
     const Term<A>& t = term();
@@ -278,7 +287,8 @@ struct Problem {
 
   // Gradients of anchors, candidates (added to those of the anchors where `one_tensor`) and negatives; returns that of
   // the temperature.
-  double project(T* grad_anchors, T* grad_candidates, T* grad_negatives, bool one_tensor) const {
+  template <typename C>
+  double project(T* grad_anchors, C* grad_candidates, C* grad_negatives, bool one_tensor) const {
     const A scale = static_cast<A>(1 / temperature);
     const Side<A>&a = *term().a, &b = *term().b;
     double pull = 0;

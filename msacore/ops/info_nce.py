@@ -38,7 +38,7 @@ def loss_dtype(dtype: torch.dtype) -> torch.dtype:
     return torch.float64 if dtype == torch.float64 else torch.float32
 
 
-def _check_inputs(
+def check_info_nce(
     op: str,
     anchors: Tensor,
     candidates: Tensor | None,
@@ -57,8 +57,12 @@ def _check_inputs(
     normalize: bool,
     denominator: int,
     reduction: int,
+    is_part: bool = False,
 ) -> tuple[Any, Any]:
-    """The checks of csrc/info_nce/info_nce.h; returns N and N'."""
+    """The checks of csrc/info_nce/info_nce.h; returns N and N'.
+
+    ``is_part``: the anchors are a part of a batch, and the caller checks which candidates they are.
+    """
     check_floating(op, "anchors", anchors)
     check_shape(op, "anchors", anchors, (-1, -1), "[N, d]")
     n, d = anchors.shape
@@ -102,7 +106,7 @@ def _check_inputs(
         check_shape(op, "weights", weights, (n, m), "[N, N']")
         check_device(op, "weights", weights, anchors)
     as_many = f"expected `candidates` to have as many rows as `anchors` ({n})"
-    if weights is None and anchor_labels is None and n != m:
+    if weights is None and anchor_labels is None and n != m and not is_part:
         fail(op, f"{as_many} when neither `labels` nor `weights` say which are positive, got {m}")
     if not 0 <= denominator <= 2:
         names = '"all", "negatives" or "decoupled"'
@@ -114,15 +118,15 @@ def _check_inputs(
     return n, m
 
 
-def _stat_rows(denominator: int) -> int:
+def stat_rows(denominator: int) -> int:
     """Numbers that the forward pass keeps of a row; csrc/info_nce/info_nce.h says which."""
     return 5 if denominator == _DENOMINATORS["negatives"] else 4
 
 
 @torch.library.register_fake("msacore::info_nce")
 def _(*inputs: Any, **options: Any) -> tuple[Tensor, Tensor, Tensor]:
-    n, m = _check_inputs("info_nce", *inputs, **options)
-    anchors, dtype, rows = inputs[0], loss_dtype(inputs[0].dtype), _stat_rows(options["denominator"])
+    n, m = check_info_nce("info_nce", *inputs, **options)
+    anchors, dtype, rows = inputs[0], loss_dtype(inputs[0].dtype), stat_rows(options["denominator"])
     return (
         anchors.new_empty((n,) if options["reduction"] == _REDUCTIONS["none"] else (), dtype=dtype),
         anchors.new_empty((rows, n), dtype=dtype),
@@ -134,10 +138,10 @@ def _(*inputs: Any, **options: Any) -> tuple[Tensor, Tensor, Tensor]:
 def _(grad_out: Tensor, *saved: Any, **options: Any) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
     *inputs, anchor_stats, candidate_stats = saved
     op = "info_nce_backward"
-    n, m = _check_inputs(op, *inputs, **options)
+    n, m = check_info_nce(op, *inputs, **options)
     anchors, candidates, learned_temperature, _, _, weights, negatives, *_ = inputs
     dtype = loss_dtype(anchors.dtype)
-    per_anchor, rows = options["reduction"] == _REDUCTIONS["none"], _stat_rows(options["denominator"])
+    per_anchor, rows = options["reduction"] == _REDUCTIONS["none"], stat_rows(options["denominator"])
     columns = m if options["symmetric"] else 0
     for name, tensor, shape, meaning in (
         ("grad_out", grad_out, (n,) if per_anchor else (), "[N]" if per_anchor else "[]"),
