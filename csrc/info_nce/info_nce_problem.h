@@ -184,7 +184,7 @@ struct Problem {
   Against against(const Direction<A>& direction, int64_t i, A similarity) const {
     const double scale = static_cast<double>(static_cast<A>(term().scale));
     const double log = direction.log[i];
-    if (log == -std::numeric_limits<double>::infinity()) return {0, 0};
+    if (std::isinf(log)) return {0, 0};  // no negatives
     const double lead = ((static_cast<double>(similarity) - direction.shift[i]) * scale - log) * M_LN2;
     const double power = std::exp(-std::abs(lead));
     return {std::log1p(power) + std::max(0.0, -lead), (lead > 0 ? power : 1.0) / (1 + power)};

@@ -104,6 +104,11 @@ def _samples(device: torch.device, dtype: torch.dtype) -> list[Sample]:
                 dict(self=True, labels=3, exclude_self=True, denominator="negatives", learned=0.4),
             ),
             ("negatives, no negative", (4, 5, 3), dict(labels=1, denominator="negatives", symmetric=True)),
+            (
+                "negatives, no negative, small temperature",
+                (4, 5, 3),
+                dict(labels=1, denominator="negatives", symmetric=True, temperature=0.01),
+            ),
             ("negatives, diagonal", (6, 6, 3), dict(denominator="negatives", symmetric=True, queue=3)),
             (
                 "decoupled, labels, both ways",

@@ -65,8 +65,8 @@ void load_shares(const Term<A>& term, Direction<A>& direction, const Side<A>& si
     direction.attract[i] = static_cast<A>(gradient / stats[3 * n + i]);
     direction.positive[i] = stats[2 * n + i];
     direction.shift[i] = stats[i];
-    direction.log[i] = static_cast<A>(log);
     if (log == -std::numeric_limits<double>::infinity()) continue;  // nothing in the denominator
+    direction.log[i] = static_cast<A>(log);
     const double share = gradient * softmax_of(i);
     direction.share[i] = static_cast<A>(term.bounded() ? share * std::exp2((1 - stats[i]) * scale - log) : share);
   }
