@@ -228,3 +228,23 @@ def test_runs_export_their_test_predictions(tmp_path: Path, data: Path) -> None:
     content = json.loads((tmp_path / "report.json").read_text())
     cell = next(c for c in content["data"]["cells"] if c["cell"]["method"] == "SSLMM")
     assert error == pytest.approx(cell["test"]["mae"], rel=1e-4)
+
+
+@pytest.mark.parametrize("aligned", [True, False])
+def test_models_of_sequences_read_sequences(aligned: bool, tmp_path: Path, capsys: pytest.CaptureFixture) -> None:
+    data = write(tmp_path, mmsa(n=(30, 10, 12), aligned=aligned))
+    folder, out = tmp_path / "model", tmp_path / "p.csv"
+    assert run("al_hcl", f"fit --data {data} --sequences --out {folder} {QUICK['al_hcl']}") == 0
+    assert run("al_hcl", f"predict --model {folder} --data {data} --out {out}") == 0
+    assert out.read_text() == (folder / "predictions.csv").read_text()
+    model = load_model(folder, "al_hcl")
+    assert model.card["sequences"] and model.card["aligned"] == aligned
+    other = synthetic(size=40, dims=(7, 5, 6), pooled=False, length=9)
+    part = fit_inputs(other.keep_modalities(("text", "vision")), model)
+    hidden = replace(other, available=np.array([[True, False, True]] * 40))
+    predict = open_al_hcl(model, torch.device("cpu"))
+    value, _ = predict(part)
+    assert np.array_equal(value, predict(fit_inputs(hidden, model))[0]) and np.isfinite(value).all()
+    if aligned:
+        with pytest.raises(ValueError, match="fitted on aligned sequences, these are not"):
+            fit_inputs(replace(other, aligned=False), model)
