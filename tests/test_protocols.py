@@ -11,7 +11,7 @@ from examples.al_hcl.__main__ import main as al_hcl
 from examples.msa.best import EACH, ONE, BestPerMetric
 from examples.msa.corpus import Corpus
 from examples.msa.metrics import REPORTED, evaluate
-from examples.msa.missing import missing_mask
+from examples.msa.missing import hide_tokens, missing_mask
 from examples.msa.patterns import possible_rates, read_mask, write_mask
 from examples.msa.synthetic import synthetic
 from examples.sslmm.__main__ import main as sslmm
@@ -182,3 +182,45 @@ def test_al_hcl_tests_its_last_models_under_patterns_too(data: Path, tmp_path: P
     assert last["patterns"]["only text"]["mae"] != last["test"]["mae"] != last["patterns"]["mask mask"]["mae"]
     assert last["test_per_metric"]["mae"]["test"] == pytest.approx(last["test"]["mae"], rel=1e-5)
     assert set(content["checkpoints"]["AL-HCL"]) == {ONE, EACH} and "mask mask" in content["test_patterns"]
+
+
+def test_hidden_tokens_are_hidden_at_their_rate_and_stay_hidden_at_higher_ones() -> None:
+    corpus = synthetic(size=60, dims=(6, 5, 4), pooled=False, length=12)
+    before = None
+    for rate in (0.0, 0.3, 0.6, 0.9, 1.0):
+        hidden, facts = hide_tokens(corpus, rate, 2)
+        masks = np.concatenate(list(hidden.masks.values()), 1)
+        assert facts["realised"] == pytest.approx(rate, abs=0.05) and facts["seed"] == 2
+        assert np.array_equal(hidden.available, np.stack([m.any(1) for m in hidden.masks.values()], 1))
+        assert before is None or not (masks & ~before).any()
+        before = masks
+    assert not np.array_equal(
+        hide_tokens(corpus, 0.5, 1)[0].masks["text"], hide_tokens(corpus, 0.5, 2)[0].masks["text"]
+    )
+    # What is hidden is not read, in means as in sequences.
+    hidden, _ = hide_tokens(corpus, 0.5, 1)
+    poisoned = {k: np.where(hidden.masks[k][..., None], x, np.float32(np.nan)) for k, x in corpus.features.items()}
+    for a, b in zip(
+        hidden.pooled().features.values(), replace(hidden, features=poisoned).pooled().features.values(), strict=True
+    ):
+        assert np.array_equal(a, b)
+    with pytest.raises(ValueError, match="no tokens to hide"):
+        hide_tokens(corpus.pooled(), 0.5)
+    with pytest.raises(ValueError, match=r"\[0, 1\], got 2"):
+        hide_tokens(corpus, 2)
+
+
+@pytest.mark.parametrize("system", ["al_hcl", "sslmm"])
+def test_models_are_scored_with_tokens_hidden(system: str, data: Path, tmp_path: Path) -> None:
+    model, out = tmp_path / "model", tmp_path / "scores.json"
+    if system == "al_hcl":
+        run, fit = al_hcl, "--sequences --steps 2 --pretrain-steps 2 --width 8 --view all"
+    else:
+        run, fit = sslmm, "--width 8 --steps 2 --pretrain-epochs 1 --finetune-epochs 3"
+    assert not run(f"fit --data {data} --out {model} {fit}".split())
+    assert not run(f"evaluate --model {model} --data {data} --out {out} --test-token-rates 0 0.5 0.9".split())
+    patterns = {p["name"]: p for p in json.loads(out.read_text())["patterns"]}
+    assert list(patterns) == ["as given", "tokens 0", "tokens 0.5", "tokens 0.9"]
+    assert patterns["tokens 0"]["scores"] == patterns["as given"]["scores"]
+    maes = [p["scores"]["test"]["mae"] for p in list(patterns.values())[1:]]
+    assert len(set(maes)) == 3 and patterns["tokens 0.5"]["missing"]["realised"] == pytest.approx(0.5, abs=0.08)

@@ -3,8 +3,9 @@
 from __future__ import annotations
 
 import argparse
+import itertools
 import sys
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -17,8 +18,8 @@ from .corpus import SPLITS, TRAIN, VALID, Corpus
 from .data import add_data_arguments, load_from
 from .files import write_atomic
 from .metrics import REPORTED, evaluate
-from .missing import KINDS, hash_uniform
-from .patterns import add_test_arguments, test_patterns
+from .missing import KINDS, hash_uniform, hide_tokens
+from .patterns import RATES, add_test_arguments, test_patterns
 from .predictions import add_labels_argument, read_labels, with_labels, write_predictions
 from .report import to_json
 from .saved import SavedModel, calibrated, fit_inputs, load_model, rescaled
@@ -137,7 +138,15 @@ def evaluate_arguments(pairs: str) -> Callable[[argparse.ArgumentParser], None]:
             default="exact",
             help="of --test-rates (%(default)s)",
         )
-        parser.add_argument("--seed", type=int, default=0, help="of --test-rates (%(default)s)")
+        parser.add_argument(
+            "--test-token-rates",
+            type=float,
+            nargs="*",
+            metavar="R",
+            help="also test with this share of the tokens of every modality hidden, where the data have sequences "
+            "(0 0.1 … 0.9)",
+        )
+        parser.add_argument("--seed", type=int, default=0, help="of --test-rates and --test-token-rates (%(default)s)")
         parser.add_argument("--out", type=Path, metavar="FILE.json", help="also write every number here")
 
     return add
@@ -156,13 +165,16 @@ def evaluate_command(system: str, opener: Opener) -> Callable[[argparse.Namespac
             corpus = replace(corpus, notes=(*corpus.notes, note))
         say_notes(corpus)
         results = []
-        for pattern in test_patterns(corpus, args, args.pattern, args.seed):
-            value, _ = predictor(replace(corpus, available=pattern.observed))
-            value = rescaled(value, model.card["family"], corpus.family)
-            scores = score_parts(value, corpus, parts)
-            results.append({**pattern.as_dict(), "scores": scores})
+        hidden = [
+            (pattern.as_dict(), replace(corpus, available=pattern.observed))
+            for pattern in test_patterns(corpus, args, args.pattern, args.seed)
+        ]
+        for facts, seen in itertools.chain(hidden, _token_tests(args, model)):
+            value, _ = predictor(seen)
+            scores = score_parts(rescaled(value, model.card["family"], corpus.family), corpus, parts)
+            results.append({**facts, "scores": scores})
             for part in parts:
-                print(f"{pattern.name:20} {part:6} {_line(scores[part], corpus.family)}")
+                print(f"{facts['name']:20} {part:6} {_line(scores[part], corpus.family)}")
         if args.out:
             content = {"model": str(args.model), "fitted_on": model.card["data"], "data": corpus.describe()}
             write_atomic(args.out, to_json({**content, "patterns": results}))
@@ -170,6 +182,18 @@ def evaluate_command(system: str, opener: Opener) -> Callable[[argparse.Namespac
         return 0
 
     return run
+
+
+def _token_tests(args: argparse.Namespace, model: SavedModel) -> Iterator[tuple[dict[str, Any], Corpus]]:
+    """The data with single tokens hidden, at each rate asked for; pooled afterwards where the model reads means."""
+    if args.test_token_rates is None:
+        return
+    args.sequences = True
+    source = load_from(args)
+    for rate in args.test_token_rates or RATES:
+        hidden, facts = hide_tokens(source, rate, args.seed)
+        seen = hidden if model.card["sequences"] else hidden.pooled()
+        yield {"name": f"tokens {rate:g}", "missing": facts}, fit_inputs(seen, model)
 
 
 def score_parts(value: np.ndarray, corpus: Corpus, parts: list[str]) -> dict[str, dict[str, Any]]:
