@@ -36,6 +36,11 @@ class Plain:
                 self.open[given.numpy()] = False
                 given = torch.from_numpy(self.x)[given.unique()]
             self.centers = given.double().numpy()
+        self.rest = self.open.copy()
+        self.groups: np.ndarray | None = None
+        self.room: dict[int, int] = {}
+        self.first: int | None = None
+        self.stop: float | None = None
         self.all = distances(self.x, self.x, metric)
         self.nearest = np.full(len(self.x), np.inf)
         self.owner = np.full(len(self.x), -1)
@@ -43,6 +48,34 @@ class Plain:
         for center in self.centers:
             self.fold(distances(self.x, center[None], metric)[:, 0])
         self.picks: list[int] = []
+
+    def limit(
+        self,
+        candidates: np.ndarray | None = None,
+        groups: np.ndarray | None = None,
+        max_per_group: int = 0,
+        first: int | None = None,
+        radius: float | None = None,
+    ) -> "Plain":
+        """Lets only some rows be picked (``candidates`` ``[N]`` bool), and only so many of a group."""
+        if candidates is not None:
+            self.open &= candidates
+        if groups is not None:
+            self.groups = groups
+            self.room = {int(g): max_per_group - int((~self.rest & (groups == g)).sum()) for g in np.unique(groups)}
+            self.close()
+        self.first, self.stop = first, radius
+        return self
+
+    def close(self) -> None:
+        for group, room in self.room.items():
+            if room <= 0:
+                self.open[self.groups == group] = False
+
+    def left(self) -> int:
+        if self.groups is None:
+            return int(self.open.sum())
+        return sum(min(int((self.open & (self.groups == g)).sum()), max(0, room)) for g, room in self.room.items())
 
     def fold(self, distance: np.ndarray) -> None:
         closer = distance < self.nearest
@@ -54,12 +87,20 @@ class Plain:
 
     def take(self, index: int) -> None:
         self.picks.append(index)
-        self.open[index] = False
+        self.open[index] = self.rest[index] = False
+        if self.groups is not None:
+            self.room[int(self.groups[index])] -= 1
+            self.close()
         self.fold(self.all[:, index])
 
     def greedy(self, first: np.ndarray, score: Any) -> list[int]:
-        while len(self.picks) < self.budget:
-            self.take(self.argmax(first if self.count == 0 else score()))
+        while len(self.picks) < self.budget and self.open.any():
+            best = self.argmax(first if self.count == 0 else score())
+            if self.count == 0 and self.first is not None:
+                best = self.first
+            if self.count and self.stop is not None and self.nearest[best] <= self.stop:
+                break
+            self.take(best)
         return self.picks
 
     def norms(self) -> np.ndarray:
@@ -69,8 +110,9 @@ class Plain:
         return distances(self.x, self.x.mean(0)[None], self.metric)[:, 0]
 
     def topk(self) -> list[int]:
-        order = sorted(np.flatnonzero(self.open), key=lambda i: (-self.u[i], i))
-        return [int(i) for i in order[: self.budget]]
+        while len(self.picks) < self.budget:
+            self.take(self.argmax(self.u))
+        return self.picks
 
     def kcenter(self) -> list[int]:
         return self.greedy(self.far_from_mean(), lambda: self.nearest)
@@ -82,7 +124,19 @@ class Plain:
     def prefilter(self, factor: float = 5) -> list[int]:
         order = sorted(np.flatnonzero(self.open), key=lambda i: (-self.u[i], i))
         keep = np.zeros_like(self.open)
-        keep[order[: round(factor * self.budget)]] = True
+        size, room = 0, dict(self.room)
+        allowed = 0
+        for size, row in enumerate(order, 1):
+            group = None if self.groups is None else int(self.groups[row])
+            if group is None or room[group] > 0:
+                allowed += 1
+            if group is not None:
+                room[group] -= 1
+            if size >= round(factor * self.budget) and allowed >= self.budget:
+                break
+        keep[order[:size]] = True
+        if self.first is not None and self.budget:
+            keep[self.first] = True
         self.open &= keep
         return self.greedy(self.u, lambda: self.nearest)
 
@@ -137,7 +191,9 @@ class Plain:
             condition(center)
         while len(self.picks) < self.budget:
             best = self.argmax(residual[known:])
-            if (known or self.picks) and residual[known + best] <= 1e-12 * norms[known:].max():
+            if not known and not self.picks and self.first is not None:
+                best = self.first
+            elif (known or self.picks) and residual[known + best] <= 1e-12 * norms[known:].max():
                 best = self.argmax(np.zeros(len(self.x)))
             condition(known + best)
             self.take(best)
@@ -150,6 +206,8 @@ class Plain:
             uncovered &= distances(self.x, center[None], self.metric)[:, 0] > delta
         while len(self.picks) < self.budget:
             best = self.argmax(inside[:, uncovered].sum(1))
+            if self.count == 0 and self.first is not None:
+                best = self.first
             uncovered &= ~inside[best]
             self.take(best)
         return self.picks
@@ -171,7 +229,7 @@ class Plain:
 
     def radius(self, picks: Sequence[int]) -> float:
         centers = np.concatenate([self.centers, self.x[list(picks)]])
-        rest = self.open.copy()
+        rest = self.rest.copy()
         rest[list(picks)] = False
         if not rest.any():
             return 0.0

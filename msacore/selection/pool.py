@@ -16,6 +16,7 @@ _PAIRS = 1 << 27  # of sample and centre: about a second's work, so that an inte
 _DENSE = 8  # rows so many apart cost as much one by one as together with those between
 _LARGEST = 1e290  # beyond it sums over the pool may overflow in float64
 _MAX_EXPONENT = 1000  # of a factor that float64 holds in both directions
+_MAX_FLOAT_EXPONENT = 120  # the filter multiplies float32 and 16-bit rows in float32
 _SAFE_EXPONENT = 300  # numbers up to two to it have squares, and sums of them, that float64 holds
 
 
@@ -110,7 +111,8 @@ class Pool:
         """Let the float32 filter hold values up to ``magnitude``: a power of two brings them to about 1."""
         self.magnitude = max(magnitude, self.magnitude)
         exponent = math.frexp(self.magnitude)[1] if self.magnitude > 0 else 0
-        self.scale = 2.0 ** -max(-_MAX_EXPONENT, exponent)
+        largest = _MAX_EXPONENT if self.dtype == torch.float64 else _MAX_FLOAT_EXPONENT
+        self.scale = 2.0 ** -max(-largest, exponent)
         # Squares of numbers times this neither overflow nor vanish.
         self.safe = 1.0 if abs(exponent) < _SAFE_EXPONENT else self.scale
 
