@@ -12,7 +12,6 @@ from msacore.selection import state as module
 from tests.test_selection import draw, every_strategy
 from tests.test_selection_files import N, folder, run  # noqa: F401  # a fixture
 
-
 DAMAGE: dict[str, tuple[Any, str]] = {
     "empty": (b"", "is empty"),
     "junk": (b"no state", "cannot be read"),
