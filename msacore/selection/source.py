@@ -121,7 +121,7 @@ def _opened(name: str, value: Any) -> Tensor | np.ndarray:
         path = os.fspath(value)
         try:
             value = np.load(path, mmap_mode="r", allow_pickle=False)
-        except (OSError, ValueError, EOFError) as error:
+        except Exception as error:  # what a damaged file raises is not documented
             raise ValueError(f"select: `{name}`, {path}, cannot be read as .npy: {error}") from error
         if not isinstance(value, np.ndarray):
             raise ValueError(f"select: expected `{name}`, {path}, to be an .npy file with one array")
