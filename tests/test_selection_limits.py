@@ -247,6 +247,15 @@ def test_maxdet_is_the_exact_argmax_near_full_rank() -> None:
             residual[pick] = -1
 
 
+def test_arguments_of_any_byte_order_and_unsigned_integers() -> None:
+    x, u = draw(30, 3), np.arange(30) / 7
+    plain: dict[str, Any] = {"uncertainty": u, "labeled": [3], "candidates": np.arange(20), "groups": np.arange(30) % 4}
+    expected = select(x, 5, max_per_group=2, **plain).indices
+    for dtype in (">i4", "u2", "u4", ">u8", "u1"):
+        rows = {name: np.asarray(plain[name]).astype(dtype) for name in ("labeled", "candidates", "groups")}
+        assert select(x, 5, max_per_group=2, **rows, uncertainty=u.astype(">f8")).indices.equal(expected), dtype
+
+
 BAD: dict[str, tuple[dict[str, Any], str]] = {
     "neither budget nor radius": ({"budget": None}, "`budget`.*`radius`.*neither"),
     "radius of another strategy": ({"radius": 1.0, "strategy": "lcmd"}, "`radius`.*kcenter.*'lcmd'"),

@@ -124,7 +124,11 @@ def _checked_options(strategy: str, given: Mapping[str, Any] | None) -> dict[str
 def _flat(name: str, value: Any) -> Tensor:
     """An argument as a tensor; text, dicts and ragged lists are refused by name."""
     given = as_array(name, value) if not isinstance(value, Tensor) else value.detach()
-    return torch.as_tensor(np.array(given)) if isinstance(given, np.ndarray) else given
+    if isinstance(given, Tensor):
+        return given
+    # torch has no foreign byte orders, and hardly any arithmetic on unsigned integers.
+    dtype = np.dtype(np.int64) if given.dtype.kind == "u" else given.dtype.newbyteorder("=")
+    return torch.from_numpy(np.array(given, dtype=dtype))
 
 
 def _indices(name: str, rows: Tensor, total: int) -> Tensor:
