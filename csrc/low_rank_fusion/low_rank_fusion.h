@@ -2,20 +2,20 @@
 #pragma once
 #include <torch/csrc/stable/ops.h>
 
-#include <optional>
 #include <string>
 #include <tuple>
 #include <vector>
 
-#include "core/check.h"
 #include "core/dtype.h"
+#include "core/optional.h"
+#include "core/round.h"
 
 namespace msacore::low_rank_fusion {
 
 struct Inputs {
   const std::vector<Tensor>&features, &factors;  // M times [B, d_m], M times [r, d_m + 1, h]
   const Tensor &rank_weight, &bias;
-  const std::optional<Tensor>& available;
+  const OptionalTensor& available;
 };
 
 // Rows of projections are padded to whole vectors of every device.
@@ -25,7 +25,7 @@ struct Sizes {
   int64_t batch, modalities, rank, width;  // B, M, r, h
   std::vector<int64_t> features;           // d_m
 
-  int64_t padded_width() const { return (width + kRowMultiple - 1) / kRowMultiple * kRowMultiple; }
+  int64_t padded_width() const { return round_up(width, kRowMultiple); }
   // Of the projections [x_m; 1] factors_m[r] in the accumulation dtype, where those of `kept` modalities are kept.
   std::vector<int64_t> projections(int64_t kept) const { return {kept, rank, batch, padded_width()}; }
 };
@@ -84,8 +84,7 @@ template <void (*forward)(const char* op, const Inputs&, const Sizes&, Tensor& o
 struct LowRankOperators {
   static std::tuple<Tensor, Tensor> low_rank_fusion(const std::vector<Tensor>& features,
                                                     const std::vector<Tensor>& factors, const Tensor& rank_weight,
-                                                    const Tensor& bias, const std::optional<Tensor>& available,
-                                                    bool keep) {
+                                                    const Tensor& bias, const OptionalTensor& available, bool keep) {
     constexpr const char* op = "low_rank_fusion";
     const Inputs in{features, factors, rank_weight, bias, available};
     const Sizes s = check_inputs(op, in);
@@ -102,7 +101,7 @@ struct LowRankOperators {
   static std::tuple<std::vector<Tensor>, std::vector<Tensor>, Tensor, Tensor> low_rank_fusion_backward(
       const Tensor& grad_out, const Tensor& projections, const std::vector<Tensor>& features,
       const std::vector<Tensor>& factors, const Tensor& rank_weight, const Tensor& bias,
-      const std::optional<Tensor>& available) {
+      const OptionalTensor& available) {
     constexpr const char* op = "low_rank_fusion_backward";
     const Inputs in{features, factors, rank_weight, bias, available};
     const Sizes s = check_inputs(op, in);

@@ -28,17 +28,8 @@ void each_chunk(const Operands<T>& in, const Sizes& s, const Plan& plan, Body&& 
   });
 }
 
-std::tuple<Tensor, Tensor> forward_cpu(const std::vector<Tensor>& features, const Tensor& row_weight,
-                                       const Tensor& row_bias, const Tensor& pair_weight, const Tensor& pair_bias,
-                                       const std::optional<Tensor>& mask, const std::optional<Tensor>& available,
-                                       bool augment, int64_t activation) {
-  constexpr const char* op = "matrix_fusion";
-  const Inputs in{features, row_weight, row_bias, pair_weight, pair_bias, mask, available};
-  const Sizes s = check_inputs(op, in, augment, activation);
-  Tensor fused = torch::stable::new_empty(features[0], {s.batch, s.channels, s.rows});
-  Tensor pairs = torch::stable::new_empty(features[0], {s.batch, s.pairs, s.rows});
-  if (s.batch == 0) return {fused, pairs};
-  dispatch_floating(features[0].scalar_type(), op, [&](auto tag) {
+void forward(const char* op, const Inputs& in, const Sizes& s, Tensor& fused, Tensor& pairs) {
+  dispatch_floating(in.features[0].scalar_type(), op, [&](auto tag) {
     using T = typename decltype(tag)::type;
     const Operands<T> operands(in, s);
     T *fused_data = fused.mutable_data_ptr<T>(), *pairs_data = pairs.mutable_data_ptr<T>();
@@ -46,7 +37,6 @@ std::tuple<Tensor, Tensor> forward_cpu(const std::vector<Tensor>& features, cons
       for (int64_t b = 0; b < chunk.samples(); ++b) chunk.forward(b, fused_data, pairs_data);
     });
   });
-  return {fused, pairs};
 }
 
 // Sums over lanes, in their order, of `count` numbers that lie `stride` apart.
@@ -59,17 +49,9 @@ void sum_lanes(const From* lanes, int64_t lane_count, int64_t stride, int64_t co
   }
 }
 
-std::tuple<std::vector<Tensor>, Tensor, Tensor, Tensor, Tensor> backward_cpu(
-    const Tensor& grad_fused_, const Tensor& grad_pairs_, const std::vector<Tensor>& features, const Tensor& row_weight,
-    const Tensor& row_bias, const Tensor& pair_weight, const Tensor& pair_bias, const std::optional<Tensor>& mask,
-    const std::optional<Tensor>& available, bool augment, int64_t activation) {
-  constexpr const char* op = "matrix_fusion_backward";
-  const Inputs in{features, row_weight, row_bias, pair_weight, pair_bias, mask, available};
-  const Sizes s = check_inputs(op, in, augment, activation);
-  check_grads(op, grad_fused_, grad_pairs_, s, features[0]);
-  const Tensor grad_fused = contiguous_as(grad_fused_), grad_pairs = contiguous_as(grad_pairs_);
-  GradTensors grads(s, features[0]);
-  dispatch_floating(features[0].scalar_type(), op, [&](auto tag) {
+void backward(const char* op, const Inputs& in, const Sizes& s, const Tensor& grad_fused, const Tensor& grad_pairs,
+              GradTensors& grads) {
+  dispatch_floating(in.features[0].scalar_type(), op, [&](auto tag) {
     using T = typename decltype(tag)::type;
     using A = acc_t<T>;
     const Operands<T> operands(in, s);
@@ -91,8 +73,9 @@ std::tuple<std::vector<Tensor>, Tensor, Tensor, Tensor, Tensor> backward_cpu(
     sum_lanes(sums + s.rows, plan.lanes, small, mixes, grads.pair_weight.mutable_data_ptr<T>());
     sum_lanes(sums + s.rows + mixes, plan.lanes, small, s.channels, grads.pair_bias.mutable_data_ptr<T>());
   });
-  return grads.in_order();
 }
+
+using Operators = MatrixOperators<forward, backward>;
 
 }  // namespace
 }  // namespace msacore::matrix_fusion::cpu
@@ -108,6 +91,6 @@ STABLE_TORCH_LIBRARY_FRAGMENT(msacore, m) {
 }
 
 STABLE_TORCH_LIBRARY_IMPL(msacore, CPU, m) {
-  m.impl("matrix_fusion", TORCH_BOX(&msacore::matrix_fusion::cpu::forward_cpu));
-  m.impl("matrix_fusion_backward", TORCH_BOX(&msacore::matrix_fusion::cpu::backward_cpu));
+  m.impl("matrix_fusion", TORCH_BOX(&msacore::matrix_fusion::cpu::Operators::matrix_fusion));
+  m.impl("matrix_fusion_backward", TORCH_BOX(&msacore::matrix_fusion::cpu::Operators::matrix_fusion_backward));
 }

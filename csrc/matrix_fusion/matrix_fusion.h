@@ -2,12 +2,11 @@
 #pragma once
 #include <torch/csrc/stable/ops.h>
 
-#include <optional>
 #include <string>
 #include <tuple>
 #include <vector>
 
-#include "core/check.h"
+#include "core/optional.h"
 
 namespace msacore::matrix_fusion {
 
@@ -16,7 +15,7 @@ enum class Activation : int64_t { kRelu = 0, kGelu = 1, kIdentity = 2 };
 struct Inputs {
   const std::vector<Tensor>& features;  // M times [B, L, k]
   const Tensor &row_weight, &row_bias, &pair_weight, &pair_bias;
-  const std::optional<Tensor>&mask, &available;
+  const OptionalTensor &mask, &available;
 };
 
 struct Sizes {
@@ -88,6 +87,43 @@ struct GradTensors {
   std::tuple<std::vector<Tensor>, Tensor, Tensor, Tensor, Tensor> in_order() const {
     return {features, row_weight, row_bias, pair_weight, pair_bias};
   }
+};
+
+// The operators of a device: `forward` and `backward` get arguments that were checked, and fill the outputs; `forward`
+// from at least one sample. Gradients of outputs are contiguous.
+template <void (*forward)(const char* op, const Inputs&, const Sizes&, Tensor& fused, Tensor& pairs),
+          void (*backward)(const char* op, const Inputs&, const Sizes&, const Tensor& grad_fused,
+                           const Tensor& grad_pairs, GradTensors&)>
+struct MatrixOperators {
+  static std::tuple<Tensor, Tensor> matrix_fusion(const std::vector<Tensor>& features, const Tensor& row_weight,
+                                                  const Tensor& row_bias, const Tensor& pair_weight,
+                                                  const Tensor& pair_bias, const OptionalTensor& mask,
+                                                  const OptionalTensor& available, bool augment, int64_t activation) {
+    constexpr const char* op = "matrix_fusion";
+    const Inputs in{features, row_weight, row_bias, pair_weight, pair_bias, mask, available};
+    const Sizes s = check_inputs(op, in, augment, activation);
+    Tensor fused = torch::stable::new_empty(features[0], {s.batch, s.channels, s.rows});
+    Tensor pairs = torch::stable::new_empty(features[0], {s.batch, s.pairs, s.rows});
+    if (s.batch > 0) forward(op, in, s, fused, pairs);
+    return {fused, pairs};
+  }
+
+  static std::tuple<std::vector<Tensor>, Tensor, Tensor, Tensor, Tensor> matrix_fusion_backward(
+      const Tensor& grad_fused, const Tensor& grad_pairs, const std::vector<Tensor>& features, const Tensor& row_weight,
+      const Tensor& row_bias, const Tensor& pair_weight, const Tensor& pair_bias, const OptionalTensor& mask,
+      const OptionalTensor& available, bool augment, int64_t activation) {
+    constexpr const char* op = "matrix_fusion_backward";
+    const Inputs in{features, row_weight, row_bias, pair_weight, pair_bias, mask, available};
+    const Sizes s = check_inputs(op, in, augment, activation);
+    check_grads(op, grad_fused, grad_pairs, s, features[0]);
+    GradTensors grads(s, features[0]);
+    backward(op, in, s, contiguous(grad_fused), contiguous(grad_pairs), grads);
+    return grads.in_order();
+  }
+
+ private:
+  // A dispatcher call costs more than the smallest fusions.
+  static Tensor contiguous(const Tensor& t) { return t.is_contiguous() ? t : torch::stable::contiguous(t); }
 };
 
 }  // namespace msacore::matrix_fusion

@@ -92,7 +92,7 @@ size_t pair_bytes(int together) {
 }
 
 template <typename T>
-void forward(const Operands<T>& in, Tensor& fused, Tensor& pairs, cudaStream_t stream) {
+void launch_forward(const Operands<T>& in, Tensor& fused, Tensor& pairs, cudaStream_t stream) {
   using A = acc_t<T>;
   const Problem<T>& p = in.problem;
   const Tensor h = project(in, stream);
@@ -105,27 +105,17 @@ void forward(const Operands<T>& in, Tensor& fused, Tensor& pairs, cudaStream_t s
          int64_t{p.channels}, p.rows, tiles_of(p.width), p.width);
 }
 
-std::tuple<Tensor, Tensor> forward_cuda(const std::vector<Tensor>& features, const Tensor& row_weight,
-                                        const Tensor& row_bias, const Tensor& pair_weight, const Tensor& pair_bias,
-                                        const std::optional<Tensor>& mask, const std::optional<Tensor>& available,
-                                        bool augment, int64_t activation) {
-  constexpr const char* op = "matrix_fusion";
-  const Inputs in{features, row_weight, row_bias, pair_weight, pair_bias, mask, available};
-  const Sizes s = check_inputs(op, in, augment, activation);
-  const OnDeviceOf device(features[0]);
-  Tensor fused = torch::stable::new_empty(features[0], {s.batch, s.channels, s.rows});
-  Tensor pairs = torch::stable::new_empty(features[0], {s.batch, s.pairs, s.rows});
-  if (s.batch == 0) return {fused, pairs};
-  dispatch_floating(features[0].scalar_type(), op, [&](auto tag) {
+void forward(const char* op, const Inputs& in, const Sizes& s, Tensor& fused, Tensor& pairs) {
+  const OnDeviceOf device(fused);
+  dispatch_floating(in.features[0].scalar_type(), op, [&](auto tag) {
     using T = typename decltype(tag)::type;
-    forward(Operands<T>(op, in, s, device.stream), fused, pairs, device.stream);
+    launch_forward(Operands<T>(op, in, s, device.stream), fused, pairs, device.stream);
   });
-  return {fused, pairs};
 }
 
 template <typename T>
-void backward(const Operands<T>& in, const Tensor& grad_fused, const Tensor& grad_pairs, GradTensors& grads,
-              cudaStream_t stream) {
+void launch_backward(const Operands<T>& in, const Tensor& grad_fused, const Tensor& grad_pairs, GradTensors& grads,
+                     cudaStream_t stream) {
   using A = acc_t<T>;
   const Problem<T>& p = in.problem;
   const Tensor h = project(in, stream);
@@ -171,28 +161,21 @@ void backward(const Operands<T>& in, const Tensor& grad_fused, const Tensor& gra
              grads.row_weight.mutable_data_ptr<T>(), p.rows * p.width, stream);
 }
 
-std::tuple<std::vector<Tensor>, Tensor, Tensor, Tensor, Tensor> backward_cuda(
-    const Tensor& grad_fused_, const Tensor& grad_pairs_, const std::vector<Tensor>& features, const Tensor& row_weight,
-    const Tensor& row_bias, const Tensor& pair_weight, const Tensor& pair_bias, const std::optional<Tensor>& mask,
-    const std::optional<Tensor>& available, bool augment, int64_t activation) {
-  constexpr const char* op = "matrix_fusion_backward";
-  const Inputs in{features, row_weight, row_bias, pair_weight, pair_bias, mask, available};
-  const Sizes s = check_inputs(op, in, augment, activation);
-  check_grads(op, grad_fused_, grad_pairs_, s, features[0]);
-  const OnDeviceOf device(features[0]);
-  const Tensor grad_fused = torch::stable::contiguous(grad_fused_), grad_pairs = torch::stable::contiguous(grad_pairs_);
-  GradTensors grads(s, features[0]);
-  dispatch_floating(features[0].scalar_type(), op, [&](auto tag) {
+void backward(const char* op, const Inputs& in, const Sizes& s, const Tensor& grad_fused, const Tensor& grad_pairs,
+              GradTensors& grads) {
+  const OnDeviceOf device(grad_fused);
+  dispatch_floating(in.features[0].scalar_type(), op, [&](auto tag) {
     using T = typename decltype(tag)::type;
-    backward(Operands<T>(op, in, s, device.stream), grad_fused, grad_pairs, grads, device.stream);
+    launch_backward(Operands<T>(op, in, s, device.stream), grad_fused, grad_pairs, grads, device.stream);
   });
-  return grads.in_order();
 }
+
+using Operators = MatrixOperators<forward, backward>;
 
 }  // namespace
 }  // namespace msacore::matrix_fusion::cuda
 
 MSACORE_CUDA_LIBRARY(m) {
-  m.impl("matrix_fusion", TORCH_BOX(&msacore::matrix_fusion::cuda::forward_cuda));
-  m.impl("matrix_fusion_backward", TORCH_BOX(&msacore::matrix_fusion::cuda::backward_cuda));
+  m.impl("matrix_fusion", TORCH_BOX(&msacore::matrix_fusion::cuda::Operators::matrix_fusion));
+  m.impl("matrix_fusion_backward", TORCH_BOX(&msacore::matrix_fusion::cuda::Operators::matrix_fusion_backward));
 }

@@ -73,6 +73,10 @@ def _member(name: str, index: int, change: Any) -> Any:
 
 
 BAD_INPUTS = {
+    "a dict of features": BadInput(changed(features=lambda f: dict(enumerate(f))), ("`features`", "sequence", "dict")),
+    "one tensor of factors": BadInput(changed(factors=lambda f: f[0]), ("`factors`", "sequence", "tensor", "unbind")),
+    "a NumPy modality": BadInput(_member("features", 1, lambda x: x.cpu().numpy()), ("`features[1]`", "NumPy")),
+    "a number as bias": BadInput(changed(bias=lambda _: 0.5), ("`bias`", "tensor", "0.5")),
     "no modality": BadInput(changed(features=lambda f: f[:0]), ("`features`", "1")),
     "a factor too few": BadInput(changed(factors=lambda f: f[:2]), ("`factors`", "M = 3", "got 2")),
     "integer features": BadInput(_member("features", 0, lambda x: x.long()), ("`features[0]`", "float32", "int64")),

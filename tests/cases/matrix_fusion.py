@@ -107,6 +107,15 @@ def _feature(index: int, change: Any) -> Any:
 
 
 BAD_INPUTS = {
+    "a dict of features": BadInput(changed(features=lambda f: dict(enumerate(f))), ("`features`", "sequence", "dict")),
+    "a number for features": BadInput(changed(features=lambda _: 3), ("`features`", "sequence", "3")),
+    "a NumPy modality": BadInput(_feature(1, lambda x: x.cpu().numpy()), ("`features[1]`", "tensor", "NumPy")),
+    "pooled modalities of two widths": BadInput(
+        changed(features=lambda f: [f[0][:, 0], f[1][:, 0, 1:], f[2][:, 0]]), ("`features[1]`", "[B, k]", "[3, 2]")
+    ),
+    "no row_weight": BadInput(changed(row_weight=lambda _: None), ("`row_weight`", "tensor", "None")),
+    "a list as mask": BadInput(changed(mask=lambda m: m.tolist()), ("`mask`", "tensor", "list")),
+    "augment of 1": BadInput(lambda a: {**a, "augment": 1}, ("`augment`", "True or False", "1")),
     "one modality": BadInput(changed(features=lambda f: f[:1]), ("`features`", "2", "got 1")),
     "integer features": BadInput(_feature(0, lambda x: x.long()), ("`features[0]`", "float32", "int64")),
     "features of four dimensions": BadInput(_feature(0, lambda x: x[None]), ("`features[0]`", "[B, L, k]")),
