@@ -2,12 +2,12 @@
 
 from collections.abc import Sequence
 from itertools import combinations
+from typing import Any
 
 import torch
 from torch import Tensor, nn
 
-from msacore.ops.hierarchical_contrastive import hierarchical_contrastive_loss
-from msacore.ops.info_nce import info_nce
+from msacore.losses import Denominator, Reduction, Tier1, hierarchical_contrastive_loss, info_nce
 
 
 def _register_log_temperature(
@@ -37,6 +37,7 @@ class InfoNCE(nn.Module):
         exclude_self: Leave the pairs ``(i, i)`` out.
         reduction: "mean", "sum" or "none".
         learn_temperature: Make the logarithm of the temperature a parameter, ``log_temperature``.
+        group: Process group whose ranks share the batch, as `group` of the loss takes it.
         device: Device of the parameter.
         dtype: Floating dtype of the parameter.
 
@@ -53,18 +54,19 @@ class InfoNCE(nn.Module):
         self,
         temperature: float = 0.1,
         *,
-        denominator: str = "all",
+        denominator: Denominator = "all",
         normalize: bool = True,
         symmetric: bool = False,
         exclude_self: bool = False,
-        reduction: str = "mean",
+        reduction: Reduction = "mean",
         learn_temperature: bool = False,
+        group: Any = None,
         device: torch.device | str | None = None,
         dtype: torch.dtype | None = None,
     ) -> None:
         super().__init__()
         self.temperature, self.denominator, self.normalize = temperature, denominator, normalize
-        self.symmetric, self.exclude_self, self.reduction = symmetric, exclude_self, reduction
+        self.symmetric, self.exclude_self, self.reduction, self.group = symmetric, exclude_self, reduction, group
         _register_log_temperature(self, torch.tensor(temperature), learn_temperature, device, dtype)
 
     def forward(
@@ -95,6 +97,7 @@ class InfoNCE(nn.Module):
             symmetric=self.symmetric,
             exclude_self=self.exclude_self,
             reduction=self.reduction,
+            group=self.group,
         )
 
     def extra_repr(self) -> str:
@@ -121,6 +124,7 @@ class HierarchicalContrastiveLoss(nn.Module):
         tier1: "cross_modal" or "intra_modal".
         normalize: Cosine similarities; False takes dot products.
         learn_temperature: Make the logarithms of the temperatures a parameter, ``log_temperature`` ``[3]``.
+        group: Process group whose ranks share the batch, as `group` of the loss takes it.
         device: Device of the parameters.
         dtype: Floating dtype of the parameters.
 
@@ -141,9 +145,10 @@ class HierarchicalContrastiveLoss(nn.Module):
         modalities: int = 3,
         tier_weights: Sequence[float] = (0.2, 0.3, 0.5),
         temperatures: Sequence[float] = (0.1, 0.1, 0.5),
-        tier1: str = "cross_modal",
+        tier1: Tier1 = "cross_modal",
         normalize: bool = True,
         learn_temperature: bool = False,
+        group: Any = None,
         device: torch.device | str | None = None,
         dtype: torch.dtype | None = None,
     ) -> None:
@@ -151,7 +156,7 @@ class HierarchicalContrastiveLoss(nn.Module):
         if modalities < 1:
             raise ValueError(f"HierarchicalContrastiveLoss: expected `modalities` to be at least 1, got {modalities}")
         self.in_features, self.high_level_features, self.projection = in_features, high_level_features, projection
-        self.modalities, self.tier1, self.normalize = modalities, tier1, normalize
+        self.modalities, self.tier1, self.normalize, self.group = modalities, tier1, normalize, group
         self.tier_weights, self.temperatures = tuple(tier_weights), tuple(temperatures)
         _register_log_temperature(self, torch.tensor(self.temperatures), learn_temperature, device, dtype)
         self.pairs = list(combinations(range(modalities), 2))
@@ -207,6 +212,7 @@ class HierarchicalContrastiveLoss(nn.Module):
             tier1=self.tier1,
             normalize=self.normalize,
             return_tiers=return_tiers,
+            group=self.group,
         )
 
     def extra_repr(self) -> str:

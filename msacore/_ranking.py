@@ -1,11 +1,12 @@
 """Rank-N-Contrast as a module, which `msacore.nn` offers."""
 
 import math
+from typing import Any
 
 import torch
 from torch import Tensor, nn
 
-from msacore.ops.rank_n_contrast import rank_n_contrast
+from msacore.losses import rank_n_contrast
 
 
 class RankNContrast(nn.Module):
@@ -14,6 +15,7 @@ class RankNContrast(nn.Module):
     Args:
         temperature: Divides the distances; positive and finite. Where it is learned, what it starts from.
         learn_temperature: Make the logarithm of the temperature a parameter, ``log_temperature``.
+        group: Process group whose ranks share the batch, as `group` of the loss takes it.
         device: Device of the parameter.
         dtype: Floating dtype of the parameter.
 
@@ -31,13 +33,14 @@ class RankNContrast(nn.Module):
         temperature: float = 2.0,
         *,
         learn_temperature: bool = False,
+        group: Any = None,
         device: torch.device | str | None = None,
         dtype: torch.dtype | None = None,
     ) -> None:
         super().__init__()
         if not (temperature > 0 and math.isfinite(temperature)):
             raise ValueError(f"RankNContrast: expected `temperature` to be positive and finite, got {temperature}")
-        self.temperature = temperature
+        self.temperature, self.group = temperature, group
         logarithm = torch.tensor(math.log(temperature), device=device, dtype=dtype)
         self.register_parameter("log_temperature", nn.Parameter(logarithm) if learn_temperature else None)
 
@@ -50,7 +53,7 @@ class RankNContrast(nn.Module):
             mask: Samples that take part, ``[N]`` bool.
         """
         temperature = self.temperature if self.log_temperature is None else self.log_temperature.exp()
-        return rank_n_contrast(embeddings, targets, temperature=temperature, mask=mask)
+        return rank_n_contrast(embeddings, targets, temperature=temperature, mask=mask, group=self.group)
 
     def extra_repr(self) -> str:
         """Return the options, as in the constructor."""

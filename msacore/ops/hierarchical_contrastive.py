@@ -224,49 +224,7 @@ def hierarchical_contrastive_loss(
     normalize: bool = True,
     return_tiers: bool = False,
 ) -> Tensor | tuple[Tensor, Tensor]:
-    """Three tiers of contrastive terms over the embeddings of M modalities, in one operator.
-
-    Tier 1 contrasts the modalities with each other ("cross_modal") or, with labels, each with itself ("intra_modal");
-    tier 2 the fused embedding with every modality; tier 3 the high-level features of modality pairs with each other.
-    All terms but the intra-modal ones are symmetric InfoNCE losses whose positives are the same sample; see
-    :func:`info_nce`.
-
-    Args:
-        unimodal: M tensors ``[N, d]``; float16, bfloat16, float32 or float64, one dtype for all embeddings.
-        fused: ``[N, d]``.
-        high_level: M(M-1)/2 tensors ``[N, d3]``, of the pairs (0, 1), (0, 2), (1, 2), ….
-        available: ``[N, M]`` bool, False where a modality is missing; a pair exists where both members do. A sample
-            takes part in a term only where both of its embeddings exist; missing ones are never read.
-        labels: ``[N]`` of any integer dtype, needed by "intra_modal" and ignored otherwise; negative means unlabelled.
-        tier_weights: Weights of the three tiers in the loss, numbers.
-        temperatures: Temperatures of the three tiers, positive: numbers, or floating tensors with one element, then
-            differentiable.
-        tier1: "cross_modal" or "intra_modal".
-        normalize: Cosine similarities; False takes plain dot products, which may overflow.
-        return_tiers: Also return the tiers.
-
-    Returns:
-        The loss, 0-d, and with ``return_tiers`` the unweighted sums of the three tiers, ``[3]``, differentiable;
-        float64 for float64 inputs, else float32.
-
-    Raises:
-        RuntimeError: A shape, dtype, device, count or range above does not hold.
-        ValueError: ``tier1`` is neither of the two.
-
-    Note:
-        ``Σ_t tier_weights[t] · tiers[t]``, the loss of "AL-HCL: Active Learning and Hierarchical Contrastive Learning
-        for Multimodal Sentiment Analysis with Fusion Guidance" (2026). One operator call forward and one backward; each
-        embedding is normalised once, both directions of a term come from one sweep, and no similarity matrix is stored.
-        Where a gradient is wanted, the exponentials of up to 128 samples are kept for the backward pass: N² numbers a
-        term. Accumulates in float32 for 16-bit types and computes in float32 under autocast. Deterministic;
-        differentiable once; no host synchronisation on CUDA.
-
-    Example:
-        >>> text, audio, fused = torch.eye(4), torch.eye(4).roll(1, 0), torch.ones(4, 4)
-        >>> loss, tiers = hierarchical_contrastive_loss([text, audio], fused, [torch.eye(4)], return_tiers=True)
-        >>> tiers
-        tensor([10.0001,  2.7726,  0.0000])
-    """
+    """:func:`msacore.hierarchical_contrastive_loss` of one process."""
     op = "hierarchical_contrastive_loss"
     embeddings = (
         as_tensors(op, "unimodal", unimodal),

@@ -225,65 +225,7 @@ def info_nce(
     exclude_self: bool = False,
     reduction: str = "mean",
 ) -> Tensor:
-    """Masked, weighted InfoNCE, without the similarity matrix.
-
-    With ``s_ij = cos(anchors[i], candidates[j]) / temperature`` and positives weighted by ``w_ij``, an anchor's loss is
-    ``log Σ_j exp(s_ij) - Σ_j w_ij s_ij / Σ_j w_ij``; masked rows take part on neither side.
-
-    Args:
-        anchors: ``[N, d]``; float16, bfloat16, float32 or float64.
-        candidates: ``[N', d]``, dtype of ``anchors``; None or ``anchors`` itself contrasts an embedding with itself,
-            at half the cost.
-        temperature: Positive number, or a floating tensor with one element, then differentiable.
-        labels: ``(anchor_labels [N], candidate_labels [N'])`` of any integer dtype, or one ``[N]`` without
-            ``candidates``; equal labels are positives, a negative label means unlabelled: its row is neither anchor nor
-            candidate.
-        weights: ``[N, N']``, at least 0, dtype of ``anchors``, differentiable. Without labels and weights the positives
-            are the pairs ``(i, i)``.
-        negatives: ``[Q, d]``, dtype of ``anchors``, differentiable: more candidates of every anchor that are positive
-            for none, such as a memory queue. With ``symmetric`` they serve the anchors' direction only.
-        negative_mask: ``[Q]`` bool, False for entries that are not filled yet; these are never read.
-        denominator: "all": the sum over every candidate, as above. "negatives": each positive p is set against itself
-            and the candidates of weight 0 alone, ``Σ_p w_p (log(exp s_p + Σ_n exp s_n) - s_p) / Σ_p w_p`` (NT-Xent with
-            several positives); the gradient of a weight that is exactly 0 is then 0. "decoupled": ``log Σ_n exp s_n -
-            Σ_p w_p s_p / Σ_p w_p``; anchors without a negative drop out.
-        normalize: Cosine similarities; False takes plain dot products, which may overflow.
-        anchor_mask: ``[N]`` bool, False where a row is no anchor.
-        candidate_mask: ``[N']`` bool, False where a row is no candidate.
-        symmetric: Mean of the two directions, in one sweep ("negatives" with labels or weights: two).
-        exclude_self: Leave the pairs ``(i, i)`` out of positives and denominators.
-        reduction: "mean" over the anchors that count, "sum" or "none".
-
-    Returns:
-        The loss, 0-d, or ``[N]`` for "none" with zeros for the anchors that are masked or have no positive; float64 for
-        float64 inputs, else float32. Zero, with zero gradients, when no anchor is left.
-
-    Raises:
-        RuntimeError: A shape, dtype, device or range above does not hold (values inside tensors: on CPU only).
-        ValueError: ``reduction`` or ``denominator`` is none of the three, or ``labels`` is no pair.
-
-    Note:
-        Several positives are averaged outside of the logarithm, as in "L_out" of Khosla et al., "Supervised Contrastive
-        Learning" (2020). Their released ``SupConLoss`` also multiplies by ``temperature / base_temperature``, which is
-        1 at its default temperature: do the same to move numbers over. "decoupled" is the loss of Yeh et al.,
-        "Decoupled Contrastive Learning" (2022).
-
-        Forward and backward keep four or five numbers per row; the gradient of ``weights`` is ``[N, N']`` by nature.
-        Accumulates in float32 for 16-bit types and computes in float32 under autocast. A zero row has cosine 0 and
-        gradient 0. Rows of any length that is not zero are scaled without overflow or underflow. Deterministic;
-        differentiable once; no host synchronisation on CUDA.
-
-    Example:
-        >>> z = torch.eye(3)
-        >>> info_nce(z, z, temperature=1.0)
-        tensor(0.5514)
-        >>> labels = torch.tensor([0, 0, 1])
-        >>> info_nce(z, labels=labels, exclude_self=True, reduction="none")
-        tensor([0.6931, 0.6931, 0.0000])
-        >>> queue, filled = torch.zeros(8, 3), torch.zeros(8, dtype=torch.bool)
-        >>> info_nce(z, z, temperature=1.0, negatives=queue, negative_mask=filled)
-        tensor(0.5514)
-    """
+    """:func:`msacore.info_nce` of one process."""
     op = "info_nce"
     anchors, candidates = as_tensor(op, "anchors", anchors), as_optional_tensor(op, "candidates", candidates)
     number, learned = as_number_or_tensor(op, "temperature", temperature)

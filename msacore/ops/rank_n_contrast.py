@@ -122,52 +122,17 @@ def as_targets(op: str, value: Any) -> Tensor:
 
 
 def rank_n_contrast(
-    embeddings: Tensor, targets: Tensor, *, temperature: float | Tensor = 2.0, mask: Tensor | None = None
+    embeddings: Tensor,
+    targets: Tensor,
+    *,
+    temperature: float | Tensor = 2.0,
+    mask: Tensor | None = None,
+    anchors: tuple[int, int] = (0, -1),
 ) -> Tensor:
-    """Compute the Rank-N-Contrast loss: distances between embeddings should rank as the gaps between labels do.
+    """:func:`msacore.rank_n_contrast` of one process.
 
-    ``1/(n(n-1)) Σ_i Σ_{j≠i} [log Σ_{k≠i, gap_ik ≥ gap_ij} exp s_ik - s_ij]`` over the n samples that are not masked,
-    with ``s_ij = -‖e_i - e_j‖ / temperature`` and ``gap_ij = |y_i - y_j|``.
-
-    Args:
-        embeddings: ``[N, d]``; float16, bfloat16, float32 or float64. Not normalised by the loss.
-        targets: Continuous labels, ``[N]``, or ``[N, k]`` with the gap ``Σ_c |y_ic - y_jc|``, such as valence and
-            arousal; any floating dtype, in which gaps are computed, or any integer dtype, whose gaps are exact. Must
-            not require grad.
-        temperature: Divides the distances; a positive, finite number, or a floating tensor with one element, then
-            differentiable.
-        mask: Samples that take part, ``[N]`` bool; all when omitted. The others are never read.
-
-    Returns:
-        Scalar, float64 for float64 embeddings, else float32. 0 for fewer than two samples.
-
-    Raises:
-        RuntimeError: A shape, dtype, device or range above does not hold (the value of a temperature tensor: on the CPU
-            only), or ``targets`` require grad.
-
-    Note:
-        Exact. Every denominator is a running sum over the others in the order of their label gaps, where samples of
-        equal gap enter together. With ``[N]`` that order is the merge of two sides of the sorted labels, with
-        ``[N, k]`` every anchor sorts: ``O(N² (d + k + log N))`` time at most, ``O(N d)`` memory plus one tile.
-
-        Gaps tie where the labels' dtype makes them equal. MOSEI's labels are means of three raters, thirds, which no
-        floating dtype holds: ``2/3 - 1/3`` and ``1/3 - 0`` differ in their last bit. Labels times 3, rounded to
-        integers, tie as they should: ``(3 * labels).round().long()``.
-
-        16-bit embeddings compute in float32. Distances are taken in float64 where rows lie more than about a thousand
-        times further out than the median row, so that such rows cost the others no accuracy, and neither overflow nor
-        underflow. Two equal embeddings have zero gradient. Under autocast nothing is cast, least of all ``targets``.
-        Deterministic; differentiable once; no host synchronisation on CUDA. A NaN in an unmasked row makes the loss
-        NaN.
-
-        Source: Zha et al., Rank-N-Contrast, NeurIPS 2023.
-
-    Example:
-        >>> embeddings = torch.tensor([[0.0, 0.0], [1.0, 0.0], [3.0, 0.0]])
-        >>> rank_n_contrast(embeddings, torch.tensor([-1.0, 0.0, 2.0]))
-        tensor(0.2102)
-        >>> rank_n_contrast(embeddings, torch.tensor([[0, 1], [1, 1], [3, 0]]))
-        tensor(0.2102)
+    ``anchors`` (begin, count) are the places, in an order that all calls with these targets and this mask share, whose
+    terms are summed; count -1 stands for all. What is divided by does not depend on them.
     """
     op = "rank_n_contrast"
     number, learned = as_number_or_tensor(op, "temperature", temperature)
@@ -177,6 +142,6 @@ def rank_n_contrast(
         learned,
         as_optional_tensor(op, "mask", mask),
         temperature=number,
-        anchor_begin=0,
-        anchor_count=-1,
+        anchor_begin=anchors[0],
+        anchor_count=anchors[1],
     )

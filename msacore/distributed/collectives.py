@@ -1,0 +1,109 @@
+"""The collectives of this package: torch's functional ones, behind names that do not change.
+
+Torch moves them from a private module to a public one; both are tried. They can be traced by ``torch.compile``.
+"""
+
+import importlib
+from collections.abc import Sequence
+from typing import Any
+
+import torch
+import torch.distributed as dist
+from torch import Tensor
+
+
+def _module() -> Any:
+    try:
+        return importlib.import_module("torch.distributed.functional_collectives")
+    except ModuleNotFoundError:
+        return importlib.import_module("torch.distributed._functional_collectives")
+
+
+_functional = _module()
+_gather = getattr(_functional, "all_gather_single", None) or _functional.all_gather_tensor
+
+
+class CollectiveFailed(RuntimeError):
+    """A collective failed, because a rank died or the network did; the process group is unusable from then on."""
+
+
+def _failed(op: str, what: str, group: dist.ProcessGroup, error: Exception) -> CollectiveFailed:
+    return CollectiveFailed(
+        f"msacore::{op}: {what} failed on rank {dist.get_rank(group)} of {dist.get_world_size(group)}; "
+        f"the process group is unusable: {error}"
+    )
+
+
+def begin_gather(op: str, x: Tensor, group: dist.ProcessGroup) -> Tensor:
+    """:func:`all_gather`, of which nobody waits for the end yet: pass the result to :func:`wait`."""
+    if torch.compiler.is_compiling():
+        return _gather(x.contiguous(), 0, group)
+    try:
+        return _gather(x.contiguous(), 0, group)
+    except RuntimeError as error:
+        raise _failed(op, "gathering rows", group, error) from error
+
+
+def wait(x: Tensor) -> Tensor:
+    """What a collective that has begun brings."""
+    return _functional.wait_tensor(x)
+
+
+def all_gather(op: str, x: Tensor, group: dist.ProcessGroup) -> Tensor:
+    """``[n, …]`` of every rank, one after the other: ``[W · n, …]``; n must be the same everywhere."""
+    if torch.compiler.is_compiling():
+        return wait(begin_gather(op, x, group))
+    try:
+        return wait(begin_gather(op, x, group))
+    except RuntimeError as error:
+        raise error if isinstance(error, CollectiveFailed) else _failed(op, "gathering rows", group, error) from error
+
+
+def all_to_all(op: str, x: Tensor, group: dist.ProcessGroup) -> Tensor:
+    """Block r of ``x`` ``[W · n, …]`` goes to rank r; returns the blocks that came, in the order of ranks."""
+    if torch.compiler.is_compiling():
+        return _functional.wait_tensor(_functional.all_to_all_single(x.contiguous(), None, None, group))
+    try:
+        return _functional.wait_tensor(_functional.all_to_all_single(x.contiguous(), None, None, group))
+    except RuntimeError as error:
+        raise _failed(op, "exchanging blocks", group, error) from error
+
+
+def pass_on(op: str, x: Tensor, group: dist.ProcessGroup, step: int = 1) -> Tensor:
+    """The tensor of the rank ``step`` places after this one, while this one's goes as many places back."""
+    world = dist.get_world_size(group)
+    to = [(rank - step) % world for rank in range(world)]
+    if torch.compiler.is_compiling():
+        return _functional.wait_tensor(_functional.permute_tensor(x.contiguous(), to, group))
+    try:
+        return _functional.wait_tensor(_functional.permute_tensor(x.contiguous(), to, group))
+    except RuntimeError as error:
+        raise _failed(op, "passing a block round the ring", group, error) from error
+
+
+def sum_in_order(op: str, x: Tensor, group: dist.ProcessGroup) -> Tensor:
+    """Block r of the sum over ranks of ``x`` ``[W · n, …]``, on rank r; added in the order of ranks on any backend."""
+    world = dist.get_world_size(group)
+    parts = all_to_all(op, x, group).unflatten(0, (world, -1))
+    total = parts[0].clone()
+    for part in parts[1:]:
+        total += part
+    return total
+
+
+def gather_objects(op: str, value: Any, group: dist.ProcessGroup) -> list[Any]:
+    """What every rank has, by rank. Pickles: for messages about errors, never for rows."""
+    found: list[Any] = [None] * dist.get_world_size(group)
+    try:
+        dist.all_gather_object(found, value, group=group)
+    except RuntimeError as error:
+        raise _failed(op, "gathering messages", group, error) from error
+    return found
+
+
+def join_blocks(blocks: Tensor, counts: Sequence[int]) -> Tensor:
+    """The first ``counts[r]`` rows of every block of ``blocks`` ``[W · n, …]``, in one tensor."""
+    rows = len(blocks) // len(counts)
+    if all(count == rows for count in counts):
+        return blocks
+    return torch.cat([blocks[r * rows : r * rows + count] for r, count in enumerate(counts)])

@@ -1,0 +1,162 @@
+"""Collectives that begin early, and ranks that run out of steps."""
+
+from collections.abc import Callable
+from typing import Any
+
+import torch
+import torch.distributed as dist
+from torch import Tensor, nn
+from torch.distributed.algorithms.join import Join, Joinable, JoinHook
+
+from msacore.distributed.collectives import begin_gather, join_blocks, wait
+from msacore.distributed.header import agree, describe
+from msacore.distributed.rows import Layout, pad_rows, scale_gradient
+from msacore.distributed.sharding import Sharding, as_sharding
+
+
+class Started:
+    """Candidates whose gather has begun: what `start` returns and ``info_nce(candidates=…)`` takes."""
+
+    def __init__(self, candidates: Tensor, sharding: Sharding, layout: Layout, gathered: Tensor) -> None:
+        self.candidates, self.sharding, self.layout = candidates, sharding, layout
+        self._gathered = gathered
+
+    @property
+    def shape(self) -> torch.Size:
+        return self.candidates.shape
+
+    def whole(self, factor: float) -> Tensor:
+        """The candidates of all ranks; the gradient of this rank's is multiplied by ``factor``."""
+        rows = join_blocks(wait(self._gathered), self.layout.counts)
+        begin, end = self.layout.begin, self.layout.begin + self.layout.counts[self.layout.rank]
+        own = pad_rows(self.candidates, self.layout.padding)
+        return torch.cat([rows[:begin], scale_gradient(own, factor), rows[end:]])
+
+
+def start(candidates: Tensor, group: Any) -> Started:
+    """Begin gathering ``candidates`` of all ranks, so that the network works while the anchors are computed.
+
+    Args:
+        candidates: This rank's candidates, ``[n, d]``. They travel as they are: rows that a mask hides later should
+            hold no values that must stay on this rank.
+        group: What ``group=`` takes.
+
+    Returns:
+        A handle for ``msacore.info_nce(anchors, candidates=handle, …, group=group)``, to be used once, with the same
+        group. Every rank must call ``start`` and then the loss.
+
+    Raises:
+        RuntimeError: ``candidates`` is no floating tensor ``[n, d]``, or ranks disagree about it.
+    """
+    op = "start"
+    sharding = as_sharding(op, group)
+    n = candidates.shape[0] if isinstance(candidates, Tensor) and candidates.dim() else 0
+
+    def check() -> None:
+        if not (isinstance(candidates, Tensor) and candidates.dim() == 2 and candidates.is_floating_point()):
+            raise RuntimeError(f"expected `candidates` to be a floating tensor [n, d], got {describe(candidates)}")
+        if sharding.capacity is not None and n > sharding.capacity:
+            raise RuntimeError(f"expected at most `capacity` = {sharding.capacity} rows, got {n}")
+
+    if sharding.capacity is None:
+        counts = [c[0] for c in agree(op, sharding, [n], {"candidates": describe(candidates)}, check)]
+    else:
+        if not torch.compiler.is_compiling():
+            check()
+        counts = [sharding.capacity] * sharding.world
+    layout = Layout(tuple(counts), sharding.rank, n)
+    sent = pad_rows(candidates.detach(), max(counts, default=0) - n)
+    return Started(candidates, sharding, layout, begin_gather(op, sent, sharding.group))
+
+
+def _without_rows(value: Any) -> Any:
+    if isinstance(value, Tensor):
+        empty = value.detach()[:0].clone() if value.dim() else value.detach()
+        return empty.requires_grad_() if empty.is_floating_point() and value.dim() else empty
+    if isinstance(value, (list, tuple)):
+        return type(value)(_without_rows(item) for item in value)
+    return {k: _without_rows(v) for k, v in value.items()} if isinstance(value, dict) else value
+
+
+class _Shadow(JoinHook):
+    def __init__(self, step: Callable[[], None]) -> None:
+        self._step = step
+
+    def main_hook(self) -> None:
+        self._step()
+
+
+class join(Joinable):
+    """A context in which ranks may make different numbers of steps.
+
+    A rank that has left its loop goes on taking part with empty batches until all have left theirs:
+
+        with msacore.distributed.join(loss):
+            for batch in loader:
+                loss(*encode(batch)).backward()
+
+    Args:
+        loss: A module of `msacore.nn` (or one that calls a loss with ``group=``), called once a step.
+        group: The process group of its loss.
+        device: Where the count of running ranks is summed.
+
+    Note:
+        A rank that leaves without having made any step cannot know the widths of a batch and raises. Gradients of
+        parameters are synchronised outside (under DistributedDataParallel call model and loss with ``[0, d]`` instead,
+        as its own collectives must be shadowed too).
+    """
+
+    def __init__(self, loss: nn.Module, group: Any = None, device: torch.device | str = "cpu") -> None:
+        super().__init__()
+        self.loss = loss
+        self._group = dist.group.WORLD if group is None else as_sharding("join", group).group
+        self._device = torch.device(device)
+        self._example: tuple[tuple[Any, ...], dict[str, Any]] | None = None
+        self._shadowing = False
+        self._join: Join | None = None
+
+    def _before(self, module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
+        if self._shadowing:
+            return
+        self._example = _without_rows(args), _without_rows(kwargs)
+        Join.notify_join_context(self)
+
+    def _step(self) -> None:
+        if self._example is None:
+            raise RuntimeError(
+                "msacore::join: expected every rank to make at least one step; this rank has made none and does not "
+                "know the widths of a batch. Give it one, or call the loss with tensors [0, d]"
+            )
+        args, kwargs = self._example
+        self._shadowing = True
+        try:
+            with torch.enable_grad():
+                result = self.loss(*_without_rows(args), **_without_rows(kwargs))
+                results = result if isinstance(result, tuple) else (result,)
+                torch.autograd.backward([r.sum() for r in results if r.requires_grad])
+        finally:
+            self._shadowing = False
+
+    def join_hook(self, **kwargs: Any) -> JoinHook:
+        return _Shadow(self._step)
+
+    @property
+    def join_device(self) -> torch.device:
+        return self._device
+
+    @property
+    def join_process_group(self) -> Any:
+        return self._group
+
+    def __enter__(self) -> "join":
+        self._hook = self.loss.register_forward_pre_hook(self._before, with_kwargs=True)
+        self._join = Join([self])
+        self._join.__enter__()
+        return self
+
+    def __exit__(self, kind: Any, value: Any, trace: Any) -> None:
+        try:
+            if self._join is not None:
+                self._join.__exit__(kind, value, trace)
+        finally:
+            self._hook.remove()

@@ -1,0 +1,348 @@
+"""Replicated losses: every rank gathers all rows and evaluates the operator of one process on them.
+
+Bits equal those of one process. One collective forward and none backward, so that a rank that skips its backward pass
+cannot hang the others. For batches of some thousand rows; see `Sharding` for larger ones.
+"""
+
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from msacore.distributed import rows
+from msacore.distributed.header import agree, describe
+from msacore.distributed.overlap import Started
+from msacore.distributed.rows import Layout
+from msacore.distributed.sharding import Sharding
+
+
+def _on_meta(value: Any) -> Any:
+    if isinstance(value, Tensor):
+        return value.detach().to("meta")
+    return [_on_meta(item) for item in value] if isinstance(value, (list, tuple)) else value
+
+
+def _rows_of(value: Any) -> int:
+    first = value[0] if isinstance(value, (list, tuple)) and value else value
+    return first.shape[0] if isinstance(first, Tensor) and first.dim() else 0
+
+
+def _sizes(
+    op: str, sharding: Sharding, counts: Sequence[int], arguments: dict[str, Any], check: Callable[[], None]
+) -> list[list[int]]:
+    """``counts`` of every rank. With a capacity they are not exchanged, and those of this rank stand for all."""
+    if sharding.capacity is None and torch.compiler.is_compiling():
+        raise RuntimeError(
+            f"msacore::{op}: expected `group` to be Sharding(group, capacity=…) under torch.compile, got one without "
+            "capacity, whose sizes must be read by the host"
+        )
+    if sharding.capacity is None or sharding.check:
+        return agree(op, sharding, counts, {name: describe(value) for name, value in arguments.items()}, check)
+    if not torch.compiler.is_compiling():
+        check()
+    return [list(counts)] * sharding.world
+
+
+def _layout(sharding: Sharding, counts: Sequence[int], rows: int, padded: bool = True) -> Layout:
+    if sharding.capacity is not None and padded:
+        counts = [sharding.capacity] * sharding.world
+    return Layout(tuple(counts), sharding.rank, rows)
+
+
+def _check_capacity(op: str, sharding: Sharding, count: int) -> None:
+    if sharding.capacity is not None and count > sharding.capacity:
+        raise ValueError(f"msacore::{op}: expected at most `capacity` = {sharding.capacity} rows, got {count}")
+
+
+def _valid(mask: Tensor | None, layout: Layout, like: Tensor) -> Tensor | None:
+    """The mask of this rank's rows; it must exist where rows are padded."""
+    if mask is None and layout.padding:
+        return torch.ones(layout.rows, dtype=torch.bool, device=like.device)
+    return mask
+
+
+def hidden(mask: Tensor | None, labels: Tensor | None = None) -> Tensor | None:
+    """Rows that are never read."""
+    hidden = None if mask is None else ~mask
+    if labels is None:
+        return hidden
+    return labels < 0 if hidden is None else hidden | (labels < 0)
+
+
+@dataclass
+class Contrast:
+    """The arguments of `info_nce` on this rank, checked, and how their rows lie over the ranks."""
+
+    anchors: Tensor
+    candidates: Tensor | None  # None: the anchors themselves
+    started: Started | None
+    anchor_labels: Tensor | None
+    candidate_labels: Tensor | None
+    weights: Tensor | None
+    negatives: Tensor | None
+    negative_mask: Tensor | None
+    anchor_mask: Tensor | None
+    candidate_mask: Tensor | None
+    of_anchors: Layout
+    of_candidates: Layout
+    of_negatives: Layout
+
+    @property
+    def own(self) -> bool:
+        return self.candidates is None
+
+    def gather(
+        self, sharding: Sharding, layout: Layout, tensors: list[Tensor | None], gone: Tensor | None, factor: float
+    ) -> list[Tensor | None]:
+        unread = [gone if x is not None and x.is_floating_point() else None for x in tensors]
+        return rows.gather_rows("info_nce", sharding, layout, tensors, unread, factor)
+
+
+def contrast(
+    local: Callable[..., Tensor],
+    sharding: Sharding,
+    anchors: Tensor,
+    candidates: Tensor | Started | None,
+    *,
+    temperature: float | Tensor,
+    labels: Any,
+    weights: Tensor | None,
+    negatives: Tensor | None,
+    negative_mask: Tensor | None,
+    anchor_mask: Tensor | None,
+    candidate_mask: Tensor | None,
+    **options: Any,
+) -> Contrast:
+    """Check the arguments of `info_nce` on all ranks."""
+    op = "info_nce"
+    started = candidates if isinstance(candidates, Started) else None
+    given_candidates = started.candidates if started is not None else candidates
+    own = given_candidates is None or given_candidates is anchors
+    n, m, q = _rows_of(anchors), _rows_of(anchors if own else given_candidates), _rows_of(negatives)
+    columns = weights.shape[1] if isinstance(weights, Tensor) and weights.dim() == 2 else 0
+    given = dict(
+        anchors=anchors,
+        candidates=None if own else given_candidates,
+        temperature="tensor" if isinstance(temperature, Tensor) else temperature,
+        labels=labels,
+        weights=None if weights is None else "given",
+        negatives=negatives,
+        negative_mask=negative_mask,
+        anchor_mask=anchor_mask,
+        candidate_mask=candidate_mask,
+        **options,
+    )
+
+    def check() -> None:
+        _check_capacity(op, sharding, max(n, m))
+        slab = weights.detach().new_empty((n, m), device="meta") if columns and weights is not None else weights
+        local(
+            _on_meta(anchors),
+            None if own else _on_meta(given_candidates),
+            temperature=_on_meta(temperature),
+            labels=_on_meta(labels),
+            weights=_on_meta(slab),
+            negatives=_on_meta(negatives),
+            negative_mask=_on_meta(negative_mask),
+            anchor_mask=_on_meta(anchor_mask),
+            candidate_mask=_on_meta(candidate_mask),
+            **options,
+        )
+
+    sizes = _sizes(op, sharding, [n, m, q, columns], given, check)
+    of_anchors = _layout(sharding, [s[0] for s in sizes], n)
+    of_candidates = of_anchors if own else _layout(sharding, [s[1] for s in sizes], m)
+    if weights is not None:
+        wrong = [(r, s) for r, s in enumerate(sizes) if s[3] != of_candidates.total and s[0]]
+        if wrong:
+            rank, size = wrong[0]
+            raise RuntimeError(
+                f"msacore::{op}: on rank {rank}: expected `weights` to have shape [n, N'] = "
+                f"[{size[0]}, {of_candidates.total}], one column a candidate of all ranks, got [{size[0]}, {size[3]}]"
+            )
+        weights = weights.reshape(n, of_candidates.total)
+    anchor_labels, candidate_labels = labels if isinstance(labels, (tuple, list)) else (labels, None)
+    if not own or candidate_mask is not None or of_anchors.padding:
+        candidate_mask = _valid(candidate_mask, of_candidates, anchors)
+    return Contrast(
+        anchors,
+        None if own else given_candidates,  # type: ignore[arg-type]
+        started,
+        anchor_labels,
+        candidate_labels,
+        weights,
+        negatives,
+        negative_mask,
+        _valid(anchor_mask, of_anchors, anchors),
+        candidate_mask,
+        of_anchors,
+        of_candidates,
+        _layout(sharding, [s[2] for s in sizes], q, padded=False),
+    )
+
+
+def info_nce(
+    local: Callable[..., Tensor],
+    sharding: Sharding,
+    anchors: Tensor,
+    candidates: Tensor | Started | None,
+    *,
+    temperature: float | Tensor,
+    reduction: str,
+    **arguments: Any,
+) -> Tensor:
+    """`msacore.info_nce` of the rows of all ranks; ``local`` is the operator of one process."""
+    op = "info_nce"
+    c = contrast(local, sharding, anchors, candidates, temperature=temperature, reduction=reduction, **arguments)
+    per_anchor = reduction == "none"
+    factor = 1 if per_anchor else sharding.world
+    gone = hidden(c.anchor_mask, c.anchor_labels)
+    if c.own:
+        # A row is unread where it is neither anchor nor candidate.
+        other = hidden(c.candidate_mask, c.anchor_labels if c.candidate_labels is None else c.candidate_labels)
+        both = None if gone is None or other is None else gone & other
+        of_own = [c.anchors, c.anchor_labels, c.candidate_labels, c.anchor_mask, c.candidate_mask, c.weights]
+        whole = c.gather(sharding, c.of_anchors, of_own, both, factor)
+        anchors, anchor_labels, candidate_labels, anchor_mask, candidate_mask, weights = whole  # type: ignore[assignment]
+        candidates = None
+    else:
+        of_rows = [c.anchors, c.anchor_labels, c.anchor_mask, c.weights]
+        anchors, anchor_labels, anchor_mask, weights = c.gather(  # type: ignore[assignment]
+            sharding, c.of_anchors, of_rows, gone, factor
+        )
+        gone = hidden(c.candidate_mask, c.candidate_labels)
+        of_rows = [None if c.started else c.candidates, c.candidate_labels, c.candidate_mask]
+        candidates, candidate_labels, candidate_mask = c.gather(sharding, c.of_candidates, of_rows, gone, factor)
+        if c.started is not None:
+            candidates = c.started.whole(factor)
+    negatives, negative_mask = c.negatives, c.negative_mask
+    if negatives is not None:
+        of_queue = [negatives, negative_mask]
+        negatives, negative_mask = c.gather(sharding, c.of_negatives, of_queue, hidden(negative_mask), factor)
+    if per_anchor and isinstance(temperature, Tensor):
+        temperature = rows.scale_gradient(temperature, 1 / sharding.world)
+    options = {k: arguments[k] for k in ("denominator", "normalize", "symmetric", "exclude_self")}
+    loss = local(
+        anchors,
+        candidates,
+        temperature=temperature,
+        labels=anchor_labels if candidate_labels is None else (anchor_labels, candidate_labels),
+        weights=weights,
+        negatives=negatives,
+        negative_mask=negative_mask,
+        anchor_mask=anchor_mask,
+        candidate_mask=candidate_mask,
+        reduction=reduction,
+        **options,
+    )
+    if per_anchor:
+        return rows.own_rows(loss, op, sharding, c.of_anchors)
+    return rows.compare_gradient(loss, op, sharding) if sharding.check else loss
+
+
+def hidden_embeddings(available: Tensor | None, modalities: int, pairs: int) -> list[Tensor | None]:
+    """For every embedding, modalities first, then the fused one, then pairs: the rows that no term reads."""
+    if available is None:
+        return [None] * (modalities + 1 + pairs)
+    missing = [~column for column in available.unbind(1)]
+    of_pairs = [missing[i] | missing[j] for i in range(modalities) for j in range(i + 1, modalities)]
+    return [*missing, ~available.any(1), *of_pairs]
+
+
+def hierarchy_layout(
+    local: Callable[..., Any],
+    sharding: Sharding,
+    unimodal: Sequence[Tensor],
+    fused: Tensor,
+    high_level: Sequence[Tensor],
+    available: Tensor | None,
+    labels: Tensor | None,
+    options: dict[str, Any],
+) -> tuple[Layout, Tensor | None]:
+    """How the rows of the hierarchical loss lie over the ranks, and what is available on this one."""
+    op = "hierarchical_contrastive_loss"
+    n = _rows_of(fused)
+    given = dict(unimodal=unimodal, fused=fused, high_level=high_level, available=available, labels=labels, **options)
+    given["temperatures"] = describe(options["temperatures"])
+
+    def check() -> None:
+        _check_capacity(op, sharding, n)
+        embeddings = _on_meta(unimodal), _on_meta(fused), _on_meta(high_level)
+        of_rows = dict(available=_on_meta(available), labels=_on_meta(labels))
+        local(*embeddings, **of_rows, **{k: _on_meta(v) for k, v in options.items()})
+
+    layout = _layout(sharding, [s[0] for s in _sizes(op, sharding, [n], given, check)], n)
+    if available is None and layout.padding:
+        available = torch.ones(n, len(unimodal), dtype=torch.bool, device=fused.device)
+    return layout, available
+
+
+def hierarchical_contrastive_loss(
+    local: Callable[..., Any],
+    sharding: Sharding,
+    unimodal: Sequence[Tensor],
+    fused: Tensor,
+    high_level: Sequence[Tensor],
+    *,
+    available: Tensor | None,
+    labels: Tensor | None,
+    **options: Any,
+) -> Any:
+    """`msacore.hierarchical_contrastive_loss` of the rows of all ranks."""
+    op = "hierarchical_contrastive_loss"
+    layout, available = hierarchy_layout(local, sharding, unimodal, fused, high_level, available, labels, options)
+    m = len(unimodal)
+    unread = hidden_embeddings(available, m, len(high_level))
+    sent = [*unimodal, fused, *high_level, available, labels]
+    gathered = rows.gather_rows(op, sharding, layout, sent, [*unread, None, None], sharding.world)
+    *embeddings, available, labels = gathered
+    result = local(embeddings[:m], embeddings[m], embeddings[m + 1 :], available=available, labels=labels, **options)
+    if not sharding.check:
+        return result
+    if isinstance(result, tuple):
+        return tuple(rows.compare_gradient(part, op, sharding) for part in result)
+    return rows.compare_gradient(result, op, sharding)
+
+
+def rank_layout(
+    local: Callable[..., Tensor],
+    sharding: Sharding,
+    embeddings: Tensor,
+    targets: Tensor,
+    temperature: float | Tensor,
+    mask: Tensor | None,
+) -> tuple[Layout, Tensor | None]:
+    """How the rows of `rank_n_contrast` lie over the ranks, and the mask of this rank's."""
+    op = "rank_n_contrast"
+    n = _rows_of(embeddings)
+    shown = "tensor" if isinstance(temperature, Tensor) else temperature
+    given = dict(embeddings=embeddings, targets=targets, temperature=shown, mask=mask)
+
+    def check() -> None:
+        _check_capacity(op, sharding, n)
+        local(_on_meta(embeddings), _on_meta(targets), temperature=_on_meta(temperature), mask=_on_meta(mask))
+
+    layout = _layout(sharding, [s[0] for s in _sizes(op, sharding, [n], given, check)], n)
+    return layout, _valid(mask, layout, embeddings)
+
+
+def rank_n_contrast(
+    local: Callable[..., Tensor],
+    sharding: Sharding,
+    embeddings: Tensor,
+    targets: Tensor,
+    *,
+    temperature: float | Tensor,
+    mask: Tensor | None,
+) -> Tensor:
+    """`msacore.rank_n_contrast` of the rows of all ranks."""
+    op = "rank_n_contrast"
+    layout, mask = rank_layout(local, sharding, embeddings, targets, temperature, mask)
+    unread = hidden(mask)
+    embeddings, targets, mask = rows.gather_rows(  # type: ignore[assignment]
+        op, sharding, layout, [embeddings, targets, mask], [unread, unread, None], sharding.world
+    )
+    loss = local(embeddings, targets, temperature=temperature, mask=mask)
+    return rows.compare_gradient(loss, op, sharding) if sharding.check else loss

@@ -1,0 +1,161 @@
+"""Rows of all ranks on every rank, in one collective; the gradient of a rank's own rows."""
+
+import math
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from msacore.distributed.collectives import all_gather, join_blocks
+from msacore.distributed.sharding import Sharding
+
+
+@dataclass(frozen=True)
+class Layout:
+    """Which rows of the whole batch belong to which rank.
+
+    Attributes:
+        counts: Rows of every rank; all equal to the capacity where there is one.
+        rank: This rank.
+        rows: Rows this rank was given, without padding.
+    """
+
+    counts: tuple[int, ...]
+    rank: int
+    rows: int
+
+    @property
+    def begin(self) -> int:
+        return sum(self.counts[: self.rank])
+
+    @property
+    def total(self) -> int:
+        return sum(self.counts)
+
+    @property
+    def padding(self) -> int:
+        return self.counts[self.rank] - self.rows
+
+
+class _Scale(torch.autograd.Function):
+    """The same rows, whose gradient is multiplied by a number."""
+
+    @staticmethod
+    def forward(ctx: Any, x: Tensor, factor: float) -> Tensor:
+        ctx.factor = factor
+        return x.view_as(x)
+
+    @staticmethod
+    def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor, None]:
+        return grads[0] * ctx.factor, None
+
+
+def scale_gradient(x: Tensor, factor: float) -> Tensor:
+    return x if factor == 1 or not x.requires_grad else _Scale.apply(x, factor)
+
+
+def pad_rows(x: Tensor, rows: int) -> Tensor:
+    """Zeros (False) behind the rows of ``x``."""
+    return x if rows == 0 else torch.cat([x, x.new_zeros((rows, *x.shape[1:]))])
+
+
+def _bytes_of(x: Tensor) -> Tensor:
+    """``[n, …]`` as ``[n, bytes of a row]``."""
+    flat = x.detach().contiguous().reshape(len(x), math.prod(x.shape[1:]))
+    return flat if flat.dtype == torch.uint8 else flat.view(torch.uint8)
+
+
+def _from_bytes(rows: Tensor, like: Tensor) -> Tensor:
+    shape = (len(rows), *like.shape[1:])
+    if rows.shape[1] == 0:
+        return like.new_empty(shape)
+    # A copy: the bytes of a slice need not begin where a wider type may.
+    return rows.new_empty(rows.shape).copy_(rows).view(like.dtype).reshape(shape)
+
+
+def gather_rows(
+    op: str,
+    sharding: Sharding,
+    layout: Layout,
+    tensors: Sequence[Tensor | None],
+    unread: Sequence[Tensor | None],
+    factor: float,
+) -> list[Tensor | None]:
+    """Every tensor with the rows of all ranks, in the order of ranks.
+
+    Args:
+        op: Name of the operator.
+        sharding: The ranks.
+        layout: Of the rows.
+        tensors: ``[rows, …]`` each, padded here; all of them travel in one buffer of bytes.
+        unread: For each tensor, which of its rows ``[rows]`` are never read: they travel as zeros, whatever they hold.
+        factor: The gradients of this rank's rows are multiplied by it.
+    """
+    present = [(x, hidden) for x, hidden in zip(tensors, unread, strict=True) if x is not None]
+    own = [pad_rows(x, layout.padding) for x, _ in present]
+    sent = []
+    for x, (_, hidden) in zip(own, present, strict=True):
+        value = x.detach()
+        if hidden is not None:
+            hidden = pad_rows(hidden, layout.padding).view(-1, *[1] * (x.dim() - 1))
+            value = torch.where(hidden, value.new_zeros(()), value)
+        sent.append(_bytes_of(value))
+    widths = [s.shape[1] for s in sent]
+    most = max(layout.counts, default=0)
+    buffer = torch.cat(sent, 1) if sent else torch.empty(0)
+    buffer = pad_rows(buffer, most - len(buffer))
+    gathered = join_blocks(all_gather(op, buffer, sharding.group), layout.counts)
+    whole, at = [], 0
+    begin, end = layout.begin, layout.begin + layout.counts[layout.rank]
+    for x, width in zip(own, widths, strict=True):
+        rows = _from_bytes(gathered[:, at : at + width], x)
+        at += width
+        if x.requires_grad:
+            rows = torch.cat([rows[:begin], scale_gradient(x, factor), rows[end:]])
+        whole.append(rows)
+    found = iter(whole)
+    return [None if x is None else next(found) for x in tensors]
+
+
+class _OwnRows(torch.autograd.Function):
+    """A rank's rows of the losses of all anchors; backward gathers what every rank says of its own."""
+
+    @staticmethod
+    def forward(ctx: Any, losses: Tensor, op: str, sharding: Sharding, layout: Layout) -> Tensor:
+        ctx.op, ctx.sharding, ctx.layout = op, sharding, layout
+        return losses[layout.begin : layout.begin + layout.rows].clone()
+
+    @staticmethod
+    def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor, None, None, None]:
+        layout = ctx.layout
+        mine = pad_rows(grads[0], max(layout.counts, default=0) - layout.rows)
+        return join_blocks(all_gather(ctx.op, mine, ctx.sharding.group), layout.counts), None, None, None
+
+
+def own_rows(losses: Tensor, op: str, sharding: Sharding, layout: Layout) -> Tensor:
+    return _OwnRows.apply(losses, op, sharding, layout)
+
+
+class _Compare(torch.autograd.Function):
+    """A loss whose upstream gradient must be equal on all ranks."""
+
+    @staticmethod
+    def forward(ctx: Any, loss: Tensor, op: str, sharding: Sharding) -> Tensor:
+        ctx.op, ctx.sharding = op, sharding
+        return loss.clone()
+
+    @staticmethod
+    def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor, None, None]:
+        found = all_gather(ctx.op, grads[0].reshape(1, -1), ctx.sharding.group)
+        if not torch.equal(found, found[:1].expand_as(found)):
+            raise RuntimeError(
+                f"msacore::{ctx.op}: expected the upstream gradient to be equal on all ranks, got "
+                f"{[row.tolist() for row in found]}; scale the loss alike on every rank"
+            )
+        return grads[0], None, None
+
+
+def compare_gradient(loss: Tensor, op: str, sharding: Sharding) -> Tensor:
+    return _Compare.apply(loss, op, sharding)

@@ -1,0 +1,95 @@
+"""How a batch lies over the ranks of a process group."""
+
+from dataclasses import dataclass
+from typing import Any
+
+import torch.distributed as dist
+
+MODES = ("auto", "replicated", "sharded", "ring")
+
+
+@dataclass(frozen=True)
+class Sharding:
+    """A process group with options; every function with ``group=`` takes one.
+
+    Args:
+        group: A ``ProcessGroup``, a 1-D ``DeviceMesh`` or ``(mesh, dimension)``.
+        capacity: Rows a rank can have at most. All ranks pad to it, so that shapes are static: no exchange of sizes, no
+            host synchronisation, and ``torch.compile(fullgraph=True)`` works. Every rank must then have as many
+            entries of a queue ``negatives``. Without it a small header travels first.
+        mode: "replicated" (every rank evaluates the whole batch), "sharded" (a rank evaluates its rows against all),
+            "ring" (the same, blocks of rows pass by) or "auto", a rule on sizes that is the same on every rank.
+        memory: Bytes that "auto" lets gathered rows take before it chooses "ring"; the rule is an eighth of it.
+        check: Compare the upstream gradients of the ranks in backward, which must be equal, and with ``capacity`` the
+            headers too; costs a small collective each.
+
+    Raises:
+        ValueError: An argument has the wrong kind or range.
+    """
+
+    group: Any
+    capacity: int | None = None
+    mode: str = "auto"
+    memory: int = 4 << 30
+    check: bool = False
+
+    def __init__(
+        self,
+        group: Any,
+        *,
+        capacity: int | None = None,
+        mode: str = "auto",
+        memory: int = 4 << 30,
+        check: bool = False,
+    ) -> None:
+        for name, value, least in (("capacity", capacity, 0), ("memory", memory, 1)):
+            if value is None and name == "capacity":
+                continue
+            if isinstance(value, bool) or not isinstance(value, int) or value < least:
+                raise ValueError(f"Sharding: expected `{name}` to be an integer of at least {least}, got {value!r}")
+        if mode not in MODES:
+            raise ValueError(f"Sharding: expected `mode` to be one of {', '.join(MODES)}, got {mode!r}")
+        object.__setattr__(self, "group", _process_group(group))
+        object.__setattr__(self, "capacity", capacity)
+        object.__setattr__(self, "mode", mode)
+        object.__setattr__(self, "memory", memory)
+        object.__setattr__(self, "check", check)
+
+    @property
+    def world(self) -> int:
+        """Number of ranks W."""
+        return dist.get_world_size(self.group)
+
+    @property
+    def rank(self) -> int:
+        """This rank, in the group."""
+        return dist.get_rank(self.group)
+
+
+def _process_group(group: Any) -> Any:
+    if not dist.is_available():
+        raise ValueError("`group`: this build of torch has no torch.distributed")
+    if isinstance(group, dist.ProcessGroup):
+        return group
+    if hasattr(group, "get_group") and hasattr(group, "mesh"):
+        if group.ndim != 1:
+            raise ValueError(f"`group`: expected a 1-D DeviceMesh, or (mesh, dimension), got {group.ndim} dimensions")
+        return group.get_group()
+    if isinstance(group, tuple) and len(group) == 2 and hasattr(group[0], "get_group"):
+        return group[0].get_group(group[1])
+    if group is dist.GroupMember.NON_GROUP_MEMBER:
+        raise ValueError("`group`: this process is not a member of the process group")
+    raise ValueError(
+        "`group`: expected a ProcessGroup (such as torch.distributed.group.WORLD), a 1-D DeviceMesh, "
+        f"(mesh, dimension) or msacore.distributed.Sharding, got {type(group).__name__}"
+    )
+
+
+def as_sharding(op: str, group: Any) -> Sharding:
+    """What ``group=`` of a public function holds, as a Sharding."""
+    if isinstance(group, Sharding):
+        return group
+    try:
+        return Sharding(group)
+    except ValueError as error:
+        raise ValueError(f"msacore::{op}: {error}") from error

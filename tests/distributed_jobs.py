@@ -1,0 +1,420 @@
+"""What the ranks of tests/test_distributed.py run: one loss over their rows beside one process on the whole batch."""
+
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, field
+from typing import Any
+
+import torch
+import torch.distributed as dist
+from torch import Tensor, nn
+from torch.nn.parallel import DistributedDataParallel
+
+import msacore
+from msacore.distributed import Sharding
+from tests.workers import split
+
+N_QUEUE = 5
+
+
+@dataclass(frozen=True)
+class LossCase:
+    """A loss and its options; `make` gives the whole batch of ``n`` rows as keyword arguments.
+
+    Attributes:
+        rows: Names of arguments that hold rows of the batch, and lie over the ranks as it does.
+        shares: Names of arguments whose rows are spread over the ranks by themselves (a queue).
+        towers: Arguments that a shared encoder produces, and whose gradients reach it.
+    """
+
+    name: str
+    loss: str
+    make: Callable[[int, torch.Generator, torch.dtype], dict[str, Any]]
+    towers: tuple[str, ...]
+    rows: tuple[str, ...] = ()
+    shares: tuple[str, ...] = ()
+    options: dict[str, Any] = field(default_factory=dict)
+    learn_temperature: bool = False
+
+
+def _pair(n: int, g: torch.Generator, dtype: torch.dtype) -> dict[str, Any]:
+    return {
+        "anchors": torch.randn(n, 6, generator=g, dtype=dtype),
+        "candidates": torch.randn(n, 6, generator=g, dtype=dtype),
+    }
+
+
+def _self(n: int, g: torch.Generator, dtype: torch.dtype) -> dict[str, Any]:
+    return {"anchors": torch.randn(n, 6, generator=g, dtype=dtype), "labels": torch.randint(-1, 3, (n,), generator=g)}
+
+
+def _labelled(n: int, g: torch.Generator, dtype: torch.dtype) -> dict[str, Any]:
+    labels = [torch.randint(-1, 3, (n,), generator=g) for _ in range(2)]
+    return {**_pair(n, g, dtype), "labels": labels}
+
+
+def _masked(n: int, g: torch.Generator, dtype: torch.dtype) -> dict[str, Any]:
+    masks = {name: torch.rand(n, generator=g) > 0.3 for name in ("anchor_mask", "candidate_mask")}
+    return {**_pair(n, g, dtype), **masks}
+
+
+def _weighted(n: int, g: torch.Generator, dtype: torch.dtype) -> dict[str, Any]:
+    weights = torch.rand(n, n, generator=g, dtype=dtype) * (torch.rand(n, n, generator=g) > 0.4)
+    return {**_pair(n, g, dtype), "weights": weights}
+
+
+def _queue(n: int, g: torch.Generator, dtype: torch.dtype) -> dict[str, Any]:
+    negatives = torch.randn(N_QUEUE, 6, generator=g, dtype=dtype)
+    return {**_pair(n, g, dtype), "negatives": negatives, "negative_mask": torch.arange(N_QUEUE) != 2}
+
+
+def _hierarchy(n: int, g: torch.Generator, dtype: torch.dtype) -> dict[str, Any]:
+    def draw(width: int) -> Tensor:
+        return torch.randn(n, width, generator=g, dtype=dtype)
+
+    return {
+        "unimodal": [draw(6) for _ in range(3)],
+        "fused": draw(6),
+        "high_level": [draw(4) for _ in range(3)],
+        "available": torch.rand(n, 3, generator=g) > 0.35,
+        "labels": torch.randint(-1, 3, (n,), generator=g),
+    }
+
+
+def _ranked(n: int, g: torch.Generator, dtype: torch.dtype) -> dict[str, Any]:
+    targets = torch.randn(n, generator=g, dtype=dtype).round(decimals=1)
+    return {
+        "embeddings": torch.randn(n, 6, generator=g, dtype=dtype),
+        "targets": targets,
+        "mask": torch.rand(n, generator=g) > 0.2,
+    }
+
+
+def _nce(name: str, make: Any, **options: Any) -> LossCase:
+    learn = options.pop("learn_temperature", False)
+    towers = ("anchors",) if make is _self else ("anchors", "candidates")
+    rows = ("labels", "anchor_mask", "candidate_mask", "weights")
+    return LossCase(name, "info_nce", make, towers, rows, ("negatives", "negative_mask"), options, learn)
+
+
+CASES = [
+    _nce("default", _pair),
+    _nce("symmetric", _pair, symmetric=True),
+    _nce("sum", _pair, symmetric=True, reduction="sum"),
+    _nce("none", _pair, reduction="none"),
+    _nce("none, symmetric", _pair, reduction="none", symmetric=True, learn_temperature=True),
+    _nce("learned temperature", _masked, symmetric=True, learn_temperature=True),
+    _nce("labels", _labelled, symmetric=True),
+    _nce("labels, self excluded", _self, exclude_self=True),
+    _nce("masks", _masked, symmetric=True),
+    _nce("weights", _weighted, symmetric=True),
+    _nce("queue", _queue, symmetric=True),
+    _nce("queue, negatives alone", _queue, denominator="negatives", symmetric=True),
+    _nce("labels, negatives alone", _labelled, denominator="negatives", symmetric=True),
+    _nce("decoupled", _labelled, denominator="decoupled"),
+    _nce("not normalised", _pair, normalize=False, temperature=1.0),
+    LossCase(
+        "nine terms",
+        "hierarchical_contrastive_loss",
+        _hierarchy,
+        ("unimodal", "fused", "high_level"),
+        ("available", "labels"),
+    ),
+    LossCase(
+        "intra-modal",
+        "hierarchical_contrastive_loss",
+        _hierarchy,
+        ("unimodal", "fused", "high_level"),
+        ("available", "labels"),
+        options={"tier1": "intra_modal"},
+    ),
+    LossCase("ranks", "rank_n_contrast", _ranked, ("embeddings",), ("targets", "mask")),
+    LossCase(
+        "ranks, learned temperature",
+        "rank_n_contrast",
+        _ranked,
+        ("embeddings",),
+        ("targets", "mask"),
+        learn_temperature=True,
+    ),
+]
+BY_NAME = {case.name: case for case in CASES}
+
+
+def _leaves(value: Any) -> Any:
+    if isinstance(value, (list, tuple)):
+        return [_leaves(item) for item in value]
+    return value.detach().clone().requires_grad_()
+
+
+def _flat(value: Any) -> list[Tensor]:
+    return [t for item in value for t in _flat(item)] if isinstance(value, (list, tuple)) else [value]
+
+
+def shares_of(case: LossCase, whole: dict[str, Any], sizes: Sequence[int], rank: int) -> dict[str, Any]:
+    """A rank's part of every argument."""
+    entries = len(_flat(whole["negatives"])[0]) if "negatives" in whole else 0
+    queue = [len(range(r, entries, len(sizes))) for r in range(len(sizes))]
+    return {k: split(v, queue if k in case.shares else sizes, rank) for k, v in whole.items()}
+
+
+def compare(group: Any, rank: int, name: str, sizes: Sequence[int], mode: str, dtype: torch.dtype) -> dict[str, Any]:
+    """Loss and gradients of the rows themselves, over ranks and of one process."""
+    case = BY_NAME[name]
+    whole = case.make(sum(sizes), torch.Generator().manual_seed(sum(sizes)), dtype)
+    function = getattr(msacore, case.loss)
+    differentiable = (*case.towers, "weights", "negatives")
+    capacity = max(*sizes, 1) + 2 if mode == "capacity" else None
+    sharding = Sharding(group, capacity=capacity, mode="replicated" if mode == "capacity" else mode)
+    if capacity is not None and "negatives" in whole:  # then every rank has as many entries of the queue
+        whole["negatives"] = torch.cat([whole["negatives"], whole["negatives"][:3] + 1])
+        whole["negative_mask"] = torch.arange(8) != 2
+
+    def run(arguments: dict[str, Any], factor: float, **options: Any) -> tuple[Tensor, dict[str, Any]]:
+        arguments = {k: _leaves(v) if k in differentiable else v for k, v in arguments.items()}
+        temperature = torch.tensor(0.5, dtype=dtype, requires_grad=True) if case.learn_temperature else None
+        given = {} if temperature is None else {"temperature": temperature}
+        loss = function(**arguments, **case.options, **given, **options)
+        (
+            (loss * torch.linspace(1, 2, loss.numel(), dtype=loss.dtype)).sum() * factor if loss.dim() else loss
+        ).backward()
+        grads = {k: [t.grad for t in _flat(v)] for k, v in arguments.items() if k in differentiable}
+        if temperature is not None:
+            grads["temperature"] = [temperature.grad]
+        return loss.detach(), grads
+
+    mine = shares_of(case, whole, sizes, rank)
+    if capacity is not None and "weights" in mine:
+        padded = [
+            torch.nn.functional.pad(block, (0, capacity - block.shape[1]))
+            for block in mine["weights"].split(list(sizes), 1)
+        ]
+        mine["weights"] = torch.cat(padded, 1)
+    per_row = case.options.get("reduction") == "none"
+    if per_row:
+        return _compare_rows(case, function, whole, mine, sizes, rank, sharding, differentiable, dtype)
+    loss, grads = run(mine, 1.0, group=sharding)
+    expected, wanted = run(whole, 1.0)
+    parts = shares_of(case, {k: v for k, v in wanted.items() if k != "temperature"}, sizes, rank)
+    if "temperature" in grads:  # a shared parameter: what DistributedDataParallel averages
+        dist.all_reduce(grads["temperature"][0], group=group)
+        grads["temperature"][0] /= len(sizes)
+    if capacity is not None and "weights" in grads:
+        blocks = grads["weights"][0].split(capacity, 1)
+        grads["weights"] = [torch.cat([b[:, :s] for b, s in zip(blocks, sizes, strict=True)], 1)]
+    return {
+        "loss": loss,
+        "expected": expected,
+        "grads": {k: v for k, v in grads.items() if k != "temperature"},
+        "wanted": {k: [g * len(sizes) for g in v] for k, v in parts.items()},
+        "temperature": grads.get("temperature", [None])[0],
+        "wanted temperature": wanted.get("temperature", [None])[0],
+    }
+
+
+def _compare_rows(
+    case: LossCase,
+    function: Callable[..., Tensor],
+    whole: dict[str, Any],
+    mine: dict[str, Any],
+    sizes: Sequence[int],
+    rank: int,
+    sharding: Sharding,
+    differentiable: Sequence[str],
+    dtype: torch.dtype,
+) -> dict[str, Any]:
+    """`reduction="none"`: every rank weighs its own rows, and the gradient is that of the sum over ranks."""
+    total = sum(sizes)
+    cotangent = torch.linspace(-1, 2, max(total, 1), dtype=dtype)[:total]
+
+    def run(arguments: dict[str, Any], weights: Tensor, **options: Any) -> tuple[Tensor, dict[str, Any]]:
+        arguments = {k: _leaves(v) if k in differentiable else v for k, v in arguments.items()}
+        temperature = torch.tensor(0.5, dtype=dtype, requires_grad=True)
+        given = {"temperature": temperature} if case.learn_temperature else {}
+        loss = function(**arguments, **case.options, **given, **options)
+        (loss * weights).sum().backward()
+        grads = {k: [t.grad for t in _flat(v)] for k, v in arguments.items() if k in differentiable}
+        return loss.detach(), {**grads, "temperature": [temperature.grad]}
+
+    loss, grads = run(mine, split(cotangent, sizes, rank), group=sharding)
+    expected, wanted = run(whole, cotangent)
+    given, by_process = grads.pop("temperature")[0], wanted.pop("temperature")[0]
+    if given is not None:
+        given = given.clone()
+        dist.all_reduce(given, group=sharding.group)  # the ranks' shares make the whole
+        given, by_process = given, by_process
+    return {
+        "loss": loss,
+        "expected": split(expected, sizes, rank),
+        "grads": grads,
+        "wanted": shares_of(case, wanted, sizes, rank),
+        "temperature": given,
+        "wanted temperature": by_process,
+    }
+
+
+class Encoder(nn.Module):
+    """Two shared projections, one for each width of embeddings."""
+
+    def __init__(self, dtype: torch.dtype) -> None:
+        super().__init__()
+        self.wide, self.narrow = nn.Linear(6, 6, dtype=dtype), nn.Linear(4, 4, dtype=dtype)
+        self.exponent = nn.Parameter(torch.tensor([-0.7], dtype=dtype))
+
+    def forward(self, rows: list[Tensor]) -> tuple[list[Tensor], Tensor]:
+        # Every parameter takes part in every step, as DistributedDataParallel expects.
+        unused = 0 * (self.wide.weight.sum() + self.narrow.weight.sum() + self.narrow.bias.sum())
+        return [(self.wide if x.shape[1] == 6 else self.narrow)(x) for x in rows], self.exponent.exp() + unused
+
+
+def through(group: Any, rank: int, name: str, sizes: Sequence[int], mode: str, wrapper: str) -> tuple[Tensor, Tensor]:
+    """Gradients of a shared encoder (its temperature included): under DDP or FSDP2, and of one process."""
+    case, dtype = BY_NAME[name], torch.float64
+    whole = case.make(sum(sizes), torch.Generator().manual_seed(3), dtype)
+    function = getattr(msacore, case.loss)
+    torch.manual_seed(1)
+    encoder = Encoder(dtype)
+    alone = Encoder(dtype)
+    alone.load_state_dict(encoder.state_dict())
+
+    def loss_of(model: nn.Module, arguments: dict[str, Any], **options: Any) -> Tensor:
+        rows = [t for k in case.towers for t in _flat(arguments[k])]
+        encoded, temperature = model(rows)
+        found = iter(encoded)
+        embedded = {
+            k: [next(found) for _ in arguments[k]] if isinstance(arguments[k], (list, tuple)) else next(found)
+            for k in case.towers
+        }
+        given = {"temperature": temperature} if case.learn_temperature else {}
+        loss = function(**{**arguments, **embedded}, **case.options, **given, **options)
+        return loss if case.learn_temperature else loss + 0 * temperature.sum()
+
+    if wrapper == "ddp":
+        model: nn.Module = DistributedDataParallel(encoder, process_group=group)
+    else:
+        from torch.distributed.device_mesh import DeviceMesh
+        from torch.distributed.fsdp import fully_shard
+
+        model = fully_shard(encoder, mesh=DeviceMesh.from_group(group, "cpu"))
+    sharding = Sharding(group, mode=mode)
+    loss = loss_of(model, shares_of(case, whole, sizes, rank), group=sharding)
+    expected = loss_of(alone, whole)
+    if loss.dim():  # the mean over the whole batch, by hand
+        kept = max(int((expected != 0).sum()), 1)
+        loss, expected = loss.sum() * len(sizes) / kept, expected.sum() / kept
+    loss.backward()
+    expected.backward()
+    grads = [p.grad for p in model.parameters()]
+    grads = [g.full_tensor() if hasattr(g, "full_tensor") else g for g in grads]
+    return (
+        torch.cat([torch.zeros(1) if g is None else g.flatten() for g in grads]),
+        torch.cat([torch.zeros(1) if p.grad is None else p.grad.flatten() for p in alone.parameters()]),
+    )
+
+
+def poisoned(group: Any, rank: int, name: str, sizes: Sequence[int], mode: str) -> list[Tensor]:
+    """Loss and gradients, with what is never read replaced by NaN on every rank but the first."""
+    case = BY_NAME[name]
+    results: list[Tensor] = []
+    for value in (0.0, float("nan")):
+        whole = case.make(sum(sizes), torch.Generator().manual_seed(5), torch.float64)
+        if "available" in whole:
+            gone = ~whole["available"]
+            for m, x in enumerate(whole["unimodal"]):
+                x[gone[:, m] & (torch.arange(len(x)) >= sizes[0])] = value
+        for x, mask in (("anchors", "anchor_mask"), ("candidates", "candidate_mask"), ("embeddings", "mask")):
+            if mask in whole:
+                whole[x][~whole[mask] & (torch.arange(len(whole[x])) >= sizes[0])] = value
+        mine = shares_of(case, whole, sizes, rank)
+        mine = {k: _leaves(v) if k in case.towers else v for k, v in mine.items()}
+        loss = getattr(msacore, case.loss)(**mine, **case.options, group=Sharding(group, mode=mode))
+        loss.backward()
+        results += [loss.detach(), *(t.grad for k in case.towers for t in _flat(mine[k]))]
+    return results
+
+
+def raises(group: Any, rank: int, loss: str, change: str) -> str:
+    """The message that every rank gets when rank 1 alone has a wrong argument."""
+    x, y = torch.randn(4, 6), torch.randn(4, 6)
+    options: dict[str, Any] = {}
+    if rank == 1:
+        if change == "width":
+            x = torch.randn(4, 7)
+        if change == "dtype":
+            x = x.double()
+        if change == "option":
+            options["temperature"] = 0.2
+        if change == "labels":
+            options["labels"] = torch.zeros(3, dtype=torch.int64)
+        if change == "array":
+            x = x.numpy()  # type: ignore[assignment]
+        if change == "operator":
+            loss = "rank_n_contrast"
+    try:
+        if loss == "info_nce":
+            msacore.info_nce(x, y if change != "labels" else None, group=group, **options)
+        else:
+            msacore.rank_n_contrast(x, torch.randn(4), group=group, **options)
+    except (RuntimeError, ValueError) as error:
+        return str(error)
+    return ""
+
+
+def different_gradients(group: Any, rank: int) -> str:
+    x, y = torch.randn(4, 6, requires_grad=True), torch.randn(4, 6)
+    loss = msacore.info_nce(x, y, group=Sharding(group, check=True))
+    try:
+        (loss * (rank + 1)).backward()
+    except RuntimeError as error:
+        return str(error)
+    return ""
+
+
+def compiled(group: Any, rank: int) -> list[float]:
+    """Largest differences of compiled from eager losses and gradients, two batch sizes."""
+    sharding = Sharding(group, capacity=9)
+
+    def loss(x: Tensor, y: Tensor, mask: Tensor) -> Tensor:
+        return msacore.info_nce(x, y, anchor_mask=mask, candidate_mask=mask, symmetric=True, group=sharding)
+
+    function = torch.compile(loss, fullgraph=True, backend="aot_eager")
+    differences = []
+    for n in (5, 8):
+        torch.manual_seed(n + rank)
+        x, y, mask = torch.randn(n, 6), torch.randn(n, 6), torch.rand(n) > 0.2
+        results = []
+        for call in (function, loss):
+            a, b = x.clone().requires_grad_(), y.clone().requires_grad_()
+            value = call(a, b, mask)
+            value.backward()
+            results.append((value.detach(), a.grad, b.grad))
+        differences += [float((p - q).abs().max()) for p, q in zip(*results, strict=True)]
+    return differences
+
+
+def started(group: Any, rank: int, sizes: Sequence[int]) -> bool:
+    """A gather that began early changes no bit."""
+    whole = BY_NAME["masks"].make(sum(sizes), torch.Generator().manual_seed(2), torch.float32)
+    mine = split(list(whole.values()), sizes, rank)
+    results = []
+    for early in (False, True):
+        a, c = (t.clone().requires_grad_() for t in mine[:2])
+        handle = msacore.distributed.start(c, group) if early else c
+        masks = dict(anchor_mask=mine[2], candidate_mask=mine[3])
+        loss = msacore.info_nce(a, handle, symmetric=True, group=group, **masks)
+        loss.backward()
+        results.append((loss.detach(), a.grad, c.grad))
+    return all(torch.equal(p, q) for p, q in zip(*results, strict=True))
+
+
+def uneven_steps(group: Any, rank: int) -> list[float]:
+    """Losses of ranks that make different numbers of steps; a rank that has ended counts as empty."""
+    steps = (1, 3, 2, 4)[rank]
+    loss = msacore.nn.InfoNCE(group=group)
+    found = []
+    with msacore.distributed.join(loss, group):
+        for step in range(steps):
+            x = torch.randn(3, 6, generator=torch.Generator().manual_seed(10 * step + rank), requires_grad=True)
+            value = loss(x, x.detach().roll(1, 1))
+            value.backward()
+            found.append(value.item())
+    return found

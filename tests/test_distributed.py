@@ -1,0 +1,111 @@
+"""Losses over several processes: the loss and the gradient of one process, whatever the split."""
+
+from collections.abc import Iterator
+
+import pytest
+import torch
+
+import msacore
+from tests import distributed_jobs as jobs
+from tests.workers import Workers
+
+SPLITS = ((6, 6, 6, 6), (7, 0, 12, 1), (0, 0, 0, 5), (0, 0, 0, 0))
+MODES = ("replicated", "capacity", "sharded")
+each_case = pytest.mark.parametrize("name", list(jobs.BY_NAME))
+
+
+@pytest.fixture(scope="session")
+def workers() -> Iterator[Workers]:
+    together = Workers(4)
+    yield together
+    together.close()
+
+
+def _close(ours: torch.Tensor | None, wanted: torch.Tensor | None, what: str, bits: bool) -> None:
+    if ours is None or wanted is None:
+        assert (ours is None or not ours.any()) and (wanted is None or not wanted.any()), what
+    elif bits:
+        assert torch.equal(ours, wanted), f"{what}: {(ours - wanted).abs().max()} apart"
+    else:
+        scale = max(float(wanted.abs().max()) if wanted.numel() else 0.0, 1e-3)
+        assert not wanted.numel() or float((ours - wanted).abs().max()) <= 1e-12 * scale, what
+
+
+@each_case
+def test_loss_and_gradients_are_those_of_one_process(workers: Workers, name: str) -> None:
+    for mode in MODES:
+        for sizes in SPLITS:
+            results = workers.run(jobs.compare, 4, name, sizes, mode, torch.float64)
+            for result in results:
+                what = f"{name}, {mode}, {sizes}"
+                bits = mode == "replicated"
+                _close(result["loss"], result["expected"], f"loss of {what}", bits)
+                for key, wanted in result["wanted"].items():
+                    for ours, ref in zip(result["grads"][key], wanted, strict=True):
+                        _close(ours, ref, f"gradient of {key} of {what}", bits)
+                _close(result["temperature"], result["wanted temperature"], f"temperature of {what}", False)
+            if result["loss"].dim() == 0:
+                assert len({float(r["loss"]) for r in results}) == 1, "ranks differ"
+
+
+@pytest.mark.parametrize("wrapper", ["ddp", "fsdp2"])
+def test_a_shared_encoder_gets_the_gradient_of_one_process(workers: Workers, wrapper: str) -> None:
+    for mode in ("replicated", "sharded"):
+        for name in jobs.BY_NAME:
+            for ours, wanted in workers.run(jobs.through, 4, name, (7, 0, 12, 1), mode, wrapper):
+                _close(ours, wanted, f"{name}, {mode}, under {wrapper}", False)
+
+
+@pytest.mark.parametrize("name", ["masks", "nine terms", "ranks"])
+def test_what_is_hidden_on_another_rank_is_never_read(workers: Workers, name: str) -> None:
+    for mode in ("replicated", "sharded"):
+        for results in workers.run(jobs.poisoned, 4, name, (6, 6, 6, 6), mode):
+            half = len(results) // 2
+            for clean, dirty in zip(results[:half], results[half:], strict=True):
+                assert torch.equal(clean, dirty)
+
+
+@pytest.mark.parametrize(
+    ("change", "words"),
+    [
+        ("width", ("candidates", "rank")),
+        ("dtype", ("candidates", "rank 1")),
+        ("option", ("temperature", "rank 1")),
+        ("labels", ("labels", "rank")),
+        ("array", ("anchors", "rank 1")),
+        ("operator", ("different operators",)),
+    ],
+)
+def test_one_bad_argument_raises_the_same_error_on_all_ranks(
+    workers: Workers, change: str, words: tuple[str, ...]
+) -> None:
+    messages = workers.run(jobs.raises, 3, "info_nce", change)
+    assert len({m.split(": ", 1)[1] for m in messages}) == 1, messages
+    for word in words:
+        assert word in messages[0], messages[0]
+    assert "msacore::" in messages[0]
+
+
+def test_different_upstream_gradients_are_found(workers: Workers) -> None:
+    for message in workers.run(jobs.different_gradients, 3):
+        assert "equal on all ranks" in message
+
+
+def test_a_compiled_loss_needs_no_header(workers: Workers) -> None:
+    for differences in workers.run(jobs.compiled, 2):
+        assert max(differences) < 1e-6
+
+
+def test_a_gather_may_begin_early(workers: Workers) -> None:
+    assert all(workers.run(jobs.started, 3, (5, 0, 3)))
+
+
+def test_ranks_may_make_different_numbers_of_steps(workers: Workers) -> None:
+    found = workers.run(jobs.uneven_steps, 4)
+    assert [len(f) for f in found] == [1, 3, 2, 4]
+    for step in range(4):
+        running = [r for r, steps in enumerate((1, 3, 2, 4)) if step < steps]
+        draw = [torch.randn(3, 6, generator=torch.Generator().manual_seed(10 * step + rank)) for rank in running]
+        x = torch.cat(draw)
+        expected = msacore.info_nce(x, x.roll(1, 1)).item()
+        assert all(found[rank][step] == pytest.approx(expected, abs=1e-6) for rank in running)
