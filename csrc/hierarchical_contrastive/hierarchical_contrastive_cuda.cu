@@ -21,7 +21,7 @@ struct Upstream {
   // What the mean loss of a direction counts, for terms with one or with `both` directions.
   LossGradient<A> of_tier(const Options& options, int64_t tier, bool both) const {
     LossGradient<A> gradient{};
-    gradient.out = loss;
+    gradient.out = gradient.column_out = loss;
     gradient.term = tiers ? tiers + tier : nullptr;
     gradient.weight = options.tier_weights[tier];
     gradient.scale = both ? 0.5 : 1;
@@ -246,7 +246,7 @@ void backward(Workspace<T>& workspace, const Inputs& in, Gradients& grads, cudaS
     unsigned members = 0;
     for (size_t k = first; k < std::min(embeddings.size(), first + kSidesAtOnce); ++k)
       projections.at[members++] = {workspace.sides[k], workspace.sides[k], false, embeddings[k].mutable_data_ptr<T>()};
-    launch(project_kernel<T, kSidesAtOnce>, dim3(grid_for(workspace.n, kRowThreads / kWarp).x, members),
+    launch(project_kernel<T, kSidesAtOnce, T>, dim3(grid_for(workspace.n, kRowThreads / kWarp).x, members),
            dim3(kRowThreads), 0, stream, projections, workspace.options.normalize);
   }
 }

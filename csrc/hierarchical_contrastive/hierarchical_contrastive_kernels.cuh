@@ -7,7 +7,7 @@ namespace msacore::hierarchical_contrastive::cuda {
 using namespace contrastive::cuda;
 
 #ifdef __CUDACC__
-constexpr int kTermsAtOnce = 12, kSidesAtOnce = 16;  // what the 4 KiB of a kernel's parameters hold
+constexpr int kTermsAtOnce = 11, kSidesAtOnce = 16;  // what the 4 KiB of a kernel's parameters hold
 #else
 constexpr int kTermsAtOnce = 4, kSidesAtOnce = 5;  // little, so that three modalities already are several groups
 #endif

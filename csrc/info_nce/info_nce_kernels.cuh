@@ -16,6 +16,7 @@ struct Roles {
   const bool* negative_mask;
   int64_t negative_count;
   bool normalize;
+  const int64_t* used[2];  // how many rows take part, where these are not all; else null
 };
 
 // The last block of a role counts; the others prepare its rows. Grid [blocks, 2].
@@ -33,6 +34,7 @@ __global__ void __launch_bounds__(kRowThreads, 4) prepare_kernel(const __grid_co
   };
   if (blockIdx.x == gridDim.x - 1) {
     count_rows(side.n, count, side.stats, side.counts, takes_part);
+    if (roles.used[blockIdx.y] && threadIdx.x == 0) side.counts[0] = *roles.used[blockIdx.y];
   } else {
     prepare_rows(side, count, roles.normalize, 1, row_of, takes_part);
   }

@@ -247,12 +247,14 @@ __device__ __forceinline__ double finish_anchor(Softmax<double> all, double tota
 template <typename A>
 struct LossGradient {
   const A *out, *term;  // `out`: one number, or [n] where `per_anchor`
+  const A* column_out;  // the same for columns as anchors
   double weight, scale;
-  bool mean, per_anchor;
+  bool mean, per_anchor, per_column;
 
-  __device__ double of(int64_t i, int64_t anchors, const Temperature& temperature) const {
+  __device__ double of(int64_t i, int64_t anchors, const Temperature& temperature, bool column = false) const {
     double gradient = 0;
-    if (out) gradient += weight * static_cast<double>(out[per_anchor ? i : 0]);
+    const A* const from = column ? column_out : out;
+    if (from) gradient += weight * static_cast<double>(from[(column ? per_column : per_anchor) ? i : 0]);
     if (term) gradient += static_cast<double>(*term);
     if (mean) gradient /= static_cast<double>(anchors);
     return gradient * scale / temperature.value();

@@ -20,7 +20,8 @@ __device__ __forceinline__ AnchorGradient<acc_t<T>> anchor_gradient(const Proble
   using A = acc_t<T>;
   const bool counts = i < own.n && own.stats && own.stats[kTotal * own.n + i] != A(0);
   if (!counts || !problem.choice(other, i)) return no_anchor<A>();
-  return anchor_gradient(own.stats, own.n, i, problem.gradient.of(i, own.counts[1], problem.temperature),
+  return anchor_gradient(own.stats, own.n, i,
+                         problem.gradient.of(i, own.counts[1], problem.temperature, &own == &problem.b),
                          problem.denominator);
 }
 
@@ -45,13 +46,14 @@ __device__ __forceinline__ void attract_pairs(const SimilarityTile<T>& tile, con
   });
 }
 
-// Similarities c ← their gradients, where positives are no part of the denominator, or only of their own: `each`.
-// Returns what the pairs count in the slope (anchor.cuh).
+// Similarities c ← their gradients, pair by pair: for denominators without positives, and where a pair alone tells what
+// it counts in the slope (anchor.cuh), which is returned.
 template <typename T>
 __device__ __forceinline__ acc_t<T> gradients_apart(const SimilarityTile<T>& tile, const AnchorGradient<acc_t<T>>* rows,
-                                                    const AnchorGradient<acc_t<T>>* columns, bool each, acc_t<T> scale,
+                                                    const AnchorGradient<acc_t<T>>* columns, acc_t<T> scale,
                                                     TileSums<acc_t<T>>& c) {
   using A = acc_t<T>;
+  const Denominator denominator = tile.problem.denominator;
   A slope = 0;
   for_pairs(c, [&](A& value, int i, int j) {
     const A similarity = value;
@@ -59,15 +61,13 @@ __device__ __forceinline__ acc_t<T> gradients_apart(const SimilarityTile<T>& til
     if (!tile.takes_part(i, j)) return;
     const A weight = tile.weight(i, j);
     const AnchorGradient<A>&a = rows[i], &b = columns[j];
-    if (weight == A(0)) {
-      value = softmax_gradient(a, b, similarity, scale, slope);
-    } else {
-      const auto pull = [&](const AnchorGradient<A>& anchor) {
-        const A rest = each ? rest_of(anchor.exponent(similarity, scale)) : A(1);
-        return relative(-weight * anchor.attract * rest, anchor, similarity, slope);
-      };
-      value = pull(a) + pull(b);
-    }
+    if (weight == A(0) || denominator == Denominator::kAll) value = softmax_gradient(a, b, similarity, scale, slope);
+    if (weight == A(0)) return;
+    const auto pull = [&](const AnchorGradient<A>& anchor) {
+      const A rest = denominator == Denominator::kNegatives ? rest_of(anchor.exponent(similarity, scale)) : A(1);
+      return relative(-weight * anchor.attract * rest, anchor, similarity, slope);
+    };
+    value += pull(a) + pull(b);
   });
   return slope;
 }
@@ -138,7 +138,7 @@ __global__ void __launch_bounds__(kTileThreads, sizeof(T) == 8 ? 2 : 3)
   if (grad_weights) weight_gradients(tile, rows, columns, scale, c, grad_weights);
   A softmax_slope = 0;
   if constexpr (Apart) {
-    softmax_slope = gradients_apart(tile, rows, columns, problem.denominator == Denominator::kNegatives, scale, c);
+    softmax_slope = gradients_apart(tile, rows, columns, scale, c);
   } else {
     const auto add_softmax = [&](const auto& gradient_of) {
       if (tile.whole) {
@@ -302,24 +302,24 @@ __global__ void __launch_bounds__(kSumThreads, 1)
 }  // namespace
 
 // The way from the gradients of unit rows to that of an embedding.
-template <typename T>
+template <typename T, typename G>
 struct Projection {
   Side<T> own, second;  // `second`: another role that the same tensor plays
   bool two_roles;
-  T* grad_x;  // [n, d]
+  G* grad_x;  // [n, d]
 };
-template <typename T, int Most>
+template <typename T, int Most, typename G = T>
 struct Projections {
-  Projection<T> at[Most];
+  Projection<T, G> at[Most];
 };
 
 // Grid [blocks, projections]: grad_x ← (g - <g, u> u) / |x|, or g where rows were not normalised; a warp per row. g is
 // the gradient of the unit row u: that of one role, or the sum of two.
-template <typename T, int Most>
+template <typename T, int Most, typename G>
 __global__ void __launch_bounds__(kRowThreads, 4)
-    project_kernel(const __grid_constant__ Projections<T, Most> projections, bool normalized) {
+    project_kernel(const __grid_constant__ Projections<T, Most, G> projections, bool normalized) {
   using A = acc_t<T>;
-  const Projection<T>& projection = projections.at[blockIdx.y];
+  const Projection<T, G>& projection = projections.at[blockIdx.y];
   const Side<T>&own = projection.own, &second = projection.second;
   const int64_t warps = int64_t{gridDim.x} * (kRowThreads / kWarp);
   for (int64_t i = int64_t{blockIdx.x} * (kRowThreads / kWarp) + warp_id(); i < own.n; i += warps) {
@@ -345,7 +345,7 @@ __global__ void __launch_bounds__(kRowThreads, 4)
     for (int64_t k = lane_id(); k < own.d; k += kWarp) {
       A gradient = 0;
       if (any) gradient = static_cast<A>(scaled(normalized ? at(k) - dot * u(k) : at(k)));
-      projection.grad_x[i * own.d + k] = static_cast<T>(gradient);
+      projection.grad_x[i * own.d + k] = static_cast<G>(gradient);
     }
   }
 }

@@ -8,7 +8,7 @@ namespace msacore::contrastive::cuda {
 // What the second sweep needs of anchor i, in the terms of the gradients; `attract` tells whether the row is an anchor.
 template <typename A>
 __device__ __forceinline__ AnchorGradient<A> anchor_against(const A* stats, int64_t n, int64_t i) {
-  if (i >= n || stats[kTotal * n + i] == A(0)) return no_anchor<A>();
+  if (i >= n) return no_anchor<A>();
   return {0, stats[kHighest * n + i], static_cast<A>(stats[kLog * n + i] * kLog2E), 1, 0};
 }
 

@@ -48,13 +48,16 @@ struct Problem {
   bool unit_rows;
   Denominator denominator;
   LossGradient<A> gradient;
+  int64_t offset;  // row i of a is row i + offset of b: not 0 where a is a part of a batch, whose terms are pairwise
 
   // Exponents are those of cosines and stay in range.
   __device__ bool bounded(A scale) const { return unit_rows && is_bounded(scale); }
   __device__ bool diagonal() const { return !pairwise && !a.labels; }
   bool by_classes() const { return !pairwise && a.labels; }
+  // `other` is a or b itself.
   __device__ bool choice(const Side<T>& other, int64_t i) const {
-    return is_choice(other.counts[0], exclude_self && i < other.n && used(other.factor_of(i)));
+    const int64_t same = &other == &b ? i + offset : i - offset;
+    return is_choice(other.counts[0], exclude_self && same >= 0 && same < other.n && used(other.factor_of(same)));
   }
 };
 
@@ -84,7 +87,9 @@ struct SimilarityTile {
   bool whole;           // every pair takes part
 
   // Rows of b from b.n on are not those of any index.
-  __device__ bool same(int i, int j) const { return row + i == column + j && column + j < problem.b.n; }
+  __device__ bool same(int i, int j) const {
+    return row + i + problem.offset == column + j && column + j < problem.b.n;
+  }
   __device__ bool takes_part(int i, int j) const {
     return used(a.factor[i]) && used(b.factor[j]) && !(problem.exclude_self && same(i, j));
   }
@@ -125,7 +130,9 @@ __device__ __forceinline__ SimilarityTile<T> load_tile(const Problem<T>& problem
   const int r = thread_in_block() % kTile;
   const bool part =
       thread_in_block() < kTile ? load_tile_side(a, problem.a, row, r) : load_tile_side(b, problem.b, column, r);
-  const bool whole = __syncthreads_and(part) && !(problem.exclude_self && row == column);
+  const int64_t beside = row + problem.offset - column;
+  const bool has_same = problem.exclude_self && beside > -kTile && beside < kTile;
+  const bool whole = __syncthreads_and(part) && !has_same;
   return {problem, a, b, row, column, whole};
 }
 
