@@ -27,36 +27,51 @@ Neighbours neighbours(const WindowSizes& s, const Windows& windows, const Option
           windows.include_self};
 }
 
-// Columns at a time and shared memory of a block. The lengths are on the device; the host knows their mean alone, and
-// gives room for twice as much: at full width if that leaves room for other blocks, else at full sectors of memory.
+// Columns at a time, and shared memory of a block, which is returned. The lengths are on the device; the host knows
+// their mean alone, and gives room for twice as much: at full width if that leaves room for other blocks, else at full
+// sectors of memory.
 template <typename T>
-void plan(Call<T>& call) {
+int64_t plan(Call<T>& call) {
+  constexpr int kSectorShift = 3;
   const int64_t mean = ceil_div(call.graph.utterances, call.graph.conversations);
   const int64_t usual = std::min(call.graph.utterances, 2 * mean), limit = static_cast<int64_t>(shared_limit());
   call.shift = kWidestShift;
   while (call.shift > 0 && int64_t{1} << (call.shift - 1) >= call.width) --call.shift;
-  const int narrow = std::min(call.shift, kTaskShift);
-  call.budget = std::max(std::min(call.bytes(usual, call.shift), kShare), std::min(call.bytes(usual, narrow), limit));
+  const int narrow = std::min(call.shift, kSectorShift);
+  const int64_t budget =
+      std::max(std::min(call.bytes(usual, call.shift), kShare), std::min(call.bytes(usual, narrow), limit));
+  for (int shift = 0; shift <= kWidestShift; ++shift) {
+    int64_t fits = 0, too_long = call.graph.utterances + 1;
+    while (fits + 1 < too_long) {
+      const int64_t middle = fits + (too_long - fits) / 2;
+      (call.bytes(middle, shift) <= budget ? fits : too_long) = middle;
+    }
+    call.longest[shift] = fits;
+  }
+  return budget;
 }
 
 template <Kind kKind, int kM, typename T>
 void run(Call<T> call, const Tensor& from, Tensor& out, cudaStream_t stream) {
   using A = acc_t<T>;
-  const int64_t N = call.graph.utterances;
-  plan(call);
-  const int64_t slices = call.bytes(N, 0) > call.budget ? ceil_div(call.width, int64_t{1} << call.shift) : 0;
-  const int64_t states = slices > 0 ? call.buffers() * out.numel() : 0;
-  Tensor scratch = torch::stable::new_empty(out, {states}, acc_dtype(out.scalar_type()));
-  Tensor scales = torch::stable::new_empty(out, {slices * N * call.scales_of_row()}, acc_dtype(out.scalar_type()));
-  Tensor reaches = torch::stable::new_empty(out, {slices * N * call.reaches_of_row()}, ScalarType::Long);
+  const int64_t budget = plan(call), N = call.graph.utterances;
+  const int64_t slices = call.longest[0] < N ? ceil_div(call.width, int64_t{1} << call.shift) : 0;
+  const auto room = [&](int64_t count, ScalarType type) { return torch::stable::new_empty(out, {count}, type); };
+  const ScalarType acc = acc_dtype(out.scalar_type());
+  Tensor scratch = room(slices > 0 ? call.buffers() * out.numel() : 0, acc);
+  Tensor rows = room(slices * N * static_cast<int64_t>(sizeof(Row<A, int64_t>)), ScalarType::Byte);
+  Tensor scales = room(slices * N * 2 * call.gated_modalities(), acc);
+  Tensor senders = room(slices * N * call.gated_modalities(), ScalarType::Long);
   if (slices > 0) {
     call.scratch = scratch.mutable_data_ptr<A>();
+    call.rows = static_cast<Row<A, int64_t>*>(rows.mutable_data_ptr());
     call.scales = scales.mutable_data_ptr<A>();
-    call.reaches = reaches.mutable_data_ptr<int64_t>();
+    call.senders = senders.mutable_data_ptr<int64_t>();
   }
-  const int64_t tasks = call.graph.conversations * call.tasks_of_conversation();
-  launch(conversations_kernel<kKind, kM, T>, dim3(static_cast<unsigned>(std::min(tasks, kMaxBlocks))), dim3(kThreads),
-         static_cast<size_t>(call.budget), stream, call, from.const_data_ptr<T>(), out.mutable_data_ptr<T>());
+  const dim3 grid(static_cast<unsigned>(std::min(call.graph.conversations, kMaxBlocks)),
+                  static_cast<unsigned>(std::min<int64_t>(call.tasks_of_conversation(), 65535)));
+  launch(conversations_kernel<kKind, kM, T>, grid, dim3(kThreads), static_cast<size_t>(budget), stream, call,
+         from.const_data_ptr<T>(), out.mutable_data_ptr<T>());
 }
 
 bool nothing_to_do(const WindowSizes& s, const Tensor& out) { return out.numel() == 0 || s.conversations == 0; }
@@ -74,7 +89,7 @@ void propagate(const char* op, const PropagateCall& given, Direction direction, 
       constexpr int kM = decltype(modalities)::value;
       constexpr Kind kKind = decltype(forward)::value ? Kind::kPropagate : Kind::kPropagateGradient;
       run<kKind, kM>(Call<T>{graph, given.sizes.width, given.steps, alpha, others, given.send == Send::kNever,
-                             kM == 0 || !graph.include_self, 0, 0, nullptr, nullptr, nullptr},
+                             kM == 0 || !graph.include_self},
                      x, out, device.stream);
     };
     const auto run_direction = [&](auto modalities) {
@@ -92,7 +107,7 @@ void window_mean(const char* op, const WindowMeanCall& given, Direction directio
   const Neighbours graph = neighbours(given.sizes, given.windows, given.gate);
   dispatch_floating(h.scalar_type(), op, [&](auto tag) {
     using T = typename decltype(tag)::type;
-    const Call<T> call{graph, given.sizes.width, 1, 0, 0, true, !graph.include_self, 0, 0, nullptr, nullptr, nullptr};
+    const Call<T> call{graph, given.sizes.width, 1, 0, 0, true, !graph.include_self};
     direction == Direction::kForward ? run<Kind::kWindowMean, 0>(call, h, out, device.stream)
                                      : run<Kind::kWindowMeanGradient, 0>(call, h, out, device.stream);
   });

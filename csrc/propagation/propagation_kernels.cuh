@@ -5,365 +5,81 @@
 // values give wrong numbers, never an access out of bounds.
 #pragma once
 #include "cuda/rows.cuh"
-#include "propagation/propagation_slide.cuh"
+#include "propagation/propagation_task.cuh"
 
 namespace msacore::propagation::cuda {
 
-enum class Kind { kPropagate, kPropagateGradient, kWindowMean, kWindowMeanGradient };
-
-template <Kind kKind>
-constexpr bool kIsGradient = kKind == Kind::kPropagateGradient || kKind == Kind::kWindowMeanGradient;
-
-constexpr int kThreads = 256;
-// Columns a task stands for, 2^kTaskShift, and the most a block takes at a time: a block that takes more does so for
-// the tasks beside its own too, which then have nothing to do.
-constexpr int kTaskShift = 3, kWidestShift = 6;
-
-// A call of an operator, as the kernel sees it.
-template <typename T>
-struct Call {
+// One task: the columns from `first` on of conversation v, from, to [N, M, d].
+template <bool kOnChip, Kind kKind, int kM, typename T>
+__device__ __forceinline__ void run_task(const Call<T>& call, const T* __restrict__ from, T* __restrict__ to,
+                                         int64_t begin, int64_t length_, int64_t first, int shift) {
   using A = acc_t<T>;
-  Neighbours graph;
-  int64_t width, steps;
-  A alpha, others;   // the share of x; what an ungated inter half-step is scaled by
-  bool never;        // missing nodes never send; else they do from the first inter half-step on
-  bool spare;        // a fourth buffer is needed
-  int shift;         // columns at a time, 2^shift, where a block can hold so many
-  int64_t budget;    // bytes of shared memory of a block
-  A* scratch;        // states of conversations that do not fit, [3 or 4, N, M, d]; null where all fit
-  A* scales;         // and their tables, [slices, N, 1 or 1 + 2 M]
-  int64_t* reaches;  // [slices, N, 2 or 2 + M]
-
-  __host__ __device__ int64_t buffers() const { return spare ? 4 : 3; }
-  __host__ __device__ int64_t scales_of_row() const { return 1 + (graph.gate ? 2 * graph.modalities : 0); }
-  __host__ __device__ int64_t reaches_of_row() const { return 2 + (graph.gate ? graph.modalities : 0); }
-  // Shared memory for `length` utterances, 2^shift columns at a time.
-  __host__ __device__ int64_t bytes(int64_t length, int of_shift) const {
-    const int64_t states = (buffers() * graph.modalities) << of_shift;
-    return length * ((states + scales_of_row()) * static_cast<int64_t>(sizeof(A)) + 4 * reaches_of_row());
-  }
-  __host__ __device__ int64_t tasks_of_conversation() const {
-    return (width + (int64_t{1} << kTaskShift) - 1) >> kTaskShift;
-  }
-};
-
-// Values of one node after the other modality's, of one thread's column: in registers or in memory.
-template <typename A>
-struct InMemory {
-  A* at;
-  int64_t stride;
-  __device__ __forceinline__ A& operator()(int m) const { return at[m * stride]; }
-};
-template <typename A, int kM>
-struct InRegisters {
-  A at[kM];
-  __device__ __forceinline__ A& operator()(int m) { return at[m]; }
-};
-
-// out(m) = Σ_{n ≠ m} in(n), without the difference that would let a NaN reach its own modality.
-template <int kM, typename A, typename In, typename Out>
-__device__ __forceinline__ void sum_others(In& in, int modalities, Out& out) {
-  const int M = kM > 0 ? kM : modalities;
-  if (M == 1) {
-    out(0) = A(0);
-    return;
-  }
-  out(1) = in(0);
-#pragma unroll
-  for (int m = 2; m < M; ++m) out(m) = out(m - 1) + in(m - 1);
-  A after = in(M - 1);
-#pragma unroll
-  for (int m = M - 2; m > 0; --m) {
-    out(m) += after;
-    after += in(m);
-  }
-  out(0) = after;
-}
-
-// One block's conversation and columns. A thread has one column and the utterances begin … end - 1; what it writes of
-// the states others read after a barrier. kM > 0 fixes M at compile time and keeps an utterance's sums in registers.
-template <bool kOnChip, int kM, Kind kKind, typename T>
-struct Task {
-  using A = acc_t<T>;
-  using Index = std::conditional_t<kOnChip, int, int64_t>;
-  static constexpr int kGroup = kM > 0 ? kM : 1;  // modalities that slide together
-
-  const Call<T>& call;
-  int64_t first_node, place;  // of the conversation; of its first node and this thread's column in [N, M, d]
-  Column<A, Index> column;
+  using Index = typename Task<kOnChip, kM, kKind, T>::Index;
+  const int M = kM > 0 ? kM : call.graph.modalities, columns = 1 << shift;
+  const int local = static_cast<int>(threadIdx.x) & (columns - 1), thread = static_cast<int>(threadIdx.x) >> shift;
+  const Index length = static_cast<Index>(length_);
+  A *states, *scales;
+  int64_t size, gated = call.gated_modalities();
   Table<A, Index> table;
-  A *h, *next, *third, *spare;  // at this thread's column
-  bool inside;                  // the column exists
-  bool gated = false;           // this step's first half-step leaves missing nodes out
-  bool more = false;            // there is a step after this one
-
-  __device__ __forceinline__ int modalities() const { return kM > 0 ? kM : call.graph.modalities; }
-  __device__ __forceinline__ Index node(Index i, int m) const { return i * modalities() + m; }
-  __device__ __forceinline__ int64_t global(Index e) const { return place + e * call.width; }
-  __device__ __forceinline__ bool sends(Index e) const { return call.graph.gate[first_node + e]; }
-  __device__ __forceinline__ A& of(A* buffer, Index e) const { return buffer[e * column.stride]; }
-
-  template <bool kGated>
-  __device__ __forceinline__ A intra(Index i, Index e) const {
-    return kGated ? table.gated_intra[e] : table.intra[i];
+  if constexpr (kOnChip) {
+    size = call.pitch(length) << shift;
+    scales = dynamic_shared<A>() + call.buffers() * size;
+    table.rows = reinterpret_cast<Row<A, Index>*>(scales + 2 * gated * length);
+    table.senders = reinterpret_cast<Index*>(table.rows + length);
+    states = dynamic_shared<A>() + local * call.pitch(length);
+  } else {
+    const int64_t row = (first >> shift) * call.graph.utterances + begin;
+    size = call.graph.utterances * M * call.width;
+    scales = call.scales + 2 * gated * row;
+    table.rows = call.rows + row;
+    table.senders = call.senders + gated * row;
+    states = call.scratch + begin * M * call.width + first + local;
   }
-  // Missing nodes stay out of the second half-step, and of the next first one, where they never send.
-  template <bool kGated>
-  __device__ __forceinline__ A inter(Index e) const {
-    return kGated && call.never ? table.gated_inter[e] : call.others;
-  }
-  template <bool kGated>
-  __device__ __forceinline__ bool silent(Index e) const {
-    return kGated && call.never && !sends(e);
-  }
-
-  template <typename Use>
-  __device__ __forceinline__ void each_node(Use&& use) const {
-    if (!inside) return;
-    for (Index i = column.begin; i < column.end; ++i)
-      for (int m = 0; m < modalities(); ++m) use(i, node(i, m));
-  }
-
-  // Calls use(i, m0, sums [kGroup]) for all rows of this thread, the sums over who is within reach in `from`.
-  template <typename Use>
-  __device__ __forceinline__ void each_window(const A* from, Use&& use) const {
-    if (!inside) return;
-    const int M = modalities();
-    for (int m0 = 0; m0 < M; m0 += kGroup) {
-      const Index at = m0 * column.stride, row = M * column.stride;
-      const Slide<kGroup, A, Index> slide{from + at, next + at, row, column.stride, column.begin, column.end};
-      if (call.graph.include_self) {
-        slide.run([&](Index i) { return table.first[i]; }, [&](Index i) { return table.last[i]; },
-                  [&](Index i, A* sums) { use(i, m0, sums); });
-        continue;
-      }
-      slide.run([&](Index i) { return table.first[i]; }, [&](Index i) { return i - 1; },
-                [&](Index i, A* sums) {
-#pragma unroll
-                  for (int g = 0; g < kGroup; ++g) of(spare, node(i, m0 + g)) = sums[g];
-                });
-      slide.run([&](Index i) { return i + 1; }, [&](Index i) { return table.last[i]; },
-                [&](Index i, A* sums) {
-#pragma unroll
-                  for (int g = 0; g < kGroup; ++g) sums[g] += of(spare, node(i, m0 + g));
-                  use(i, m0, sums);
-                });
-    }
-  }
-
-  // Calls update(i, values, others) for all rows, `values` those of the utterance's modalities: the window sums in
-  // `from`, or with null what h holds. `others` is room for as many.
-  template <typename Update>
-  __device__ __forceinline__ void each_row(const A* from, Update&& update) const {
-    if constexpr (kM > 0) {
-      const auto use = [&](Index i, int, A* sums) {
-        InRegisters<A, kGroup> values, others;
-#pragma unroll
-        for (int m = 0; m < kM; ++m) values(m) = sums[m];
-        update(i, values, others);
-      };
-      if (from) return each_window(from, use);
-      for (Index i = column.begin; inside && i < column.end; ++i) {
-        A own[kGroup];
-#pragma unroll
-        for (int m = 0; m < kM; ++m) own[m] = of(h, node(i, m));
-        use(i, 0, own);
-      }
-    } else {
-      if (from) each_window(from, [&](Index i, int m, A* sums) { of(spare, node(i, m)) = sums[0]; });
-      for (Index i = column.begin; inside && i < column.end; ++i) {
-        InMemory<A> values{&of(spare, node(i, 0)), column.stride}, others{&of(next, node(i, 0)), column.stride};
-        for (int m = 0; !from && m < modalities(); ++m) values(m) = of(h, node(i, m));
-        update(i, values, others);
-      }
-    }
-  }
-
-  // next = (1-α) A_inter ((1-α) A_intra h + α x) + α x, with α x in `third`. States hold what a node sends, 0 where it
-  // does not.
-  template <bool kGated>
-  __device__ __forceinline__ void forward_step() const {
-    const int M = modalities();
-    each_row(h, [&](Index i, auto& u, auto& others) {
-#pragma unroll
-      for (int m = 0; m < M; ++m) {
-        const Index e = node(i, m);
-        u(m) = silent<kGated>(e) ? A(0) : intra<kGated>(i, e) * u(m) + of(third, e);
-      }
-      sum_others<kM, A>(u, M, others);
-#pragma unroll
-      for (int m = 0; m < M; ++m) {
-        const Index e = node(i, m);
-        of(next, e) = more && silent<kGated>(e) ? A(0) : inter<kGated>(e) * others(m) + of(third, e);
-      }
-    });
-  }
-
-  // With λ the gradient of a step's result: G = (1-α) A_interᵀ λ and `third` += α (λ + G); next = (1-α) D_intra⁻¹ G,
-  // whose transposed window sums are λ of the step before. `from`: that sum's input, null in the last step.
-  template <bool kGated>
-  __device__ __forceinline__ void backward_step(const A* from) const {
-    const int M = modalities();
-    const A alpha = call.alpha;
-    each_row(from, [&](Index i, auto& lambda, auto& g) {
-#pragma unroll
-      for (int m = 0; m < M; ++m) {
-        const Index e = node(i, m);
-        if (more && silent<kGated>(e)) lambda(m) = A(0);
-        if (alpha != 0) of(third, e) += alpha * lambda(m);
-        lambda(m) *= inter<kGated>(e);
-      }
-      sum_others<kM, A>(lambda, M, g);
-#pragma unroll
-      for (int m = 0; m < M; ++m) {
-        const Index e = node(i, m);
-        const A value = silent<kGated>(e) ? A(0) : g(m);
-        if (alpha != 0) of(third, e) += alpha * value;
-        of(next, e) = intra<kGated>(i, e) * value;
-      }
-    });
-  }
-
-  __device__ __forceinline__ void set_step(int64_t k) {
-    gated = call.graph.gate && (call.never || k == 0);
-    more = k + 1 < call.steps;
-  }
-  __device__ __forceinline__ void swap_states() {
-    A* const before = h;
-    h = next;
-    next = before;
+  table.gated_intra = scales;
+  table.gated_inter = scales + gated * length;
+  table.template fill<kIsGradient<kKind>>(call.graph, begin, length, 1 - call.alpha);
+  const Index rows = run_of_rows<Index>(call.graph, length, kThreads >> shift);
+  const Index from_row = thread * rows < length ? thread * rows : length;
+  const Index to_row = from_row + rows < length ? from_row + rows : length;
+  const int64_t task_end = first + (columns > 1 << kTaskShift ? columns : 1 << kTaskShift);
+  for (int64_t c = first; c < task_end && c < call.width; c += columns) {
     __syncthreads();
+    const int64_t place = begin * M * call.width + c + local;
+    Task<kOnChip, kM, kKind, T>{call,
+                                begin * M,
+                                place,
+                                from_row,
+                                to_row,
+                                table,
+                                states,
+                                states + size,
+                                states + 2 * size,
+                                states + 3 * size,
+                                c + local < call.width}
+        .run(from, to);
+    if (!kOnChip) states += columns;
   }
-
-  __device__ void propagate(const T* __restrict__ x, T* __restrict__ out) {
-    const A alpha = call.alpha;
-    each_node([&](Index, Index e) {
-      const A value = static_cast<A>(x[global(e)]);
-      // Without a step nothing is sent, and the result is x.
-      of(h, e) = call.steps > 0 && call.graph.gate && !sends(e) ? A(0) : value;
-      // α = 0 drops the term rather than multiply by it: then a missing node's x is not read at all.
-      of(third, e) = alpha == 0 ? A(0) : alpha * value;
-    });
-    __syncthreads();
-    for (int64_t k = 0; k < call.steps; ++k) {
-      set_step(k);
-      gated ? forward_step<true>() : forward_step<false>();
-      swap_states();
-    }
-    each_node([&](Index, Index e) { out[global(e)] = static_cast<T>(of(h, e)); });
-  }
-
-  __device__ void propagate_gradient(const T* __restrict__ grad_out, T* __restrict__ grad_x) {
-    each_node([&](Index, Index e) {
-      const A value = static_cast<A>(grad_out[global(e)]);
-      of(h, e) = value;
-      of(third, e) = call.steps > 0 ? A(0) : value;
-    });
-    __syncthreads();
-    for (int64_t k = call.steps - 1; k >= 0; --k) {
-      set_step(k);
-      const A* from = more ? h : nullptr;
-      gated ? backward_step<true>(from) : backward_step<false>(from);
-      swap_states();
-    }
-    if (call.steps > 0)
-      each_window(h, [&](Index i, int m0, A* sums) {
-#pragma unroll
-        for (int g = 0; g < kGroup; ++g) {
-          const Index e = node(i, m0 + g);
-          if (!call.graph.gate || sends(e)) of(third, e) += sums[g];
-        }
-      });
-    each_node([&](Index, Index e) { grad_x[global(e)] = static_cast<T>(of(third, e)); });
-  }
-
-  __device__ void window_mean(const T* __restrict__ from, T* __restrict__ to) {
-    constexpr bool kBackward = kKind == Kind::kWindowMeanGradient;
-    const auto scale = [&](Index i, Index e) { return call.graph.gate ? table.gated_intra[e] : table.intra[i]; };
-    each_node([&](Index i, Index e) {
-      if (kBackward)
-        of(h, e) = scale(i, e) * static_cast<A>(from[global(e)]);
-      else
-        of(h, e) = call.graph.gate && !sends(e) ? A(0) : static_cast<A>(from[global(e)]);
-    });
-    __syncthreads();
-    each_window(h, [&](Index i, int m, A* sums) {
-      const Index e = node(i, m);
-      if (kBackward)
-        to[global(e)] = static_cast<T>(call.graph.gate && !sends(e) ? A(0) : sums[0]);
-      else
-        to[global(e)] = static_cast<T>(scale(i, e) * sums[0]);
-    });
-  }
-
-  __device__ void run(const T* __restrict__ from, T* __restrict__ to) {
-    if constexpr (kKind == Kind::kPropagate)
-      propagate(from, to);
-    else if constexpr (kKind == Kind::kPropagateGradient)
-      propagate_gradient(from, to);
-    else
-      window_mean(from, to);
-  }
-};
+}
 
 // from, to [N, M, d]
 template <Kind kKind, int kM, typename T>
 __global__ void __launch_bounds__(kThreads, 4)
     conversations_kernel(Call<T> call, const T* __restrict__ from, T* __restrict__ to) {
-  using A = acc_t<T>;
-  const int M = call.graph.modalities;
-  const int64_t per_conversation = call.tasks_of_conversation(), tasks = call.graph.conversations * per_conversation;
-  for (int64_t task = blockIdx.x; task < tasks; task += gridDim.x) {
-    const int64_t v = task / per_conversation, first_task = task - v * per_conversation;
-    const int64_t begin = call.graph.begin(v), length = call.graph.end(v) - begin;
-    if (length <= 0) continue;
-    int shift = call.shift;
-    while (shift > 0 && call.bytes(length, shift) > call.budget) --shift;
-    const bool on_chip = call.bytes(length, shift) <= call.budget;
-    if (!on_chip) {
-      if (!call.scratch) continue;
-      shift = call.shift;
-    }
-    const int columns = 1 << shift;
-    if (((first_task << kTaskShift) & (columns - 1)) != 0) continue;
-    const int local = static_cast<int>(threadIdx.x) & (columns - 1), thread = static_cast<int>(threadIdx.x) >> shift;
-    const int64_t first = first_task << kTaskShift,
-                  behind = first + (columns > 1 << kTaskShift ? columns : 1 << kTaskShift);
-    const auto run = [&](auto on_chip_or_not, auto* reaches, A* scales, A* states, int64_t stride, int64_t size,
-                         int64_t c) {
-      constexpr bool kOnChip = decltype(on_chip_or_not)::value;
-      using Index = typename Task<kOnChip, kM, kKind, T>::Index;
-      const Index n = static_cast<Index>(length), rows = run_of_rows<Index>(call.graph, n, kThreads >> shift);
-      const Index from_row = thread * rows < n ? thread * rows : n, to_row = from_row + rows < n ? from_row + rows : n;
-      const Table<A, Index> table(call.graph, scales, reaches, n);
-      if (c == first) table.template fill<kIsGradient<kKind>>(call.graph, begin, n, 1 - call.alpha);
+  const int64_t tasks = call.tasks_of_conversation();
+  for (int64_t task = blockIdx.y; task < tasks; task += gridDim.y) {
+    for (int64_t v = blockIdx.x; v < call.graph.conversations; v += gridDim.x) {
+      const int64_t begin = call.graph.begin(v), length = call.graph.end(v) - begin, first = task << kTaskShift;
+      if (length <= 0) continue;
+      int shift = call.shift;
+      while (shift > 0 && length > call.longest[shift]) --shift;
+      const bool on_chip = length <= call.longest[shift];
+      if (!on_chip) shift = call.shift;
+      if ((first & ((1 << shift) - 1)) != 0) continue;
+      if (on_chip)
+        run_task<true, kKind, kM>(call, from, to, begin, length, first, shift);
+      else if (call.scratch)
+        run_task<false, kKind, kM>(call, from, to, begin, length, first, shift);
       __syncthreads();
-      const int64_t first_node = begin * M;
-      Task<kOnChip, kM, kKind, T>{call,
-                                  first_node,
-                                  first_node * call.width + c + local,
-                                  {static_cast<Index>(stride), from_row, to_row},
-                                  table,
-                                  states,
-                                  states + size,
-                                  states + 2 * size,
-                                  states + 3 * size,
-                                  c + local < call.width}
-          .run(from, to);
-      __syncthreads();
-    };
-    for (int64_t c = first; c < behind && c < call.width; c += columns) {
-      if (on_chip) {
-        A* const states = dynamic_shared<A>();
-        const int64_t size = (length * M) << shift;
-        A* const scales = states + call.buffers() * size;
-        run(std::true_type{}, reinterpret_cast<int*>(scales + call.scales_of_row() * length), scales, states + local,
-            columns, size, c);
-      } else {
-        const int64_t row = (first >> shift) * call.graph.utterances + begin;
-        run(std::false_type{}, call.reaches + row * call.reaches_of_row(), call.scales + row * call.scales_of_row(),
-            call.scratch + begin * M * call.width + c + local, call.width, call.graph.utterances * M * call.width, c);
-      }
     }
   }
 }

@@ -54,20 +54,19 @@ __device__ Index run_of_rows(const Neighbours& graph, Index length, int threads)
   return even > quarter ? even : quarter;
 }
 
-// Of a conversation: the rows within reach of every row, and what its sums are scaled by, (1-α)/count, 0 where nobody
-// is counted.
+// Of an utterance: the rows within reach, and what its sums are scaled by: (1-α)/count, 0 where nobody is counted.
+template <typename A, typename Index>
+struct Row {
+  Index first, last;
+  A intra;
+};
+
+// The rows of a conversation and, where some nodes do not send, what gated half-steps scale by.
 template <typename A, typename Index>
 struct Table {
-  A *intra, *gated_intra, *gated_inter;  // [length], of gated half-steps [length, M]
-  Index *first, *last, *senders;         // [length], [length]; senders up to a row [length, M]
-
-  __device__ Table(const Neighbours& graph, A* scales, Index* reaches, Index length)
-      : intra(scales),
-        gated_intra(scales + length),
-        gated_inter(gated_intra + length * graph.modalities),
-        first(reaches),
-        last(reaches + length),
-        senders(reaches + 2 * length) {}
+  Row<A, Index>* rows;           // [length]
+  A *gated_intra, *gated_inter;  // [length, M]
+  Index* senders;                // up to a row, [length, M]
 
   // By all threads of the block; others may read after a barrier. kTransposed: the reaches say who hears a row.
   template <bool kTransposed>
@@ -81,7 +80,6 @@ struct Table {
     const auto scale = [&](Index count) { return count > 0 ? keep / static_cast<A>(count) : A(0); };
     for (Index i = thread_in_block(); i < length; i += threads_in_block()) {
       const Reach<Index> reach(graph, begin, length, i, graph.past, graph.future);
-      intra[i] = scale(reach.last - reach.first + graph.include_self);
       int here = 0;
       for (int m = 0; gate && m < M; ++m) here += gate[i * M + m];
       for (int m = 0; gate && m < M; ++m) {
@@ -91,8 +89,7 @@ struct Table {
         gated_inter[i * M + m] = scale(here - gate[i * M + m]);
       }
       const Reach<Index> heard = kTransposed ? Reach<Index>(graph, begin, length, i, graph.future, graph.past) : reach;
-      first[i] = heard.first;
-      last[i] = heard.last;
+      rows[i] = {heard.first, heard.last, scale(reach.last - reach.first + graph.include_self)};
     }
   }
 
@@ -112,17 +109,12 @@ struct Table {
   }
 };
 
-// A thread's rows begin … end - 1 of its column; `stride` from node to node.
-template <typename A, typename Index>
-struct Column {
-  Index stride, begin, end;
-};
-
-// Sums over windows that slide along one thread's rows, for G neighbouring modalities at once. `from` is read at any
-// row; `slots` only at the rows begin … end - 1, which are this thread's own. `row` and `node` are the strides of
-// utterances and modalities.
+// Sums over windows that slide along one thread's rows begin … end - 1, for G neighbouring modalities at once. `from`
+// is read at any row; `slots` at this thread's own rows only. `row` and `node` are the strides of utterances and
+// modalities.
 template <int G, typename A, typename Index>
 struct Slide {
+  static constexpr int kTried = 8;
   const A* from;
   A* slots;
   Index row, node, begin, end;
@@ -138,22 +130,35 @@ struct Slide {
   __device__ __forceinline__ void run(First&& first, Last&& last, Use&& use) const {
     for (Index i = begin; i < end;) {
       const Index cut = last(i);
-      Index final = i;
-      while (final + 1 < end && first(final + 1) <= cut + 1) ++final;
+      // The rows that share the cut: mostly as many as are tried first, which costs one look.
+      Index behind = i + kTried < end ? i + kTried : end;
+#pragma unroll 1
+      while (behind > i + 1 && first(behind - 1) > cut + 1) --behind;
+#pragma unroll 1
+      while (behind < end && first(behind) <= cut + 1) ++behind;
       A sums[G];
 #pragma unroll
       for (int g = 0; g < G; ++g) sums[g] = 0;
+      const A* at = from + cut * row;
+      const A* const beyond = at + row;
+      A* slot = slots + behind * row;
       Index j = cut;
-      for (Index r = final; r >= i; --r) {
-        for (const Index stop = first(r); j >= stop; --j) add(sums, from + j * row);
+#pragma unroll 1
+      for (Index r = behind; r > i;) {
+#pragma unroll 1  // a row or two enter at a time
+        for (const Index stop = first(--r); j >= stop; --j, at -= row) add(sums, at);
+        slot -= row;
 #pragma unroll
-        for (int g = 0; g < G; ++g) slots[r * row + g * node] = sums[g];
+        for (int g = 0; g < G; ++g) slot[g * node] = sums[g];
       }
 #pragma unroll
       for (int g = 0; g < G; ++g) sums[g] = 0;
-      j = cut + 1;
-      for (; i <= final; ++i) {
-        for (const Index stop = last(i); j <= stop; ++j) add(sums, from + j * row);
+      at = beyond;
+      j = cut;
+#pragma unroll 1
+      for (; i < behind; ++i) {
+#pragma unroll 1
+        for (const Index stop = last(i); j < stop; ++j, at += row) add(sums, at);
         A total[G];
 #pragma unroll
         for (int g = 0; g < G; ++g) total[g] = slots[i * row + g * node] + sums[g];
