@@ -33,9 +33,13 @@ inline OptionalTensor contiguous(const OptionalTensor& t) {
   return t ? OptionalTensor(torch::stable::contiguous(*t)) : std::nullopt;
 }
 
+// Null only where the argument was not given: a tensor without entries may have no memory, yet it was given.
 template <typename V>
 const V* data_or_null(const OptionalTensor& t) {
-  return t ? t->const_data_ptr<V>() : nullptr;
+  static const V no_entry{};
+  if (!t) return nullptr;
+  const V* data = t->const_data_ptr<V>();
+  return data ? data : &no_entry;
 }
 
 }  // namespace msacore

@@ -132,6 +132,8 @@ def _samples(device: torch.device, dtype: torch.dtype) -> list[Sample]:
             ("one row", (1, 1, 3), dict(symmetric=True)),
             ("no rows", (0, 0, 3), dict(symmetric=True)),
             ("no candidates", (4, 0, 3), dict(labels=2)),
+            ("no candidates, weights and queue", (4, 0, 3), dict(weights=1, queue=5)),
+            ("no candidates, labels and queue", (5, 0, 3), dict(labels=2, queue=5)),
             ("no width", (3, 3, 0), {}),
             ("small temperature", (9, 9, 4), dict(temperature=0.01, symmetric=True)),
             ("small temperature, with itself", (9, 9, 4), dict(self=True, labels=2, temperature=0.01)),
