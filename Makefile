@@ -1,4 +1,4 @@
-# `make demo` and `make test` do all their set-up: a fresh machine needs Python >= 3.10, a C++ compiler and this folder.
+# `make demo`, `make test` and the others do all their set-up: a fresh machine needs Python >= 3.10, a C++ compiler and this folder.
 VENV := .venv
 PYTHON := $(VENV)/bin/python
 # Modules are compiled when they are first imported: most of what is installed never is.
@@ -7,7 +7,7 @@ TORCH ?= torch==2.13.0
 OUT ?= runs/demo
 NATIVE := $(shell find csrc -type f)
 
-.PHONY: demo test test-all lint bench wheel clean
+.PHONY: demo test test-all lint bench docs wheel clean
 
 demo: $(VENV)/.built
 	$(PYTHON) -m examples.al_hcl --demo --out $(OUT)/al_hcl
@@ -37,6 +37,11 @@ lint: $(VENV)/.built
 bench: $(VENV)/.built
 	$(PYTHON) -m bench
 
+# A warning is an error. Links that leave the site are listed in external-links.txt beside the pages, not followed.
+docs: $(VENV)/.built
+	$(PYTHON) -m mkdocs build --strict --quiet
+	@echo "Pages: build/site/index.html (the search needs a server: $(PYTHON) -m http.server -d build/site)"
+
 # Build, repair, install into an empty environment, try. Inside the release workflow's image the tag is manylinux_2_28; here
 # it is what this machine's C library gives.
 WHEEL := build/wheel
@@ -58,7 +63,7 @@ $(VENV)/.ready:
 	touch $@
 
 $(VENV)/.built: pyproject.toml setup.py $(NATIVE) | $(VENV)/.ready
-	$(PIP) --no-build-isolation --editable '.[faiss,examples,test,bench,dev]'
+	$(PIP) --no-build-isolation --editable '.[faiss,examples,test,bench,dev,docs]'
 	touch $@
 
 clean:

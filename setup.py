@@ -4,17 +4,22 @@ import glob
 import os
 import re
 import sys
+from importlib.util import find_spec
 
-try:
-    import pybind11
-    import torch
-    from setuptools import setup
-    from torch.utils.cpp_extension import CUDA_HOME, BuildExtension, CppExtension, CUDAExtension
-except ModuleNotFoundError as missing:
+# torch is named first: where it is missing, pip has hidden it (build isolation), and the rest would not help.
+missing = [name for name in ("torch", "setuptools", "pybind11") if find_spec(name) is None]
+if missing:
     sys.exit(
-        f"msacore builds against the packages you already have, and '{missing.name}' is missing. Run: "
-        "pip install setuptools wheel ninja pybind11 'torch>=2.11', then: pip install --no-build-isolation ."
+        f"msacore builds against the torch that you use, and finds no {', '.join(missing)} here; without "
+        "--no-build-isolation pip hides what is installed. Run: pip install setuptools wheel ninja pybind11 "
+        "'torch>=2.11', then: pip install --no-build-isolation . (with extras: pip install --no-build-isolation "
+        "'.[faiss]')"
     )
+
+import pybind11  # noqa: E402
+import torch  # noqa: E402
+from setuptools import setup  # noqa: E402
+from torch.utils.cpp_extension import CUDA_HOME, BuildExtension, CppExtension, CUDAExtension  # noqa: E402
 
 DEFAULT_ARCHITECTURES = "8.0;8.6;9.0+PTX"
 LIBRARY = "msacore.libmsacore"

@@ -235,6 +235,9 @@ def test_the_summary_sets_runs_side_by_side() -> None:
         f"| {operator} | {shape} | 65.1 / 65.1 | 72% / 72% | 9.00 / 9.00 | {peers[0]}: 25× / withheld"
     )
     assert line.endswith(f"{peers[1]}: – / – |")
+    short = summary.ratios([run(25.4), run(None), run(9.31)]).splitlines()[2]
+    assert short == f"| `{operator}` | {shape} | {peers[0]} **9.3×** |"
+    assert summary.ratios([run(None)]).splitlines()[2] == f"| `{operator}` | {shape} | withheld |"
 
 
 def test_a_row_that_ours_cannot_run_is_said_and_not_timed() -> None:

@@ -1,0 +1,74 @@
+"""What the README and the pages of docs/ show runs as it stands, page by page."""
+
+import json
+import re
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from bench import summary
+
+ROOT = Path(__file__).resolve().parent.parent
+BLOCK = re.compile(r"^```python\n(.*?)^```$", re.DOTALL | re.MULTILINE)
+PAGES = [ROOT / "README.md", *sorted((ROOT / "docs").rglob("*.md"))]
+SHOWN = [page for page in PAGES if BLOCK.search(page.read_text(encoding="utf-8"))]
+
+
+SLOW = {  # these import or compile for seconds
+    "docs/benchmarks.md": "pytorch-metric-learning brings scikit-learn and scipy",
+    "docs/guides/precision.md": "torch.compile and torch.export",
+    "docs/moving.md": "pytorch-metric-learning, as above",
+}
+
+
+def name_of(page: Path) -> str:
+    return str(page.relative_to(ROOT))
+
+
+def parameters() -> list[Any]:
+    marks = {name: [pytest.mark.slow] for name in SLOW}
+    return [pytest.param(page, id=name_of(page), marks=marks.get(name_of(page), [])) for page in SHOWN]
+
+
+@pytest.mark.parametrize("page", parameters())
+def test_the_python_of_a_page_runs_from_top_to_bottom(page: Path) -> None:
+    text, names = page.read_text(encoding="utf-8"), {"__name__": "page"}
+    for block in BLOCK.finditer(text):
+        above = text[: block.start(1)].count("\n")  # so that an error names the line of the page
+        exec(compile("\n" * above + block.group(1), name_of(page), "exec"), names)
+
+
+def test_no_python_hides_from_the_test_above() -> None:
+    for page in PAGES:
+        text = page.read_text(encoding="utf-8")
+        fences = re.findall(r"^[ \t]*(?:```|~~~)[ \t]*(?:py|python|pycon)\b.*$", text, re.MULTILINE | re.IGNORECASE)
+        assert len(fences) == len(BLOCK.findall(text)), f"{name_of(page)}: a block of Python is not a plain ```python"
+
+
+def test_slow_pages_exist() -> None:
+    assert set(SLOW) <= {name_of(page) for page in SHOWN}
+
+
+def test_every_operator_has_a_page_an_entry_and_an_example() -> None:
+    import msacore
+
+    operators = {name for name in msacore.__all__ if callable(getattr(msacore, name))} - {"select"}
+    pages = "".join(p.read_text() for p in SHOWN if p.parent.name == "operators")
+    entries = (ROOT / "docs" / "api" / "operators.md").read_text()
+    for name in operators:
+        assert f"msacore.{name}(" in pages and f"::: msacore.{name}\n" in entries, name
+
+
+def test_the_readme_names_the_two_commands_and_links_to_what_exists() -> None:
+    readme = (ROOT / "README.md").read_text(encoding="utf-8")
+    for command in ("make demo", "make test", "pip install --no-build-isolation '.[faiss]'"):
+        assert command in readme
+    links = re.findall(r"\]\(([^)#:]+)\)", readme)
+    assert len(links) > 10 and [link for link in links if not (ROOT / link).exists()] == []
+
+
+def test_the_readmes_table_is_what_was_measured() -> None:
+    readme = (ROOT / "README.md").read_text(encoding="utf-8")
+    (files,) = re.findall(r"`python -m bench\.summary ([^`]+)`", readme)
+    assert summary.ratios([json.loads((ROOT / file).read_text()) for file in files.split()]) in readme
