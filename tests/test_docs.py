@@ -1,13 +1,22 @@
-"""What the README and the pages of docs/ show runs as it stands, page by page."""
+"""What the README and the pages of docs/ show runs as it stands, page by page.
+
+Blocks inside an HTML comment run too: a page starts there from what its readers have already.
+"""
 
 import json
 import re
+import shlex
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import pytest
+import torch
 
+import msacore
 from bench import summary
+from msacore import distributed, selection
+from msacore.selection.__main__ import main as select_from_shell
 
 ROOT = Path(__file__).resolve().parent.parent
 BLOCK = re.compile(r"^```python\n(.*?)^```$", re.DOTALL | re.MULTILINE)
@@ -34,9 +43,13 @@ def parameters() -> list[Any]:
 @pytest.mark.parametrize("page", parameters())
 def test_the_python_of_a_page_runs_from_top_to_bottom(page: Path) -> None:
     text, names = page.read_text(encoding="utf-8"), {"__name__": "page"}
-    for block in BLOCK.finditer(text):
-        above = text[: block.start(1)].count("\n")  # so that an error names the line of the page
-        exec(compile("\n" * above + block.group(1), name_of(page), "exec"), names)
+    try:
+        for block in BLOCK.finditer(text):
+            above = text[: block.start(1)].count("\n")  # so that an error names the line of the page
+            exec(compile("\n" * above + block.group(1), name_of(page), "exec"), names)
+    finally:
+        if torch.distributed.is_initialized():
+            torch.distributed.destroy_process_group()
 
 
 def test_no_python_hides_from_the_test_above() -> None:
@@ -50,14 +63,35 @@ def test_slow_pages_exist() -> None:
     assert set(SLOW) <= {name_of(page) for page in SHOWN}
 
 
-def test_every_operator_has_a_page_an_entry_and_an_example() -> None:
-    import msacore
-
+def test_every_operator_has_a_page_with_an_example() -> None:
     operators = {name for name in msacore.__all__ if callable(getattr(msacore, name))} - {"select"}
-    pages = "".join(p.read_text() for p in SHOWN if p.parent.name == "operators")
-    entries = (ROOT / "docs" / "api" / "operators.md").read_text()
-    for name in operators:
-        assert f"msacore.{name}(" in pages and f"::: msacore.{name}\n" in entries, name
+    pages = "".join(page.read_text(encoding="utf-8") for page in SHOWN if page.parent.name == "operators")
+    assert {name for name in operators if f"msacore.{name}(" not in pages} == set()
+
+
+def test_every_public_name_has_an_entry_in_the_reference() -> None:
+    public = {f"msacore.{name}" for name in msacore.__all__ if callable(getattr(msacore, name))}
+    for module in (distributed, msacore.graph, msacore.nn, msacore.uncertainty, selection):
+        public |= {f"{module.__name__}.{name}" for name in module.__all__ if callable(getattr(module, name))}
+    public.remove("msacore.selection.select")  # msacore.select
+    text = "".join(page.read_text(encoding="utf-8") for page in (ROOT / "docs" / "api").glob("*.md"))
+    assert set(re.findall(r"^::: (\S+)$", text, re.MULTILINE)) == public
+
+
+def test_selections_from_the_shell_run(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.chdir(tmp_path)
+    for name in ("pool", "part1", "part2"):
+        np.save(f"{name}.npy", torch.randn(600, 8).numpy())
+    np.save("uncertainty.npy", torch.rand(600).numpy())
+    np.save("labeled.npy", np.array([3, 141]))
+    text = "".join(page.read_text(encoding="utf-8") for page in PAGES)
+    commands = re.findall(r"^python -m msacore\.selection (\w+\.npy .*--out.*)$", text, re.MULTILINE)
+    assert len(commands) == 3
+    for command in commands:
+        for left in Path().glob("picks.json*"):
+            left.unlink()
+        assert not select_from_shell([*shlex.split(command), "--quiet"])
+        assert json.loads(Path("picks.json").read_text())["indices"]
 
 
 def test_the_readme_names_the_two_commands_and_links_to_what_exists() -> None:
