@@ -1,143 +1,20 @@
 """What the ranks of tests/test_distributed.py run: one loss over their rows beside one process on the whole batch."""
 
+import os
+import signal
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass, field
 from typing import Any
 
+import pytest
 import torch
 import torch.distributed as dist
 from torch import Tensor, nn
 from torch.nn.parallel import DistributedDataParallel
 
 import msacore
-from msacore.distributed import Sharding
+from msacore.distributed import Sharding, collectives
+from tests.distributed_cases import BY_NAME, LossCase
 from tests.workers import split
-
-N_QUEUE = 5
-
-
-@dataclass(frozen=True)
-class LossCase:
-    """A loss and its options; `make` gives the whole batch of ``n`` rows as keyword arguments.
-
-    Attributes:
-        rows: Names of arguments that hold rows of the batch, and lie over the ranks as it does.
-        shares: Names of arguments whose rows are spread over the ranks by themselves (a queue).
-        towers: Arguments that a shared encoder produces, and whose gradients reach it.
-    """
-
-    name: str
-    loss: str
-    make: Callable[[int, torch.Generator, torch.dtype], dict[str, Any]]
-    towers: tuple[str, ...]
-    rows: tuple[str, ...] = ()
-    shares: tuple[str, ...] = ()
-    options: dict[str, Any] = field(default_factory=dict)
-    learn_temperature: bool = False
-
-
-def _pair(n: int, g: torch.Generator, dtype: torch.dtype) -> dict[str, Any]:
-    return {
-        "anchors": torch.randn(n, 6, generator=g, dtype=dtype),
-        "candidates": torch.randn(n, 6, generator=g, dtype=dtype),
-    }
-
-
-def _self(n: int, g: torch.Generator, dtype: torch.dtype) -> dict[str, Any]:
-    return {"anchors": torch.randn(n, 6, generator=g, dtype=dtype), "labels": torch.randint(-1, 3, (n,), generator=g)}
-
-
-def _labelled(n: int, g: torch.Generator, dtype: torch.dtype) -> dict[str, Any]:
-    labels = [torch.randint(-1, 3, (n,), generator=g) for _ in range(2)]
-    return {**_pair(n, g, dtype), "labels": labels}
-
-
-def _masked(n: int, g: torch.Generator, dtype: torch.dtype) -> dict[str, Any]:
-    masks = {name: torch.rand(n, generator=g) > 0.3 for name in ("anchor_mask", "candidate_mask")}
-    return {**_pair(n, g, dtype), **masks}
-
-
-def _weighted(n: int, g: torch.Generator, dtype: torch.dtype) -> dict[str, Any]:
-    weights = torch.rand(n, n, generator=g, dtype=dtype) * (torch.rand(n, n, generator=g) > 0.4)
-    return {**_pair(n, g, dtype), "weights": weights}
-
-
-def _queue(n: int, g: torch.Generator, dtype: torch.dtype) -> dict[str, Any]:
-    negatives = torch.randn(N_QUEUE, 6, generator=g, dtype=dtype)
-    return {**_pair(n, g, dtype), "negatives": negatives, "negative_mask": torch.arange(N_QUEUE) != 2}
-
-
-def _hierarchy(n: int, g: torch.Generator, dtype: torch.dtype) -> dict[str, Any]:
-    def draw(width: int) -> Tensor:
-        return torch.randn(n, width, generator=g, dtype=dtype)
-
-    return {
-        "unimodal": [draw(6) for _ in range(3)],
-        "fused": draw(6),
-        "high_level": [draw(4) for _ in range(3)],
-        "available": torch.rand(n, 3, generator=g) > 0.35,
-        "labels": torch.randint(-1, 3, (n,), generator=g),
-    }
-
-
-def _ranked(n: int, g: torch.Generator, dtype: torch.dtype) -> dict[str, Any]:
-    targets = torch.randn(n, generator=g, dtype=dtype).round(decimals=1)
-    return {
-        "embeddings": torch.randn(n, 6, generator=g, dtype=dtype),
-        "targets": targets,
-        "mask": torch.rand(n, generator=g) > 0.2,
-    }
-
-
-def _nce(name: str, make: Any, **options: Any) -> LossCase:
-    learn = options.pop("learn_temperature", False)
-    towers = ("anchors",) if make is _self else ("anchors", "candidates")
-    rows = ("labels", "anchor_mask", "candidate_mask", "weights")
-    return LossCase(name, "info_nce", make, towers, rows, ("negatives", "negative_mask"), options, learn)
-
-
-CASES = [
-    _nce("default", _pair),
-    _nce("symmetric", _pair, symmetric=True),
-    _nce("sum", _pair, symmetric=True, reduction="sum"),
-    _nce("none", _pair, reduction="none"),
-    _nce("none, symmetric", _pair, reduction="none", symmetric=True, learn_temperature=True),
-    _nce("learned temperature", _masked, symmetric=True, learn_temperature=True),
-    _nce("labels", _labelled, symmetric=True),
-    _nce("labels, self excluded", _self, exclude_self=True),
-    _nce("masks", _masked, symmetric=True),
-    _nce("weights", _weighted, symmetric=True),
-    _nce("queue", _queue, symmetric=True),
-    _nce("queue, negatives alone", _queue, denominator="negatives", symmetric=True),
-    _nce("labels, negatives alone", _labelled, denominator="negatives", symmetric=True),
-    _nce("decoupled", _labelled, denominator="decoupled"),
-    _nce("not normalised", _pair, normalize=False, temperature=1.0),
-    LossCase(
-        "nine terms",
-        "hierarchical_contrastive_loss",
-        _hierarchy,
-        ("unimodal", "fused", "high_level"),
-        ("available", "labels"),
-    ),
-    LossCase(
-        "intra-modal",
-        "hierarchical_contrastive_loss",
-        _hierarchy,
-        ("unimodal", "fused", "high_level"),
-        ("available", "labels"),
-        options={"tier1": "intra_modal"},
-    ),
-    LossCase("ranks", "rank_n_contrast", _ranked, ("embeddings",), ("targets", "mask")),
-    LossCase(
-        "ranks, learned temperature",
-        "rank_n_contrast",
-        _ranked,
-        ("embeddings",),
-        ("targets", "mask"),
-        learn_temperature=True,
-    ),
-]
-BY_NAME = {case.name: case for case in CASES}
 
 
 def _leaves(value: Any) -> Any:
@@ -418,3 +295,37 @@ def uneven_steps(group: Any, rank: int) -> list[float]:
             value.backward()
             found.append(value.item())
     return found
+
+
+def counted_bytes(group: Any, rank: int, mode: str) -> dict[str, int]:
+    """Bytes that come from other ranks in a step of symmetric `info_nce`, rows of 8 by 6 in float32 a batch."""
+    found = {"forward": 0, "backward": 0, "small": 0}
+    now = "forward"
+    gather, exchange = collectives.begin_gather, collectives.all_to_all
+    world = dist.get_world_size(group)
+
+    def counting(name: str, function: Callable[..., Tensor], others: float) -> Callable[..., Tensor]:
+        def call(op: str, x: Tensor, group: Any) -> Tensor:
+            size = int(x.numel() * x.element_size() * others)
+            found[now] += size
+            if x.dtype in (torch.int64, torch.float64):  # headers, counts and losses
+                found["small"] += size
+            return function(op, x, group)
+
+        return call
+
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(collectives, "begin_gather", counting("gather", gather, world - 1))
+        counted = counting("exchange", exchange, (world - 1) / world)
+        patch.setattr(collectives, "all_to_all", counted)
+        x, y = (torch.randn(2, 6, requires_grad=True) for _ in range(2))
+        loss = msacore.info_nce(x, y, symmetric=True, group=Sharding(group, mode=mode))
+        now = "backward"
+        loss.backward()
+    return found
+
+
+def dies(group: Any, rank: int, victim: int) -> None:
+    if rank == victim:
+        os.kill(os.getpid(), signal.SIGKILL)
+    msacore.info_nce(torch.randn(3, 6), torch.randn(3, 6), group=group)

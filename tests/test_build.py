@@ -58,6 +58,34 @@ def test_an_operator_is_found_by_its_name_in_every_layer() -> None:
             assert (ROOT / twin / f"{source.stem}.py").exists(), f"{source.name} has no {twin}/{source.stem}.py"
 
 
+ENGINES = {"contrastive": ("info_nce", "hierarchical_contrastive")}
+
+
+def test_includes_run_from_operators_to_engines_to_devices_to_core() -> None:
+    for source in (ROOT / "csrc").glob("*/**/*"):
+        if not source.is_file():
+            continue
+        folder = source.relative_to(ROOT / "csrc").parts[0]
+        allowed = {folder, "core"}
+        if folder not in ("core", "cpu", "cuda"):
+            allowed |= {"cpu", "cuda"} | {engine for engine, users in ENGINES.items() if folder in users}
+        for included in re.findall(r'#include "([^"]+)"', source.read_text()):
+            if included == "cuda_on_host.h":  # the tests' shim, in place of the CUDA runtime
+                continue
+            assert included.split("/")[0] in allowed, f"{source.relative_to(ROOT)} includes {included}"
+            device_code = source.suffix in (".cu", ".cuh")
+            other = "/cpu/" if device_code else "/cuda/"
+            assert other not in f"/{included}", f"{source.relative_to(ROOT)} includes {included}"
+
+
+def test_no_source_file_is_too_long_to_read() -> None:
+    kinds = {".py", ".cpp", ".h", ".cu", ".cuh"}
+    folders = ("csrc", "msacore", "tests", "bench", "examples")
+    for source in (path for folder in folders for path in (ROOT / folder).rglob("*") if path.suffix in kinds):
+        lines = len(source.read_text().splitlines())
+        assert lines <= 400, f"{source.relative_to(ROOT)} has {lines} lines"
+
+
 def test_kernels_are_launched_in_one_place() -> None:
     for source in (ROOT / "csrc").rglob("*.cu*"):
         text = source.read_text()

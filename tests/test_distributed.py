@@ -6,12 +6,14 @@ import pytest
 import torch
 
 import msacore
+from bench.distributed import received
 from tests import distributed_jobs as jobs
+from tests.distributed_cases import BY_NAME
 from tests.workers import Workers
 
 SPLITS = ((6, 6, 6, 6), (7, 0, 12, 1), (0, 0, 0, 5), (0, 0, 0, 0))
 MODES = ("replicated", "capacity", "sharded")
-each_case = pytest.mark.parametrize("name", list(jobs.BY_NAME))
+each_case = pytest.mark.parametrize("name", list(BY_NAME))
 
 
 @pytest.fixture(scope="session")
@@ -51,7 +53,7 @@ def test_loss_and_gradients_are_those_of_one_process(workers: Workers, name: str
 @pytest.mark.parametrize("wrapper", ["ddp", "fsdp2"])
 def test_a_shared_encoder_gets_the_gradient_of_one_process(workers: Workers, wrapper: str) -> None:
     for mode in ("replicated", "sharded"):
-        for name in jobs.BY_NAME:
+        for name in BY_NAME:
             for ours, wanted in workers.run(jobs.through, 4, name, (7, 0, 12, 1), mode, wrapper):
                 _close(ours, wanted, f"{name}, {mode}, under {wrapper}", False)
 
@@ -109,3 +111,21 @@ def test_ranks_may_make_different_numbers_of_steps(workers: Workers) -> None:
         x = torch.cat(draw)
         expected = msacore.info_nce(x, x.roll(1, 1)).item()
         assert all(found[rank][step] == pytest.approx(expected, abs=1e-6) for rank in running)
+
+
+def test_a_step_sends_the_bytes_that_the_formula_says(workers: Workers) -> None:
+    for mode, (forward, backward) in {
+        "replicated": received(8, 6, 4, "replicated"),
+        "sharded": received(8, 6, 4, "sharded"),
+    }.items():
+        for counted in workers.run(jobs.counted_bytes, 4, mode):
+            assert counted["forward"] - counted["small"] == forward
+            assert counted["backward"] == backward
+
+
+@pytest.mark.slow  # a process is killed: new ones are started
+def test_when_a_rank_dies_the_others_raise(workers: Workers) -> None:
+    with pytest.raises(AssertionError) as raised:
+        workers.run(jobs.dies, 3, 1)
+    assert "the process group is unusable" in str(raised.value)
+    assert all(workers.run(jobs.started, 3, (2, 2, 2))), "new processes serve the next function"

@@ -104,7 +104,7 @@ def _item(op: str, name: str, tensor: Tensor) -> Any:
         fail(op, f"`{name}` is not differentiable: expected a number, got a tensor that requires grad; detach it")
     if tensor.is_nested or tensor.numel() != 1:
         fail(op, f"expected `{name}` to be a number, got {describe(tensor)}")
-    if tensor.device.type != "cpu":
+    if not tensor.is_cpu:
         fail(op, f"expected `{name}` to be a number or on the CPU, got a tensor on {tensor.device}; call item() first")
     return tensor.item()
 

@@ -46,20 +46,13 @@ class Ranks(Alone):
     def __init__(self, group: Any) -> None:
         import torch.distributed as dist
 
+        from msacore.distributed.sharding import as_sharding
+
         if not dist.is_available() or not dist.is_initialized():
             raise ValueError(
                 "select: `group` needs torch.distributed; call torch.distributed.init_process_group(...) first"
             )
-        group = getattr(group, "group", group)  # a Sharding
-        if hasattr(group, "get_group"):  # a DeviceMesh
-            if group.ndim != 1:
-                raise ValueError(f"select: expected `group` to be a mesh of 1 dimension, got {group.ndim}")
-            group = group.get_group()
-        if not isinstance(group, dist.ProcessGroup):
-            raise ValueError(
-                "select: expected `group` to be a ProcessGroup, a 1-D DeviceMesh or a Sharding, got "
-                f"{type(group).__name__}"
-            )
+        group = as_sharding("select", group).group
         self._group, self._gather = group, dist.all_gather_object
         self.rank, self.size = dist.get_rank(group), dist.get_world_size(group)
         self._stop, self._exchanges = False, 0
