@@ -8,6 +8,8 @@
 
 #if defined(__linux__)
 #include <sys/mman.h>
+
+#include "core/round.h"
 #endif
 
 namespace msacore::cpu {
@@ -18,8 +20,7 @@ inline torch::stable::Tensor on_huge_pages(torch::stable::Tensor t) {
 #if defined(__linux__) && defined(MADV_HUGEPAGE)
   constexpr uintptr_t kPage = uintptr_t{1} << 21;
   const uintptr_t data = reinterpret_cast<uintptr_t>(t.mutable_data_ptr());
-  const uintptr_t begin = (data + kPage - 1) / kPage * kPage,
-                  end = (data + t.numel() * t.element_size()) / kPage * kPage;
+  const uintptr_t begin = round_up(data, kPage), end = (data + t.numel() * t.element_size()) / kPage * kPage;
   if (begin < end) madvise(reinterpret_cast<void*>(begin), end - begin, MADV_HUGEPAGE);
 #endif
   return t;

@@ -3,13 +3,14 @@
 #pragma once
 #include <cstdint>
 
+#include "core/round.h"
 #include "cpu/simd.h"
 
 namespace msacore::cpu {
 
 constexpr int64_t kPanel = 16;  // sizes are padded to multiples of this
 
-inline int64_t padded(int64_t n) { return (n + kPanel - 1) / kPanel * kPanel; }
+inline int64_t padded(int64_t n) { return round_up(n, kPanel); }
 
 // Rows × vectors of the result that stay in registers; kBytes is the width of a vector register.
 template <typename A, int kBytes>

@@ -12,6 +12,7 @@
 #include <vector>
 
 #include "core/check.h"
+#include "core/round.h"
 #include "cpu/simd.h"
 
 namespace msacore::cpu {
@@ -50,7 +51,7 @@ class Scratch {
   template <typename A>
   A* take(int64_t count) {
     constexpr size_t kAlignment = 64;
-    const size_t bytes = (std::max<int64_t>(count, 1) * sizeof(A) + kAlignment - 1) / kAlignment * kAlignment;
+    const size_t bytes = round_up(std::max<int64_t>(count, 1) * sizeof(A), kAlignment);
     memory_.emplace_back(std::aligned_alloc(kAlignment, bytes), &std::free);
     if (!memory_.back()) throw std::bad_alloc();
     return static_cast<A*>(memory_.back().get());

@@ -7,6 +7,7 @@
 #include <cstring>
 #include <string>
 
+#include "core/round.h"
 #include "cuda/device.cuh"
 
 namespace msacore::cuda {
@@ -59,7 +60,7 @@ inline void clear_memory(void* memory, size_t bytes, cudaStream_t stream) {
 
 // Blocks of `threads` for `items` that the threads take in turns (grid_thread, grid_threads).
 inline dim3 grid_for(int64_t items, int threads) {
-  return dim3(static_cast<unsigned>(std::min((items + threads - 1) / threads, kMaxBlocks)));
+  return dim3(static_cast<unsigned>(std::min(ceil_div(items, threads), kMaxBlocks)));
 }
 
 // Runs `kernel` on `stream`; an empty grid is no launch. Dynamic shared memory up to the chip's limit is granted.

@@ -2,6 +2,7 @@
 #pragma once
 #include <vector>
 
+#include "core/round.h"
 #include "cuda/registration.cuh"
 
 namespace msacore::cuda {
@@ -28,7 +29,7 @@ class Scratch {
 #ifdef __CUDACC__
     constexpr int64_t kAlignment = 256;
     array = begin_ ? reinterpret_cast<T*>(begin_ + used_) : nullptr;
-    used_ += (bytes + kAlignment - 1) / kAlignment * kAlignment;
+    used_ += round_up(bytes, kAlignment);
 #else
     memory_.push_back(torch::stable::new_empty(like_, {bytes}, ScalarType::Byte));
     array = static_cast<T*>(memory_.back().mutable_data_ptr());

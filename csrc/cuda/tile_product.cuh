@@ -5,6 +5,7 @@
 // drifts by a unit in the last place with almost every step. An accumulator therefore serves a few steps only, and is
 // then added to C by ordinary additions.
 #pragma once
+#include "core/round.h"
 #include "cuda/device.cuh"
 
 namespace msacore::cuda {
@@ -205,7 +206,7 @@ __device__ __forceinline__ void add_tile_product(TileSums<C>& c, const OperandA&
   };
   // Stages are counted in 32 bits, and the steps of the last one kept apart: what the loop keeps in registers is
   // little.
-  const int stages = static_cast<int>((depth + kDepth<C> - 1) / kDepth<C>);
+  const int stages = static_cast<int>(ceil_div(depth, kDepth<C>));
   const int last_steps = static_cast<int>(depth - int64_t{stages - 1} * kDepth<C>);
   const auto copy = [&](int stage, int s) {
     if (stage < stages) {

@@ -1,5 +1,6 @@
 // Hierarchical contrastive loss on CUDA: checks, workspace and launches. Few samples are one launch forward and one
 // backward; of many, every launch takes as many terms or embeddings as fit.
+#include "core/round.h"
 #include "hierarchical_contrastive/hierarchical_contrastive.h"
 
 #include "contrastive/cuda/classes.cuh"
@@ -303,7 +304,7 @@ FewInputs<T> few_inputs(const char* op, const Inputs& in, const Sizes& s, const 
 
 template <typename T>
 unsigned few_tiles(const FewInputs<T>& few) {
-  return static_cast<unsigned>(few.n + kFewRows - 1) / kFewRows;
+  return static_cast<unsigned>(ceil_div(few.n, kFewRows));
 }
 
 template <typename T>

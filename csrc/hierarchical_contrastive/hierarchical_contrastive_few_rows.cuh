@@ -3,6 +3,7 @@
 // two, which is exact, so that a similarity is a product of staged rows times their two factors.
 #pragma once
 #include "contrastive/cuda/anchor.cuh"
+#include "core/round.h"
 #include "hierarchical_contrastive/hierarchical_contrastive_kernels.cuh"
 
 namespace msacore::hierarchical_contrastive::cuda {
@@ -67,7 +68,7 @@ __device__ __forceinline__ void load_rows(FewRows<acc_t<T>, Rows>& rows, const F
                                           TakesPart takes_part, Also also) {
   using A = acc_t<T>;
   constexpr int kLanes = 8, kGroups = kRowThreads / kLanes;  // lanes of a row, rows at once
-  constexpr int kTurns = (Rows + kGroups - 1) / kGroups;     // rows of a group
+  constexpr int kTurns = ceil_div(Rows, kGroups);            // rows of a group
   const int d = in.width_of(side), lane = thread_in_block() % kLanes, group = thread_in_block() / kLanes;
   __syncthreads();
   if (group < Rows) {

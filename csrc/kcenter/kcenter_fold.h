@@ -7,6 +7,7 @@
 #include <algorithm>
 #include <vector>
 
+#include "core/round.h"
 #include "cpu/microkernel.h"
 #include "kcenter/kcenter_distance.h"
 
@@ -41,7 +42,7 @@ struct PackedCenters {
 template <typename T, typename First, typename Visit>
 void for_each_tile(const T* pool, const int64_t* rows, const Sizes& s, const double* shift, const Filter& f,
                    const PackedCenters& centers, const First& first_center, const Visit& visit) {
-  const int64_t tiles = (s.rows + kTileRows - 1) / kTileRows;
+  const int64_t tiles = ceil_div(s.rows, kTileRows);
   torch::stable::parallel_for(0, tiles, 1, [&](int64_t b, int64_t e) {
     std::vector<float> tile(kTileRows * s.width), products(kTileRows * kTileCenters);
     std::vector<double> half_norm(kTileRows);

@@ -5,6 +5,7 @@
 #pragma once
 #include <algorithm>
 
+#include "core/round.h"
 #include "cuda/tile_product.cuh"
 #include "kcenter/kcenter_distance.cuh"
 
@@ -186,7 +187,7 @@ __global__ void __launch_bounds__(kTileThreads, 4)
       first[t] = own_first;
     }
     if (t == 0) listed.count = 0;
-    const int tiles = static_cast<int>((args.c.count + kTile - 1) / kTile);
+    const int tiles = static_cast<int>(ceil_div(args.c.count, kTile));
     const int64_t lowest = block_reduce(own_first, Min{}, args.c.count);
     for (int tile = static_cast<int>(lowest / kTile); tile < tiles; ++tile) {
       TileSums<float> c;

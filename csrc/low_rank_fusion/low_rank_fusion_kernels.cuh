@@ -8,6 +8,7 @@
 // is the minimum, forward, and twice that backward (three times without kept projections); tiles of 64 make 129 rows of
 // the gradients of factors 192.
 #pragma once
+#include "core/round.h"
 #include "cuda/augmented_rows.cuh"
 
 namespace msacore::low_rank_fusion::cuda {
@@ -19,7 +20,7 @@ constexpr int kLongStages = 4;  // of products over many steps
 template <typename T>
 constexpr int kBlocks = sizeof(T) == 8 ? 2 : 3;  // on a multiprocessor, at least
 
-__host__ __device__ inline int64_t tiles_of(int64_t extent) { return (extent + kTile - 1) / kTile; }
+__host__ __device__ inline int64_t tiles_of(int64_t extent) { return ceil_div(extent, kTile); }
 
 template <typename T>
 struct Problem {
@@ -199,7 +200,7 @@ __global__ void __launch_bounds__(kTileThreads, kBlocks<T>)
   const int m = static_cast<int>(blockIdx.z);
   const int64_t d = p.features[m], rows = p.batch - place.row0, columns = d - place.column0;
   if (columns <= 0) return;
-  const uint32_t stages = static_cast<uint32_t>((p.width + kDepth<A> - 1) / kDepth<A> * kDepth<A>);
+  const uint32_t stages = static_cast<uint32_t>(round_up(p.width, kDepth<A>));
   TileSums<A> c;
   clear(c);
   add_tile_product<true, true, kLongStages>(

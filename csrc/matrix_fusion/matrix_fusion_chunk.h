@@ -9,6 +9,7 @@
 #include <vector>
 
 #include "core/dtype.h"
+#include "core/round.h"
 #include "cpu/product.h"
 #include "cpu/simd.h"
 #include "matrix_fusion/matrix_fusion.h"
@@ -83,10 +84,9 @@ struct Plan {
     constexpr int64_t kTokens = 512, kLanes = 16, kSmall = int64_t(1) << 20;
     const int64_t length = std::max<int64_t>(1, s.length);
     chunk = std::max<int64_t>(1, kTokens / length);
-    if (s.batch * length * s.width * s.rows * s.pairs > kSmall)
-      chunk = std::min(chunk, (s.batch + kLanes - 1) / kLanes);
+    if (s.batch * length * s.width * s.rows * s.pairs > kSmall) chunk = std::min(chunk, ceil_div(s.batch, kLanes));
     chunk = std::min(chunk, std::max<int64_t>(1, s.batch));
-    chunks = (s.batch + chunk - 1) / chunk;
+    chunks = ceil_div(s.batch, chunk);
     lanes = std::min(chunks, kLanes);
   }
 };
@@ -107,7 +107,7 @@ class Chunk {
         offset_(s.pairs),
         present_(std::make_unique<bool[]>(s.pairs)) {
     constexpr int64_t kLine = 16;
-    stride_ = (s.width + kLine - 1) / kLine * kLine;
+    stride_ = round_up(s.width, kLine);
     const bool pooled = s.length == 1;
     for (int64_t n = 1; n < s.modalities; ++n)
       for (int64_t m = 0; m < n; ++m)

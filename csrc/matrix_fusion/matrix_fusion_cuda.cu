@@ -3,6 +3,7 @@
 #include <tuple>
 #include <vector>
 
+#include "core/round.h"
 #include "cuda/registration.cuh"
 #include "cuda/sum_shares.cuh"
 #include "matrix_fusion/matrix_fusion.h"
@@ -20,7 +21,7 @@ constexpr int64_t kRowGradBytes = 64 << 10;  // little, so that small inputs alr
 
 template <typename T>
 int64_t padded(int64_t count) {
-  return (count + kPer16<T> - 1) / kPer16<T> * kPer16<T>;
+  return round_up(count, kPer16<T>);
 }
 
 // Contiguous arguments, and the problem that points at them.
@@ -156,7 +157,7 @@ void launch_backward(const Operands<T>& in, const Tensor& grad_fused, const Tens
   Tensor shares = in.workspace({parts, p.modalities - 1, p.rows, p.width});
   launch(weight_grads_kernel<T>, dim3(tiles_of(p.rows) * tiles_of(p.width), p.modalities - 1, parts),
          dim3(kTileThreads), kWeightBytes<T>, stream, p, grad_h_data, shares.mutable_data_ptr<A>(),
-         (p.tokens + parts - 1) / parts);
+         ceil_div(p.tokens, parts));
   sum_shares(shares.const_data_ptr<A>(), parts * (p.modalities - 1), p.rows * p.width,
              grads.row_weight.mutable_data_ptr<T>(), p.rows * p.width, stream);
 }

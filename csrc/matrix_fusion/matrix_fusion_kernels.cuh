@@ -9,6 +9,7 @@
 // between the two kernels that read it, 3 MB for h and 5 MB for the sums. Products: 2 B L k' q (M - 1 + P) = 6.3 GFLOP,
 // the minimum of the factored form; whole tiles make it 8 (L to 64, k' to 800).
 #pragma once
+#include "core/round.h"
 #include "cuda/augmented_rows.cuh"
 #include "matrix_fusion/matrix_fusion.h"
 
@@ -42,7 +43,7 @@ constexpr int kBlocks = sizeof(T) == 8 ? 2 : 3;  // on a multiprocessor, at leas
 template <typename T>
 constexpr int kPairKernelBlocks = sizeof(T) == 8 ? 1 : 2;
 
-__host__ __device__ inline int64_t tiles_of(int64_t extent) { return (extent + kTile - 1) / kTile; }
+__host__ __device__ inline int64_t tiles_of(int64_t extent) { return ceil_div(extent, kTile); }
 
 // Sizes, and the arguments that say what is visible. A token is b · L + l.
 template <typename T>

@@ -1,11 +1,11 @@
 // The pass over R = act(W G + c): activation, mixing of the pairs, column means, and their gradients, row by row.
 #pragma once
 #include <algorithm>
+#include <cmath>
 #include <cstdint>
-#include <cstring>
-#include <limits>
-#include <type_traits>
 
+#include "core/round.h"
+#include "cpu/exp.h"
 #include "cpu/simd.h"
 #include "matrix_fusion/matrix_fusion.h"
 
@@ -25,7 +25,7 @@ struct Rows {
   // Even steps over the columns, so that no step is much shorter than the others.
   MSACORE_INLINE int64_t step() const {
     const int64_t parts = std::max<int64_t>(1, (width + kMaxStep / 4) / (kMaxStep / 2));
-    return std::max<int64_t>(1, (width + parts - 1) / parts);
+    return std::max<int64_t>(1, ceil_div(width, parts));
   }
 };
 
@@ -35,42 +35,11 @@ struct Mix {
   int64_t pairs, channels;
 };
 
-// exp(-|x|), at least exp(-87), to the last bits of either type, in operations that vectorise on every instruction set:
-// the bound is a minimum in integer arithmetic, since from a comparison the compiler makes a branch.
-template <typename A>
-MSACORE_INLINE A exp_minus_abs(A x) {
-  constexpr bool kDouble = sizeof(A) == 8;
-  using Bits = std::conditional_t<kDouble, int64_t, int32_t>;
-  constexpr A kRound = kDouble ? A(6755399441055744.0) : A(12582912.0);  // 1.5 · 2^(mantissa bits): adding it rounds
-  constexpr A kHigh = kDouble ? A(6.93147180369123816490e-01) : A(6.9313812256e-01);  // ln 2 in two parts
-  constexpr A kLow = kDouble ? A(1.90821492927058770002e-10) : A(9.0580006145e-06);
-  constexpr A kBound = 87;
-  Bits bits, bound, round;
-  std::memcpy(&bits, &x, sizeof(A));
-  std::memcpy(&bound, &kBound, sizeof(A));
-  std::memcpy(&round, &kRound, sizeof(A));
-  bits = (bits & std::numeric_limits<Bits>::max()) - bound;
-  bits = bound + (bits & (bits >> (8 * sizeof(A) - 1)));
-  A a;
-  std::memcpy(&a, &bits, sizeof(A));
-  const A shifted = kRound - a * A(1.4426950408889634);
-  const A n = shifted - kRound;
-  const A r = (-a - n * kHigh) - n * kLow;
-  A sum = 1;
-  for (int i = kDouble ? 13 : 7; i > 0; --i) sum = 1 + sum * (r * (A(1) / A(i)));
-  std::memcpy(&bits, &shifted, sizeof(A));
-  constexpr Bits kMantissa = kDouble ? 52 : 23, kBias = kDouble ? 1023 : 127;
-  bits = (bits - round + kBias) << kMantissa;
-  A scale;
-  std::memcpy(&scale, &bits, sizeof(A));
-  return sum * scale;
-}
-
 // With σ the logistic function, gelu(x) = x/2 (1 + tanh u) = x σ(2u), u = sqrt(2/π) (x + 0.044715 x³).
 template <typename A>
 MSACORE_INLINE A gelu_gate(A x) {
   const A two_u = A(1.5957691216057308) * (x + A(0.044715) * x * x * x);
-  const A e = exp_minus_abs(two_u);
+  const A e = exp_of(-std::abs(two_u));
   return (two_u < 0 ? e : A(1)) / (1 + e);
 }
 

@@ -1,5 +1,6 @@
 // Propagation over conversations on the CPU, with no edge list. A task is one conversation × one cache line of columns,
 // kept in cache for all steps; tasks are independent, so results do not depend on the number of threads.
+#include "core/round.h"
 #include "propagation/propagation.h"
 
 #include <torch/csrc/stable/library.h>
@@ -49,7 +50,7 @@ template <typename A, typename Body>
 void for_each_tile(const Call& call, Body&& body) {
   const WindowSizes& s = call.sizes;
   constexpr int64_t kWidth = Row<A>::kWidth;
-  const int64_t tiles = (s.width + kWidth - 1) / kWidth;
+  const int64_t tiles = ceil_div(s.width, kWidth);
   const int64_t work = kWidth * s.modalities * std::max<int64_t>(1, call.steps);
   const int64_t grain = std::max<int64_t>(1, kGrain / std::max<int64_t>(1, work));
   torch::stable::parallel_for(0, s.utterances * tiles, grain, [&](int64_t from, int64_t to) {

@@ -1,5 +1,6 @@
 // Who is within reach of whom, and sums over windows that slide along a conversation, on the device.
 #pragma once
+#include "core/round.h"
 #include "cuda/rows.cuh"
 
 namespace msacore::propagation::cuda {
@@ -50,7 +51,7 @@ template <typename Index>
 __device__ Index run_of_rows(const Neighbours& graph, Index length, int threads) {
   const auto side = [&](int64_t reach) { return reach < 0 || reach > length ? int64_t{length} : reach; };
   const int64_t widest = side(graph.past) + side(graph.future) + 1, window = widest < length ? widest : length;
-  const Index even = (length + threads - 1) / threads, quarter = static_cast<Index>((window + 3) / 4);
+  const Index even = ceil_div(length, threads), quarter = static_cast<Index>((window + 3) / 4);
   return even > quarter ? even : quarter;
 }
 

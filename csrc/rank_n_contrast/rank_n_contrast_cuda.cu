@@ -15,7 +15,7 @@ constexpr int64_t kStripBytes = int64_t{256} << 20;
 constexpr int64_t kStripBytes = 64 << 10;  // little, so that small inputs already take several strips
 #endif
 
-unsigned tiles(int64_t count) { return static_cast<unsigned>(ceil_div(count, int64_t{kTile})); }
+unsigned tiles(int64_t count) { return static_cast<unsigned>(ceil_div(count, kTile)); }
 
 // The samples in order, and room for a strip of anchors. Distances are of type A in both of two types, float32 and
 // float64, of which the device chooses one: they share their memory.
@@ -40,7 +40,7 @@ struct Workspace {
         is_space(problem.labels != 1),
         ranked(ranked_of(problem)),
         from(problem.anchor_begin / kTile * kTile),
-        to(round_up(problem.anchor_end, int64_t{kTile})),
+        to(round_up(problem.anchor_end, kTile)),
         strip(strip_of(ranked, to - from)),
         near(near_of(ranked.padded, strip)),
         scratch(problem.embeddings, [&](Scratch& memory) {
@@ -75,8 +75,8 @@ struct Workspace {
       launch(median_kernel, dim3(1), dim3(kMedianThreads), 0, stream, ranked.norm, ranked.state, last,
              data_or_null<double>(problem.learned_temperature), problem.temperature, std::is_same_v<T, double>);
     }
-    launch(embedding_mean_kernel<T>, dim3(static_cast<unsigned>(ceil_div(ranked.d, int64_t{kWarp}))),
-           dim3(kMeanThreads), 0, stream, ranked);
+    launch(embedding_mean_kernel<T>, dim3(static_cast<unsigned>(ceil_div(ranked.d, kWarp))), dim3(kMeanThreads), 0,
+           stream, ranked);
     with_types([&](auto tag) {
       using A = typename decltype(tag)::type;
       launch(rows_kernel<T, A>, grid_for(ranked.padded, kWarps), dim3(kThreads), 0, stream, pool<A>());
@@ -106,7 +106,7 @@ struct Workspace {
 
   template <typename A>
   Pool<T, A> pool() const {
-    const int64_t depth = round_up(ranked.d, int64_t{kPer16<A>});
+    const int64_t depth = round_up(ranked.d, kPer16<A>);
     return {ranked, depth, depth + kPer16<A>, reinterpret_cast<A*>(rows), reinterpret_cast<A*>(square)};
   }
 

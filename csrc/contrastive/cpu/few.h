@@ -5,6 +5,7 @@
 #include <vector>
 
 #include "contrastive/cpu/sweep.h"
+#include "core/round.h"
 
 namespace msacore::contrastive::cpu {
 
@@ -128,7 +129,7 @@ class FewGradients {
   void project(const std::vector<Side<A>>& sides, const std::vector<T*>& grads) const {
     constexpr int64_t kRows = 32;
     int64_t blocks = 0;
-    for (const Side<A>& side : sides) blocks = std::max(blocks, (side.rows + kRows - 1) / kRows);
+    for (const Side<A>& side : sides) blocks = std::max(blocks, ceil_div(side.rows, kRows));
     const int64_t all = static_cast<int64_t>(sides.size());
     // Blocks outermost: equal shares of every side for every thread.
     torch::stable::parallel_for(0, blocks * all, few_grain(terms_), [&](int64_t begin, int64_t end) {

@@ -6,6 +6,7 @@
 #include <vector>
 
 #include "contrastive/cpu/side.h"
+#include "core/round.h"
 
 namespace msacore::contrastive::cpu {
 
@@ -61,7 +62,7 @@ template <typename A>
 std::vector<std::vector<TileIndex>> schedule(const std::vector<Term<A>>& terms, int64_t block) {
   std::vector<TileIndex> tiles;
   int64_t most = 0;
-  const auto blocks = [block](const Side<A>* side) { return (side->rows + block - 1) / block; };
+  const auto blocks = [block](const Side<A>* side) { return ceil_div(side->rows, block); };
   for (const Term<A>& term : terms) most = std::max({most, blocks(term.a), blocks(term.b)});
   for (int64_t r = 0; r < most; ++r)
     for (size_t t = 0; t < terms.size(); ++t) {

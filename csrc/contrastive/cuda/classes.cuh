@@ -2,6 +2,7 @@
 #pragma once
 #include <algorithm>
 
+#include "core/round.h"
 #include "cuda/scratch.cuh"
 #include "cuda/sort.cuh"
 #include "contrastive/cuda/classes_kernels.cuh"
@@ -93,8 +94,8 @@ class Classes {
       }
     });
     for (int s = 0; s < 2; ++s) p.order[s] = order_[s];
-    const unsigned chunks = static_cast<unsigned>((most + kChunk - 1) / kChunk),
-                   parts = static_cast<unsigned>((width + kRowThreads - 1) / kRowThreads);
+    const unsigned chunks = static_cast<unsigned>(ceil_div(most, kChunk)),
+                   parts = static_cast<unsigned>(ceil_div(width, kRowThreads));
     launch(sum_pieces_kernel<T>, dim3(chunks, std::max(1u, parts), 2), dim3(kRowThreads), 0, stream_, p);
     if (chunks > 1)
       launch(merge_pieces_kernel<T>, dim3(chunks - 1, std::max(1u, parts), 2), dim3(kRowThreads), 0, stream_, p);

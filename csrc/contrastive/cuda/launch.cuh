@@ -4,6 +4,7 @@
 #include <vector>
 
 #include "core/optional.h"
+#include "core/round.h"
 #include "cuda/scratch.cuh"
 #include "contrastive/cuda/gradient_kernels.cuh"
 #include "contrastive/cuda/negatives_kernels.cuh"
@@ -18,9 +19,9 @@ constexpr int64_t kStatsBytes = 24 << 10,
                   kGradientStripBytes = 96 << 10;  // little, so that small inputs already take several strips
 #endif
 
-inline int64_t padded(int64_t count, int64_t to) { return (count + to - 1) / to * to; }
+inline int64_t padded(int64_t count, int64_t to) { return round_up(count, to); }
 
-inline unsigned tiles(int64_t count) { return static_cast<unsigned>((count + kTile - 1) / kTile); }
+inline unsigned tiles(int64_t count) { return static_cast<unsigned>(ceil_div(count, kTile)); }
 
 // Calls body(first, rows) for every strip of the anchors.
 template <typename Body>
