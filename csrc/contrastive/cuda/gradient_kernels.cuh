@@ -105,7 +105,7 @@ __device__ __forceinline__ void weight_gradients(const SimilarityTile<T>& tile, 
 // strip, b.rows], kept as K, but for positives that are sums over classes; and, for a single term and unless null,
 // those of the weights; and unless null what each tile adds to Σ gradient · similarity over all pairs [terms, tiles].
 template <typename T, typename K, int Most, bool Apart>
-__global__ void __launch_bounds__(kTileThreads, sizeof(T) == 8 ? 2 : 3)
+__global__ void __launch_bounds__(kTileThreads, sizeof(T) == 8 ? 1 : 3)
     gradient_kernel(const __grid_constant__ Terms<T, Most> terms, int64_t first,
                     typename K::Number* __restrict__ strips, T* __restrict__ grad_weights,
                     double* __restrict__ slopes) {
@@ -206,9 +206,7 @@ struct Outputs {
 // output is that of a, and of stripᵀ · rows of a, where it is that of b. The strips [terms, parts, size, b.rows] begin
 // at row `first` of a.
 template <typename T, typename K, int MostTerms, int MostOutputs>
-__global__ void __launch_bounds__(kTileThreads, sizeof(T) == 2   ? 4
-                                                : sizeof(T) == 4 ? 3
-                                                                 : 2)
+__global__ void __launch_bounds__(kTileThreads, sizeof(T) == 8 ? 2 : 3)
     product_kernel(const __grid_constant__ Terms<T, MostTerms> terms, int count,
                    const __grid_constant__ Outputs<acc_t<T>, MostOutputs> outputs,
                    const typename K::Number* __restrict__ strips, int64_t first, int64_t size, bool add) {
