@@ -53,9 +53,11 @@ def test_every_public_operator_has_a_docstring_with_an_example() -> None:
 
 def test_an_operator_is_found_by_its_name_in_every_layer() -> None:
     for source in (ROOT / "csrc").glob("*/*.cpp"):
-        assert source.stem == source.parent.name
+        folder = source.parent.name
+        # The parts of an operator that several processes merge stand beside it, and have no public function.
+        assert source.stem in (folder, f"{folder}_partial")
         for twin in ("msacore/ops", "msacore/reference", "tests/cases", "bench"):
-            assert (ROOT / twin / f"{source.stem}.py").exists(), f"{source.name} has no {twin}/{source.stem}.py"
+            assert (ROOT / twin / f"{folder}.py").exists(), f"{source.name} has no {twin}/{folder}.py"
 
 
 ENGINES = {"contrastive": ("info_nce", "hierarchical_contrastive")}
