@@ -59,13 +59,6 @@ def test_tests_run_from_an_unpacked_source_distribution(unpacked: Path) -> None:
     assert done.returncode == 0, done.stdout[-3000:]
 
 
-def test_a_build_that_sees_no_torch_names_it_first_and_the_line_that_works() -> None:
-    """What pip's build isolation shows of a machine, or less: no installed package at all."""
-    done = subprocess.run([sys.executable, "-I", "-S", "setup.py"], cwd=ROOT, capture_output=True, text=True)
-    assert done.returncode == 1 and "finds no torch" in done.stderr, done.stderr
-    assert "pip install --no-build-isolation '.[faiss]'" in done.stderr
-
-
 @pytest.mark.slow  # as above
 def test_the_build_stops_where_operators_are_missing(unpacked: Path, tmp_path: Path) -> None:
     broken = tmp_path / "broken"
