@@ -33,12 +33,12 @@ _CASES = {
     "hierarchical_contrastive_loss": (losses.hierarchical_contrastive_loss, 90),
     "rank_n_contrast": (losses.rank_n_contrast, 150),
     "matrix_fusion": (messages.matrix_fusion, 120),
-    "low_rank_fusion": (messages.low_rank_fusion, 120),
-    "propagate": (messages.propagate, 200),
-    "window_mean": (messages.window_mean, 150),
-    "modality_mean": (messages.modality_mean, 60),
-    "graph_propagate": (messages.graph_propagate, 150),
-    "alternating_graph_propagate": (messages.alternating_graph_propagate, 100),
+    "low_rank_fusion": (messages.low_rank_fusion, 300),
+    "propagate": (messages.propagate, 700),
+    "window_mean": (messages.window_mean, 600),
+    "modality_mean": (messages.modality_mean, 200),
+    "graph_propagate": (messages.graph_propagate, 700),
+    "alternating_graph_propagate": (messages.alternating_graph_propagate, 300),
 }
 _LOSSES = ("info_nce", "hierarchical_contrastive_loss", "rank_n_contrast")
 Result = tuple[list[Tensor], dict[tuple[Any, ...], Tensor]]
@@ -160,4 +160,4 @@ def test_operator_agrees_with_its_formula(name: str) -> None:
         checked += 1
     print(f"{name}: {checked} cases, {spoilt} of them with NaN in what is unread")
     assert checked == count
-    assert spoilt > count / 5 or name == "alternating_graph_propagate"
+    assert spoilt > count / 8 or name == "alternating_graph_propagate"
