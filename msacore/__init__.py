@@ -1,5 +1,7 @@
 """Fast operators for multimodal sentiment analysis (text, audio, vision) on PyTorch."""
 
+import torch
+
 from msacore._load import load_extension
 from msacore._version import __version__
 
@@ -14,6 +16,9 @@ from msacore.ops.low_rank_fusion import low_rank_fusion  # noqa: E402
 from msacore.ops.matrix_fusion import matrix_fusion  # noqa: E402
 from msacore.ops.propagation import modality_mean, propagate, window_mean  # noqa: E402
 from msacore.selection import select  # noqa: E402
+
+if torch.distributed.is_available():
+    from msacore import distributed  # noqa: F401
 
 __all__ = [
     "__version__",

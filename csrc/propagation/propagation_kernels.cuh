@@ -63,7 +63,7 @@ __device__ __forceinline__ void run_task(const Call<T>& call, const T* __restric
 
 // from, to [N, M, d]
 template <Kind kKind, int kM, typename T>
-__global__ void __launch_bounds__(kThreads, 4)
+__global__ void __launch_bounds__(kThreads, 2)
     conversations_kernel(Call<T> call, const T* __restrict__ from, T* __restrict__ to) {
   const int64_t tasks = call.tasks_of_conversation();
   for (int64_t task = blockIdx.y; task < tasks; task += gridDim.y) {
