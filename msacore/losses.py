@@ -3,6 +3,7 @@
 from collections.abc import Sequence
 from typing import Any, Literal, overload
 
+import torch  # noqa: F401  (the examples below use it)
 from torch import Tensor
 
 from msacore.ops.hierarchical_contrastive import hierarchical_contrastive_loss as _hierarchical_contrastive_loss

@@ -55,6 +55,8 @@ def load(
     if path is None:
         return synthetic(family or "mosi", seed=seed, size=size, pooled=pooled, pairs=pairs)
     path = Path(path)
+    if not path.exists():
+        raise FileNotFoundError(f"{path}: there is no such file")
     if size is not None:
         raise ValueError(f"{path}: a size can be chosen for the synthetic corpus only")
     if video_key is not None and id_pattern is not None:
