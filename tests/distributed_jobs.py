@@ -12,7 +12,7 @@ from torch import Tensor, nn
 from torch.nn.parallel import DistributedDataParallel
 
 import msacore
-from msacore.distributed import Sharding, collectives
+from msacore.distributed import Sharding, collectives, dispatch, replicated, sharded
 from tests.distributed_cases import BY_NAME, LossCase
 from tests.workers import split
 
@@ -234,6 +234,20 @@ def raises(group: Any, rank: int, loss: str, change: str) -> str:
     except (RuntimeError, ValueError) as error:
         return str(error)
     return ""
+
+
+def chosen_modes(group: Any, rank: int) -> list[str]:
+    """What "auto" takes for a batch below its limit and for one above."""
+    found = []
+    for limit in (1 << 32, 1):
+        with pytest.MonkeyPatch.context() as patch:
+            patch.setattr(dispatch, "MOST_REPLICATED", limit)
+            for way in (replicated, sharded):
+                name = way.__name__.rpartition(".")[2]
+                whole = way.info_nce
+                patch.setattr(way, "info_nce", lambda *a, n=name, f=whole, **k: (found.append(n), f(*a, **k))[1])
+            msacore.info_nce(torch.randn(3, 6), torch.randn(3, 6), group=group)
+    return found
 
 
 def different_gradients(group: Any, rank: int) -> str:

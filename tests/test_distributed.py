@@ -88,6 +88,11 @@ def test_one_bad_argument_raises_the_same_error_on_all_ranks(
     assert "msacore::" in messages[0]
 
 
+def test_large_batches_are_sharded(workers: Workers) -> None:
+    for small, large in workers.run(jobs.chosen_modes, 2):
+        assert (small, large) == ("replicated", "sharded")
+
+
 def test_different_upstream_gradients_are_found(workers: Workers) -> None:
     for message in workers.run(jobs.different_gradients, 3):
         assert "equal on all ranks" in message

@@ -186,8 +186,7 @@ def contrast(
 def info_nce(
     local: Callable[..., Tensor],
     sharding: Sharding,
-    anchors: Tensor,
-    candidates: Tensor | Started | None,
+    c: Contrast,
     *,
     temperature: float | Tensor,
     reduction: str,
@@ -195,7 +194,8 @@ def info_nce(
 ) -> Tensor:
     """`msacore.info_nce` of the rows of all ranks; ``local`` is the operator of one process."""
     op = "info_nce"
-    c = contrast(local, sharding, anchors, candidates, temperature=temperature, reduction=reduction, **arguments)
+    anchors: Tensor
+    candidates: Tensor | None
     per_anchor = reduction == "none"
     factor = 1 if per_anchor else sharding.world
     gone = hidden(c.anchor_mask, c.anchor_labels)
@@ -282,6 +282,7 @@ def hierarchy_layout(
 def hierarchical_contrastive_loss(
     local: Callable[..., Any],
     sharding: Sharding,
+    layout: Layout,
     unimodal: Sequence[Tensor],
     fused: Tensor,
     high_level: Sequence[Tensor],
@@ -292,7 +293,6 @@ def hierarchical_contrastive_loss(
 ) -> Any:
     """`msacore.hierarchical_contrastive_loss` of the rows of all ranks."""
     op = "hierarchical_contrastive_loss"
-    layout, available = hierarchy_layout(local, sharding, unimodal, fused, high_level, available, labels, options)
     m = len(unimodal)
     unread = hidden_embeddings(available, m, len(high_level))
     sent = [*unimodal, fused, *high_level, available, labels]
@@ -331,6 +331,7 @@ def rank_layout(
 def rank_n_contrast(
     local: Callable[..., Tensor],
     sharding: Sharding,
+    layout: Layout,
     embeddings: Tensor,
     targets: Tensor,
     *,
@@ -339,7 +340,6 @@ def rank_n_contrast(
 ) -> Tensor:
     """`msacore.rank_n_contrast` of the rows of all ranks."""
     op = "rank_n_contrast"
-    layout, mask = rank_layout(local, sharding, embeddings, targets, temperature, mask)
     unread = hidden(mask)
     embeddings, targets, mask = rows.gather_rows(  # type: ignore[assignment]
         op, sharding, layout, [embeddings, targets, mask], [unread, unread, None], sharding.world

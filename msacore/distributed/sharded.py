@@ -31,8 +31,7 @@ from msacore.distributed.sharding import Sharding
 def info_nce(
     local: Callable[..., Tensor],
     sharding: Sharding,
-    anchors: Tensor,
-    candidates: Tensor | Started | None,
+    c: replicated.Contrast,
     *,
     temperature: float | Tensor,
     reduction: str,
@@ -40,9 +39,6 @@ def info_nce(
 ) -> Tensor:
     """`msacore.info_nce` of the rows of all ranks; ``local`` is the operator of one process."""
     op = "info_nce"
-    c = replicated.contrast(
-        local, sharding, anchors, candidates, temperature=temperature, reduction=reduction, **arguments
-    )
     negatives, negative_mask = c.negatives, c.negative_mask
     if negatives is not None:
         queue = [negatives.detach(), negative_mask]
@@ -98,6 +94,7 @@ def _share(
 def hierarchical_contrastive_loss(
     local: Callable[..., Any],
     sharding: Sharding,
+    layout: Layout,
     unimodal: Sequence[Tensor],
     fused: Tensor,
     high_level: Sequence[Tensor],
@@ -114,22 +111,6 @@ def hierarchical_contrastive_loss(
     from msacore.ops.info_nce import info_nce as one_process
 
     op = "hierarchical_contrastive_loss"
-    layout, available = replicated.hierarchy_layout(
-        local,
-        sharding,
-        unimodal,
-        fused,
-        high_level,
-        available,
-        labels,
-        dict(
-            temperatures=temperatures,
-            tier_weights=tier_weights,
-            tier1=tier1,
-            normalize=normalize,
-            return_tiers=return_tiers,
-        ),
-    )
     m, embeddings = len(unimodal), [*unimodal, fused, *high_level]
     pairs = list(combinations(range(m), 2))
     unread = replicated.hidden_embeddings(available, m, len(pairs))
@@ -179,6 +160,7 @@ def hierarchical_contrastive_loss(
 def rank_n_contrast(
     local: Callable[..., Tensor],
     sharding: Sharding,
+    layout: Layout,
     embeddings: Tensor,
     targets: Tensor,
     *,
@@ -190,7 +172,6 @@ def rank_n_contrast(
     An anchor's terms need the order of all targets, which every rank sorts alike.
     """
     op = "rank_n_contrast"
-    layout, mask = replicated.rank_layout(local, sharding, embeddings, targets, temperature, mask)
     unread = replicated.hidden(mask)
     whole, targets, mask = rows.gather_rows(  # type: ignore[assignment]
         op, sharding, layout, [embeddings.detach(), targets, mask], [unread, unread, None], 1

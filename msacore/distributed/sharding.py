@@ -5,7 +5,7 @@ from typing import Any
 
 import torch.distributed as dist
 
-MODES = ("auto", "replicated", "sharded", "ring")
+MODES = ("auto", "replicated", "sharded")
 
 
 @dataclass(frozen=True)
@@ -17,9 +17,8 @@ class Sharding:
         capacity: Rows a rank can have at most. All ranks pad to it, so that shapes are static: no exchange of sizes, no
             host synchronisation, and ``torch.compile(fullgraph=True)`` works. Every rank must then have as many
             entries of a queue ``negatives``. Without it a small header travels first.
-        mode: "replicated" (every rank evaluates the whole batch), "sharded" (a rank evaluates its rows against all),
-            "ring" (the same, blocks of rows pass by) or "auto", a rule on sizes that is the same on every rank.
-        memory: Bytes that "auto" lets gathered rows take before it chooses "ring"; the rule is an eighth of it.
+        mode: "replicated" (every rank evaluates the whole batch), "sharded" (a rank evaluates its rows against all) or
+            "auto", a rule on sizes that is the same on every rank.
         check: Compare the upstream gradients of the ranks in backward, which must be equal, and with ``capacity`` the
             headers too; costs a small collective each.
 
@@ -30,7 +29,6 @@ class Sharding:
     group: Any
     capacity: int | None = None
     mode: str = "auto"
-    memory: int = 4 << 30
     check: bool = False
 
     def __init__(
@@ -39,20 +37,15 @@ class Sharding:
         *,
         capacity: int | None = None,
         mode: str = "auto",
-        memory: int = 4 << 30,
         check: bool = False,
     ) -> None:
-        for name, value, least in (("capacity", capacity, 0), ("memory", memory, 1)):
-            if value is None and name == "capacity":
-                continue
-            if isinstance(value, bool) or not isinstance(value, int) or value < least:
-                raise ValueError(f"Sharding: expected `{name}` to be an integer of at least {least}, got {value!r}")
+        if capacity is not None and (isinstance(capacity, bool) or not isinstance(capacity, int) or capacity < 0):
+            raise ValueError(f"Sharding: expected `capacity` to be an integer of at least 0, got {capacity!r}")
         if mode not in MODES:
             raise ValueError(f"Sharding: expected `mode` to be one of {', '.join(MODES)}, got {mode!r}")
         object.__setattr__(self, "group", _process_group(group))
         object.__setattr__(self, "capacity", capacity)
         object.__setattr__(self, "mode", mode)
-        object.__setattr__(self, "memory", memory)
         object.__setattr__(self, "check", check)
 
     @property
