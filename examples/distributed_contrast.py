@@ -56,7 +56,7 @@ def main() -> None:
     alone = TwoTowers(text.shape[1], audio.shape[1]).to(device)
     together = DistributedDataParallel(copy.deepcopy(alone))
     apart = DistributedDataParallel(copy.deepcopy(alone))
-    optimisers = [torch.optim.SGD(model.parameters(), lr=0.05) for model in (alone, together, apart)]
+    optimisers = [torch.optim.Adam(model.parameters(), lr=1e-3) for model in (alone, together, apart)]
 
     if rank == 0:
         print(f"{world} ranks, batches of {options.batch}; angle: of the gradient to that of one process, in degrees")
