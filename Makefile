@@ -67,4 +67,4 @@ $(VENV)/.built: pyproject.toml setup.py $(NATIVE) | $(VENV)/.ready
 	touch $@
 
 clean:
-	rm -rf $(VENV) build runs *.egg-info msacore/_C*.so
+	rm -rf $(VENV) build runs *.egg-info msacore/*.so
