@@ -13,7 +13,7 @@ DOUBLE = torch.float64
 
 
 def _loss_and_gradients(scale: float, dtype: torch.dtype, **options: Any) -> tuple[Tensor, Tensor, Tensor]:
-    """Of 7 anchors and 7 candidates of length about ``scale``; the gradients are in units of 1 / scale."""
+    """Loss and gradients of 7 anchors and 7 candidates of length about ``scale``; gradients in units of 1 / scale."""
     generator = torch.Generator().manual_seed(3)
     x, y = (torch.randn(7, 5, generator=generator, dtype=DOUBLE) for _ in range(2))
     x, y = ((t * 2.0**-30 * (scale * 2.0**30)).to(dtype).requires_grad_() for t in (x, y))
@@ -44,7 +44,7 @@ def test_rows_of_any_length_have_the_loss_and_gradients_of_float64_rows_near_1(s
 
 @pytest.mark.parametrize(("dtype", "value"), [(torch.float32, 1e-40), (DOUBLE, 1e-320)])
 def test_denormal_rows_are_rows(dtype: torch.dtype, value: float) -> None:
-    """Of equal rows the gradients are zero; of others they may leave the range, never be NaN."""
+    """Equal rows have zero gradients; those of others may leave the range but are never NaN."""
     x = torch.full((3, 4), value, dtype=dtype, requires_grad=True)
     loss = info_nce(x)
     assert loss.item() == pytest.approx(torch.log(torch.tensor(3.0)).item(), rel=1e-6)

@@ -284,29 +284,21 @@ def test_scan_sums_hashes_and_finds_the_first_bad_row(dtype: torch.dtype) -> Non
 @every_case
 @pytest.mark.parametrize("change", [lambda t: t, non_contiguous], ids=["contiguous", "strided"])
 def test_opcheck(case: KernelCase, change) -> None:
-    arguments = map_tensors(case.arguments(CPU, torch.float32), change)
-    names = [a.name for a in case.op._schema.arguments if not a.kwarg_only]
-    torch.library.opcheck(
-        case.op, tuple(arguments[n] for n in names), {k: v for k, v in arguments.items() if k not in names}
-    )
+    torch.library.opcheck(case.op, *case.split(map_tensors(case.arguments(CPU, torch.float32), change)))
 
 
-def _positional(case: KernelCase, arguments: dict) -> None:
-    names = [a.name for a in case.op._schema.arguments if not a.kwarg_only]
-    case.op(*(arguments[n] for n in names), **{k: v for k, v in arguments.items() if k not in names})
+# Values are read on the CPU only.
+_BAD = [
+    (c, n, d) for c in CASES for n, bad in c.bad_inputs.items() for d in ("cpu", "meta") if d == "cpu" or not bad.values
+]
 
 
-@pytest.mark.parametrize("device", ["cpu", "meta"])
-@pytest.mark.parametrize(
-    ("case", "label"), [(c, label) for c in CASES for label in c.bad_inputs], ids=lambda v: getattr(v, "name", v)
-)
+@pytest.mark.parametrize(("case", "label", "device"), _BAD, ids=lambda v: getattr(v, "name", v))
 def test_bad_inputs_raise_and_name_the_argument(case: KernelCase, label: str, device: str) -> None:
     bad = case.bad_inputs[label]
-    if bad.values and device == "meta":
-        return
     arguments = map_tensors(bad.mutate(case.arguments(CPU, torch.float32)), lambda t: t.to(device))
     with pytest.raises(RuntimeError) as caught:
-        _positional(case, arguments)
+        case.run(arguments)
     for word in (case.name, *bad.words):
         assert word in str(caught.value)
 
@@ -314,10 +306,5 @@ def test_bad_inputs_raise_and_name_the_argument(case: KernelCase, label: str, de
 @every_case
 @every_dtype
 def test_equal_bits_twice(case: KernelCase, dtype: torch.dtype) -> None:
-    names = [a.name for a in case.op._schema.arguments if not a.kwarg_only]
-    results = []
-    for _ in range(2):
-        arguments = case.arguments(CPU, dtype)
-        out = case.op(*(arguments[n] for n in names), **{k: v for k, v in arguments.items() if k not in names})
-        results.append(out if isinstance(out, tuple) else (out,))
+    results = [case.run(case.arguments(CPU, dtype)) for _ in range(2)]
     assert all(torch.equal(a, b) for a, b in zip(*results, strict=True))

@@ -43,12 +43,6 @@ def on_host() -> Iterator[CudaOnHost]:
     assert mode.calls, "no CUDA code was run"
 
 
-def _call(case: KernelCase, arguments: dict[str, Any]) -> tuple[torch.Tensor, ...]:
-    names = [a.name for a in case.op._schema.arguments if not a.kwarg_only]
-    out = case.op(*(arguments[n] for n in names), **{k: v for k, v in arguments.items() if k not in names})
-    return out if isinstance(out, tuple) else (out,)
-
-
 @every_case
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
 @pytest.mark.parametrize("change", [lambda t: t, non_contiguous], ids=["contiguous", "strided"])
@@ -58,7 +52,7 @@ def test_every_order_of_threads_and_blocks_gives_equal_bits(
     results = []
     for schedule in SCHEDULES:
         monkeypatch.setenv("CUDA_ON_HOST_SCHEDULE", schedule)
-        results.append(_call(case, map_tensors(case.arguments(CPU, dtype), change)))
+        results.append(case.run(map_tensors(case.arguments(CPU, dtype), change)))
     for schedule, tensors in zip(SCHEDULES[1:], results[1:], strict=True):
         for ours, ref in zip(tensors, results[0], strict=True):
             assert torch.equal(ours, ref), f"{schedule} differs from {SCHEDULES[0]}"
@@ -73,10 +67,10 @@ def test_bad_input_raises_and_wrong_values_raise_nothing(case: KernelCase, label
     bad = case.bad_inputs[label]
     arguments = bad.mutate(case.arguments(CPU, torch.float32))
     if bad.values:
-        _call(case, arguments)
+        case.run(arguments)
         return
     with pytest.raises(RuntimeError) as caught:
-        _call(case, arguments)
+        case.run(arguments)
     for word in (case.name, *bad.words):
         assert word in str(caught.value)
 

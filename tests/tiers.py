@@ -8,7 +8,7 @@ is in it: a test of the two tiers counts that.
 from typing import Any
 
 FLOATS = ("torch.float32", "torch.float64", "torch.float16", "torch.bfloat16")
-# Of these tests the first tier takes every n-th sample of a case.
+# The first tier takes every n-th sample of a case for these tests.
 EVERY_NTH = {
     "test_threads_share_the_work": 4,
     "test_opcheck": 2,

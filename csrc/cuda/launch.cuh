@@ -58,12 +58,12 @@ inline void clear_memory(void* memory, size_t bytes, cudaStream_t stream) {
 #endif
 }
 
-// Blocks of `threads` for `items` that the threads take in turns (grid_thread, grid_threads).
+// Grid for a grid-stride loop over `items` (grid_thread, grid_threads), in blocks of `threads`.
 inline dim3 grid_for(int64_t items, int threads) {
   return dim3(static_cast<unsigned>(std::min(ceil_div(items, threads), kMaxBlocks)));
 }
 
-// Runs `kernel` on `stream`; an empty grid is no launch. Dynamic shared memory up to the chip's limit is granted.
+// Runs `kernel` on `stream`; an empty grid is not launched. Dynamic shared memory up to the chip's limit is granted.
 template <typename... P, typename... A>
 void launch(void (*kernel)(P...), dim3 grid, dim3 block, size_t shared, cudaStream_t stream, A... args) {
   static_assert((sizeof(P) + ... + 0) <= 4000, "kernel parameters beyond 4 KiB need a driver of CUDA 12.1 or newer");

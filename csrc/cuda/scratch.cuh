@@ -7,9 +7,9 @@
 
 namespace msacore::cuda {
 
-// Arrays in one allocation, for each costs the host as much as a small kernel costs the GPU. `request(scratch)` takes
-// every array; it is called twice, the first time to learn the size. On the host every array is a tensor of its own, so
-// that AddressSanitizer sees their bounds.
+// Arrays in one allocation, because each costs the host as much as a small kernel costs the GPU. `request(scratch)`
+// takes every array; it is called twice, the first time to learn the size. On the host every array is a tensor of its
+// own, so that AddressSanitizer sees their bounds.
 class Scratch {
  public:
   template <typename Request>

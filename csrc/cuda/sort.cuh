@@ -1,4 +1,4 @@
-// Stable sort on the device, without a word from it: the number of passes follows from the bound of the keys.
+// Stable sort on the device with no host synchronisation: the number of passes follows from the bound of the keys.
 #pragma once
 #include <utility>
 

@@ -66,7 +66,7 @@ struct Problem {
         used[plan.second][i] |= open;
       }
       term.scale = M_LOG2E / this->options.temperatures[plan.tier];
-      term.both = term.diagonal = !self;
+      term.two_sided = term.diagonal = !self;
       term.exclude_self = self;
       const int64_t part = count_used(term.rows.used, n);
       for (Direction<A>* direction : {&term.rows, &term.columns})
@@ -179,7 +179,7 @@ struct Problem {
   }
 
  private:
-  // Of the tile that this thread is at.
+  // Similarities of the tile that this thread works on.
   static A* similarities() {
     thread_local const Buffer<A> tile(kBlock * kTileRow);
     return tile.get();

@@ -87,8 +87,8 @@ inline Sizes check_inputs(const char* op, const Inputs& in, const Options& optio
   return {n, modalities, pairs, (options.intra_modal ? modalities : pairs) + modalities + pairs_of(pairs)};
 }
 
-// Of every term, direction (rows of its first side, rows of its second) and sample: what info_nce.h calls kHighest,
-// kLog, kPositive and kTotal.
+// Statistics per term, direction (rows of the first side, rows of the second) and sample: those that info_nce.h calls
+// kHighest, kLog, kPositive and kTotal.
 constexpr int64_t kStats = 4;
 
 // Few samples: the forward pass leaves the exponentials of the terms to the backward pass, [R, R] with R samples padded
@@ -156,7 +156,8 @@ struct Results {
   }
 };
 
-// Of the embeddings, in the order of the arguments, and of the learned temperatures; those of numbers hold nothing.
+// Gradients of the embeddings, in the order of the arguments, and of the temperatures; undefined for temperatures that
+// are plain numbers.
 struct Gradients {
   std::vector<Tensor> embeddings;
   Tensor temperatures[kTiers];

@@ -19,13 +19,13 @@ template <typename A>
 struct Upstream {
   const A *loss, *tiers;
 
-  // What the mean loss of a direction counts, for terms with one or with `both` directions.
-  LossGradient<A> of_tier(const Options& options, int64_t tier, bool both) const {
+  // What the mean loss of a direction counts, for terms with one direction or with two.
+  LossGradient<A> of_tier(const Options& options, int64_t tier, bool two_sided) const {
     LossGradient<A> gradient{};
     gradient.out = gradient.column_out = loss;
     gradient.term = tiers ? tiers + tier : nullptr;
     gradient.weight = options.tier_weights[tier];
-    gradient.scale = both ? 0.5 : 1;
+    gradient.scale = two_sided ? 0.5 : 1;
     gradient.mean = true;
     return gradient;
   }
@@ -156,10 +156,10 @@ struct Workspace {
     }
     problem.temperature = temperatures[plan.tier];
     problem.unit_rows = options.normalize;
-    problem.both = !self;
+    problem.two_sided = !self;
     problem.exclude_self = self;
     problem.pairwise = self && !classes;
-    problem.gradient = upstream.of_tier(options, plan.tier, problem.both);
+    problem.gradient = upstream.of_tier(options, plan.tier, problem.two_sided);
     return problem;
   }
 

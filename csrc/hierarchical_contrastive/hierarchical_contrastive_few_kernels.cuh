@@ -185,8 +185,8 @@ __global__ void __launch_bounds__(kRowThreads, 2)
           if (pairs.take_part(r, j)) {
             const A similarity = c[tile][i], weight = pairs.weight(r, j);
             const auto of_anchor = [&](const AnchorGradient<A>& anchor, A& slope) {
-              return relative(anchor.share * probability(anchor, similarity, scale) - weight * anchor.attract, anchor,
-                              similarity, slope);
+              return relative(anchor.softmax_weight * probability(anchor, similarity, scale) - weight * anchor.attract,
+                              anchor, similarity, slope);
             };
             gradient =
                 other.factor[j] * (of_anchor(own_gradients[r], own_slope) + of_anchor(other_gradients[j], other_slope));

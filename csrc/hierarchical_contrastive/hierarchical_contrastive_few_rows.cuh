@@ -53,8 +53,8 @@ struct FewInputs {
 };
 
 // Rows of a side: 1 / |x|, or 1 where rows are not normalised, is factor · scale[0] · scale[1]. The scales are two
-// powers of two that share the exponent, for a single one may be out of range. A negative factor marks a row that takes
-// no part, 0 one of zeros.
+// powers of two that share the exponent, because a single one may be out of range. A negative factor marks a row that
+// takes no part, 0 one of zeros.
 template <typename A, int Rows>
 struct FewRows {
   A factor[Rows], scale[2][Rows];

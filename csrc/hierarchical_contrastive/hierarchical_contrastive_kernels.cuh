@@ -75,7 +75,7 @@ struct Tiers {
   double weight[kCount];
 };
 
-// Of some anchors.
+// Partial sum over a subset of anchors.
 struct LossSum {
   double loss;
   int anchors;

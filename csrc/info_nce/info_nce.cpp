@@ -44,7 +44,7 @@ void forward(const char* op, const InfoNceInputs& in, const InfoNceSizes& s, con
     PositiveSums row_sums, column_sums;
     if (options.denominator == kNegatives) {
       problem.load_softmax(term.rows, term.a->rows, s.anchors);
-      if (term.both) problem.load_softmax(term.columns, term.b->rows, s.candidates);
+      if (term.two_sided) problem.load_softmax(term.columns, term.b->rows, s.candidates);
       problem.sum_positives(row_sums, column_sums);
     }
     int64_t row_count = 0, column_count = 0;
@@ -76,7 +76,7 @@ void load(Problem<T>& problem, const acc_t<T>* grad_out, const acc_t<T>* row_sta
   using A = acc_t<T>;
   Term<A>& term = problem.term();
   const InfoNceOptions& options = problem.options;
-  const double factor = term.both ? 0.5 : 1.0;
+  const double factor = term.two_sided ? 0.5 : 1.0;
   const auto load_direction = [&](Direction<A>& direction, const Side<A>& side, int64_t n, const A* stats) {
     const double count = static_cast<double>(std::max<int64_t>(1, count_anchors(stats, n)));
     const auto gradient_of = [&](int64_t i) {
@@ -86,7 +86,8 @@ void load(Problem<T>& problem, const acc_t<T>* grad_out, const acc_t<T>* row_sta
     problem.load(direction, side, n, stats, gradient_of);
   };
   load_direction(term.rows, *term.a, problem.size.anchors, row_stats);
-  if (!term.self()) load_direction(term.columns, *term.b, problem.size.candidates, term.both ? column_stats : nullptr);
+  if (!term.self())
+    load_direction(term.columns, *term.b, problem.size.candidates, term.two_sided ? column_stats : nullptr);
 }
 
 InfoNceGradients backward(const char* op, const InfoNceInputs& in, const InfoNceSizes& s, const InfoNceOptions& options,

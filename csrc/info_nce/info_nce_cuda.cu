@@ -11,7 +11,7 @@ template <bool Apart, typename T>
 void sum_direction(const Workspace<T>& workspace, const AnchorResults<acc_t<T>>& rows,
                    const AnchorResults<acc_t<T>>& columns, const Tensor& like, cudaStream_t stream) {
   const Problem<T>& problem = workspace.terms.at[0];
-  const unsigned directions = problem.both ? 2 : 1;
+  const unsigned directions = problem.two_sided ? 2 : 1;
   if (workspace.classes) workspace.classes->sum_positives(workspace.terms, 1, directions, rows, columns);
   sum_statistics<Apart>(workspace.terms, 1, directions, rows, columns, like, stream);
   if (problem.denominator == Denominator::kNegatives)
@@ -26,7 +26,7 @@ void forward(const char* op, const InfoNceInputs& in, const InfoNceSizes& s, con
     using A = acc_t<T>;
     const Workspace<T> workspace(op, in, s, options, nullptr, nullptr, nullptr, device.stream);
     const Problem<T>& problem = workspace.terms.at[0];
-    const int64_t n = problem.a.n, column_anchors = problem.both ? problem.b.n : 0;
+    const int64_t n = problem.a.n, column_anchors = problem.two_sided ? problem.b.n : 0;
     const int64_t stats = stat_rows(options.denominator);
     const AnchorResults<A> rows{results.anchor_stats.template mutable_data_ptr<A>(), stats, workspace.losses, 1};
     const AnchorResults<A> columns{results.candidate_stats.template mutable_data_ptr<A>(), stats, workspace.losses + n,
@@ -37,7 +37,7 @@ void forward(const char* op, const InfoNceInputs& in, const InfoNceSizes& s, con
       sum_direction<true>(workspace, rows, columns, in.anchors, device.stream);
     }
     launch(finish_kernel<A>, dim3(1), dim3(kFinishThreads), 0, device.stream, rows.losses, rows.stats, n,
-           columns.losses, columns.stats, column_anchors, problem.both, problem.gradient.mean,
+           columns.losses, columns.stats, column_anchors, problem.two_sided, problem.gradient.mean,
            problem.gradient.per_anchor, results.loss.template mutable_data_ptr<A>());
   });
 }

@@ -44,11 +44,11 @@ __global__ void __launch_bounds__(kRowThreads, 4) prepare_kernel(const __grid_co
 template <typename A>
 __global__ void __launch_bounds__(kFinishThreads, 1)
     finish_kernel(const double* __restrict__ row_losses, const A* __restrict__ row_stats, int64_t n,
-                  const double* __restrict__ column_losses, const A* __restrict__ column_stats, int64_t m, bool both,
-                  bool mean, bool per_anchor, A* __restrict__ out) {
+                  const double* __restrict__ column_losses, const A* __restrict__ column_stats, int64_t m,
+                  bool two_sided, bool mean, bool per_anchor, A* __restrict__ out) {
   if (per_anchor) {
     for (int64_t i = threadIdx.x; i < n; i += kFinishThreads)
-      out[i] = static_cast<A>(both ? (row_losses[i] + column_losses[i]) / 2 : row_losses[i]);
+      out[i] = static_cast<A>(two_sided ? (row_losses[i] + column_losses[i]) / 2 : row_losses[i]);
   } else {
     const auto sum = [&](const double* losses, const A* stats, int64_t count) {
       double total = 0;
@@ -63,7 +63,7 @@ __global__ void __launch_bounds__(kFinishThreads, 1)
     };
     const double rows = sum(row_losses, row_stats, n);
     const double columns = sum(column_losses, column_stats, m);
-    if (threadIdx.x == 0) *out = static_cast<A>(both ? (rows + columns) / 2 : rows);
+    if (threadIdx.x == 0) *out = static_cast<A>(two_sided ? (rows + columns) / 2 : rows);
   }
 }
 

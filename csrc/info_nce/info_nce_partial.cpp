@@ -54,7 +54,7 @@ void positives(const char* op, const InfoNceInputs& in, const InfoNceSizes& s, c
     open_rows(term.rows, *term.a, term.scale, term.bounded());
     open_rows(term.columns, *term.b, term.scale, term.bounded());
     load_negatives(term.rows, term.a->rows, s.anchors, row_negatives.const_data_ptr<A>());
-    if (term.both) load_negatives(term.columns, term.b->rows, s.candidates, column_negatives.const_data_ptr<A>());
+    if (term.two_sided) load_negatives(term.columns, term.b->rows, s.candidates, column_negatives.const_data_ptr<A>());
     PositiveSums row_sums, column_sums;
     problem.sum_positives(row_sums, column_sums);
     const auto write = [](const PositiveSums& sums, int64_t n, A* out) {
@@ -64,7 +64,7 @@ void positives(const char* op, const InfoNceInputs& in, const InfoNceSizes& s, c
       }
     };
     write(row_sums, s.anchors, rows.row.template mutable_data_ptr<A>());
-    if (term.both) write(column_sums, s.candidates, rows.column.template mutable_data_ptr<A>());
+    if (term.two_sided) write(column_sums, s.candidates, rows.column.template mutable_data_ptr<A>());
   });
 }
 
@@ -83,7 +83,7 @@ void backward(const char* op, const InfoNceInputs& in, const InfoNceSizes& s, co
       problem.load(direction, side, n, stats, [=](int64_t i) { return static_cast<double>(gradient[step * i]); });
     };
     load(term.rows, *term.a, s.anchors, saved.row_stats.const_data_ptr<A>(), saved.row_scale);
-    load(term.columns, *term.b, s.candidates, term.both ? saved.column_stats.const_data_ptr<A>() : nullptr,
+    load(term.columns, *term.b, s.candidates, term.two_sided ? saved.column_stats.const_data_ptr<A>() : nullptr,
          saved.column_scale);
     T* const weights = in.weights ? grads.weights.template mutable_data_ptr<T>() : nullptr;
     if (weights) std::fill(weights, weights + s.anchors * s.candidates, T(0.0f));

@@ -19,7 +19,7 @@ void sweep(const Workspace<T>& workspace, PartialRows& out, const Tensor& like, 
   const auto results = [](Tensor& t) { return AnchorResults<A>{t.mutable_data_ptr<A>(), 0, nullptr, 0}; };
   const AnchorResults<A> rows = results(out.row), columns = results(out.column);
   sum_strips(
-      workspace.terms, 1, workspace.terms.at[0].both ? 2 : 1, true, true, rows, columns, like,
+      workspace.terms, 1, workspace.terms.at[0].two_sided ? 2 : 1, true, true, rows, columns, like,
       [&](int64_t first, dim3 grid, const Parts<A>& of_rows, const Parts<A>& of_columns) {
         launch(statistics_kernel<T, 1, Apart>, grid, dim3(kTileThreads), kSimilarityBytes<T>, stream, workspace.terms,
                first, of_rows, of_columns, rows, columns);
@@ -55,7 +55,7 @@ void positives(const char* op, const InfoNceInputs& in, const InfoNceSizes& s, c
     const AnchorResults<A> rows = at_hand(row_negatives.const_data_ptr<A>()),
                            columns = at_hand(column_negatives.const_data_ptr<A>());
     sum_strips(
-        workspace.terms, 1, workspace.terms.at[0].both ? 2 : 1, false, true, rows, columns, in.anchors,
+        workspace.terms, 1, workspace.terms.at[0].two_sided ? 2 : 1, false, true, rows, columns, in.anchors,
         [&](int64_t first, dim3 grid, const Parts<A>& of_rows, const Parts<A>& of_columns) {
           launch(against_negatives_kernel<T, 1>, grid, dim3(kTileThreads), kSimilarityBytes<T>, device.stream,
                  workspace.terms, first, of_rows, of_columns, rows, columns);

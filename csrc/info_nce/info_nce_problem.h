@@ -78,7 +78,7 @@ struct Problem {
     term.a = &sides.front();
     term.b = &sides.back();
     term.scale = M_LOG2E / temperature;
-    term.both = options.symmetric && !self;
+    term.two_sided = options.symmetric && !self;
     term.diagonal = !anchor_labels && !weights && !options.exclude_self;
     term.exclude_self = options.exclude_self;
     term.offset = offset.value_or(0);
@@ -108,9 +108,9 @@ struct Problem {
   void visit_pairs(const Tile<A>& tile, int64_t row, int64_t column, Visit&& visit) const {
     const int64_t columns = std::min(tile.n, size.candidates - column);
     for (int64_t i = 0; i < tile.m; ++i) {
-      if (!takes_part(tile.from_a[i])) continue;
+      if (!takes_part(tile.exponent_bias_a[i])) continue;
       for (int64_t j = 0; j < columns; ++j) {
-        if (!takes_part(tile.from_b[j]) || (options.exclude_self && j == i + tile.diagonal)) continue;
+        if (!takes_part(tile.exponent_bias_b[j]) || (options.exclude_self && j == i + tile.diagonal)) continue;
         visit(row + i, column + j, tile.s[i * kTileRow + j], (row + i) * size.candidates + column + j);
       }
     }
@@ -132,7 +132,7 @@ struct Problem {
     for (int64_t i = 0; i < tile.m; ++i) {
       const int64_t j = i + tile.diagonal;
       if (j < 0 || j >= std::min(tile.n, size.candidates - column)) continue;
-      if (takes_part(tile.from_a[i]) && takes_part(tile.from_b[j]))
+      if (takes_part(tile.exponent_bias_a[i]) && takes_part(tile.exponent_bias_b[j]))
         visit(row + i, column + j, tile.s[i * kTileRow + j], 1.0);
     }
   }
@@ -153,7 +153,7 @@ struct Problem {
             if (weight < 0) negative = true;
             t.rows.total[i] += weight;
             t.rows.positive[i] += weight * similarity;
-            if (!t.both) return;
+            if (!t.two_sided) return;
             t.columns.total[j] += weight;
             t.columns.positive[j] += weight * similarity;
           });
@@ -172,12 +172,12 @@ struct Problem {
     if (anchor_labels) {
       const Labels rows = row_labels(), columns = column_labels();
       class_positives(*t.a, rows, *t.b, columns, options.exclude_self, t.offset, t.rows);
-      if (t.both) class_positives(*t.b, columns, *t.a, rows, options.exclude_self, -t.offset, t.columns);
+      if (t.two_sided) class_positives(*t.b, columns, *t.a, rows, options.exclude_self, -t.offset, t.columns);
     }
   }
 
-  // Of a positive against the negatives of an anchor whose softmax is loaded: its loss, and the share of the negatives
-  // in its denominator.
+  // A positive against the negatives of an anchor whose softmax is loaded: its loss, and the softmax weight of the
+  // negatives in its denominator.
   struct Against {
     double loss, rest;
   };
@@ -203,7 +203,7 @@ struct Problem {
   void sum_positives(PositiveSums& rows, PositiveSums& columns) {
     const Term<A>& t = term();
     rows.loss = Buffer<double>(size.anchors, 0.0), rows.rest = Buffer<double>(size.anchors, 0.0);
-    const int64_t others = t.both ? size.candidates : 0;
+    const int64_t others = t.two_sided ? size.candidates : 0;
     columns.loss = Buffer<double>(others, 0.0), columns.rest = Buffer<double>(others, 0.0);
     const auto add = [&](PositiveSums& sums, const Direction<A>& direction, int64_t i, A similarity, double weight) {
       const Against found = against(direction, i, similarity);
@@ -214,7 +214,7 @@ struct Problem {
       visit_positives(tile, row, column, [&](int64_t i, int64_t j, A similarity, double weight) {
         add(rows, t.rows, i, similarity, weight);
         if (t.self() && row != column) add(rows, t.rows, j, similarity, weight);
-        if (t.both) add(columns, t.columns, j, similarity, weight);
+        if (t.two_sided) add(columns, t.columns, j, similarity, weight);
       });
     });
   }
@@ -251,7 +251,7 @@ struct Problem {
             gradient /= temperature;
           } else if (static_cast<A>(weights[at]) != 0) {
             gradient = t.rows.attract[i] * (against(t.rows, i, similarity).loss - t.rows.positive[i]);
-            if (t.both)
+            if (t.two_sided)
               gradient += t.columns.attract[j] * (against(t.columns, j, similarity).loss - t.columns.positive[j]);
           }
           grad_weights[at] = static_cast<T>(static_cast<A>(gradient));
@@ -263,7 +263,7 @@ struct Problem {
         if (against_negatives) {
           const Direction<A>& other = t.other();
           double pull = t.rows.attract[i] * against(t.rows, i, similarity).rest;
-          if (t.self() || t.both) pull += other.attract[j] * against(other, j, similarity).rest;
+          if (t.self() || t.two_sided) pull += other.attract[j] * against(other, j, similarity).rest;
           hidden.push_back({&similarity, static_cast<A>(-weight * pull)});
         }
         hide(similarity);

@@ -78,7 +78,7 @@ struct Workspace {
     problem.b = side(1, in.candidates ? *in.candidates : in.anchors, in.candidate_labels, s.negatives, column_stats);
     problem.temperature = temperature_of(op, in.learned_temperature, options.temperature);
     problem.weights = data_or_null<T>(in.weights);
-    problem.both = options.symmetric;
+    problem.two_sided = options.symmetric;
     problem.exclude_self = options.exclude_self;
     problem.unit_rows = options.normalize;
     problem.denominator = denominator_of(options);
@@ -89,7 +89,7 @@ struct Workspace {
     problem.pairwise = apart || part || in.weights || (in.anchor_labels && !classes);
     problem.gradient.out = problem.gradient.column_out = grad_out;
     problem.gradient.weight = 1;
-    problem.gradient.scale = problem.both ? 0.5 : 1;
+    problem.gradient.scale = problem.two_sided ? 0.5 : 1;
     problem.gradient.mean = options.reduction == kMean;
     problem.gradient.per_anchor = problem.gradient.per_column = options.reduction == kNone;
     if (part) {

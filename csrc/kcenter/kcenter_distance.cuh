@@ -88,7 +88,7 @@ struct PairSum {
   __device__ __forceinline__ double total() const {
     return ((sum[0] + sum[4]) + (sum[2] + sum[6])) + ((sum[1] + sum[5]) + (sum[3] + sum[7]));
   }
-  // Of rows x and c, [d]; xx and cc: their squared norms, for cosine.
+  // Distance of rows x and c, [d]; xx and cc are their squared norms, for cosine.
   template <typename T>
   __device__ __forceinline__ double distance(const T* x, const T* c, int64_t d, double xx, double cc) const {
     if (kCosine ? !(is_safe(xx) && is_safe(cc)) : !is_safe(total())) return rescaled_distance<kCosine>(x, c, d);

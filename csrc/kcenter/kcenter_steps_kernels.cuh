@@ -8,7 +8,7 @@ namespace msacore::kcenter::cuda {
 constexpr int kMatrixRows = 16, kMatrixColumns = 32, kMatrixDepth = 32;
 constexpr int kGreedyThreads = 1024;
 
-// Of a row: the checksum of its 32-bit (16-bit) words, keyed by place. A warp owns a row. `largest` is the largest
+// Checksums of rows: of their 32-bit (16-bit) words, keyed by position. A warp owns a row. `largest` is the largest
 // magnitude, in ordered bits, and `bad` the first row that is not finite; both start as what an empty pool has.
 template <typename T>
 __global__ void __launch_bounds__(kThreads, 4)

@@ -26,7 +26,7 @@ struct Sizes {
   std::vector<int64_t> features;           // d_m
 
   int64_t padded_width() const { return round_up(width, kRowMultiple); }
-  // Of the projections [x_m; 1] factors_m[r] in the accumulation dtype, where those of `kept` modalities are kept.
+  // Shape of the kept projections [x_m; 1] factors_m[r] (accumulation dtype) of `kept` modalities.
   std::vector<int64_t> projections(int64_t kept) const { return {kept, rank, batch, padded_width()}; }
 };
 

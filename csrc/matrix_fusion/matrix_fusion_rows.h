@@ -53,7 +53,7 @@ MSACORE_INLINE A activate(A x) {
 
 // grad · act'(x); a selection for relu, so that it vectorises.
 template <Activation kAct, typename A>
-MSACORE_INLINE A through(A grad, A x) {
+MSACORE_INLINE A activation_backward(A grad, A x) {
   if constexpr (kAct == Activation::kRelu) return x <= 0 ? A(0) : grad;
   if constexpr (kAct == Activation::kGelu) {
     const A gate = gelu_gate(x);
@@ -162,7 +162,7 @@ MSACORE_SIMD void backward_rows(const Rows<A> rows, const Mix<A> mix, const A* _
         mix_pairs(mix, c, rows.present, local, w, s);
         const A grad = share * grad_fused[c * mean_stride + i];
 #pragma omp simd
-        for (int64_t j = 0; j < w; ++j) s[j] = through<kAct>(grad, s[j]);
+        for (int64_t j = 0; j < w; ++j) s[j] = activation_backward<kAct>(grad, s[j]);
         sums.pair_bias[c] += sum_of(s, w);
         for (int64_t p = 0; p < mix.pairs; ++p) {
           if (!rows.present[p]) continue;
@@ -183,7 +183,7 @@ MSACORE_SIMD void backward_rows(const Rows<A> rows, const Mix<A> mix, const A* _
         A* __restrict__ pre = rows.data + rows.offset[p] + i * rows.stride + j0;
         const A* __restrict__ d = grad_local + p * kMaxStep;
 #pragma omp simd
-        for (int64_t j = 0; j < w; ++j) pre[j] = through<kAct>(d[j], pre[j] + bias);
+        for (int64_t j = 0; j < w; ++j) pre[j] = activation_backward<kAct>(d[j], pre[j] + bias);
         sums.row_bias[i] += sum_of(pre, w);
       }
     }

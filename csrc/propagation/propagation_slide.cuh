@@ -55,7 +55,7 @@ __device__ Index run_of_rows(const Neighbours& graph, Index length, int threads)
   return even > quarter ? even : quarter;
 }
 
-// Of an utterance: the rows within reach, and what its sums are scaled by: (1-α)/count, 0 where nobody is counted.
+// The rows within reach of an utterance, and the scale of its sums: (1-α)/count, or 0 where no row counts.
 template <typename A, typename Index>
 struct Row {
   Index first, last;

@@ -181,7 +181,8 @@ class Sweep {
   }
 
   bool is_far(int64_t self) const { return std::is_same_v<A, double> && pool_.spread.is_far(self); }
-  // Of a far anchor; its distances are only good for their own length, not for their differences.
+  // Distance to row j minus distance to the middle, for a far anchor: its distances themselves are too long for their
+  // differences to be exact.
   A offset(int64_t self, int64_t j, A distance) const {
     const Spread& spread = pool_.spread;
     const double both = static_cast<double>(distance) / pool_.to_units + spread.norm[self];

@@ -26,10 +26,10 @@ constexpr int kNearShare = 4;
 constexpr int kPairLanes = 8;  // that find the distance of a near pair
 
 template <typename A>
-constexpr int kTileBlocks = sizeof(A) == 8 ? 2 : 3;  // of a multiprocessor: more would spill registers
+constexpr int kTileBlocks = sizeof(A) == 8 ? 2 : 3;  // per multiprocessor; more would spill registers
 
-// Of a far anchor: ‖own - row‖ - ‖own - middle‖ as <middle - row, (own - row) + (own - middle)> / (the sum of both),
-// which keeps what the difference of two long distances would cancel. By kPairLanes neighbours.
+// For a far anchor, ‖own - row‖ - ‖own - middle‖ as <middle - row, (own - row) + (own - middle)> / (the sum of both),
+// which keeps what the difference of two long distances would cancel. Called by kPairLanes neighbouring lanes.
 template <typename T>
 __device__ __forceinline__ double offset_from(const T* own, const T* row, const T* middle, int64_t d, double both) {
   const double inverse = 1 / both;

@@ -241,7 +241,7 @@ struct Anchor {
   }
 };
 
-// Of a strip of anchors that begins at `first`; those from `begin` on and before `end` count.
+// Working memory of a strip of anchors that begins at `first`. Anchors in [begin, end) take part.
 template <typename A>
 struct Strip {
   int64_t first, begin, end, padded;

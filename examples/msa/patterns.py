@@ -95,7 +95,7 @@ test_patterns.__test__ = False  # type: ignore[attr-defined]
 
 
 def possible_rates(corpus: Corpus) -> list[float]:
-    """Of 0, .1, … .9 those that leave each utterance a modality."""
+    """The rates among 0, .1, … .9 that leave each utterance a modality."""
     limit = rate_limit(corpus.available)
     return [rate for rate in RATES if rate <= limit + 1e-9]
 

@@ -160,7 +160,7 @@ _libraries: list[torch.library.Library] = []  # a library that is collected take
 
 
 def _register(op: Any, setup_context: Formula | None, backward: Formula) -> type[torch.autograd.Function]:
-    """Register formula and batching rule, and refuse tangents, which torch would drop without a word."""
+    """Register formula and batching rule, and refuse tangents, which torch would drop silently."""
     function = _short_function(op, setup_context, backward)
 
     def in_transform(*arguments: Any, **options: Any) -> Any:

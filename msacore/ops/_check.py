@@ -110,7 +110,7 @@ def _item(op: str, name: str, tensor: Tensor) -> Any:
 
 
 def as_number(op: str, name: str, value: Any) -> Any:
-    """Return a number that is no bool. A tensor is read by value: it must be on the CPU and not require grad."""
+    """Return a number that is not a bool. A tensor is read by value: it must be on the CPU and not require grad."""
     if type(value) is float:
         return value
     if isinstance(value, Tensor):
@@ -139,7 +139,7 @@ def as_number_or_tensor(op: str, name: str, value: Any) -> tuple[float, Tensor |
 
 
 def as_integer(op: str, name: str, value: Any) -> Any:
-    """Return a whole number that is no bool; a tensor with one is read by value."""
+    """Return a whole number that is not a bool; a tensor with one is read by value."""
     if type(value) is int:
         return value
     if isinstance(value, Tensor):

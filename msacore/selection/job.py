@@ -122,7 +122,7 @@ class Job:
         if self.groups is not None and groups is not None:
             self.groups.room -= torch.bincount(groups, minlength=len(self.groups.room))
             self.open_rows &= ~self.groups.full()
-        self.rounds.append((indices, scores.to(torch.float64)))  # in one step, for an interrupt may come between two
+        self.rounds.append((indices, scores.to(torch.float64)))  # in one step: an interrupt may come between two
         self.made += len(indices)
         self.report(len(indices))
 

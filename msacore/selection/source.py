@@ -56,7 +56,7 @@ class _Mapped:
             base = below
 
     def check(self) -> None:
-        """A file that shrank under its mapping would end the process without a word."""
+        """A file that shrank under its mapping would end the process without a message."""
         if self._file is not None and self._file.size() < self._bytes:
             raise ValueError(
                 f"select: the file of `{self.name}` has become shorter than it was ({self._file.size()} bytes, mapped "

@@ -108,7 +108,7 @@ def find_span(parts: dict[Span, float], total: int, target: float) -> tuple[Span
 
 
 def digests(values: Tensor, begin: int) -> dict[str, Any]:
-    """Of 8-byte numbers ``[n]`` for the rows from ``begin`` on: a digest for each whole block, the rest as it is."""
+    """Digests of 8-byte numbers ``[n]`` of the rows from ``begin`` on: one for each whole block; the rest as it is."""
     raw = values.detach().cpu().contiguous().numpy()
     whole: dict[int, bytes] = {}
     rest: list[tuple[int, bytes]] = []

@@ -211,7 +211,7 @@ CASES = [
             "labels and weights": BadInput(
                 lambda a: {**a, "labels": (torch.zeros(7).long(), torch.zeros(9).long())}, ("`labels`", "both")
             ),
-            "labels that are no pair": BadInput(lambda a: {**a, "labels": torch.zeros(7).long()}, ("`labels`", "pair")),
+            "labels for one side": BadInput(lambda a: {**a, "labels": torch.zeros(7).long()}, ("`labels`", "pair")),
             "labels of floats": BadInput(
                 lambda a: {**a, "weights": None, "labels": (torch.zeros(7), torch.zeros(9).long())},
                 ("`labels[0]`", "int64", "float32"),

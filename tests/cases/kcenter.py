@@ -18,6 +18,16 @@ class KernelCase:
     arguments: Callable[[torch.device, torch.dtype], dict[str, Any]]
     bad_inputs: dict[str, BadInput]
 
+    def split(self, arguments: dict[str, Any]) -> tuple[tuple[Any, ...], dict[str, Any]]:
+        """Arguments before the `*` of the operator's schema, which go by position, and the others."""
+        names = [a.name for a in self.op._schema.arguments if not a.kwarg_only]
+        return tuple(arguments[n] for n in names), {k: v for k, v in arguments.items() if k not in names}
+
+    def run(self, arguments: dict[str, Any]) -> tuple[Tensor, ...]:
+        args, kwargs = self.split(arguments)
+        out = self.op(*args, **kwargs)
+        return out if isinstance(out, tuple) else (out,)
+
 
 def draw(*shape: int, seed: int = 0) -> Tensor:
     return torch.randn(*shape, generator=torch.Generator().manual_seed(seed), dtype=torch.float64)

@@ -22,7 +22,7 @@ def compiler() -> str:
 
 
 def content_hash(source: Path, command: list[str]) -> str:
-    """Of everything a build of ``source`` depends on: itself, every header it may include, the command."""
+    """Hash of everything a build of ``source`` depends on: itself, every header it may include, the command."""
     digest = hashlib.sha256("\0".join(command).encode() + torch.__version__.encode())
     headers = [p for folder in (ROOT / "csrc", HERE) for p in folder.rglob("*") if p.suffix in (".h", ".cuh")]
     for path in sorted([source, *headers]):

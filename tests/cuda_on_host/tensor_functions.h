@@ -8,7 +8,7 @@ inline void async_copy(void* to, const void* from, size_t bytes, bool valid) {
   std::vector<std::vector<Copy>>& groups = machine().current().copies;
   if (groups.empty()) groups.emplace_back();
   if ((reinterpret_cast<uintptr_t>(to) | reinterpret_cast<uintptr_t>(from)) % bytes) {
-    machine().fail("cp.async from or to an address that is no multiple of " + std::to_string(bytes));
+    machine().fail("cp.async from or to an address that is not a multiple of " + std::to_string(bytes));
   }
   groups.back().push_back({to, from, bytes, valid});
 }
@@ -123,7 +123,7 @@ void load_matrices(uint32_t (&r)[4], const void* row, Site site = Site::here()) 
     uint32_t* r;
     const void* row;
   } mine{r, row};
-  if (reinterpret_cast<uintptr_t>(row) % 16) machine().fail("ldmatrix from an address that is no multiple of 16");
+  if (reinterpret_cast<uintptr_t>(row) % 16) machine().fail("ldmatrix from an address that is not a multiple of 16");
   machine().collective("load_matrices", 0xffffffffu, site, mine, [](Rows* const* lanes) {
     for (int matrix = 0; matrix < 4; ++matrix) {
       uint16_t values[8][8];

@@ -54,7 +54,7 @@ template <typename A, typename GradientOf, typename SoftmaxOf>
 void load_shares(const Term<A>& term, Direction<A>& direction, const Side<A>& side, int64_t n, const A* stats,
                  bool choice_matters, GradientOf&& gradient_of, SoftmaxOf&& softmax_of) {
   const double scale = static_cast<double>(static_cast<A>(term.scale));
-  direction.share = Buffer<A>(side.rows, A(0));
+  direction.softmax_weight = Buffer<A>(side.rows, A(0));
   direction.shift = Buffer<A>(side.rows, A(0));
   direction.log = Buffer<A>(side.rows, std::numeric_limits<A>::infinity());
   direction.attract = Buffer<A>(side.rows, A(0));
@@ -67,8 +67,9 @@ void load_shares(const Term<A>& term, Direction<A>& direction, const Side<A>& si
     direction.shift[i] = stats[i];
     if (log == -std::numeric_limits<double>::infinity()) continue;  // nothing in the denominator
     direction.log[i] = static_cast<A>(log);
-    const double share = gradient * softmax_of(i);
-    direction.share[i] = static_cast<A>(term.bounded() ? share * std::exp2((1 - stats[i]) * scale - log) : share);
+    const double weight = gradient * softmax_of(i);
+    direction.softmax_weight[i] =
+        static_cast<A>(term.bounded() ? weight * std::exp2((1 - stats[i]) * scale - log) : weight);
   }
 }
 

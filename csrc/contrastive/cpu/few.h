@@ -12,7 +12,7 @@ namespace msacore::contrastive::cpu {
 template <typename A>
 bool are_few(const std::vector<Term<A>>& terms) {
   return std::all_of(terms.begin(), terms.end(), [](const Term<A>& term) {
-    return !term.self() && term.both && term.diagonal && term.bounded() && term.a->rows <= kBlock &&
+    return !term.self() && term.two_sided && term.diagonal && term.bounded() && term.a->rows <= kBlock &&
            term.b->rows <= kBlock;
   });
 }
@@ -25,12 +25,12 @@ MSACORE_SIMD void exponentials_of(const Tile<A>& t, A* __restrict__ exponentials
   for (int64_t i = 0; i < t.m; ++i) {
     const A* __restrict__ s = t.s + i * kTileRow;
     A* __restrict__ out = exponentials + i * t.n;
-    if (!takes_part(t.from_a[i])) {
+    if (!takes_part(t.exponent_bias_a[i])) {
       for (int64_t j = 0; j < t.n; ++j) out[j] = 0;
       continue;
     }
     const A scale = t.scale;
-    const A* __restrict__ from = t.from_b;
+    const A* __restrict__ from = t.exponent_bias_b;
     A row = 0;
 #pragma omp simd reduction(+ : row)
     for (int64_t j = 0; j < t.n; ++j) {
@@ -44,15 +44,15 @@ MSACORE_SIMD void exponentials_of(const Tile<A>& t, A* __restrict__ exponentials
   for (int64_t j = 0; j < t.n; ++j) sum_b[j] += columns[j];
 }
 
-// s[i][j] ← e[i][j] (share_a[i] + share_b[j]), from exponentials to gradients of the log-sum-exps.
+// s[i][j] ← e[i][j] (softmax_weight_a[i] + softmax_weight_b[j]), from exponentials to gradients of the log-sum-exps.
 template <typename A>
 MSACORE_SIMD void weigh_exponentials(const Tile<A>& t, const A* __restrict__ exponentials,
-                                     const A* __restrict__ share_a, const A* __restrict__ share_b) {
+                                     const A* __restrict__ softmax_weight_a, const A* __restrict__ softmax_weight_b) {
   for (int64_t i = 0; i < t.m; ++i) {
     A* __restrict__ s = t.s + i * kTileRow;
     const A* __restrict__ e = exponentials + i * t.n;
-    const A share = share_a[i];
-    for (int64_t j = 0; j < t.n; ++j) s[j] = e[j] * (share + share_b[j]);
+    const A softmax_weight = softmax_weight_a[i];
+    for (int64_t j = 0; j < t.n; ++j) s[j] = e[j] * (softmax_weight + softmax_weight_b[j]);
   }
 }
 
@@ -65,7 +65,13 @@ int64_t exponential_count(const Term<A>& term) {
 // The tile of a term, at `s`.
 template <typename A>
 Tile<A> few_tile(const Term<A>& term, A* s) {
-  return {term.a->rows, term.b->rows, s, term.rows.from.get(), term.columns.from.get(), static_cast<A>(term.scale), 0};
+  return {term.a->rows,
+          term.b->rows,
+          s,
+          term.rows.exponent_bias.get(),
+          term.columns.exponent_bias.get(),
+          static_cast<A>(term.scale),
+          0};
 }
 
 // How many terms, or blocks of rows of a side, are worth a thread.
@@ -86,14 +92,14 @@ void sum_few_exponentials(std::vector<Term<A>>& terms, A* kept, Then&& then) {
       Term<A>& term = terms[k];
       open_rows(term.rows, *term.a, term.scale, true);
       open_rows(term.columns, *term.b, term.scale, true);
-      start_sums(term.rows, *term.a, true);
-      start_sums(term.columns, *term.b, true);
+      init_sums(term.rows, *term.a, true);
+      init_sums(term.columns, *term.b, true);
       const Side<A>&a = *term.a, &b = *term.b;
       const Tile<A> t = few_tile(term, tile.get());
       small_product<A>(
           {a.rows, b.rows, a.d, a.row(0), a.stride, 1, b.panels.get(), kPanel * b.width, kPanel, t.s, kTileRow, false});
       for (int64_t i = 0; i < std::min(a.n, b.n); ++i) {
-        if (!takes_part(t.from_a[i]) || !takes_part(t.from_b[i])) continue;
+        if (!takes_part(t.exponent_bias_a[i]) || !takes_part(t.exponent_bias_b[i])) continue;
         term.rows.total[i] = term.columns.total[i] = 1;
         term.rows.positive[i] = term.columns.positive[i] = t.s[i * kTileRow + i];
       }
@@ -116,15 +122,16 @@ class FewGradients {
         open_rows(term.rows, *term.a, term.scale, true);
         open_rows(term.columns, *term.b, term.scale, true);
         const Tile<A> t = few_tile(term, tiles_[k].get());
-        weigh_exponentials(t, kept + k * exponential_count(term), term.rows.share.get(), term.columns.share.get());
+        weigh_exponentials(t, kept + k * exponential_count(term), term.rows.softmax_weight.get(),
+                           term.columns.softmax_weight.get());
         for (int64_t i = 0; i < std::min(term.a->n, term.b->n); ++i)
-          if (takes_part(t.from_a[i]) && takes_part(t.from_b[i]))
+          if (takes_part(t.exponent_bias_a[i]) && takes_part(t.exponent_bias_b[i]))
             t.s[i * kTileRow + i] -= term.rows.attract[i] + term.columns.attract[i];
       }
     });
   }
 
-  // Of all sides, with respect to their embeddings.
+  // Gradients of all sides with respect to their embeddings.
   template <typename T>
   void project(const std::vector<Side<A>>& sides, const std::vector<T*>& grads) const {
     constexpr int64_t kRows = 32;

@@ -13,24 +13,28 @@ namespace msacore::contrastive::cpu {
 // What one direction of a term keeps per row.
 template <typename A>
 struct Direction {
-  Buffer<uint8_t> used;         // row takes part, as anchor and as candidate
-  Buffer<int64_t> candidates;   // how many it has
-  Buffer<A> from;               // see Tile
-  Buffer<double> sum;           // Σ_j 2^(exponent) of the denominator
-  Buffer<A> highest;            // its highest similarity so far, for unbounded exponents
-  Buffer<double> total;         // weight of the positives; 0: the anchor drops out
-  Buffer<double> positive;      // mean similarity of the positives, or what info_nce.h says
-  Buffer<A> share, shift, log;  // weight of the softmax, and its log2-sum-exp relative to the similarity `shift`
-  Buffer<A> attract;            // backward: weight of each positive pair
+  Buffer<uint8_t> used;        // row takes part, as anchor and as candidate
+  Buffer<int64_t> candidates;  // how many it has
+  Buffer<A> exponent_bias;     // see Tile
+  Buffer<double> sum;          // Σ_j 2^(exponent) of the denominator
+  Buffer<A> highest;           // its highest similarity so far, for unbounded exponents
+  Buffer<double> total;        // weight of the positives; 0: the anchor drops out
+  Buffer<double> positive;     // mean similarity of the positives, or what info_nce.h says
+  Buffer<A> softmax_weight, shift,
+      log;            // weight of the softmax, and its log2-sum-exp relative to the similarity `shift`
+  Buffer<A> attract;  // backward: weight of each positive pair
 
   // An only candidate has probability 1: loss and gradient are zero, exactly.
   bool choice(int64_t i) const { return candidates[i] != 1; }
-  Softmax<A> softmax(int64_t first) const { return {share.get() + first, shift.get() + first, log.get() + first}; }
+  Softmax<A> softmax(int64_t first) const {
+    return {softmax_weight.get() + first, shift.get() + first, log.get() + first};
+  }
 };
 
 inline int64_t count_used(const Buffer<uint8_t>& used, int64_t n) { return std::count(used.get(), used.get() + n, 1); }
 
-// Of `all` candidates that take part, those of every row; has_partner(i) says that (i, i) is left out and would count.
+// Number of candidates of every row out of the `all` that take part; has_partner(i) is true where (i, i) is excluded
+// and would otherwise take part.
 template <typename A, typename HasPartner>
 void count_candidates(Direction<A>& direction, int64_t n, int64_t all, HasPartner&& has_partner) {
   direction.candidates = Buffer<int64_t>(n);
@@ -39,10 +43,10 @@ void count_candidates(Direction<A>& direction, int64_t n, int64_t all, HasPartne
 
 template <typename A>
 struct Term {
-  Side<A>*a, *b;  // equal for a loss of an embedding with itself
-  double scale;   // log2(e) / temperature
-  bool both;      // are columns anchors too
-  bool diagonal;  // positives are the pairs (i, i + offset)
+  Side<A>*a, *b;   // equal for a loss of an embedding with itself
+  double scale;    // log2(e) / temperature
+  bool two_sided;  // are columns anchors too
+  bool diagonal;   // positives are the pairs (i, i + offset)
   bool exclude_self;
   int64_t offset = 0;          // the partner of row i is column i + offset
   Direction<A> rows, columns;  // of a self term, only rows
@@ -135,8 +139,8 @@ void sweep(const std::vector<Term<A>>& terms, Work&& work) {
         const Tile<A> tile{m,
                            n,
                            scratch.get(),
-                           term.rows.from.get() + i,
-                           term.other().from.get() + j,
+                           term.rows.exponent_bias.get() + i,
+                           term.other().exponent_bias.get() + j,
                            static_cast<A>(term.scale),
                            i - j + term.offset};
         work(term, tile, i, j);
@@ -148,13 +152,13 @@ void sweep(const std::vector<Term<A>>& terms, Work&& work) {
 // What is added to exponents (where all are bounded) or similarities of rows: -scale or 0; -inf without a row.
 template <typename A>
 void open_rows(Direction<A>& direction, const Side<A>& side, double scale, bool bounded) {
-  direction.from = Buffer<A>(side.rows, -std::numeric_limits<A>::infinity());
+  direction.exponent_bias = Buffer<A>(side.rows, -std::numeric_limits<A>::infinity());
   for (int64_t i = 0; i < side.n; ++i)
-    if (direction.used[i]) direction.from[i] = bounded ? -static_cast<A>(scale) : A(0);
+    if (direction.used[i]) direction.exponent_bias[i] = bounded ? -static_cast<A>(scale) : A(0);
 }
 
 template <typename A>
-void start_sums(Direction<A>& direction, const Side<A>& side, bool bounded) {
+void init_sums(Direction<A>& direction, const Side<A>& side, bool bounded) {
   direction.sum = Buffer<double>(side.rows, 0.0);
   if (!bounded) direction.highest = Buffer<A>(side.rows, -std::numeric_limits<A>::infinity());
   direction.total = Buffer<double>(side.rows, 0.0);
@@ -167,27 +171,28 @@ template <typename A, typename Inspect, typename Hide>
 void sum_exponentials(std::vector<Term<A>>& terms, Inspect&& inspect, Hide&& hide) {
   for (Term<A>& term : terms) {
     open_rows(term.rows, *term.a, term.scale, term.bounded());
-    start_sums(term.rows, *term.a, term.bounded());
+    init_sums(term.rows, *term.a, term.bounded());
     if (term.self()) continue;
     open_rows(term.columns, *term.b, term.scale, term.bounded());
-    start_sums(term.columns, *term.b, term.bounded());
+    init_sums(term.columns, *term.b, term.bounded());
   }
   sweep(terms, [&](const Term<A>& term, const Tile<A>& tile, int64_t row, int64_t column) {
     inspect(term, tile, row, column);
     if (term.diagonal)
       for (int64_t i = 0; i < tile.m; ++i) {
         const int64_t j = i + tile.diagonal;
-        if (j < 0 || j >= tile.n || !takes_part(tile.from_a[i]) || !takes_part(tile.from_b[j])) continue;
+        if (j < 0 || j >= tile.n || !takes_part(tile.exponent_bias_a[i]) || !takes_part(tile.exponent_bias_b[j]))
+          continue;
         term.rows.total[row + i] = 1;
         term.rows.positive[row + i] = tile.s[i * kTileRow + j];
-        if (term.self() || !term.both) continue;
+        if (term.self() || !term.two_sided) continue;
         term.columns.total[column + j] = 1;
         term.columns.positive[column + j] = tile.s[i * kTileRow + j];
       }
     if (term.exclude_self) exclude_diagonal(tile);
     hide(term, tile, row, column);
     const Direction<A>& other = term.other();
-    const bool count_columns = term.self() ? row != column : term.both;
+    const bool count_columns = term.self() ? row != column : term.two_sided;
     double* sum_b = count_columns ? other.sum.get() + column : nullptr;
     if (term.bounded())
       add_exponentials(tile, term.rows.sum.get() + row, sum_b);
@@ -211,13 +216,14 @@ void add_gradients(std::vector<Term<A>>& terms, bool pull_diagonal, Inspect&& in
     if (term.exclude_self) exclude_diagonal(tile);
     const Direction<A>&rows = term.rows, &other = term.other();
     if (term.bounded())
-      softmax_gradient(tile, rows.share.get() + row, other.share.get() + column);
+      softmax_gradient(tile, rows.softmax_weight.get() + row, other.softmax_weight.get() + column);
     else
       softmax_gradient_with_maxima(tile, rows.softmax(row), other.softmax(column));
     if (pull_diagonal && term.diagonal && !term.exclude_self)
       for (int64_t i = 0; i < tile.m; ++i) {
         const int64_t j = i + tile.diagonal;
-        if (j < 0 || j >= tile.n || !takes_part(tile.from_a[i]) || !takes_part(tile.from_b[j])) continue;
+        if (j < 0 || j >= tile.n || !takes_part(tile.exponent_bias_a[i]) || !takes_part(tile.exponent_bias_b[j]))
+          continue;
         tile.s[i * kTileRow + j] -= rows.attract[row + i] + other.attract[column + j];
       }
     adjust(term, tile, row, column);

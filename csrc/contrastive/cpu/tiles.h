@@ -24,9 +24,9 @@ bool is_bounded(double scale) {
 
 template <typename A>
 struct Tile {
-  int64_t m, n;              // rows and columns, multiples of kPanel
-  A* s;                      // [m, kTileRow] similarities, then gradients
-  const A *from_a, *from_b;  // where a row or column takes part: -scale, or 0 with maxima; else -inf
+  int64_t m, n;                                // rows and columns, multiples of kPanel
+  A* s;                                        // [m, kTileRow] similarities, then gradients
+  const A *exponent_bias_a, *exponent_bias_b;  // where a row or column takes part: -scale, or 0 with maxima; else -inf
   A scale;
   int64_t diagonal;  // the partner of row i is column i + diagonal
 };
@@ -50,12 +50,12 @@ template <typename A>
 MSACORE_SIMD void add_exponentials(const Tile<A>& t, double* __restrict__ sum_a, double* __restrict__ sum_b) {
   A columns[kBlock] = {};
   for (int64_t i = 0; i < t.m; ++i) {
-    if (!takes_part(t.from_a[i])) continue;
+    if (!takes_part(t.exponent_bias_a[i])) continue;
     const A* s = t.s + i * kTileRow;
     A row = 0;
 #pragma omp simd reduction(+ : row)
     for (int64_t j = 0; j < t.n; ++j) {
-      const A e = exp2_of(s[j] * t.scale + t.from_b[j]);
+      const A e = exp2_of(s[j] * t.scale + t.exponent_bias_b[j]);
       row += e;
       columns[j] += e;
     }
@@ -75,19 +75,19 @@ MSACORE_SIMD void add_exponentials_with_maxima(const Tile<A>& t, double* __restr
   A highest[kBlock], columns[kBlock] = {};
   for (int64_t j = 0; j < t.n; ++j) highest[j] = kNone;
   for (int64_t i = 0; i < t.m; ++i) {
-    if (!takes_part(t.from_a[i])) continue;
+    if (!takes_part(t.exponent_bias_a[i])) continue;
     const A* s = t.s + i * kTileRow;
     A top = max_a[i];
 #pragma omp simd reduction(max : top)
     for (int64_t j = 0; j < t.n; ++j) {
-      const A x = s[j] + t.from_b[j];
+      const A x = s[j] + t.exponent_bias_b[j];
       top = x > top ? x : top;
       highest[j] = x > highest[j] ? x : highest[j];
     }
     const A shift = takes_part(top) ? top : A(0);
     A row = 0;
 #pragma omp simd reduction(+ : row)
-    for (int64_t j = 0; j < t.n; ++j) row += exp2_of((s[j] + t.from_b[j] - shift) * t.scale);
+    for (int64_t j = 0; j < t.n; ++j) row += exp2_of((s[j] + t.exponent_bias_b[j] - shift) * t.scale);
     sum_a[i] = sum_a[i] * std::exp2((static_cast<double>(max_a[i]) - shift) * scale) + row;
     max_a[i] = top;
   }
@@ -96,10 +96,10 @@ MSACORE_SIMD void add_exponentials_with_maxima(const Tile<A>& t, double* __restr
   A shift[kBlock];
   for (int64_t j = 0; j < t.n; ++j) shift[j] = takes_part(highest[j]) ? highest[j] : A(0);
   for (int64_t i = 0; i < t.m; ++i) {
-    if (!takes_part(t.from_a[i])) continue;
+    if (!takes_part(t.exponent_bias_a[i])) continue;
     const A* s = t.s + i * kTileRow;
 #pragma omp simd
-    for (int64_t j = 0; j < t.n; ++j) columns[j] += exp2_of((s[j] + t.from_b[j] - shift[j]) * t.scale);
+    for (int64_t j = 0; j < t.n; ++j) columns[j] += exp2_of((s[j] + t.exponent_bias_b[j] - shift[j]) * t.scale);
   }
   for (int64_t j = 0; j < t.n; ++j) {
     sum_b[j] = sum_b[j] * std::exp2((static_cast<double>(max_b[j]) - shift[j]) * scale) + columns[j];
@@ -107,42 +107,46 @@ MSACORE_SIMD void add_exponentials_with_maxima(const Tile<A>& t, double* __restr
   }
 }
 
-// s[i][j] ← 2^(s·scale - scale) (share_a[i] + share_b[j]): gradient of the log-sum-exps of rows and columns.
+// s[i][j] ← 2^(s·scale - scale) (softmax_weight_a[i] + softmax_weight_b[j]): gradient of the log-sum-exps of rows and
+// columns.
 template <typename A>
-MSACORE_SIMD void softmax_gradient(const Tile<A>& t, const A* __restrict__ share_a, const A* __restrict__ share_b) {
+MSACORE_SIMD void softmax_gradient(const Tile<A>& t, const A* __restrict__ softmax_weight_a,
+                                   const A* __restrict__ softmax_weight_b) {
   for (int64_t i = 0; i < t.m; ++i) {
     A* s = t.s + i * kTileRow;
-    if (!takes_part(t.from_a[i])) {
+    if (!takes_part(t.exponent_bias_a[i])) {
       for (int64_t j = 0; j < t.n; ++j) s[j] = 0;
       continue;
     }
-    const A share = share_a[i];
+    const A softmax_weight = softmax_weight_a[i];
 #pragma omp simd
-    for (int64_t j = 0; j < t.n; ++j) s[j] = exp2_of(s[j] * t.scale + t.from_b[j]) * (share + share_b[j]);
+    for (int64_t j = 0; j < t.n; ++j)
+      s[j] = exp2_of(s[j] * t.scale + t.exponent_bias_b[j]) * (softmax_weight + softmax_weight_b[j]);
   }
 }
 
-// What the softmax of rows or columns counts in a gradient: share · 2^((s - shift)·scale - log).
+// What the softmax of rows or columns counts in a gradient: softmax_weight · 2^((s - shift)·scale - log).
 template <typename A>
 struct Softmax {
-  const A *share, *shift, *log;
+  const A *softmax_weight, *shift, *log;
 };
 
 // The same for log-sum-exps of any size.
 template <typename A>
 MSACORE_SIMD void softmax_gradient_with_maxima(const Tile<A>& t, const Softmax<A>& a, const Softmax<A>& b) {
-  const A* __restrict__ share_b = b.share, * __restrict__ shift_b = b.shift, * __restrict__ log_b = b.log;
+  const A* __restrict__ softmax_weight_b = b.softmax_weight, * __restrict__ shift_b = b.shift, * __restrict__ log_b = b.log;
   for (int64_t i = 0; i < t.m; ++i) {
     A* s = t.s + i * kTileRow;
-    if (!takes_part(t.from_a[i])) {
+    if (!takes_part(t.exponent_bias_a[i])) {
       for (int64_t j = 0; j < t.n; ++j) s[j] = 0;
       continue;
     }
-    const A share = a.share[i], shift = a.shift[i], log = a.log[i];
+    const A softmax_weight = a.softmax_weight[i], shift = a.shift[i], log = a.log[i];
 #pragma omp simd
     for (int64_t j = 0; j < t.n; ++j) {
-      const A x = s[j] + t.from_b[j];
-      s[j] = share * exp2_of((x - shift) * t.scale - log) + share_b[j] * exp2_of((x - shift_b[j]) * t.scale - log_b[j]);
+      const A x = s[j] + t.exponent_bias_b[j];
+      s[j] = softmax_weight * exp2_of((x - shift) * t.scale - log) +
+             softmax_weight_b[j] * exp2_of((x - shift_b[j]) * t.scale - log_b[j]);
     }
   }
 }

@@ -9,7 +9,7 @@
 namespace msacore::contrastive::cuda {
 using namespace msacore::cuda;
 
-// Of float: one instruction, which gives 0 where exp2f gives less than the smallest normal number.
+// 2^x. For float one instruction, which gives 0 where exp2f gives less than the smallest normal number.
 __device__ __forceinline__ float power2(float x) {
 #ifdef __CUDACC__
   float y;
@@ -48,7 +48,7 @@ struct Temperature {
   }
 };
 
-// 2^exponent in two factors, for it may be out of range itself.
+// 2^exponent in two factors, because the power itself may be out of range.
 template <typename A>
 struct TwoPowers {
   A low, high;
@@ -103,19 +103,19 @@ __device__ __forceinline__ bool is_bounded(double scale) { return scale > 0 && 2
 template <typename A>
 constexpr A kNothing = -std::numeric_limits<A>::infinity();
 
-// The larger number; a NaN loses, for it reaches the sum of exponentials anyway.
+// The larger number; a NaN loses, because it reaches the sum of exponentials anyway.
 struct Larger {
   __device__ __forceinline__ float operator()(float a, float b) const { return fmaxf(a, b); }
   __device__ __forceinline__ double operator()(double a, double b) const { return fmax(a, b); }
 };
 
-// Of some candidates of an anchor: highest similarity, Σ 2^((similarity - highest) · scale).
+// Partial softmax over a subset of an anchor's candidates: highest similarity, Σ 2^((similarity - highest) · scale).
 template <typename A>
 struct Softmax {
   A highest, sum;
 };
 
-// Of some candidates of an anchor: Σ weight, Σ weight · similarity.
+// Partial sums over a subset of an anchor's candidates: Σ weight, Σ weight · similarity.
 template <typename A>
 struct Positives {
   A total, similarity;
@@ -178,7 +178,7 @@ __device__ __forceinline__ A lanes_reduce(A value, Op op) {
   return value;
 }
 
-// Of `Count` candidates of each of those lanes; kNothing for one that does not count.
+// Softmax over `Count` candidates of each of those lanes; kNothing marks one that takes no part.
 template <int First, int Last, int Count, typename A>
 __device__ __forceinline__ Softmax<A> softmax_of(const A (&similarity)[Count], A scale) {
   Softmax<A> softmax = no_softmax<A>();
@@ -265,19 +265,19 @@ struct LossGradient {
 // (their logarithm in base 2), and the positives' mean similarity (kNegatives: the loss).
 template <typename A>
 struct AnchorGradient {
-  A share, highest, log, attract, positive;
+  A softmax_weight, highest, log, attract, positive;
 
   // That of a candidate over that of the denominator.
   __device__ A exponent(A similarity, A scale) const { return (similarity - highest) * scale - log; }
 };
 
-// Of a row that is no anchor.
+// For a row that is not an anchor.
 template <typename A>
 __device__ __forceinline__ AnchorGradient<A> no_anchor() {
   return {0, 0, -kNothing<A>, 0, 0};
 }
 
-// Of an anchor that counts; `gradient` is that of its loss, stats [4 or 5, n] are of the forward pass.
+// For an anchor that takes part; `gradient` is that of its loss, stats [4 or 5, n] come from the forward pass.
 template <typename A>
 __device__ __forceinline__ AnchorGradient<A> anchor_gradient(const A* stats, int64_t n, int64_t i, double gradient,
                                                              Denominator denominator = Denominator::kAll) {
@@ -286,14 +286,14 @@ __device__ __forceinline__ AnchorGradient<A> anchor_gradient(const A* stats, int
           static_cast<A>(gradient / stats[kTotal * n + i]), stats[kPositive * n + i]};
 }
 
-// The share of a candidate in an anchor's denominator.
+// Softmax probability of a candidate in an anchor's denominator.
 template <typename A>
 __device__ __forceinline__ A probability(const AnchorGradient<A>& anchor, A similarity, A scale) {
   return power2(anchor.exponent(similarity, scale));
 }
 
-// Of a positive set against a sum that it is no part of, from its exponent over that of the sum: the sum's share of
-// both, and the loss log(1 + sum / exponential).
+// A positive against a sum that excludes it, with its exponent relative to that of the sum: the sum's softmax weight
+// among the two, and the loss log(1 + sum / exponential).
 template <typename A>
 __device__ __forceinline__ A rest_of(A exponent) {
   return 1 / (1 + power2(exponent));
@@ -316,8 +316,8 @@ __device__ __forceinline__ A relative(A gradient, const AnchorGradient<A>& ancho
 template <typename A>
 __device__ __forceinline__ A softmax_gradient(const AnchorGradient<A>& a, const AnchorGradient<A>& b, A similarity,
                                               A scale, A& slope) {
-  return relative(a.share * probability(a, similarity, scale), a, similarity, slope) +
-         relative(b.share * probability(b, similarity, scale), b, similarity, slope);
+  return relative(a.softmax_weight * probability(a, similarity, scale), a, similarity, slope) +
+         relative(b.softmax_weight * probability(b, similarity, scale), b, similarity, slope);
 }
 
 }  // namespace msacore::contrastive::cuda

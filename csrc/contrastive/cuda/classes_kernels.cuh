@@ -208,7 +208,7 @@ __global__ void __launch_bounds__(kRowThreads, 4)
                            const __grid_constant__ AnchorResults<acc_t<T>> rows,
                            const __grid_constant__ AnchorResults<acc_t<T>> columns) {
   using A = acc_t<T>;
-  const int s = blockIdx.y == 1 && p.problem.both;
+  const int s = blockIdx.y == 1 && p.problem.two_sided;
   const Side<T>&own = p.side(s), &other = p.side(1 - s);
   const ClassSums<A>& sums = p.sums[1 - s];
   const AnchorResults<A>& results = blockIdx.y == 1 ? columns : rows;

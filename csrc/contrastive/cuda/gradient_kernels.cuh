@@ -86,7 +86,7 @@ __device__ __forceinline__ void weight_gradients(const SimilarityTile<T>& tile, 
     A gradient = 0;
     const bool part = tile.takes_part(i, j);
     if (part && denominator == Denominator::kNegatives) {
-      // Of the loss of a single positive, over that of the anchor. A pair of weight 0 stays where it is.
+      // Ratio of the gradient of a single positive's loss to that of the anchor. A pair of weight 0 has none.
       const auto excess = [&](const AnchorGradient<A>& anchor) {
         return anchor.attract == A(0) ? A(0)
                                       : anchor.attract * temperature *
@@ -101,9 +101,9 @@ __device__ __forceinline__ void weight_gradients(const SimilarityTile<T>& tile, 
   });
 }
 
-// Grid as for statistics_kernel. Writes the strips' gradients of the plain products of `unit` rows [terms, parts,
-// strip, b.rows], kept as K, but for positives that are sums over classes; and, for a single term and unless null,
-// those of the weights; and unless null what each tile adds to Σ gradient · similarity over all pairs [terms, tiles].
+// Grid as for statistics_kernel. Writes the strips' gradients of the products of `unit` rows [terms, parts,
+// strip, b.rows], kept as K, except positives that are sums over classes; for a single term also those of the weights
+// (unless null); and, unless null, what each tile adds to Σ gradient · similarity over all pairs [terms, tiles].
 template <typename T, typename K, int Most, bool Apart>
 __global__ void __launch_bounds__(kTileThreads, sizeof(T) == 8 ? 1 : 3)
     gradient_kernel(const __grid_constant__ Terms<T, Most> terms, int64_t first,
@@ -123,9 +123,9 @@ __global__ void __launch_bounds__(kTileThreads, sizeof(T) == 8 ? 1 : 3)
   const bool bounded = !Apart && problem.bounded(scale);
   double slope = 0;  // an anchor's positives count in the first tile of its row or column
   const auto load_anchor = [&](AnchorGradient<A>& to, const AnchorGradient<A>& anchor, bool first_tile) {
-    if (!Apart && first_tile) slope -= static_cast<double>(anchor.share) * (anchor.positive - anchor.highest);
+    if (!Apart && first_tile) slope -= static_cast<double>(anchor.softmax_weight) * (anchor.positive - anchor.highest);
     to = anchor;
-    if (bounded) to.share *= power2((1 - anchor.highest) * scale - anchor.log);
+    if (bounded) to.softmax_weight *= power2((1 - anchor.highest) * scale - anchor.log);
   };
   if (thread_in_block() < kTile) {
     load_anchor(rows[r], anchor_gradient(problem, problem.a, problem.b, row + r), column == 0);
@@ -151,7 +151,7 @@ __global__ void __launch_bounds__(kTileThreads, sizeof(T) == 8 ? 1 : 3)
     };
     if (bounded) {  // highest is 1
       add_softmax([&](const AnchorGradient<A>& a, const AnchorGradient<A>& b, A similarity) {
-        const A gradient = (a.share + b.share) * power2((similarity - 1) * scale);
+        const A gradient = (a.softmax_weight + b.softmax_weight) * power2((similarity - 1) * scale);
         softmax_slope += gradient * (similarity - 1);
         return gradient;
       });

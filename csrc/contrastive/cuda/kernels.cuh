@@ -111,8 +111,8 @@ struct Parts {
 };
 
 // Grid [column tiles, row tiles of the strip that begins at `first`, terms]: partial statistics of the strip's rows
-// [terms, column tiles, strip] and, with `both`, of all columns [terms, row tiles, b.rows]; diagonal positives go
-// straight to the results. `Apart`: denominators without positives.
+// [terms, column tiles, strip] and, of a two-sided term, of all columns [terms, row tiles, b.rows]; diagonal positives
+// go straight to the results. `Apart`: denominators without positives.
 template <typename T, int Most, bool Apart>
 __global__ void __launch_bounds__(kTileThreads, sizeof(T) == 8 ? 2 : 3)
     statistics_kernel(const __grid_constant__ Terms<T, Most> terms, int64_t first,
@@ -142,7 +142,7 @@ __global__ void __launch_bounds__(kTileThreads, sizeof(T) == 8 ? 2 : 3)
         results.of_term(blockIdx.z, problem.a.n).set_positives(problem.a.n, row + i, part, part ? similarity : A(0));
       };
       set(rows);
-      if (problem.both) set(columns);
+      if (problem.two_sided) set(columns);
     });
   }
   const A scale = problem.temperature.template scale<A>();
@@ -168,7 +168,7 @@ __global__ void __launch_bounds__(kTileThreads, sizeof(T) == 8 ? 2 : 3)
     const int64_t at = ((int64_t{blockIdx.z} * gridDim.x + blockIdx.x) * gridDim.y + blockIdx.y) * kTile + r;
     of_rows.softmax[at] = merged(row_softmax, r, scale);
     if (problem.pairwise) of_rows.positives[at] = merged(row_positives, r);
-  } else if (problem.both) {
+  } else if (problem.two_sided) {
     const int64_t at = (int64_t{blockIdx.z} * gridDim.y + blockIdx.y) * problem.b.rows + column + r;
     of_columns.softmax[at] = merged(column_softmax, r, scale);
     if (problem.pairwise) of_columns.positives[at] = merged(column_positives, r);
@@ -209,7 +209,7 @@ __global__ void __launch_bounds__(kRowThreads, 3)
                  const __grid_constant__ Merge<acc_t<T>> columns) {
   using A = acc_t<T>;
   const Problem<T>& problem = terms.at[blockIdx.z];
-  const bool of_columns = blockIdx.y == 1 && problem.both;
+  const bool of_columns = blockIdx.y == 1 && problem.two_sided;
   const Merge<A>& m = of_columns ? columns : rows;
   const Side<T>&own = of_columns ? problem.b : problem.a, &other = of_columns ? problem.a : problem.b;
   const int64_t term = blockIdx.z;

@@ -37,7 +37,7 @@ __global__ void __launch_bounds__(kTileThreads, sizeof(T) == 8 ? 2 : 3)
   if (thread_in_block() < kTile) {
     rows[r] = load_anchor(row_results, problem.a.n, row + r);
   } else {
-    columns[r] = problem.both ? load_anchor(column_results, problem.b.n, column + r) : no_anchor<A>();
+    columns[r] = problem.two_sided ? load_anchor(column_results, problem.b.n, column + r) : no_anchor<A>();
   }
   const SimilarityTile<T> tile = load_tile(problem, row, column, a, b);
   const auto weight_of = [&](int i, int j) { return tile.takes_part(i, j) ? tile.weight(i, j) : A(0); };
@@ -72,7 +72,7 @@ __global__ void __launch_bounds__(kTileThreads, sizeof(T) == 8 ? 2 : 3)
   if (thread_in_block() < kTile) {
     const int64_t at = ((int64_t{blockIdx.z} * gridDim.x + blockIdx.x) * gridDim.y + blockIdx.y) * kTile + r;
     of_rows.positives[at] = any ? merged(row_sums, r) : none;
-  } else if (problem.both) {
+  } else if (problem.two_sided) {
     const int64_t at = (int64_t{blockIdx.z} * gridDim.y + blockIdx.y) * problem.b.rows + column + r;
     of_columns.positives[at] = any ? merged(column_sums, r) : none;
   }

@@ -43,7 +43,7 @@ struct Problem {
   Side<T> a, b;
   Temperature temperature;
   const T* weights;  // [a.n, b.n] or null
-  bool both, exclude_self;
+  bool two_sided, exclude_self;
   bool pairwise;  // tiles weigh every pair: `weights`, labels of few rows, denominators without positives
   bool unit_rows;
   Denominator denominator;
@@ -93,7 +93,7 @@ struct SimilarityTile {
   __device__ bool takes_part(int i, int j) const {
     return used(a.factor[i]) && used(b.factor[j]) && !(problem.exclude_self && same(i, j));
   }
-  // Of a pair that takes part.
+  // Weight of a pair that takes part.
   __device__ A weight(int i, int j) const {
     if (problem.weights)
       return column + j < problem.b.n ? static_cast<A>(problem.weights[(row + i) * problem.b.n + column + j]) : A(0);
@@ -169,7 +169,7 @@ struct Pair {
   int i, j;
 };
 
-// For the tile's rows and, with `both`, for its columns: what find(lanes, values, pair_of) makes of those of c;
+// For the tile's rows and, if it is two-sided, for its columns: what find(lanes, values, pair_of) makes of those of c;
 // pair_of(k) is the place of values[k].
 template <typename T, typename Found, typename Find>
 __device__ __forceinline__ void reduce_tile(const SimilarityTile<T>& tile, const TileSums<acc_t<T>>& c,
@@ -186,7 +186,7 @@ __device__ __forceinline__ void reduce_tile(const SimilarityTile<T>& tile, const
       const Found found = find(LaneBits<1, 2>{}, value, [&](int k) { return Pair{i, tile_column(k / 2, k % 2)}; });
       if (lane_id() % 4 == 0) of_rows[warp_id() % 2][i] = found;
     }
-  if (!tile.problem.both) return;
+  if (!tile.problem.two_sided) return;
 #pragma unroll
   for (int across = 0; across < 4; ++across)
 #pragma unroll
@@ -200,7 +200,7 @@ __device__ __forceinline__ void reduce_tile(const SimilarityTile<T>& tile, const
     }
 }
 
-// Positives of the tile's rows and, with `both`, of its columns.
+// Positives of the tile's rows and, if it is two-sided, of its columns.
 template <typename T>
 __device__ __forceinline__ void weigh_pairs(const SimilarityTile<T>& tile, const TileSums<acc_t<T>>& c,
                                             TileStats<Positives<acc_t<T>>>& of_rows,
