@@ -69,7 +69,7 @@ def build_extensions() -> list:
     # Stable ABI of torch 2.11: one binary runs on every later torch.
     stable = ["-DTORCH_TARGET_VERSION=0x020b000000000000"]
     # -fno-math-errno: sqrt sets no errno, so loops over it vectorise; its result is the same.
-    # -fno-trapping-math: comparisons raise no flags, so that a select in a loop is no branch; results are the same.
+    # -fno-trapping-math: comparisons raise no flags, so that a select in a loop is not a branch; results are the same.
     loops = ["-fopenmp-simd", "-fno-math-errno", "-fno-trapping-math"]
     cxx = ["-O3", "-g0", "-fvisibility=hidden", f"-ffile-prefix-map={os.getcwd()}/=", *loops, *stable]
     if cuda:

@@ -63,8 +63,8 @@ def info_nce(
             several positives); the gradient of a weight that is exactly 0 is then 0. "decoupled": ``log Σ_n exp s_n -
             Σ_p w_p s_p / Σ_p w_p``; anchors without a negative drop out.
         normalize: Cosine similarities; False takes plain dot products, which may overflow.
-        anchor_mask: ``[N]`` bool, False where a row is no anchor.
-        candidate_mask: ``[N']`` bool, False where a row is no candidate.
+        anchor_mask: ``[N]`` bool, False where a row is not an anchor.
+        candidate_mask: ``[N']`` bool, False where a row is not a candidate.
         symmetric: Mean of the two directions, in one sweep ("negatives" with labels or weights: two).
         exclude_self: Leave the pairs ``(i, i)`` out of positives and denominators.
         reduction: "mean" over the anchors that count, "sum" or "none".
@@ -78,7 +78,7 @@ def info_nce(
 
     Raises:
         RuntimeError: A shape, dtype, device or range above does not hold (values inside tensors: on CPU only).
-        ValueError: ``reduction`` or ``denominator`` is none of the three, or ``labels`` is no pair.
+        ValueError: ``reduction`` or ``denominator`` is none of the three, or ``labels`` is not a pair.
 
     Note:
         Several positives are averaged outside of the logarithm, as in "L_out" of Khosla et al., "Supervised Contrastive

@@ -71,7 +71,7 @@ def test_patterns_and_keys_say_it_for_other_forms():
 @pytest.mark.parametrize(("ids", "options", "message"), [
     (["a_1", "b"], {"pattern": r"(.)_\d"}, "file: the id 'b' does not match --id-pattern"),
     (["a_1"], {"pattern": r"._\d"}, "needs a group for the video"),
-    (["a_1"], {"pattern": "("}, "is no regular expression"),
+    (["a_1"], {"pattern": "("}, "is not a regular expression"),
     (["a", "b", "a"], {}, "the id 'a' occurs 2 times"),
     (["a" * 501], {}, "more than 500 characters"),
 ])  # fmt: skip

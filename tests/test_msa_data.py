@@ -169,7 +169,7 @@ def put(value, *keys):
     (put(np.zeros((5, 7), np.float32), "train", "text"), r"'text' must be \[6, L, d\] or \[6, d\], got \(5, 7\)"),
     (put(np.zeros((6, 7), np.float32), "train", "text"), r"split 'valid': 'text' is \(3, 8, 7\), in another split"),
     (put(np.zeros((6, 8, 9), np.float32), "train", "audio"), r"'audio' has different shapes"),
-    (put(["x"] * 6, "train", "vision"), r"'vision' is no array of numbers"),
+    (put(["x"] * 6, "train", "vision"), r"'vision' is not an array of numbers"),
     (put(np.full(6, 7.0), "train", "regression_labels"), r"outside \[-3, 3\] of mosi"),
     (put([99] * 6, "train", "audio_lengths"), r"'audio_lengths' must hold 6 numbers in \[0, 8\]"),
     (put(np.zeros((6, 2, 8)), "train", "text_bert"), r"'text_bert' must be \[6, 3, 8\]"),

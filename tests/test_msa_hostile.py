@@ -98,7 +98,7 @@ def test_types_that_are_not_read_matter_only_where_they_are_wanted(tmp_path):
     for array in odd[:3]:
         root["train"]["audio"] = array
         (tmp_path / "x.pkl").write_bytes(pickle.dumps(root))
-        with pytest.raises(ValueError, match=r"x\.pkl, split 'train': 'audio' is no array of numbers"):
+        with pytest.raises(ValueError, match=r"x\.pkl, split 'train': 'audio' is not an array of numbers"):
             load(tmp_path / "x.pkl")
 
 

@@ -128,7 +128,7 @@ def test_the_choice_depends_on_strategy_and_labels(
 
 @pytest.mark.parametrize(("text", "message"), [
     ("name,label\n", r"lacks the column\(s\) \['id'\]"),
-    ("id,label\nnobody,1\n", "line 2: 'nobody' is no utterance"),
+    ("id,label\nnobody,1\n", "line 2: 'nobody' is not an utterance"),
     ("id,label\nv0_0,4\n", r"line 2: the label of 'v0_0' is '4', expected a number in \[-3, 3\]"),
     ("id,label\nv0_0,good\n", "is 'good', expected a number"),
     ("id,label\nv0_0,nan\n", "is 'nan', expected a number"),

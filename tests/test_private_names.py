@@ -34,7 +34,7 @@ def test_private_names_of_torch_stand_in_one_place() -> None:
     guarded = ROOT / "msacore" / "ops" / "_torch.py"
     assert set(re.findall(r'"(_[a-zA-Z]\w+)"', guarded.read_text())) - {"_C"} == PRIVATE
     private = re.compile(r"\btorch(?:\.\w+)*\._(?!_)\w+|from torch[\w.]* import _(?!_)\w+|\._schema\b")
-    # The report for bug reports lists kernels by names that torch's own tests use; it is no part of a computation. The
+    # The report for bug reports lists kernels by names that torch's own tests use; it is not part of a computation. The
     # functional collectives are found in one place of their own, which tries their public module first.
     others = ROOT / "msacore" / "__main__.py", ROOT / "msacore" / "distributed" / "collectives.py"
     for source in sorted((ROOT / "msacore").rglob("*.py")):

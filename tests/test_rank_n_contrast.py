@@ -106,7 +106,7 @@ def test_mask_equals_leaving_the_rows_out(size: tuple[int, int, int, int]) -> No
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16], ids=str)
 def test_gaps_are_compared_in_the_dtype_of_the_targets(dtype: torch.dtype) -> None:
-    # Thirds are no binary fractions: rounded gaps tie where exact gaps of the rounded labels do not.
+    # Thirds are not binary fractions: rounded gaps tie where exact gaps of the rounded labels do not.
     targets = (torch.arange(-9, 10) / 3).to(dtype)
     rounded, exact = [(t[:, None] - t[None, :]).abs().unique() for t in (targets, targets.double())]
     assert len(rounded) < len(exact)

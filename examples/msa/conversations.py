@@ -121,7 +121,7 @@ def _alike(videos: Sequence[Any]) -> list[Any]:
 
 
 def _in_order(names: list[str]) -> list[Any]:
-    """Sort keys that keep the order of the rows; they are no clip numbers."""
+    """Sort keys that keep the order of the rows; they are not clip numbers."""
     return [float(i) for i in range(len(names))]
 
 
@@ -175,7 +175,7 @@ def _by_pattern(where: str, names: list[str], pattern: str) -> Utterances:
     try:
         form = re.compile(pattern)
     except re.error as e:
-        raise ValueError(f"{where}: --id-pattern {pattern!r} is no regular expression ({e})") from e
+        raise ValueError(f"{where}: --id-pattern {pattern!r} is not a regular expression ({e})") from e
     groups = form.groupindex
     if form.groups == 0:
         raise ValueError(f"{where}: --id-pattern {pattern!r} needs a group for the video, such as (?P<video>.+)_(\\d+)")

@@ -89,7 +89,7 @@ def _kind(path: Path) -> str:
     if magic.startswith(HDF_MAGIC):
         raise ValueError(f"{path}: HDF5 (.csd, .h5) is not read: write the features as .npy beside a clips.csv")
     if magic.startswith(b"\x93NUMPY"):
-        raise ValueError(f"{path}: one array alone is no data set: put it beside a clips.csv and name the folder")
+        raise ValueError(f"{path}: one array alone is not a data set: put it beside a clips.csv and name the folder")
     if magic[:4] != b"PK\x03\x04":
         return "pickle"
     try:

@@ -29,7 +29,7 @@ def labels_of(path: Path, splits: Mapping[str, Mapping], notes: list[str]) -> di
     whole scores. A set without any is unlabelled; so are a valid or test part without, but not a train part alone.
 
     Raises:
-        ValueError: They are no scores, or the train part lacks them where others have them.
+        ValueError: They are not scores, or the train part lacks them where others have them.
     """
     key = next((k for k in SCORES if any(k in part for part in splits.values())), None)
     if key is None:

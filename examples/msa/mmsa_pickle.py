@@ -109,7 +109,7 @@ def _modalities(path: Path, splits: Mapping[str, Mapping]) -> dict[str, str]:
         for split, own in having.items():
             if own != key:
                 part = splits[split]
-                state = "is no array of numbers" if key in part else "it lacks the modality"
+                state = "is not an array of numbers" if key in part else "it lacks the modality"
                 raise ValueError(f"{path}, split {split!r}: {state} {key!r}; it has {sorted(map(str, part))[:30]}")
     if not found:
         keys = sorted({str(k) for part in splits.values() for k in part})[:30]

@@ -21,7 +21,7 @@ from .npy import Archive, HoldsObjects
 from .values import column, texts
 
 MOSI_SPLITS = {"official": "split", "bclstm": "split_bclstm", "clean752": "split_clean752"}
-# Activations of networks trained on labels of official test rows: allowed only where those rows are no test rows.
+# Activations of networks trained on labels of official test rows: allowed only where those rows are not test rows.
 LEAKING = ("text_cnn_bclstm", "video")
 MOSI_BLOCKS = ("text_minilm", "text_cnn_bclstm", "audio", "video")
 DEFAULT_BLOCKS = {

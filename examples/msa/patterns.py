@@ -90,7 +90,7 @@ def test_patterns(corpus: Corpus, args: argparse.Namespace, kind: str, seed: int
     return found
 
 
-# Imported by test modules, it is no test.
+# Imported by test modules, it is not a test.
 test_patterns.__test__ = False  # type: ignore[attr-defined]
 
 

@@ -77,8 +77,8 @@ def read_labels(path: str | Path, corpus: Corpus) -> np.ndarray:
         float32 ``[N]``, NaN where the file has no label.
 
     Raises:
-        ValueError: A column is missing, an id is unknown or has two labels, a label is no number or outside the set's
-            range. The message names the line.
+        ValueError: A column is missing, an id is unknown or has two labels, a label is not a number or lies
+            outside the set's range. The message names the line.
         FileNotFoundError: There is no such file.
     """
     path = Path(path)
@@ -99,7 +99,7 @@ def read_labels(path: str | Path, corpus: Corpus) -> np.ndarray:
         where = f"{path}, line {reader.line_num}"
         name, label = row["id"], (row["label"] or "").strip()
         if name not in number:
-            raise ValueError(f"{where}: {name!r} is no utterance of {corpus.name}")
+            raise ValueError(f"{where}: {name!r} is not an utterance of {corpus.name}")
         if not label:
             continue
         try:

@@ -35,7 +35,7 @@ def from_bytes(data: Any, dtype: np.dtype) -> np.ndarray:
     """A flat array over bytes. NumPy makes texts of any 32-bit number, which Python's own functions then fail on.
 
     Raises:
-        ValueError: An element of a text is no character.
+        ValueError: An element of a text is not a character.
     """
     flat = np.frombuffer(data, dtype=dtype)
     if dtype.kind == "U" and flat.size:

@@ -33,7 +33,7 @@ def numbers(where: str, key: str, value: Any) -> tuple[np.ndarray, np.ndarray | 
     Raises:
         ValueError: There are other things than numbers in it, or rows of unequal width.
     """
-    with _named(where, key, "is no array of numbers"):
+    with _named(where, key, "is not an array of numbers"):
         value = _unstored(value)
         if isinstance(value, list) and any(v is None or np.ndim(v) > 0 for v in value):
             return _stacked([np.zeros(0, np.float32) if v is None else _float32(v) for v in value])

@@ -48,7 +48,7 @@ def build(
     published = PUBLISHED[corpus.family]
     main.note(
         f"The paper reports a neg/pos accuracy of {published:.3f} for this set at missing rate .5 and labelled share "
-        ".5, on other features: it is no yardstick for these rows."
+        ".5, on other features: it is not a yardstick for these rows."
     )
     differences = {k: compare(results, k, rate, share) for k in ("acc2_non0", "mae")}
     report.data["paired_differences"] = differences

@@ -46,7 +46,7 @@ def start(candidates: Tensor, group: Any) -> Started:
         group. Every rank must call ``start`` and then the loss.
 
     Raises:
-        RuntimeError: ``candidates`` is no floating tensor ``[n, d]``, or ranks disagree about it.
+        RuntimeError: ``candidates`` is not a floating tensor ``[n, d]``, or ranks disagree about it.
     """
     op = "start"
     sharding = as_sharding(op, group)

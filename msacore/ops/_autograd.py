@@ -78,7 +78,7 @@ class _Saved:
 def _short_function(op: Any, setup_context: Formula | None, backward: Formula) -> type[torch.autograd.Function]:
     """The formula as an autograd function, which costs less host time than torch's registered form of it."""
 
-    # The older form of forward: torch inspects the signature of the newer one on every call. What is no tensor comes
+    # The older form of forward: torch inspects the signature of the newer one on every call. What is not a tensor comes
     # last, so that `ctx.needs_input_grad` counts as it does in the registered formula.
     def forward(ctx: Any, *inputs: Any) -> Any:
         *flat, lists, options = inputs

@@ -123,7 +123,7 @@ def check_out(out: Path, state: Path, inputs: list[str], folders: list[str]) -> 
         if path.is_dir():
             raise ValueError(f"--out: {path} is a folder; expected a file")
         if path.exists() and not path.is_file():
-            raise ValueError(f"--out: {path} is no regular file")
+            raise ValueError(f"--out: {path} is not a regular file")
         for text in inputs:
             file = named_file(text)[0]
             same = file.exists() and path.exists() and os.path.samefile(path, file)

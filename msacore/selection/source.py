@@ -138,7 +138,7 @@ def open_source(name: str, value: Any) -> Tensor | Parts:
     """The rows ``[N, d]`` that ``value`` holds: in memory as they are, mapped files as parts.
 
     Raises:
-        ValueError: It is no pool, or its parts differ in width, dtype or device; the part is named.
+        ValueError: It is not a pool, or its parts differ in width, dtype or device; the part is named.
     """
     if not _is_parts(value):
         whole = _opened(name, value)
