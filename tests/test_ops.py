@@ -150,14 +150,9 @@ def test_every_operator_is_compiled_with_two_batch_sizes(case_and_pair: tuple[Op
             torch.testing.assert_close(ours, ref)
 
 
-@pytest.fixture(params=cases.ALL, ids=lambda case: case.name)
-def case_and_pair(request: pytest.FixtureRequest) -> tuple[OpCase, Sample, Sample]:
+def two_sizes(case: OpCase) -> tuple[Sample, Sample]:
     """Two samples that differ in sizes only: same arguments given, same options."""
-    samples = request.param.samples(CPU, FLOAT32)
-
-    def form(sample: Sample) -> Any:
-        return {k: v for k, v in map_tensors(sample.arguments, lambda t: t.new_empty(0)).items() if v is not None}
-
+    samples = case.samples(CPU, FLOAT32)
     for i, first in enumerate(samples):
         for second in samples[i + 1 :]:
             same_form = [p for p, _ in tensors_of(first.arguments)] == [p for p, _ in tensors_of(second.arguments)]
@@ -165,8 +160,13 @@ def case_and_pair(request: pytest.FixtureRequest) -> tuple[OpCase, Sample, Sampl
             shapes = [[t.shape for _, t in tensors_of(s.arguments)] for s in (first, second)]
             sizes = [min((n for shape in group for n in shape), default=0) for group in shapes]
             if same_form and options[0] == options[1] and shapes[0] != shapes[1] and min(sizes) > 1:
-                return request.param, first, second
-    raise AssertionError(f"{request.param.name} has no two samples that differ in sizes only")
+                return first, second
+    raise AssertionError(f"{case.name} has no two samples that differ in sizes only")
+
+
+@pytest.fixture(params=cases.ALL, ids=lambda case: case.name)
+def case_and_pair(request: pytest.FixtureRequest) -> tuple[OpCase, Sample, Sample]:
+    return request.param, *two_sizes(request.param)
 
 
 def test_inductor_compiles_every_operator(case_and_pair: tuple[OpCase, Sample, Sample]) -> None:
