@@ -11,12 +11,14 @@ import pytest
 
 from examples.al_hcl.__main__ import main as al_hcl
 from examples.msa.__main__ import main as msa
+from examples.msa.corpus import Corpus
 from examples.msa.synthetic import synthetic
 from examples.sslmm.__main__ import main as sslmm
 
 README = Path(__file__).parents[1] / "examples" / "README.md"
 MAIN = {"examples.al_hcl": al_hcl, "examples.msa": msa, "examples.sslmm": sslmm}
 CORPUS = synthetic(size=60, dims=(6, 4, 5))
+SEQUENCES = synthetic(size=60, dims=(6, 4, 5), pooled=False, length=6)
 
 
 def commands() -> list[list[str]]:
@@ -24,20 +26,20 @@ def commands() -> list[list[str]]:
     return [shlex.split(line) for block in blocks for line in block.splitlines() if line]
 
 
-def folder(path: Path, labelled: bool, lacking: str = "") -> None:
+def folder(path: Path, labelled: bool, lacking: str = "", corpus: Corpus = CORPUS) -> None:
     """Clips as a person has them."""
     path.mkdir()
     with (path / "clips.csv").open("w", newline="") as file:
         writer = csv.writer(file)
         writer.writerow(["id", "video", "clip", "transcript", *(["split", "label"] if labelled else [])])
-        for i, name in enumerate(CORPUS.utterance_ids.tolist()):
+        for i, name in enumerate(corpus.utterance_ids.tolist()):
             video, clip = name.split("_")
-            known = [["train", "valid", "test"][CORPUS.split[i]], f"{CORPUS.labels[i]:.1f}"] if labelled else []
+            known = [["train", "valid", "test"][corpus.split[i]], f"{corpus.labels[i]:.1f}"] if labelled else []
             writer.writerow([name, video, int(clip), f"words of <{i}>", *known])
-    for name, x in CORPUS.features.items():
+    for name, x in corpus.features.items():
         if name == "audio":
             (path / name).mkdir()
-            for i, utterance in enumerate(CORPUS.utterance_ids.tolist()):
+            for i, utterance in enumerate(corpus.utterance_ids.tolist()):
                 if i % 5:
                     np.save(path / name / f"{utterance}.npy", x[i])
         elif name != lacking:
@@ -59,6 +61,7 @@ def test_every_command_of_the_readme_runs(
     folder(tmp_path / "clips", labelled=False)
     folder(tmp_path / "labelled", labelled=True)
     folder(tmp_path / "new", labelled=False, lacking="vision")
+    folder(tmp_path / "sequences", labelled=True, corpus=SEQUENCES)
     lines = commands()
     assert [(line[2].split(".")[1], line[3]) for line in lines] == [
         ("msa", "describe"),
@@ -71,6 +74,8 @@ def test_every_command_of_the_readme_runs(
         ("sslmm", "fit"),
         ("sslmm", "predict"),
         ("sslmm", "mask"),
+        ("sslmm", "evaluate"),
+        ("sslmm", "fit"),
         ("sslmm", "evaluate"),
     ]
     for line in lines:

@@ -10,7 +10,7 @@ from threadpoolctl import threadpool_limits
 
 from examples.msa.baselines import fill, fit_mlp, fit_ridge
 from examples.msa.data import load
-from examples.msa.metrics import evaluate
+from examples.msa.metrics import REPORTED, evaluate
 from examples.msa.missing import label_mask, missing_mask
 from examples.msa.synthetic import synthetic
 
@@ -92,6 +92,9 @@ def test_mlp_learns_repeats_and_leaves_the_generator_alone(corpus):
         first.prediction, other.prediction
     )
     test, y = corpus.rows("test"), corpus.labels
+    assert first.per_metric["mae"]["when"] == first.facts["best_epoch"]
+    assert first.per_metric["mae"]["test"] == pytest.approx(np.abs(first.prediction[test] - y[test]).mean(), rel=1e-5)
+    assert set(first.per_metric) == set(REPORTED["mosi"])
     constant = np.abs(y[test] - np.median(y[corpus.rows("train")])).mean()
     assert np.abs(first.prediction[test] - y[test]).mean() < 0.9 * constant
 

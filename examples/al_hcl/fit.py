@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import argparse
 from collections.abc import Mapping
-from dataclasses import asdict
+from dataclasses import asdict, replace
 from typing import Any
 
 import torch
@@ -14,7 +14,7 @@ from examples.msa.checkpoint import seed_everything
 from examples.msa.command import check_device
 from examples.msa.predictions import write_predictions
 from examples.msa.saved import SavedModel, calibrate, calibrated, describe_inputs, save_model
-from examples.msa.tool import Predictor, load_labelled, say_notes, score_parts, with_validation
+from examples.msa.tool import Predictor, say_notes, score_parts, training_data
 
 from .closed import ClosedForm
 from .ensemble import Ensemble, fit_ensemble
@@ -30,29 +30,33 @@ def fit_command(args: argparse.Namespace) -> int:
     device = check_device(args.device)
     torch.set_num_threads(args.threads)
     seed_everything(args.seed)
-    corpus = with_validation(load_labelled(args))
-    statistics = corpus.statistics()
-    standard = corpus.standardise_by(statistics)
-    data = Data.of(standard, device, needed=("train", "valid"))
+    given = training_data(args)
+    statistics = given.corpus.statistics()
+    # Tokens that are hidden on purpose are hidden in training; predictions are made from all that is there.
+    standard = given.source.standardise_by(statistics)
+    data = Data.of(given.corpus.standardise_by(statistics), device, needed=("train", "valid"))
+    # Copies of a video are one video: what is left out of the closed-form path's fit must be left out in all of them.
+    data = replace(data, video=torch.tensor(given.source.video_index[given.origin], device=device))
     arm = base_arm(args)
-    ensemble, trained = fit_ensemble(standard, data, data.buyable, arm, args.seed)
-    value, variance = ensemble.values(data.inputs)
+    ensemble, trained = fit_ensemble(given.corpus, data, data.buyable, arm, args.seed)
+    value, variance = ensemble.values(Inputs.of(standard, device))
     rows = standard.rows("valid", labelled=True)
     calibration = calibrate(variance[rows], value[rows] - standard.labels[rows])
     parts = [part for part in ("valid", "test") if len(standard.rows(part, labelled=True))]
     scores = score_parts(value, standard, parts)
     card = {
         "config": {"model": asdict(arm.model), "training": asdict(arm.training), "members": len(trained)},
-        **describe_inputs(corpus, statistics),
+        **describe_inputs(given.source, statistics),
         "members": [_facts(t, path) for t, path in zip(trained, ensemble.paths, strict=True)],
-        "labels": len(data.buyable),
+        "labels": len(given.source.rows("train", labelled=True)),
+        "tokens": given.tokens,
         "seed": args.seed,
         "calibration": calibration,
         "scores": scores,
     }
     save_model(args.out, SYSTEM, card, _tensors(ensemble))
     write_predictions(args.out / "predictions.csv", standard, value, calibrated(variance, calibration))
-    say_notes(corpus)
+    say_notes(given.source)
     for part in parts:
         print(f"{part}: n {scores[part]['n']}, MAE {scores[part]['mae']:.3f}, neg/pos {scores[part]['acc2_non0']:.3f}")
     print(f"model: {args.out}")

@@ -9,6 +9,7 @@ import numpy as np
 import torch
 from torch import nn
 
+from .best import BestPerMetric
 from .corpus import Corpus
 
 RIDGE_STRENGTHS = tuple(float(s) for s in 10.0 ** np.arange(-2, 5.5, 0.5))
@@ -16,12 +17,14 @@ RIDGE_STRENGTHS = tuple(float(s) for s in 10.0 ** np.arange(-2, 5.5, 0.5))
 
 @dataclass(frozen=True)
 class Fitted:
-    """Predictions for all rows, float64 ``[N]``, the facts of the fit (chosen strength, epochs), and predictions for
-    other features of the same rows."""
+    """Predictions for all rows, float64 ``[N]``, the facts of the fit (chosen strength, epochs), predictions for
+    other features of the same rows, and what each metric of the test part is from its own checkpoint, as
+    ``BestPerMetric.scores`` says it (empty where a fit has no checkpoints)."""
 
     prediction: np.ndarray
     facts: dict[str, float] = field(default_factory=dict)
     others: tuple[np.ndarray, ...] = ()
+    per_metric: dict[str, dict[str, float]] = field(default_factory=dict)
 
 
 def fill(corpus: Corpus, observed: np.ndarray, how: str, trained: np.ndarray | None = None) -> np.ndarray:
@@ -115,7 +118,8 @@ def fit_mlp(
         batch: Rows per step.
         learning_rate: Of Adam.
         weight_decay: Of Adam.
-        patience: Epochs without a better validation error before training stops; the best epoch's weights count.
+        patience: Epochs without a better validation error before training stops; the best epoch's weights count, and
+            for each metric also those of the epoch that was best in it.
         others: Further features of the same rows ``[N, d]`` to predict, as under other missing patterns.
     """
     train, valid = _labelled_rows(corpus, labelled), corpus.rows("valid", labelled=True)
@@ -125,6 +129,7 @@ def fit_mlp(
         net = nn.Sequential(nn.Linear(x.shape[1], hidden), nn.ReLU(), nn.Dropout(dropout), nn.Linear(hidden, 1))
         optimiser = torch.optim.Adam(net.parameters(), lr=learning_rate, weight_decay=weight_decay)
         best_error, best_epoch, best_state = float("inf"), 0, {}
+        per_metric = BestPerMetric(corpus.family, corpus.labels[valid])
         for epoch in range(1, epochs + 1):
             net.train()
             for rows in torch.from_numpy(train)[torch.randperm(len(train))].split(batch):
@@ -132,10 +137,11 @@ def fit_mlp(
                 optimiser.zero_grad()
                 loss.backward()
                 optimiser.step()
-            error = float((_predict(net, inputs[valid]) - target[valid]).abs().mean())
+            predicted = _predict(net, inputs[valid])
+            per_metric.offer(predicted.numpy(), epoch, lambda: _copy(net))
+            error = float((predicted - target[valid]).abs().mean())
             if error < best_error:
-                best_error, best_epoch = error, epoch
-                best_state = {k: v.clone() for k, v in net.state_dict().items()}
+                best_error, best_epoch, best_state = error, epoch, _copy(net)
             elif epoch - best_epoch >= patience:
                 break
         net.load_state_dict(best_state)
@@ -143,7 +149,18 @@ def fit_mlp(
             _predict(net, torch.from_numpy(np.ascontiguousarray(features))).double().numpy()
             for features in (x, *others)
         )
-    return Fitted(prediction, {"best_epoch": best_epoch, "valid_mae": best_error}, tuple(more))
+        test = corpus.rows("test", labelled=True)
+
+        def tested(weights: dict[str, torch.Tensor]) -> np.ndarray:
+            net.load_state_dict(weights)
+            return _predict(net, inputs[test]).numpy()
+
+        each = per_metric.scores(tested, corpus.labels[test].astype(np.float64)) if len(test) else {}
+    return Fitted(prediction, {"best_epoch": best_epoch, "valid_mae": best_error}, tuple(more), each)
+
+
+def _copy(net: nn.Module) -> dict[str, torch.Tensor]:
+    return {name: value.clone() for name, value in net.state_dict().items()}
 
 
 def _predict(net: nn.Module, x: torch.Tensor) -> torch.Tensor:

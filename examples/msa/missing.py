@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import hashlib
 from collections.abc import Sequence
-from dataclasses import asdict, dataclass, replace
+from dataclasses import asdict, dataclass
 
 import numpy as np
 
@@ -118,40 +118,6 @@ def missing_mask(
     return observed, MissingPattern(
         kind, float(rate), realised, seed, tuple(keep), mask_sha256(observed, corpus.utterance_ids)
     )
-
-
-def hide_tokens(corpus: Corpus, rate: float, seed: int = 0) -> tuple[Corpus, dict[str, object]]:
-    """Hide single tokens of every modality, each with chance ``rate`` ("random data missing" of LNLN and others).
-
-    A modality whose tokens are all hidden is missing in that utterance. For one seed, a higher rate hides all that a
-    lower one hides.
-
-    Args:
-        corpus: Sequences.
-        rate: Chance that a token is hidden, in [0, 1].
-        seed: Seed of the draw.
-
-    Returns:
-        The corpus with fewer valid tokens, and the facts to store: kind, rate, realised share, seed, sha256.
-
-    Raises:
-        ValueError: The corpus has no sequences, or the rate is out of range.
-    """
-    if not corpus.sequences:
-        raise ValueError(f"hide_tokens: {corpus.name} has one vector per utterance, and no tokens to hide")
-    if not 0.0 <= rate <= 1.0:
-        raise ValueError(f"hide_tokens: rate must lie in [0, 1], got {rate}")
-    masks, available = {}, corpus.available.copy()
-    for m, (name, mask) in enumerate(corpus.masks.items()):
-        draw = hash_uniform(f"tokens {name}", seed, corpus.utterance_ids, mask.shape[1])
-        masks[name] = mask & (draw >= rate)
-        available[:, m] &= masks[name].any(1)
-    there = sum(int(corpus.masks[k][corpus.available[:, m]].sum()) for m, k in enumerate(masks))
-    left = sum(int(masks[k][available[:, m]].sum()) for m, k in enumerate(masks))
-    digests = [mask_sha256(mask, corpus.utterance_ids) for mask in masks.values()]
-    facts = {"kind": "tokens", "rate": rate, "realised": 1 - left / max(1, there), "seed": seed}
-    hidden = replace(corpus, masks=masks, available=available)
-    return hidden, {**facts, "sha256": hashlib.sha256("".join(digests).encode()).hexdigest()}
 
 
 def harder_mask(observed: np.ndarray, generator: np.random.Generator) -> np.ndarray:

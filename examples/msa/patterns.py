@@ -131,6 +131,8 @@ def read_mask(path: str | Path, corpus: Corpus) -> tuple[np.ndarray, MissingPatt
         raise FileNotFoundError(f"{path}: there is no such file")
     try:
         content = json.loads(path.read_text(encoding="utf-8"))
+        if isinstance(content, dict) and content.get("kind") == "tokens":
+            raise ValueError("it hides tokens, which fit --token-mask and evaluate --test-mask read")
         names, table = content["modalities"], content["observed"]
         mask = np.array(list(table.values()), dtype=np.int64)
         facts = {key: content[key] for key in ("kind", "rate", "seed", "keep", "sha256")}

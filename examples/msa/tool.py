@@ -6,7 +6,7 @@ import argparse
 import itertools
 import sys
 from collections.abc import Callable, Iterator
-from dataclasses import replace
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -18,11 +18,12 @@ from .corpus import SPLITS, TRAIN, VALID, Corpus
 from .data import add_data_arguments, load_from
 from .files import write_atomic
 from .metrics import REPORTED, evaluate
-from .missing import KINDS, hash_uniform, hide_tokens
+from .missing import KINDS, hash_uniform
 from .patterns import RATES, add_test_arguments, test_patterns
 from .predictions import add_labels_argument, read_labels, with_labels, write_predictions
 from .report import to_json
 from .saved import SavedModel, calibrated, fit_inputs, load_model, rescaled
+from .tokens import hide_tokens, hide_tokens_in_training, is_token_mask, read_token_mask
 
 # Predictions [N] and the variance of stochastic passes [N], float64, of a corpus that `fit_inputs` made.
 Predictor = Callable[[Corpus], tuple[np.ndarray, np.ndarray]]
@@ -67,6 +68,52 @@ def load_labelled(args: argparse.Namespace) -> Corpus:
     """The corpus that the options ask for, with the labels of ``--labels``."""
     corpus = load_from(args)
     return corpus if args.labels is None else with_labels(corpus, read_labels(args.labels, corpus))
+
+
+@dataclass(frozen=True)
+class TrainingData:
+    """What ``fit`` learns from.
+
+    Args:
+        corpus: With tokens hidden as the options ask, perhaps several times over.
+        source: The data as they are.
+        origin: For each row of ``corpus`` the row of ``source`` it comes from.
+        tokens: What was hidden; None where the options ask for nothing.
+    """
+
+    corpus: Corpus
+    source: Corpus
+    origin: np.ndarray
+    tokens: dict[str, Any] | None = None
+
+
+def training_data(args: argparse.Namespace) -> TrainingData:
+    """The data that ``fit`` reads, with the labels of ``--labels``, a validation part, and tokens hidden.
+
+    Raises:
+        ValueError: The options contradict each other, or the data have no sequences to hide tokens of.
+    """
+    draws, mask = args.train_token_draws, args.token_mask
+    source = with_validation(load_labelled(args))
+    if draws is None and mask is None:
+        if args.keep_ends:
+            raise ValueError("--keep-ends belongs to --train-token-draws")
+        return TrainingData(source, source, np.arange(len(source)))
+    if mask is not None and (draws is not None or args.keep_ends):
+        raise ValueError("--token-mask says which tokens are hidden; leave out --train-token-draws and --keep-ends")
+    pooled, args.sequences = not args.sequences, True
+    whole = with_validation(load_labelled(args))
+    args.sequences = not pooled
+    if mask is not None:
+        hidden, pattern = read_token_mask(mask, whole)
+        # The test part stays whole: evaluate --test-mask hides there.
+        used = np.isin(whole.split, (TRAIN, VALID))
+        masks = {k: np.where(used[:, None], m, whole.masks[k]) for k, m in hidden.masks.items()}
+        corpus = replace(hidden, masks=masks, available=np.where(used[:, None], hidden.available, whole.available))
+        origin, facts = np.arange(len(whole)), pattern.as_dict()
+    else:
+        corpus, origin, facts = hide_tokens_in_training(whole, draws, args.seed, args.keep_ends)
+    return TrainingData(corpus.pooled() if pooled else corpus, source, origin, facts)
 
 
 def say_notes(corpus: Corpus) -> None:
@@ -146,6 +193,13 @@ def evaluate_arguments(pairs: str) -> Callable[[argparse.ArgumentParser], None]:
             help="also test with this share of the tokens of every modality hidden, where the data have sequences "
             "(0 0.1 … 0.9)",
         )
+        parser.add_argument(
+            "--keep-ends",
+            nargs="+",
+            default=[],
+            metavar="MODALITY",
+            help="of --test-token-rates: whose first and last token stay",
+        )
         parser.add_argument("--seed", type=int, default=0, help="of --test-rates and --test-token-rates (%(default)s)")
         parser.add_argument("--out", type=Path, metavar="FILE.json", help="also write every number here")
 
@@ -165,11 +219,13 @@ def evaluate_command(system: str, opener: Opener) -> Callable[[argparse.Namespac
             corpus = replace(corpus, notes=(*corpus.notes, note))
         say_notes(corpus)
         results = []
+        token_masks = [file for file in args.test_mask if is_token_mask(file)]
+        args.test_mask = [file for file in args.test_mask if file not in token_masks]
         hidden = [
             (pattern.as_dict(), replace(corpus, available=pattern.observed))
             for pattern in test_patterns(corpus, args, args.pattern, args.seed)
         ]
-        for facts, seen in itertools.chain(hidden, _token_tests(args, model)):
+        for facts, seen in itertools.chain(hidden, _token_tests(args, model, token_masks)):
             value, _ = predictor(seen)
             scores = score_parts(rescaled(value, model.card["family"], corpus.family), corpus, parts)
             results.append({**facts, "scores": scores})
@@ -184,16 +240,24 @@ def evaluate_command(system: str, opener: Opener) -> Callable[[argparse.Namespac
     return run
 
 
-def _token_tests(args: argparse.Namespace, model: SavedModel) -> Iterator[tuple[dict[str, Any], Corpus]]:
-    """The data with single tokens hidden, at each rate asked for; pooled afterwards where the model reads means."""
-    if args.test_token_rates is None:
+def _token_tests(
+    args: argparse.Namespace, model: SavedModel, masks: list[Path]
+) -> Iterator[tuple[dict[str, Any], Corpus]]:
+    """The data with tokens hidden, at each rate and by each file; pooled afterwards where the model reads means."""
+    if args.test_token_rates is None and not masks:
         return
     args.sequences = True
     source = load_from(args)
-    for rate in args.test_token_rates or RATES:
-        hidden, facts = hide_tokens(source, rate, args.seed)
-        seen = hidden if model.card["sequences"] else hidden.pooled()
-        yield {"name": f"tokens {rate:g}", "missing": facts}, fit_inputs(seen, model)
+
+    def seen(hidden: Corpus) -> Corpus:
+        return fit_inputs(hidden if model.card["sequences"] else hidden.pooled(), model)
+
+    for rate in [] if args.test_token_rates is None else args.test_token_rates or RATES:
+        hidden, pattern = hide_tokens(source, rate, args.seed, args.keep_ends)
+        yield {"name": f"tokens {rate:g}", "missing": pattern.as_dict()}, seen(hidden)
+    for file in masks:
+        hidden, pattern = read_token_mask(file, source)
+        yield {"name": f"mask {file.stem}", "missing": pattern.as_dict()}, seen(hidden)
 
 
 def score_parts(value: np.ndarray, corpus: Corpus, parts: list[str]) -> dict[str, dict[str, Any]]:

@@ -23,6 +23,7 @@ from examples.msa.missing import max_rate
 from examples.msa.patterns import add_test_arguments, read_mask, test_patterns, write_mask
 from examples.msa.report import run_card
 from examples.msa.timing import StageTimer, add_progress_argument, progress
+from examples.msa.tokens import write_token_mask
 from examples.msa.tool import evaluate_arguments, evaluate_command, predict_arguments, predict_command
 
 from .cell import FROM_FILE, METHODS, Cell, Tests
@@ -163,12 +164,23 @@ def add_mask_arguments(parser: argparse.ArgumentParser) -> None:
     """Options of ``mask``."""
     add_data_arguments(parser, pairs=PAIRS)
     add_pattern_arguments(parser, rate=0.5)
+    parser.add_argument("--tokens", action="store_true", help="hide single tokens, each with chance --rate")
+    parser.add_argument(
+        "--keep-ends", nargs="+", default=[], metavar="MODALITY", help="of --tokens: whose first and last token stay"
+    )
     parser.add_argument("--seed", type=int, default=0, help="(%(default)s)")
     parser.add_argument("--out", type=Path, default=Path("mask.json"), metavar="FILE.json", help="(%(default)s)")
 
 
 def mask_command(args: argparse.Namespace) -> int:
     """``mask``: draw a missing pattern and keep it."""
+    if args.tokens:
+        args.sequences = True
+        hidden = write_token_mask(args.out, load_from(args), args.rate, args.seed, args.keep_ends)
+        print(f"mask: {args.out} ({hidden.realised:.3f} of the tokens hidden, {hidden.sha256})")
+        return 0
+    if args.keep_ends:
+        raise ValueError("--keep-ends belongs to --tokens")
     corpus = load_from(args)
     observed, pattern = mask_for(corpus, args, args.seed)
     print(f"mask: {write_mask(args.out, corpus, observed, pattern)} ({pattern.realised:.3f} hidden, {pattern.sha256})")

@@ -113,7 +113,7 @@ def run_cell(
     Returns:
         The cell, metrics of the test and validation parts, the missing pattern, the label facts, and facts of the fit;
         ``patterns``: test metrics under each further pattern; ``test_per_metric``: what each metric is when the
-        validation part chooses its checkpoint for it alone (systems only).
+        validation part chooses its checkpoint for it alone.
     """
     tests = tests or Tests()
     observed, pattern = mask_of(corpus, cell, tests)
@@ -162,11 +162,11 @@ def _baseline(
     checkpoint: Path | None,
     resume: bool,
 ) -> Outcome:
-    """A perceptron trains in seconds: it keeps no state, and has one checkpoint, chosen by absolute error."""
+    """A perceptron trains in seconds: it keeps no state."""
     how = BASELINES[cell.method]
     others = [fill(corpus, p.observed, how, observed) for p in patterns]
     fitted = fit_mlp(fill(corpus, observed, how), corpus, labelled, seed=cell.seed, others=others)
-    return fitted.prediction, np.zeros(len(corpus)), list(fitted.others), fitted.facts, {}
+    return fitted.prediction, np.zeros(len(corpus)), list(fitted.others), fitted.facts, fitted.per_metric
 
 
 def _system(

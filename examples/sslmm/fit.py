@@ -5,17 +5,19 @@ from __future__ import annotations
 import argparse
 from dataclasses import asdict
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import torch
 
 from examples.msa.command import add_device_argument, check_device
-from examples.msa.corpus import SPLITS, TRAIN, VALID
+from examples.msa.corpus import SPLITS, TRAIN, VALID, Corpus
 from examples.msa.data import add_data_arguments
 from examples.msa.missing import label_mask
 from examples.msa.predictions import add_labels_argument, write_predictions
 from examples.msa.saved import SavedModel, calibrate, calibrated, describe_inputs, save_model
-from examples.msa.tool import Predictor, load_labelled, say_notes, score_parts, with_validation
+from examples.msa.tokens import add_token_arguments
+from examples.msa.tool import Predictor, say_notes, score_parts, training_data
 
 from .config import Config, add_config_arguments, config_from
 from .model import SSLMM
@@ -37,7 +39,13 @@ def add_fit_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--resume", action="store_true", help="go on from the state that --out holds")
     add_device_argument(parser)
     parser.add_argument("--share", type=float, default=1.0, help="share of the train labels to use (%(default)s)")
+    parser.add_argument(
+        "--each-metric",
+        action="store_true",
+        help="also keep the weights that were best in each metric on the validation part, as OUT/by_metric/NAME",
+    )
     add_pattern_arguments(parser, rate=0.0)
+    add_token_arguments(parser)
     add_config_arguments(parser)
 
 
@@ -45,41 +53,55 @@ def fit_command(args: argparse.Namespace) -> int:
     """``fit``: train on the labels and modalities that are there, or on fewer, and save what predicts."""
     device = check_device(args.device)
     torch.set_num_threads(1)
-    corpus = with_validation(load_labelled(args).pooled())
-    observed, pattern = mask_for(corpus, args, args.seed)
+    data = training_data(args)
+    corpus, source = data.corpus.pooled(), data.source.pooled()
+    observed, pattern = mask_for(source, args, args.seed)
     # What is hidden on purpose is hidden in training; new data are predicted from all they have.
-    used = np.isin(corpus.split, (TRAIN, VALID))[:, None]
-    labelled, labels = label_mask(corpus, args.share, args.seed)
-    statistics = corpus.statistics(observed)
-    standard = corpus.standardise_by(statistics)
+    used = np.isin(source.split, (TRAIN, VALID))[:, None]
+    labelled, labels = label_mask(source, args.share, args.seed)
+    seen = np.where(used, observed, source.available)[data.origin] & corpus.available
+    statistics = corpus.statistics(observed[data.origin])
+    standard = source.standardise_by(statistics)
     trainer = Trainer(
-        standard, np.where(used, observed, corpus.available), labelled, config_from(args), args.seed, device
+        corpus.standardise_by(statistics), seen, labelled[data.origin], config_from(args), args.seed, device
     )
     checkpoint = args.out / "training.pt"
     fitted = trainer.fit(checkpoint, resume=args.resume)
-    value, variance = predict_corpus(trainer.model, standard, device=device)
+    card = {
+        "config": asdict(trainer.config),
+        **describe_inputs(source, statistics),
+        "labels": labels,
+        "missing": pattern.as_dict(),
+        "tokens": data.tokens,
+        "seed": args.seed,
+    }
+    scores = _save(args.out, trainer.model, standard, card, fitted.best_epoch, device)
+    if args.each_metric:
+        state = trainer.per_metric.state
+        for metric, best in state["best"].items():
+            trainer.model.load_state_dict(state["weights"][best["when"]])
+            _save(args.out / "by_metric" / metric, trainer.model, standard, card, best["when"], device)
+    checkpoint.unlink(missing_ok=True)
+    say_notes(source)
+    for part, found in scores.items():
+        print(f"{part}: n {found['n']}, MAE {found['mae']:.3f}, neg/pos {found['acc2_non0']:.3f}")
+    print(f"model: {args.out}")
+    return 0
+
+
+def _save(
+    folder: Path, model: SSLMM, standard: Corpus, card: dict[str, Any], epoch: int, device: torch.device
+) -> dict[str, dict[str, Any]]:
+    """Calibrate, score and save a model and its predictions; returns the scores of each part but train."""
+    value, variance = predict_corpus(model, standard, device=device)
     rows = standard.rows("valid", labelled=True)
     calibration = calibrate(variance[rows], value[rows] - standard.labels[rows])
     parts = [part for part in SPLITS if part != "train" and len(standard.rows(part, labelled=True))]
     scores = score_parts(value, standard, parts)
-    card = {
-        "config": asdict(trainer.config),
-        **describe_inputs(corpus, statistics),
-        "labels": labels,
-        "missing": pattern.as_dict(),
-        "seed": args.seed,
-        "best_epoch": fitted.best_epoch,
-        "calibration": calibration,
-        "scores": scores,
-    }
-    save_model(args.out, SYSTEM, card, trainer.model.state_dict())
-    write_predictions(args.out / "predictions.csv", standard, value, calibrated(variance, calibration))
-    checkpoint.unlink(missing_ok=True)
-    say_notes(corpus)
-    for part in parts:
-        print(f"{part}: n {scores[part]['n']}, MAE {scores[part]['mae']:.3f}, neg/pos {scores[part]['acc2_non0']:.3f}")
-    print(f"model: {args.out}")
-    return 0
+    card = {**card, "best_epoch": epoch, "calibration": calibration, "scores": scores}
+    save_model(folder, SYSTEM, card, model.state_dict())
+    write_predictions(folder / "predictions.csv", standard, value, calibrated(variance, calibration))
+    return scores
 
 
 def open_model(saved: SavedModel, device: torch.device) -> Predictor:
