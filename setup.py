@@ -45,6 +45,7 @@ def choose_cuda() -> tuple[bool, str]:
 def check_architectures(architectures: str) -> None:
     """Stop where an architecture lacks the tensor-core instructions the kernels use."""
     old = [a for a in re.findall(r"\d+\.\d+", architectures) if float(a) < 8]
+    old += re.findall(r"Kepler|Maxwell|Pascal|Volta|Turing", architectures)  # torch takes names, too
     if architectures == "native" and torch.cuda.get_device_capability() < (8, 0):
         old = ["{}.{}".format(*torch.cuda.get_device_capability())]
     if old:

@@ -10,7 +10,7 @@ import torch
 import bench
 from bench import report
 from bench.device import open_device
-from bench.harness import Benchmark, by_dtype, measure, measure_growth
+from bench.harness import Benchmark, GrowthRow, Row, by_dtype, measure, measure_growth
 
 
 def benchmarks() -> dict[str, Benchmark]:
@@ -28,6 +28,7 @@ def arguments(names: list[str]) -> argparse.Namespace:
     parser.add_argument("operators", nargs="*", metavar="operator", help=f"any of: {', '.join(names)}; default all")
     parser.add_argument("--device", choices=["cpu", "cuda"], default="cpu")
     parser.add_argument("--quick", action="store_true", help="small shapes only")
+    parser.add_argument("--large", action="store_true", help="the shapes of a size for GPUs, and no others")
     parser.add_argument(
         "--shape", action="append", default=[], help="only shapes whose name contains this, or another given"
     )
@@ -52,7 +53,8 @@ def main() -> None:
     device = open_device(options.device)
     about = report.environment(options.device)
     print("\n".join(f"{key}: {value}" for key, value in about.items()))
-    rows, growth = [], []
+    rows: list[Row] = []
+    growth: list[GrowthRow] = []
     for name in options.operators or known:
         benchmark = known[name]
         for over in benchmark.growth if options.growth else ():
@@ -60,9 +62,10 @@ def main() -> None:
             g = growth[-1]
             times = ", ".join(f"{v}: {t:.2f} ms" for v, t in zip(g.values, g.times_ms, strict=True))
             print(f"\n{name} over {g.axis}: {times}; slope {g.slope:.2f}, expected {g.expected:.1f}", flush=True)
+            write(options, rows, growth, about)
         for shape in () if options.growth else benchmark.shapes:
             wanted = any(part in shape.name for part in options.shape or [""])
-            if wanted and (shape.quick or not options.quick):
+            if wanted and shape.large == options.large and (shape.quick or not options.quick):
                 torch.manual_seed(0)
                 rows.append(measure(benchmark, shape, device, options.rounds, options.without))
                 print("\n" + report.text(rows[-1]), flush=True)
@@ -70,6 +73,11 @@ def main() -> None:
                     torch.manual_seed(0)
                     rows.append(measure(by_dtype(benchmark), shape, device, options.rounds, options.without))
                     print("\n" + report.text(rows[-1]), flush=True)
+                write(options, rows, growth, about)
+
+
+def write(options: argparse.Namespace, rows: list[Row], growth: list[GrowthRow], about: dict[str, str]) -> None:
+    """The files that were asked for, after every row: what is measured is kept when a later one fails."""
     if options.csv:
         report.write_csv(options.csv, rows, about)
     if options.json:

@@ -86,26 +86,26 @@ def _status_kb(key: str) -> int:
 
 
 class Cuda:
-    """Times with events after the L2 cache was overwritten; calls below 100 µs as a replayed CUDA graph."""
+    """Times with events after the L2 cache was overwritten; calls below 100 µs as a replayed CUDA graph.
+
+    What cannot be captured (a call that waits for the device, say) is timed without a graph, its launches included.
+    """
 
     torch = torch.device("cuda")
 
     def __init__(self) -> None:
         self._flush = torch.empty(256 << 20, dtype=torch.uint8, device="cuda")
         self._square = torch.randn(8192, 8192, device="cuda", dtype=torch.bfloat16)
-        self._graphs: dict[int, tuple[Callable[[], Any], torch.cuda.CUDAGraph]] = {}
+        self._graphs: dict[int, tuple[Callable[[], Any], torch.cuda.CUDAGraph | None]] = {}
 
     def clock(self, call: Callable[[], Any]) -> float:
-        if id(call) in self._graphs:
-            return self._events(self._graphs[id(call)][1].replay)
-        seconds = self._events(call)
-        if seconds >= 1e-4:
-            return seconds
-        graph = torch.cuda.CUDAGraph()
-        with torch.cuda.graph(graph):
-            call()
-        self._graphs[id(call)] = (call, graph)  # holds the call, so that no other gets its id
-        return self._events(graph.replay)
+        if id(call) not in self._graphs:
+            seconds = self._events(call)
+            if seconds >= 1e-4:
+                return seconds
+            self._graphs[id(call)] = (call, _captured(call))  # holds the call, so that no other gets its id
+        graph = self._graphs[id(call)][1]
+        return self._events(call if graph is None else graph.replay)
 
     def _events(self, call: Callable[[], Any]) -> float:
         start, end = (torch.cuda.Event(enable_timing=True) for _ in range(2))
@@ -129,6 +129,18 @@ class Cuda:
         torch.cuda.synchronize()
         del kept
         return (torch.cuda.max_memory_allocated() - before) / 2**20
+
+
+def _captured(call: Callable[[], Any]) -> torch.cuda.CUDAGraph | None:
+    """The call as a graph, or None where it cannot be one."""
+    graph = torch.cuda.CUDAGraph()
+    try:
+        with torch.cuda.graph(graph):
+            call()
+    except RuntimeError:
+        torch.cuda.synchronize()
+        return None
+    return graph
 
 
 def open_device(name: str) -> Device:

@@ -43,6 +43,7 @@ class Shape:
     sizes: dict[str, int]
     quick: bool = False  # also measured by `--quick` and by `pytest bench`
     decisive: bool = False  # also measured through torch.compile, and by dtype
+    large: bool = False  # of a size for GPUs, measured by `--large` alone
 
 
 @dataclass(frozen=True)
@@ -250,6 +251,11 @@ def bound(
         except Unavailable as reason:
             m.note = f"not run: {str(reason).splitlines()[0]}"
             continue
+        except torch.OutOfMemoryError:
+            if provider is benchmark.providers[0]:
+                raise
+            m.note = "not run: out of memory"
+            continue
         if expected is None:
             expected = result[0]
         elif (off := disagreement(expected, result[0])) > provider.tolerance:
@@ -270,8 +276,15 @@ def measure(benchmark: Benchmark, shape: Shape, device: Device, rounds: int, wit
     forward, total = {}, {}
     for name, b in running.items():
         if benchmark.differentiable:
-            total[name] = with_backward(b.call, b.inputs)
-            total[name]()
+            try:
+                total[name] = with_backward(b.call, b.inputs)
+                total[name]()
+            except torch.OutOfMemoryError:
+                if b.provider is benchmark.providers[0]:
+                    raise
+                total.pop(name, None)
+                b.measurement.note = "not run: out of memory"
+                continue
             if not b.provider.compiled:
                 forward[name] = without_grad(b.call)
         elif b.seconds < LONG:

@@ -128,6 +128,8 @@ BENCHMARKS = [
             Shape("two-sided N=128 d=128 (one batch)", {"N": 128, "d": 128}, quick=True),
             Shape("two-sided N=8 d=16 (smallest)", {"N": 8, "d": 16}, quick=True),
             Shape("two-sided N=4096 d=128", {"N": 4096, "d": 128}, decisive=True),
+            Shape("two-sided N=65536 d=128", {"N": 65536, "d": 128}, decisive=True, large=True),
+            Shape("two-sided N=65536 d=256", {"N": 65536, "d": 256}, decisive=True, large=True),
         ),
         inputs=_pair_inputs,
         providers=(

@@ -121,6 +121,7 @@ def shapes() -> tuple[Shape, ...]:
         Shape("N=1284 d=128 budget=20 (MOSI)", {"N": 1284, "d": 128, "budget": 20}, quick=True),
         Shape("N=16326 d=256 budget=200 (MOSEI)", {"N": 16326, "d": 256, "budget": 200}),
     ]
+    shapes.append(Shape("N=1000000 d=256 budget=10000", {"N": 1000000, "d": 256, "budget": 10000}, large=True))
     for kind, name in enumerate(_KINDS[:3]):
         shapes.append(Shape(f"N=100000 d=256 budget=200 {name}", {"N": 100000, "d": 256, "budget": 200, "kind": kind}))
     if file := os.environ.get("MSACORE_BENCH_POOL"):

@@ -77,6 +77,7 @@ BENCHMARKS = [
             Shape("B=64 L=50 k=128 q=64", {"B": 64, "L": 50, "k": 128, "q": 64}),
             Shape("B=64 L=50 k=512 q=64", {"B": 64, "L": 50, "k": 512, "q": 64}, decisive=True),
             Shape("B=64 L=50 k=768 q=64 (published width)", {"B": 64, "L": 50, "k": 768, "q": 64}),
+            Shape("B=256 L=50 k=768 q=64", {"B": 256, "L": 50, "k": 768, "q": 64}, large=True),
         ),
         inputs=_inputs,
         providers=(

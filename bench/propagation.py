@@ -138,6 +138,7 @@ BENCHMARKS = [
             Shape("1×4×3 d=8 K=1 (smallest)", {"V": 1, "T": 4, "d": 8, "w": 2, "K": 1}, quick=True),
             Shape("MOSI: 93×24×3 d=256 K=10", {"V": 93, "T": 24, "d": 256, "w": 2, "K": 10}, decisive=True),
             Shape("MOSEI: 3300×7×3 d=128 K=10", {"V": 3300, "T": 7, "d": 128, "w": 2, "K": 10}),
+            Shape("1e6×3 d=128 K=10", {"V": 41667, "T": 24, "d": 128, "w": 2, "K": 10}, large=True),
         ),
         inputs=_conversations,
         providers=(

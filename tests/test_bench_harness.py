@@ -13,7 +13,7 @@ import torch
 
 from bench import kcenter, report, summary
 from bench.__main__ import benchmarks
-from bench.device import Canary, Cpu
+from bench.device import Canary, Cpu, Cuda
 from bench.harness import (
     ATTEMPTS,
     Benchmark,
@@ -140,6 +140,60 @@ def test_compiled_providers_run_at_decisive_shapes_only() -> None:
     assert ours.forward_ms == pytest.approx(1)
     assert peer.forward_ms is None
     assert peer.ratio == pytest.approx(4)
+
+
+@pytest.mark.parametrize("backward", [False, True])
+def test_a_peer_without_room_is_named_and_the_row_goes_on(backward: bool) -> None:
+    class NoRoom(torch.autograd.Function):
+        @staticmethod
+        def forward(ctx: Any, x: torch.Tensor) -> torch.Tensor:
+            if not backward:
+                raise torch.OutOfMemoryError
+            return 2 * x
+
+        @staticmethod
+        def backward(ctx: Any, *grads: torch.Tensor) -> torch.Tensor:
+            raise torch.OutOfMemoryError
+
+    big = Provider("big", lambda inputs: lambda: NoRoom.apply(inputs["x"]))
+    row = measure(replace(BENCHMARK, providers=(_provider("ours"), big)), SHAPE, ScriptedDevice(), rounds=1)
+    ours, peer = row.measurements
+    assert ours.total_ms is not None
+    assert peer.note == "not run: out of memory" and peer.total_ms is None
+    with pytest.raises(torch.OutOfMemoryError):
+        measure(replace(BENCHMARK, providers=(big,)), SHAPE, ScriptedDevice(), rounds=1)
+
+
+@pytest.mark.parametrize("can", [True, False])
+def test_a_call_that_no_graph_can_hold_is_timed_as_it_is(can: bool, monkeypatch: pytest.MonkeyPatch) -> None:
+    class Graph:
+        def replay(self) -> None:
+            order.append("replay")
+
+    class Capture:
+        def __init__(self, graph: Graph) -> None:
+            order.append("capture")
+
+        def __enter__(self) -> None:
+            if not can:
+                raise RuntimeError("operation not permitted when stream is capturing")
+
+        def __exit__(self, *error: object) -> None: ...
+
+    order: list[str] = []
+    monkeypatch.setattr(torch.cuda, "CUDAGraph", Graph)
+    monkeypatch.setattr(torch.cuda, "graph", Capture)
+    monkeypatch.setattr(torch.cuda, "synchronize", lambda: None)
+    device = object.__new__(Cuda)
+    device._graphs = {}
+    monkeypatch.setattr(device, "_events", lambda call: call() or 1e-5)
+
+    def call() -> None:
+        order.append("call")
+
+    assert [device.clock(call) for _ in range(3)] == [1e-5] * 3
+    again = ["replay"] if can else ["call"]
+    assert order == ["call", "capture", *(["call"] if can else []), *again, *again, *again]
 
 
 def test_drift_is_the_larger_fall_of_the_two_canaries() -> None:

@@ -1,10 +1,12 @@
 """What the build promises: a stable ABI, complete registrations, a layout in which an operator is found by its name."""
 
+import ast
 import re
 import shutil
 import subprocess
 import sys
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
@@ -116,6 +118,17 @@ def test_the_report_for_bug_reports_names_what_matters() -> None:
     for word in ("torch", "faiss", "compiler", "instruction sets", "CUDA", "msacore::graph_propagate"):
         assert word in done.stdout
     assert torch.__version__ in done.stdout
+
+
+@pytest.mark.parametrize("old", ["7.5", "7.0+PTX", "Turing", "Volta"])
+def test_an_architecture_without_the_instructions_stops_the_build(old: str) -> None:
+    tree = ast.parse((ROOT / "setup.py").read_text())
+    (check,) = [node for node in tree.body if getattr(node, "name", "") == "check_architectures"]
+    names: dict[str, Any] = {"re": re, "sys": sys, "torch": torch}
+    exec(compile(ast.Module([check], []), "setup.py", "exec"), names)
+    names["check_architectures"]("8.0;8.6;8.9;9.0;10.0;12.0+PTX")
+    with pytest.raises(SystemExit, match=rf"8\.0 \(Ampere\) or newer, got {old[:3]}.*; set TORCH_CUDA_ARCH_LIST"):
+        names["check_architectures"](f"9.0;{old}")
 
 
 def test_without_torch_the_build_stops_with_the_command_to_run() -> None:

@@ -109,7 +109,7 @@ def test_greedy_among_more_candidates_than_have_a_matrix_of_distances(metric: st
     torch.testing.assert_close(scores, expected_scores, rtol=1e-13, atol=0)
 
 
-_SELECTIONS = {
+SELECTIONS = {
     "labelled": {"strategy": "kcenter", "labeled": [3, 77]},
     "no labels": {"strategy": "kcenter"},
     "cosine": {"strategy": "kcenter", "distance": "cosine", "labeled": torch.ones(2, 5)},
@@ -120,7 +120,7 @@ _SELECTIONS = {
 }
 
 
-@pytest.mark.parametrize("options", _SELECTIONS.values(), ids=_SELECTIONS)
+@pytest.mark.parametrize("options", SELECTIONS.values(), ids=SELECTIONS)
 def test_whole_selections_are_those_of_the_cpu(
     options: dict[str, Any], monkeypatch: pytest.MonkeyPatch, on_host: CudaOnHost
 ) -> None:
