@@ -74,6 +74,29 @@ def test_where_every_positive_is_far_ahead_a_tiny_temperature_has_no_gradient(dt
         assert abs(temperature.grad.item()) < 20  # rounding of float32, over the temperature squared
 
 
+@pytest.mark.parametrize("dtype", [torch.float32, DOUBLE])
+def test_gradients_of_anchors_that_are_candidates_are_added_before_they_overflow(dtype: torch.dtype) -> None:
+    """Denormal rows have gradients of ±inf, not those of two roles of opposite signs, whose sum would be NaN."""
+    generator = torch.Generator().manual_seed(1)
+    rows = torch.randn(6, 5, generator=generator, dtype=DOUBLE)
+    tiny = rows * (1e-40 if dtype == torch.float32 else 1e-320)
+    options = dict(
+        weights=torch.rand(6, 6, generator=generator).to(dtype),
+        anchor_mask=torch.tensor([True, False, True, True, True, True]),
+        candidate_mask=torch.tensor([True, True, True, False, True, True]),
+        temperature=0.02,
+    )
+    x = tiny.to(dtype).requires_grad_()
+    (gradient,) = torch.autograd.grad(info_nce(x, **options), x)
+    large = rows.clone().requires_grad_()
+    (direction,) = torch.autograd.grad(info_nce(large, **options | dict(weights=options["weights"].double())), large)
+    assert not gradient.isnan().any()
+    decided = direction.abs() > 0.1
+    assert decided.float().mean() > 0.8
+    assert torch.equal(gradient.sign()[decided].double(), direction.sign()[decided])
+    assert gradient[decided].isinf().all()
+
+
 @pytest.mark.parametrize("denominator", ["all", "negatives", "decoupled"])
 @pytest.mark.parametrize(("n", "m", "q"), [(0, 0, 0), (0, 0, 3), (0, 4, 2), (4, 0, 3), (3, 2, 0)])
 def test_empty_sides_give_finite_losses_and_zero_gradients(n: int, m: int, q: int, denominator: str) -> None:

@@ -32,7 +32,7 @@ _CASES = {
     "info_nce": (losses.info_nce, 320),
     "hierarchical_contrastive_loss": (losses.hierarchical_contrastive_loss, 90),
     "rank_n_contrast": (losses.rank_n_contrast, 150),
-    "matrix_fusion": (messages.matrix_fusion, 120),
+    "matrix_fusion": (messages.matrix_fusion, 240),
     "low_rank_fusion": (messages.low_rank_fusion, 300),
     "propagate": (messages.propagate, 700),
     "window_mean": (messages.window_mean, 600),

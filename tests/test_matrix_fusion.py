@@ -250,3 +250,23 @@ def test_low_rank_projections_beyond_the_limit_are_not_kept() -> None:
             weight, bias = torch.ones(1, device=device), torch.zeros(1, device=device)
             _, projections = torch.ops.msacore.low_rank_fusion(features, factors, weight, bias, None, keep=True)
             assert projections.shape == (kept, 1, batch, 16)
+
+
+@pytest.mark.parametrize("on_host", [False, True], ids=["cpu", "cuda on host"])
+@pytest.mark.parametrize("dtype", [torch.float32, FLOAT64], ids=str)
+def test_the_derivative_of_gelu_keeps_its_digits_where_it_is_nearly_1(dtype: torch.dtype, on_host: bool) -> None:
+    """One row of one pair of one token is gelu of the bias; rows beyond the range of its square are linear or zero."""
+    x = torch.cat([torch.linspace(-9, 9, 181, dtype=dtype), torch.tensor([-1e30, -40.0, 40.0, 1e30], dtype=dtype)])
+    features = [torch.zeros(1, 1, 1, dtype=dtype)] * 2
+    weights = torch.zeros(len(x), 1, dtype=dtype), x.clone().requires_grad_()
+    mix = torch.ones(1, 1, dtype=dtype), torch.zeros(1, dtype=dtype)
+    with CudaOnHost() if on_host else nullcontext():
+        _, pairs = msacore.matrix_fusion(features, *weights, *mix, augment=False, activation="gelu")
+        (ours,) = torch.autograd.grad(pairs.sum(), weights[1])
+    two_u = (8 / torch.pi) ** 0.5 * (x.double() + 0.044715 * x.double() ** 3)
+    slope = (8 / torch.pi) ** 0.5 * (1 + 0.134145 * x.double() ** 2) * two_u.sigmoid() * (-two_u).sigmoid()
+    exact = torch.where(x.abs() < 20, two_u.sigmoid() + x.double() * slope, (x > 0).double())
+    error = (ours.double() - exact).abs() / exact.abs().clamp(min=torch.finfo(dtype).tiny)
+    near_1 = (x > 2) & (x < 20)
+    assert error[near_1].max() <= 4 * torch.finfo(dtype).eps
+    assert (ours - exact).abs().max() <= 16 * torch.finfo(dtype).eps

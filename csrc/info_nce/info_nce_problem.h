@@ -298,13 +298,29 @@ struct Problem {
       pull = a.project(grad_anchors, scale, 0, a.n);
       b.project(grad_candidates, scale, 0, size.candidates);
     } else {
-      const Buffer<A> first(a.n * a.d), second(a.n * a.d);
-      pull = a.project(first.get(), scale, 0, a.n);
-      b.project(second.get(), scale, 0, a.n);
-      for (int64_t i = 0; i < a.n * a.d; ++i) grad_anchors[i] = static_cast<T>(first[i] + second[i]);
+      pull = a.project(grad_anchors, scale, 0, a.n);
+      project_both(grad_anchors, scale);
     }
     if (size.negatives) b.project(grad_negatives, scale, size.candidates, b.n);
     return -pull / (temperature * temperature);
+  }
+
+ private:
+  // Gradients of rows that are anchors and candidates, of sides of their own because their masks differ. The two are
+  // added before the division by the norm, which may take each of them to an infinity of its own sign.
+  template <typename Out>
+  void project_both(Out* grad_x, A scale) const {
+    const Side<A>&a = *term().a, &b = *term().b;
+    torch::stable::parallel_for(0, a.n, Side<A>::grain(a.width), [&](int64_t begin, int64_t end) {
+      const Buffer<A> sum(a.width);
+      double pull;
+      for (int64_t i = begin; i < end; ++i) {
+        const bool anchor = a.inverse_norm[i] != 0, candidate = b.inverse_norm[i] != 0;
+        for (int64_t k = 0; k < a.width; ++k)
+          sum[k] = (anchor ? a.gradient[i * a.width + k] : A(0)) + (candidate ? b.gradient[i * b.width + k] : A(0));
+        (anchor ? a : b).project_rows(sum.get(), grad_x + i * a.d, &pull, scale, i, i + 1);
+      }
+    });
   }
 };
 

@@ -98,25 +98,34 @@ struct Tokens {
   }
 };
 
-// With σ the logistic function, gelu(x) = x σ(2u), u = sqrt(2/π) (x + 0.044715 x³).
+// With σ the logistic function, gelu(x) = x σ(2u), u = sqrt(2/π) (x + 0.044715 x³). `gate` is σ, `slope` its derivative
+// σ (1 - σ), made of the exponential: 1 - σ would lose all digits where σ is near 1.
 template <typename A>
-__device__ __forceinline__ A gelu_gate(A x) {
-  return 1 / (1 + exp(A(-1.5957691216057308) * (x + A(0.044715) * x * x * x)));
-}
+struct GeluGate {
+  A gate, slope;
+
+  __device__ __forceinline__ explicit GeluGate(A x) {
+    const A two_u = A(1.5957691216057308) * (x + A(0.044715) * x * x * x);
+    const A e = exp(two_u < 0 ? two_u : -two_u), inverse = 1 / (1 + e);
+    gate = (two_u < 0 ? e : A(1)) * inverse;
+    slope = e * inverse * inverse;
+  }
+};
 
 // Comparisons are written so that NaN passes through.
 template <typename A>
 __device__ __forceinline__ A activate(Activation activation, A x) {
   if (activation == Activation::kRelu) return x < 0 ? A(0) : x;
-  return activation == Activation::kGelu ? x * gelu_gate(x) : x;
+  return activation == Activation::kGelu ? x * GeluGate<A>(x).gate : x;
 }
 
 template <typename A>
 __device__ __forceinline__ A derivative(Activation activation, A x) {
   if (activation == Activation::kRelu) return x <= 0 ? A(0) : A(1);
   if (activation == Activation::kIdentity) return 1;
-  const A gate = gelu_gate(x);
-  return gate + x * gate * (1 - gate) * A(1.5957691216057308) * (1 + A(3 * 0.044715) * x * x);
+  const GeluGate<A> sigma(x);
+  const A square = x * x < 1000 ? x * x : A(1000);  // beyond, the slope is 0, and x² may be inf
+  return sigma.gate + x * sigma.slope * A(1.5957691216057308) * (1 + A(3 * 0.044715) * square);
 }
 
 // scale [B·L], a warp per sample, and the padded weights

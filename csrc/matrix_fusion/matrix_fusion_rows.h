@@ -35,19 +35,25 @@ struct Mix {
   int64_t pairs, channels;
 };
 
-// With σ the logistic function, gelu(x) = x/2 (1 + tanh u) = x σ(2u), u = sqrt(2/π) (x + 0.044715 x³).
+// With σ the logistic function, gelu(x) = x/2 (1 + tanh u) = x σ(2u), u = sqrt(2/π) (x + 0.044715 x³). `gate` is σ,
+// `slope` its derivative σ (1 - σ), made of the exponential: 1 - σ would lose all digits where σ is near 1.
 template <typename A>
-MSACORE_INLINE A gelu_gate(A x) {
-  const A two_u = A(1.5957691216057308) * (x + A(0.044715) * x * x * x);
-  const A e = exp_of(-std::abs(two_u));
-  return (two_u < 0 ? e : A(1)) / (1 + e);
-}
+struct GeluGate {
+  A gate, slope;
+
+  MSACORE_INLINE explicit GeluGate(A x) {
+    const A two_u = A(1.5957691216057308) * (x + A(0.044715) * x * x * x);
+    const A e = exp_of(-std::abs(two_u)), inverse = 1 / (1 + e);
+    gate = (two_u < 0 ? e : A(1)) * inverse;
+    slope = e * inverse * inverse;
+  }
+};
 
 // Comparisons are written so that NaN passes through.
 template <Activation kAct, typename A>
 MSACORE_INLINE A activate(A x) {
   if constexpr (kAct == Activation::kRelu) return x < 0 ? A(0) : x;
-  if constexpr (kAct == Activation::kGelu) return x * gelu_gate(x);
+  if constexpr (kAct == Activation::kGelu) return x * GeluGate<A>(x).gate;
   return x;
 }
 
@@ -56,8 +62,9 @@ template <Activation kAct, typename A>
 MSACORE_INLINE A activation_backward(A grad, A x) {
   if constexpr (kAct == Activation::kRelu) return x <= 0 ? A(0) : grad;
   if constexpr (kAct == Activation::kGelu) {
-    const A gate = gelu_gate(x);
-    return grad * (gate + x * gate * (1 - gate) * A(1.5957691216057308) * (1 + A(3 * 0.044715) * x * x));
+    const GeluGate<A> sigma(x);
+    const A square = x * x < 1000 ? x * x : A(1000);  // beyond, the slope is 0, and x² may be inf
+    return grad * (sigma.gate + x * sigma.slope * A(1.5957691216057308) * (1 + A(3 * 0.044715) * square));
   }
   return grad;
 }

@@ -96,7 +96,7 @@ MSACORE_INLINE void forward_step(const Conversation<A>& c, int64_t modalities, c
 
 // All steps from x in c.h; returns the result's place. A state buffer holds what a node sends, zeros where it does not.
 template <int kM, typename A>
-MSACORE_SIMD const Row<A>* forward_tile(const Call& call, const Conversation<A>& c) {
+MSACORE_SIMD Row<A>* forward_tile(const Call& call, const Conversation<A>& c) {
   const int64_t M = call.sizes.modalities;
   const A alpha = static_cast<A>(call.alpha);
   Row<A>*h = c.h, *next = c.next;
@@ -151,7 +151,7 @@ MSACORE_INLINE void backward_step(const Conversation<A>& c, int64_t modalities, 
 
 // The gradient of x from that of the result in c.h; returns its place.
 template <int kM, typename A>
-MSACORE_SIMD const Row<A>* backward_tile(const Call& call, const Conversation<A>& c) {
+MSACORE_SIMD Row<A>* backward_tile(const Call& call, const Conversation<A>& c) {
   const int64_t M = call.sizes.modalities;
   const A alpha = static_cast<A>(call.alpha);
   Row<A>*h = c.h, *next = c.next;
@@ -177,7 +177,7 @@ MSACORE_SIMD const Row<A>* backward_tile(const Call& call, const Conversation<A>
 
 // A_intra h, or its transpose (kTransposed): the half-step without its share of x.
 template <int kM, bool kTransposed, typename A>
-MSACORE_SIMD const Row<A>* window_mean_tile(const Call& call, const Conversation<A>& c) {
+MSACORE_SIMD Row<A>* window_mean_tile(const Call& call, const Conversation<A>& c) {
   const int64_t M = kM > 0 ? kM : call.sizes.modalities;
   const auto scale = [&](int64_t e) { return call.gate ? c.gated_intra[e] : c.intra[e / M]; };
   for (int64_t e = 0; e < c.nodes; ++e) {
@@ -239,7 +239,14 @@ void over_conversations(const char* op, const Call& call, const Tensor& h, Tenso
     dispatch_modalities(s.modalities, [&](auto count) {
       for_each_tile<acc_t<T>>(call, [&](const Conversation<acc_t<T>>& c, int64_t at, int64_t width) {
         load_rows(from + at, s.width, c.nodes, width, c.h);
-        store_rows(tile(count, call, c), c.nodes, width, to + at, s.width);
+        if constexpr (kNeedsHeadroom<T>) {
+          const ScaledColumns<acc_t<T>> scaled(call, c);
+          Row<acc_t<T>>* result = tile(count, call, c);
+          scaled.restore(c, result);
+          store_rows(result, c.nodes, width, to + at, s.width);
+        } else {
+          store_rows(tile(count, call, c), c.nodes, width, to + at, s.width);
+        }
       });
     });
   });

@@ -8,6 +8,7 @@
 
 #include "cpu/interrupt.h"
 #include "propagation/propagation.h"
+#include "propagation/propagation_headroom.h"
 #include "propagation/propagation_window_tile.h"
 
 namespace msacore::propagation::cpu {
@@ -156,6 +157,38 @@ struct Conversation {
   std::vector<int64_t> senders_;  // among the rows before, of one modality
   std::unique_ptr<Row<A>[]> buffer_;
   int64_t capacity_ = -1;
+};
+
+// The columns of a tile that are propagated times a power of two, chosen by the values that are read.
+template <typename A>
+class ScaledColumns {
+ public:
+  // Scales c.h in place.
+  ScaledColumns(const Call& call, const Conversation<A>& c) : headroom_(c.nodes), average_(!call.backward) {
+    if (call.steps == 0 || !any_beyond(c.h, c.nodes, headroom_.limit)) return;
+    const bool gated = call.gate && !call.backward && (call.send == Send::kNever || call.alpha == 0);
+    for (int64_t k = 0; k < kWidth; ++k) {
+      bool beyond = false;
+      for (int64_t e = 0; e < c.nodes; ++e) beyond |= (!gated || c.gate[e]) && headroom_.is_beyond(at(c.h, e, k));
+      for (int64_t e = 0; beyond && e < c.nodes; ++e) at(c.h, e, k) *= headroom_.down;
+      scaled_[k] = beyond;
+      any_ |= beyond;
+    }
+  }
+
+  void restore(const Conversation<A>& c, Row<A>* result) const {
+    for (int64_t k = 0; any_ && k < kWidth; ++k)
+      for (int64_t e = 0; scaled_[k] && e < c.nodes; ++e)
+        at(result, e, k) = headroom_.restored(at(result, e, k), average_);
+  }
+
+ private:
+  static constexpr int64_t kWidth = Row<A>::kWidth;
+  static A& at(Row<A>* rows, int64_t e, int64_t k) { return reinterpret_cast<A*>(rows + e)[k]; }
+
+  Headroom<A> headroom_;
+  bool average_, any_ = false;
+  bool scaled_[kWidth] = {};
 };
 
 }  // namespace msacore::propagation::cpu

@@ -27,6 +27,12 @@ Neighbours neighbours(const WindowSizes& s, const Windows& windows, const Option
           windows.include_self};
 }
 
+// Of any conversation: the host does not know their lengths.
+template <typename A>
+Headroom<A> headroom(const Neighbours& graph) {
+  return Headroom<A>(graph.utterances * graph.modalities);
+}
+
 // Columns at a time, and shared memory of a block, which is returned. The lengths are on the device; the host knows
 // their mean alone, and gives room for twice as much: at full width if that leaves room for other blocks, else at full
 // sectors of memory.
@@ -88,8 +94,8 @@ void propagate(const char* op, const PropagateCall& given, Direction direction, 
     const auto run_kind = [&](auto forward, auto modalities) {
       constexpr int kM = decltype(modalities)::value;
       constexpr Kind kKind = decltype(forward)::value ? Kind::kPropagate : Kind::kPropagateGradient;
-      run<kKind, kM>(Call<T>{graph, given.sizes.width, given.steps, alpha, others, given.send == Send::kNever,
-                             kM == 0 || !graph.include_self},
+      run<kKind, kM>(Call<T>{graph, given.sizes.width, given.steps, headroom<A>(graph), alpha, others,
+                             given.send == Send::kNever, kM == 0 || !graph.include_self},
                      x, out, device.stream);
     };
     const auto run_direction = [&](auto modalities) {
@@ -107,7 +113,7 @@ void window_mean(const char* op, const WindowMeanCall& given, Direction directio
   const Neighbours graph = neighbours(given.sizes, given.windows, given.gate);
   dispatch_floating(h.scalar_type(), op, [&](auto tag) {
     using T = typename decltype(tag)::type;
-    const Call<T> call{graph, given.sizes.width, 1, 0, 0, true, !graph.include_self};
+    const Call<T> call{graph, given.sizes.width, 1, headroom<acc_t<T>>(graph), 0, 0, true, !graph.include_self};
     direction == Direction::kForward ? run<Kind::kWindowMean, 0>(call, h, out, device.stream)
                                      : run<Kind::kWindowMeanGradient, 0>(call, h, out, device.stream);
   });

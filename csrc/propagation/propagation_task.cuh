@@ -1,5 +1,6 @@
 // What a block does with one conversation and some columns: all steps of a propagation, or one window mean.
 #pragma once
+#include "propagation/propagation_headroom.h"
 #include "propagation/propagation_slide.cuh"
 
 namespace msacore::propagation::cuda {
@@ -20,6 +21,7 @@ struct Call {
   using A = acc_t<T>;
   Neighbours graph;
   int64_t width, steps;
+  Headroom<A> room;
   A alpha, others;                         // the share of x; what an ungated inter half-step is scaled by
   bool never;                              // missing nodes never send; else they do from the first inter half-step on
   bool spare;                              // a fourth buffer is needed
@@ -95,6 +97,7 @@ struct Task {
   bool inside;                  // the column exists
   bool gated = false;           // this step's first half-step leaves missing nodes out
   bool more = false;            // there is a step after this one
+  bool scaled = false;          // the states are propagated times a power of two
 
   __device__ __forceinline__ int modalities() const { return kM > 0 ? kM : call.graph.modalities; }
   // From node to node: a column is contiguous on chip, and keeps the order of [N, M, d] in global memory.
@@ -247,31 +250,54 @@ struct Task {
     __syncthreads();
   }
 
+  __device__ __forceinline__ bool is_read(Index e) const {
+    return kIsGradient<kKind> || !call.graph.gate || sends(e) || !(call.never || call.alpha == 0);
+  }
+  // Writes the states of this thread's nodes, set(i, e, value), after which others may read them. Where sums of one of
+  // the block's columns could overflow, all are multiplied by a power of two.
+  template <typename Set>
+  __device__ __forceinline__ void load_states(const T* __restrict__ from, Set&& set) {
+    bool beyond = false;
+    each_node([&](Index i, Index e) {
+      const A value = static_cast<A>(from[global(e)]);
+      if (kNeedsHeadroom<T>) beyond = beyond || (call.room.is_beyond(value) && is_read(e));
+      set(i, e, value);
+    });
+    if (!kNeedsHeadroom<T> || call.steps == 0) return __syncthreads();
+    scaled = __syncthreads_or(beyond);
+    if (!scaled) return;
+    each_node([&](Index, Index e) {
+      of(h, e) *= call.room.down;
+      if (kKind == Kind::kPropagate) of(third, e) *= call.room.down;
+    });
+    __syncthreads();
+  }
+  // A result as it is stored.
+  __device__ __forceinline__ T stored(A value) const {
+    return static_cast<T>(scaled ? call.room.restored(value, !kIsGradient<kKind>) : value);
+  }
+
   __device__ void propagate(const T* __restrict__ x, T* __restrict__ out) {
     const A alpha = call.alpha;
-    each_node([&](Index, Index e) {
-      const A value = static_cast<A>(x[global(e)]);
+    load_states(x, [&](Index, Index e, A value) {
       // Without a step nothing is sent, and the result is x.
       of(h, e) = call.steps > 0 && call.graph.gate && !sends(e) ? A(0) : value;
       // α = 0 drops the term rather than multiply by it: then a missing node's x is not read at all.
       of(third, e) = alpha == 0 ? A(0) : alpha * value;
     });
-    __syncthreads();
     for (int64_t k = 0; k < call.steps; ++k) {
       set_step(k);
       gated ? forward_step<true>() : forward_step<false>();
       swap_states();
     }
-    each_node([&](Index, Index e) { out[global(e)] = static_cast<T>(of(h, e)); });
+    each_node([&](Index, Index e) { out[global(e)] = stored(of(h, e)); });
   }
 
   __device__ void propagate_gradient(const T* __restrict__ grad_out, T* __restrict__ grad_x) {
-    each_node([&](Index, Index e) {
-      const A value = static_cast<A>(grad_out[global(e)]);
+    load_states(grad_out, [&](Index, Index e, A value) {
       of(h, e) = value;
       of(third, e) = call.steps > 0 ? A(0) : value;
     });
-    __syncthreads();
     for (int64_t k = call.steps - 1; k >= 0; --k) {
       set_step(k);
       const A* from = more ? h : nullptr;
@@ -286,25 +312,24 @@ struct Task {
           if (!call.graph.gate || sends(e)) of(third, e) += sums[g];
         }
       });
-    each_node([&](Index, Index e) { grad_x[global(e)] = static_cast<T>(of(third, e)); });
+    each_node([&](Index, Index e) { grad_x[global(e)] = stored(of(third, e)); });
   }
 
   __device__ void window_mean(const T* __restrict__ from, T* __restrict__ to) {
     constexpr bool kBackward = kKind == Kind::kWindowMeanGradient;
     const auto scale = [&](Index i, Index e) { return call.graph.gate ? table.gated_intra[e] : table.rows[i].intra; };
-    each_node([&](Index i, Index e) {
+    load_states(from, [&](Index i, Index e, A value) {
       if (kBackward)
-        of(h, e) = scale(i, e) * static_cast<A>(from[global(e)]);
+        of(h, e) = scale(i, e) * value;
       else
-        of(h, e) = call.graph.gate && !sends(e) ? A(0) : static_cast<A>(from[global(e)]);
+        of(h, e) = call.graph.gate && !sends(e) ? A(0) : value;
     });
-    __syncthreads();
     each_window(h, [&](Index i, int m, A* sums) {
       const Index e = node(i, m);
       if (kBackward)
-        to[global(e)] = static_cast<T>(call.graph.gate && !sends(e) ? A(0) : sums[0]);
+        to[global(e)] = stored(call.graph.gate && !sends(e) ? A(0) : sums[0]);
       else
-        to[global(e)] = static_cast<T>(scale(i, e) * sums[0]);
+        to[global(e)] = stored(scale(i, e) * sums[0]);
     });
   }
 

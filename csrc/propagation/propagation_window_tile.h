@@ -2,6 +2,7 @@
 #pragma once
 #include <algorithm>
 #include <cstdint>
+#include <limits>
 #include <type_traits>
 
 #include "cpu/simd.h"
@@ -25,6 +26,21 @@ struct alignas(64) Row {
     return {(Vector)((BitVector)low & mask), (Vector)((BitVector)high & mask)};
   }
 };
+
+// Whether |value| > limit anywhere, as it is for inf and is not for NaN.
+template <typename A>
+MSACORE_SIMD bool any_beyond(const Row<A>* rows, int64_t count, A limit) {
+  using Bits = typename Row<A>::Bits;
+  typename Row<A>::BitVector sizes = typename Row<A>::BitVector{} + std::numeric_limits<Bits>::max(), any{};
+  const typename Row<A>::Vector limits = typename Row<A>::Vector{} + limit;
+  for (int64_t r = 0; r < count; ++r) {
+    any |= (typename Row<A>::Vector)((typename Row<A>::BitVector)rows[r].low & sizes) > limits;
+    any |= (typename Row<A>::Vector)((typename Row<A>::BitVector)rows[r].high & sizes) > limits;
+  }
+  Bits found = 0;
+  for (int64_t k = 0; k < Row<A>::kWidth / 2; ++k) found |= any[k];
+  return found != 0;
+}
 
 template <typename A>
 MSACORE_INLINE Row<A> operator+(const Row<A>& a, const Row<A>& b) {

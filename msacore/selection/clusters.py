@@ -6,6 +6,8 @@ import torch
 from torch import Tensor
 
 from msacore.ops import kcenter
+from msacore.ops.graph_propagation import graph_propagate
+from msacore.selection import tree
 from msacore.selection.job import Job
 
 _MAX_CLUSTERS = 500
@@ -15,7 +17,8 @@ _ITERATIONS = 50
 def k_means(job: Job, k: int) -> tuple[Tensor, Tensor]:
     """Lloyd's algorithm on all samples from k-means++ seeds: cluster of every sample ``[N]``, centroids ``[k, d]``.
 
-    Exact assignments and sums in a fixed order: the clusters do not depend on the engine. No sample is left out.
+    Exact assignments and sums in a fixed order, on the GPU too: the clusters do not depend on the engine. No sample is
+    left out.
     """
     pool, device = job.pool, job.pool.device
     everything = torch.arange(pool.n, device=device)
@@ -26,11 +29,13 @@ def k_means(job: Job, k: int) -> tuple[Tensor, Tensor]:
     for i in range(1, k):
         pool.note(f"seed {i} of {k} clusters")
         nearest = torch.minimum(nearest, pool.distances_to(centroids[-1:]))
-        share = (nearest * pool.safe).square().cumsum(0)
-        if not bool(share[-1] > 0):
+        shares = tree.Shares((nearest * pool.safe).square(), 0, pool.n)
+        parts = shares.sums()
+        total = tree.join(parts, pool.n)
+        if not total > 0:
             break
-        drawn = torch.searchsorted(share, (draws[i].to(device) * share[-1])[None], right=True)
-        centroids = torch.cat([centroids, pool.centers(torch.minimum(drawn, nearest.nonzero()[-1]))])
+        drawn = shares.find(*tree.find_span(parts, pool.n, float(draws[i]) * total))
+        centroids = torch.cat([centroids, pool.centers(everything[drawn : drawn + 1])])
     previous = torch.full_like(everything, -1)
     for i in range(_ITERATIONS):
         pool.note(f"pass {i} over {len(centroids)} clusters")
@@ -40,10 +45,17 @@ def k_means(job: Job, k: int) -> tuple[Tensor, Tensor]:
         previous = cluster
         sums, counts = torch.zeros_like(centroids), torch.bincount(cluster, minlength=len(centroids))
         for part, values in pool.parts():
-            sums.index_add_(0, cluster[part], values.double())
+            sums = _added(sums, cluster[part], values.double())
         # A cluster that lost all its samples keeps its centroid.
         centroids = torch.where(counts[:, None] > 0, sums / counts.clamp_min(1)[:, None], centroids)
     return previous, centroids
+
+
+def _added(sums: Tensor, cluster: Tensor, rows: Tensor) -> Tensor:
+    """Sums ``[k, d]`` plus the rows of every cluster, in their order: ``index_add_`` has none on CUDA."""
+    member_of = torch.cat([torch.arange(len(sums), device=cluster.device), cluster])
+    rowptr = torch.cat([cluster.new_zeros(1), torch.bincount(member_of).cumsum(0)])
+    return graph_propagate(torch.cat([sums, rows]), rowptr, member_of.argsort(stable=True))
 
 
 def _typicality(job: Job, cluster: Tensor) -> Tensor:
