@@ -2,7 +2,7 @@
 
 import math
 from collections.abc import Sequence
-from typing import Any
+from typing import Any, Literal
 
 import torch
 from torch import Tensor, nn
@@ -10,8 +10,8 @@ from torch import Tensor, nn
 from msacore._contrast import HierarchicalContrastiveLoss, InfoNCE
 from msacore._ranking import RankNContrast
 from msacore.ops.low_rank_fusion import low_rank_fusion
-from msacore.ops.matrix_fusion import ACTIVATIONS, matrix_fusion
-from msacore.ops.propagation import SEND, modality_mean, propagate, window_mean
+from msacore.ops.matrix_fusion import ACTIVATIONS, Activation, matrix_fusion
+from msacore.ops.propagation import SEND, Send, modality_mean, propagate, window_mean
 
 __all__ = [
     "AlternatingPropagation",
@@ -21,6 +21,8 @@ __all__ = [
     "MatrixFusion",
     "RankNContrast",
 ]
+
+Variant = Literal["linear", "gcnii", "gated"]
 
 
 class MatrixFusion(nn.Module):
@@ -50,7 +52,7 @@ class MatrixFusion(nn.Module):
         channels: int | None = None,
         modalities: int = 3,
         augment: bool = True,
-        activation: str = "relu",
+        activation: Activation = "relu",
         device: torch.device | str | None = None,
         dtype: torch.dtype | None = None,
     ) -> None:
@@ -197,12 +199,12 @@ class AlternatingPropagation(nn.Module):
         self,
         features: int,
         steps: int,
-        variant: str = "linear",
+        variant: Variant = "linear",
         *,
         alpha: float = 0.1,
         window: int | tuple[int, int] = (2, 2),
         include_self: bool = True,
-        send: str = "after_fill",
+        send: Send = "after_fill",
         decay: float = 0.5,
         device: torch.device | str | None = None,
         dtype: torch.dtype | None = None,

@@ -4,9 +4,14 @@ import json
 import shutil
 import subprocess
 import sys
+import zipfile
 from pathlib import Path
+from typing import get_args
 
 import pytest
+
+from msacore import selection
+from msacore.ops import matrix_fusion, propagation
 
 ROOT = Path(__file__).resolve().parent.parent
 CLIENT = ROOT / "tests" / "typing_client.py"
@@ -70,3 +75,25 @@ def test_pyright_accepts_the_client_and_finds_its_mistakes(unexpected: Path, tmp
     assert pyright(CLIENT, tmp_path / "whole") == []
     (message,) = pyright(unexpected, tmp_path / "broken")
     assert "info_nse" in message
+
+
+def test_the_words_that_types_list_are_those_that_are_accepted() -> None:
+    assert get_args(selection.Strategy) == tuple(selection.STRATEGIES)
+    assert get_args(matrix_fusion.Activation) == tuple(matrix_fusion.ACTIVATIONS)
+    assert get_args(propagation.Send) == tuple(propagation.SEND)
+
+
+@pytest.mark.slow  # builds the metadata of an editable install
+def test_an_editable_install_is_on_the_path_as_a_folder(tmp_path: Path) -> None:
+    """Type checkers read no import hooks, which setuptools makes where it cannot name a folder."""
+    copy = tmp_path / "copy"
+    for name in ("pyproject.toml", "README.md", "LICENSE", "msacore/__init__.py", "msacore/_version.py"):
+        (copy / name).parent.mkdir(parents=True, exist_ok=True)
+        shutil.copy(ROOT / name, copy / name)
+    code = "from setuptools import build_meta; print(build_meta.build_editable('wheels'))"
+    done = subprocess.run([sys.executable, "-c", code], cwd=copy, capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr[-2000:]
+    (wheel,) = (copy / "wheels").glob("*.whl")
+    with zipfile.ZipFile(wheel) as archive:
+        (link,) = (name for name in archive.namelist() if name.endswith(".pth"))
+        assert archive.read(link).decode().strip() == str(copy)

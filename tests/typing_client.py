@@ -46,6 +46,12 @@ def mistakes_are_errors(x: Tensor) -> None:
     msacore.info_nce(x, temprature=0.1)  # type: ignore[call-arg]  # pyright: ignore[reportCallIssue]
     msacore.info_nce(x, x, 0.1)  # type: ignore[call-arg]  # pyright: ignore[reportCallIssue]
     msacore.propagate(x, x, window="all")  # type: ignore[arg-type]  # pyright: ignore[reportArgumentType]
+    msacore.propagate(x, x, send="always")  # type: ignore[arg-type]  # pyright: ignore[reportArgumentType]
+    msacore.select(x, 4, strategy="k-center")  # type: ignore[arg-type]  # pyright: ignore[reportArgumentType]
+    msacore.select(x, 4, backend="cuda")  # type: ignore[arg-type]  # pyright: ignore[reportArgumentType]
+    msacore.nn.MatrixFusion(8, 4, activation="tanh")  # type: ignore[arg-type]  # pyright: ignore[reportArgumentType]
+    msacore.nn.AlternatingPropagation(8, 4, "gru")  # type: ignore[arg-type]  # pyright: ignore[reportArgumentType]
+    msacore.nn.InfoNCE(reduction="max")  # type: ignore[arg-type]  # pyright: ignore[reportArgumentType]
     msacore.select(x, "ten")  # type: ignore[arg-type]  # pyright: ignore[reportArgumentType]
     pair: tuple[Tensor, Tensor] = msacore.low_rank_fusion([x], [x], x, x)  # type: ignore[assignment]  # pyright: ignore[reportAssignmentType]
     print(pair)

@@ -1,11 +1,12 @@
 """How a batch lies over the ranks of a process group."""
 
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, Literal, get_args
 
 import torch.distributed as dist
 
-MODES = ("auto", "replicated", "sharded")
+Mode = Literal["auto", "replicated", "sharded"]
+MODES: tuple[Mode, ...] = get_args(Mode)
 
 
 @dataclass(frozen=True)
@@ -28,7 +29,7 @@ class Sharding:
 
     group: Any
     capacity: int | None = None
-    mode: str = "auto"
+    mode: Mode = "auto"
     check: bool = False
 
     def __init__(
@@ -36,7 +37,7 @@ class Sharding:
         group: Any,
         *,
         capacity: int | None = None,
-        mode: str = "auto",
+        mode: Mode = "auto",
         check: bool = False,
     ) -> None:
         if capacity is not None and (isinstance(capacity, bool) or not isinstance(capacity, int) or capacity < 0):

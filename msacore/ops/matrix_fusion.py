@@ -1,7 +1,7 @@
 """Matrix-based fusion of modalities."""
 
 from collections.abc import Sequence
-from typing import Any
+from typing import Any, Literal
 
 import torch
 from torch import Tensor
@@ -24,6 +24,7 @@ from msacore.ops._check import (
 _matrix_fusion = torch.ops.msacore.matrix_fusion.default
 _matrix_fusion_backward = torch.ops.msacore.matrix_fusion_backward.default
 
+Activation = Literal["relu", "gelu", "identity"]
 ACTIVATIONS = {"relu": 0, "gelu": 1, "identity": 2}
 
 
@@ -147,7 +148,7 @@ def matrix_fusion(
     mask: Tensor | None = None,
     available: Tensor | None = None,
     augment: bool = True,
-    activation: str = "relu",
+    activation: Activation = "relu",
 ) -> tuple[Tensor, Tensor]:
     """Fuse modalities through the Gram matrix of every pair, without storing a Gram matrix.
 

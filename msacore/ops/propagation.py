@@ -1,6 +1,6 @@
 """Message propagation over conversations, with no edge list."""
 
-from typing import Any
+from typing import Any, Literal
 
 import torch
 from torch import Tensor
@@ -31,6 +31,7 @@ _window_mean_backward = torch.ops.msacore.window_mean_backward.default
 _modality_mean = torch.ops.msacore.modality_mean.default
 _modality_mean_backward = torch.ops.msacore.modality_mean_backward.default
 
+Send = Literal["after_fill", "never"]
 SEND = {"after_fill": 0, "never": 1}
 
 
@@ -156,7 +157,7 @@ def propagate(
     include_self: bool = True,
     steps: int = 4,
     alpha: float = 0.1,
-    send: str = "after_fill",
+    send: Send = "after_fill",
 ) -> Tensor:
     """Propagate messages within modalities and between them, in turn, over conversations.
 

@@ -8,7 +8,7 @@ import math
 import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
-from typing import Any
+from typing import Any, Literal
 
 import numpy as np
 import torch
@@ -35,6 +35,19 @@ __all__ = [
     "select",
 ]
 
+Strategy = Literal[
+    "random",
+    "topk",
+    "kcenter",
+    "uncertainty_kcenter",
+    "kmeans++",
+    "lcmd",
+    "maxdet",
+    "mmr",
+    "prefilter",
+    "typiclust",
+    "probcover",
+]
 STRATEGIES: dict[str, Callable[[Job], Cover | None]] = {
     "random": strategies.random,
     "topk": strategies.topk,
@@ -132,7 +145,7 @@ def select(
     embeddings: Tensor | np.ndarray | GradientEmbeddings | Sequence[Any],
     budget: int | None = None,
     *,
-    strategy: str = "uncertainty_kcenter",
+    strategy: Strategy = "uncertainty_kcenter",
     uncertainty: Tensor | np.ndarray | Sequence[float] | None = None,
     labeled: Tensor | np.ndarray | Sequence[Any] | None = None,
     candidates: Tensor | np.ndarray | Sequence[Any] | None = None,
@@ -142,8 +155,8 @@ def select(
     first: int | None = None,
     gamma: float = 1.0,
     seed: int = 0,
-    distance: str = "euclidean",
-    backend: str = "auto",
+    distance: Literal["euclidean", "cosine"] = "euclidean",
+    backend: Literal["auto", "native", "faiss"] = "auto",
     options: Mapping[str, Any] | None = None,
     progress: bool = False,
     state: dict[str, Any] | None = None,
