@@ -64,6 +64,13 @@ def test_no_python_hides_from_the_test_above() -> None:
         assert len(fences) == len(BLOCK.findall(text)), f"{name_of(page)}: a block of Python is not a plain ```python"
 
 
+def test_messages_that_the_faq_quotes_are_those_that_are_raised() -> None:
+    text = (ROOT / "docs" / "faq.md").read_text(encoding="utf-8")
+    code = "".join(BLOCK.findall(text))
+    quoted = re.findall(r'\*\*"([^"]+)"', text)
+    assert len(quoted) > 9 and [q for q in quoted if f'assert "{q}' not in code] == []
+
+
 def test_slow_pages_exist() -> None:
     assert set(SLOW) <= {name_of(page) for page in SHOWN}
 

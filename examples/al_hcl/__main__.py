@@ -26,7 +26,13 @@ from examples.msa.predictions import add_labels_argument
 from examples.msa.report import run_card
 from examples.msa.timing import StageTimer, add_progress_argument, progress
 from examples.msa.tokens import add_token_arguments
-from examples.msa.tool import evaluate_arguments, evaluate_command, predict_arguments, predict_command
+from examples.msa.tool import (
+    add_each_metric_argument,
+    evaluate_arguments,
+    evaluate_command,
+    predict_arguments,
+    predict_command,
+)
 
 from .arms import ablations, comparison, contrast_sweep
 from .experiment import Experiment
@@ -93,6 +99,7 @@ def add_fit_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--seed", type=int, default=0, help="(%(default)s)")
     add_device_argument(parser)
     _add_threads(parser)
+    add_each_metric_argument(parser)
     add_token_arguments(parser)
     add_model_arguments(parser)
 

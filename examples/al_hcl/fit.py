@@ -3,8 +3,9 @@
 from __future__ import annotations
 
 import argparse
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import asdict, replace
+from pathlib import Path
 from typing import Any
 
 import torch
@@ -12,6 +13,7 @@ from torch import Tensor
 
 from examples.msa.checkpoint import seed_everything
 from examples.msa.command import check_device
+from examples.msa.corpus import Corpus
 from examples.msa.predictions import write_predictions
 from examples.msa.saved import SavedModel, calibrate, calibrated, describe_inputs, save_model
 from examples.msa.tool import Predictor, say_notes, score_parts, training_data
@@ -20,7 +22,7 @@ from .closed import ClosedForm
 from .ensemble import Ensemble, fit_ensemble
 from .model import Inputs, ModelConfig, SentimentModel
 from .options import base_arm
-from .train import Data, Member, Trained
+from .train import Data, Member, Trained, set_parameters
 
 SYSTEM = "al_hcl"
 
@@ -39,28 +41,47 @@ def fit_command(args: argparse.Namespace) -> int:
     data = replace(data, video=torch.tensor(given.source.video_index[given.origin], device=device))
     arm = base_arm(args)
     ensemble, trained = fit_ensemble(given.corpus, data, data.buyable, arm, args.seed)
-    value, variance = ensemble.values(Inputs.of(standard, device))
+    card = {
+        "config": {"model": asdict(arm.model), "training": asdict(arm.training), "members": len(trained)},
+        **describe_inputs(given.source, statistics),
+        "labels": len(given.source.rows("train", labelled=True)),
+        "tokens": given.tokens,
+        "seed": args.seed,
+    }
+    inputs = Inputs.of(standard, device)
+    scores = _save(args.out, ensemble, trained, standard, inputs, card)
+    if args.each_metric:
+        kept = [t.best.state for t in trained]
+        for metric in [m for m in kept[0]["best"] if all(m in state["best"] for state in kept)]:
+            for t, state in zip(trained, kept, strict=True):
+                set_parameters(t.model, state["weights"][state["best"][metric]["when"]])
+            _save(args.out / "by_metric" / metric, ensemble, trained, standard, inputs, card)
+    say_notes(given.source)
+    for part, found in scores.items():
+        print(f"{part}: n {found['n']}, MAE {found['mae']:.3f}, neg/pos {found['acc2_non0']:.3f}")
+    print(f"model: {args.out}")
+    return 0
+
+
+def _save(
+    folder: Path,
+    ensemble: Ensemble,
+    trained: Sequence[Trained],
+    standard: Corpus,
+    inputs: Inputs,
+    card: dict[str, Any],
+) -> dict[str, dict[str, Any]]:
+    """Calibrate, score and save the members as they are; returns the scores of each part but train."""
+    value, variance = ensemble.values(inputs)
     rows = standard.rows("valid", labelled=True)
     calibration = calibrate(variance[rows], value[rows] - standard.labels[rows])
     parts = [part for part in ("valid", "test") if len(standard.rows(part, labelled=True))]
     scores = score_parts(value, standard, parts)
-    card = {
-        "config": {"model": asdict(arm.model), "training": asdict(arm.training), "members": len(trained)},
-        **describe_inputs(given.source, statistics),
-        "members": [_facts(t, path) for t, path in zip(trained, ensemble.paths, strict=True)],
-        "labels": len(given.source.rows("train", labelled=True)),
-        "tokens": given.tokens,
-        "seed": args.seed,
-        "calibration": calibration,
-        "scores": scores,
-    }
-    save_model(args.out, SYSTEM, card, _tensors(ensemble))
-    write_predictions(args.out / "predictions.csv", standard, value, calibrated(variance, calibration))
-    say_notes(given.source)
-    for part in parts:
-        print(f"{part}: n {scores[part]['n']}, MAE {scores[part]['mae']:.3f}, neg/pos {scores[part]['acc2_non0']:.3f}")
-    print(f"model: {args.out}")
-    return 0
+    members = [_facts(t, path) for t, path in zip(trained, ensemble.paths, strict=True)]
+    card = {**card, "members": members, "calibration": calibration, "scores": scores}
+    save_model(folder, SYSTEM, card, _tensors(ensemble))
+    write_predictions(folder / "predictions.csv", standard, value, calibrated(variance, calibration))
+    return scores
 
 
 def _facts(trained: Trained, path: ClosedForm) -> dict[str, Any]:

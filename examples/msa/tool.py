@@ -116,6 +116,15 @@ def training_data(args: argparse.Namespace) -> TrainingData:
     return TrainingData(corpus.pooled() if pooled else corpus, source, origin, facts)
 
 
+def add_each_metric_argument(parser: argparse.ArgumentParser) -> None:
+    """Option of ``fit``: a model for each metric beside the one chosen by absolute error."""
+    parser.add_argument(
+        "--each-metric",
+        action="store_true",
+        help="also keep the weights that were best in each metric on the validation part, as OUT/by_metric/NAME",
+    )
+
+
 def say_notes(corpus: Corpus) -> None:
     """Print the notes of a corpus on stderr: what a person must know of how the data were read."""
     for note in corpus.notes:

@@ -17,7 +17,7 @@ from examples.msa.missing import label_mask
 from examples.msa.predictions import add_labels_argument, write_predictions
 from examples.msa.saved import SavedModel, calibrate, calibrated, describe_inputs, save_model
 from examples.msa.tokens import add_token_arguments
-from examples.msa.tool import Predictor, say_notes, score_parts, training_data
+from examples.msa.tool import Predictor, add_each_metric_argument, say_notes, score_parts, training_data
 
 from .config import Config, add_config_arguments, config_from
 from .model import SSLMM
@@ -39,11 +39,7 @@ def add_fit_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--resume", action="store_true", help="go on from the state that --out holds")
     add_device_argument(parser)
     parser.add_argument("--share", type=float, default=1.0, help="share of the train labels to use (%(default)s)")
-    parser.add_argument(
-        "--each-metric",
-        action="store_true",
-        help="also keep the weights that were best in each metric on the validation part, as OUT/by_metric/NAME",
-    )
+    add_each_metric_argument(parser)
     add_pattern_arguments(parser, rate=0.0)
     add_token_arguments(parser)
     add_config_arguments(parser)
