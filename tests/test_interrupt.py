@@ -32,6 +32,25 @@ _CALLS = {
     ),
 }
 
+# Gradients of one step whose operator is told of many.
+_FORWARDS = {
+    "propagate": ("propagation._propagate_backward", "msacore.propagate(x, offsets, steps=1)"),
+    "graph_propagate": (
+        "graph_propagation._graph_propagate_backward",
+        "msacore.graph_propagate(x[:, 0], torch.arange(7), torch.arange(6))",
+    ),
+    "alternating_graph_propagate": (
+        "graph_propagation._alternating_graph_propagate_backward",
+        "msacore.alternating_graph_propagate(x.flatten(0, 1), intra, inter, steps=1)",
+    ),
+}
+_CALLS |= {
+    f"gradient of {name}": f"from msacore.ops import graph_propagation, propagation; once = {operator}; "
+    f"{operator} = lambda *arguments, **options: once(*arguments, **options | dict(steps=steps)); "
+    f"{forward}.sum().backward()"
+    for name, (operator, forward) in _FORWARDS.items()
+}
+
 
 @pytest.mark.parametrize("call", _CALLS.values(), ids=_CALLS)
 def test_many_steps_hear_ctrl_c(call: str) -> None:

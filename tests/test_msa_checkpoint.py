@@ -1,7 +1,10 @@
 """Checkpoints: bitwise resume, refused differences, refused damage."""
 
+import errno
+import os
 import pickle
 import random
+import tempfile
 from pathlib import Path
 
 import numpy as np
@@ -114,3 +117,46 @@ def test_state_that_cannot_be_loaded_again_is_refused_when_saved(tmp_path):
     with pytest.raises(ValueError, match="cannot be resumed"):
         save_checkpoint(tmp_path / "c.pt", {"f": Hostile()}, {})
     assert list(tmp_path.iterdir()) == []
+
+
+@pytest.mark.parametrize("step", ["mkstemp", "open", "write", "fsync", "chmod", "replace"])
+@pytest.mark.parametrize("before", [False, True], ids=["first", "again"])
+def test_a_write_that_fails_leaves_the_last_checkpoint(tmp_path, monkeypatch, step, before):
+    """Whichever call on the way to the disk fails; a failed write has written half of the file."""
+    path = tmp_path / "run.pt"
+    if before:
+        save_checkpoint(path, {"step": 1}, ARGUMENTS)
+
+    def fail(*given, **named):
+        raise OSError(errno.ENOSPC, "No space left on device")
+
+    def opened(handle, mode):
+        if step == "open":
+            os.close(handle)
+            fail()
+        file = os_fdopen(handle, mode, buffering=0)
+
+        class Half:
+            def __enter__(self):
+                return self
+
+            def __exit__(self, *error):
+                file.close()
+
+            def write(self, content):
+                file.write(content[: len(content) // 2])
+                fail()
+
+        return Half()
+
+    os_fdopen = os.fdopen
+    with monkeypatch.context() as patched:
+        if step in ("open", "write"):
+            patched.setattr(os, "fdopen", opened)
+        else:
+            patched.setattr(tempfile if step == "mkstemp" else os, step, fail)
+        with pytest.raises(OSError, match="No space left"):
+            save_checkpoint(path, {"step": 2}, ARGUMENTS)
+    assert [file.name for file in tmp_path.iterdir()] == (["run.pt"] if before else [])
+    if before:
+        assert load_checkpoint(path, ARGUMENTS) == {"step": 1}

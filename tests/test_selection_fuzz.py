@@ -110,6 +110,58 @@ def test_a_damaged_input_ends_in_a_sentence_or_in_picks(
     print(f"{name}: {cases} damaged inputs, {refused} refused")
 
 
+class Failing:
+    """Lets call number ``at`` of a step of writing fail: open, write (half of it is written), fsync or replace."""
+
+    def __init__(self, patched: pytest.MonkeyPatch, step: str, at: int) -> None:
+        self.step, self.at, self.calls = step, at, 0
+        open_, fsync, replace = Path.open, os.fsync, os.replace
+
+        def opened(path: Path, mode: str = "r", *given: Any, **named: Any) -> Any:
+            if "w" not in mode:
+                return open_(path, mode, *given, **named)
+            self.count("open")
+            file: Any = open_(path, mode, *given, **named)
+            return _Written(file, self) if step == "write" else file
+
+        def counted(name: str, original: Any) -> Any:
+            return lambda *given, **named: (self.count(name), original(*given, **named))[1]
+
+        patched.setattr(Path, "open", opened)
+        patched.setattr(files.os, "fsync", counted("fsync", fsync))
+        patched.setattr(files.os, "replace", counted("replace", replace))
+
+    def count(self, step: str) -> None:
+        self.calls += step == self.step
+        if step == self.step and self.calls == self.at:
+            raise OSError(errno.EIO, "Input/output error")
+
+
+class _Written:
+    """An open file; a write that fails leaves its first half."""
+
+    def __init__(self, file: Any, failing: Failing) -> None:
+        self._file, self._failing = file, failing
+
+    def __enter__(self) -> "_Written":
+        return self
+
+    def __exit__(self, *error: Any) -> None:
+        self._file.close()
+
+    def __getattr__(self, name: str) -> Any:
+        return getattr(self._file, name)
+
+    def write(self, content: bytes) -> int:
+        try:
+            self._failing.count("write")
+        except OSError:
+            self._file.write(content[: len(content) // 2])
+            raise
+        written: int = self._file.write(content)
+        return written
+
+
 def test_an_error_at_any_write_keeps_the_last_good_files(
     folder: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
@@ -120,18 +172,9 @@ def test_an_error_at_any_write_keeps_the_last_good_files(
         for file in ("picks.json", "picks.json.state"):
             (folder / file).unlink(missing_ok=True)
         whole = expected(folder, strategy, 6)
-        for name, at in itertools.product(("fsync", "replace"), range(1, 12)):
-            calls, original = 0, getattr(os, name)
-
-            def fail(*given: Any, at: int = at, original: Any = original, **named: Any) -> Any:
-                nonlocal calls
-                calls += 1
-                if calls == at:
-                    raise OSError(errno.EIO, "Input/output error")
-                return original(*given, **named)
-
+        for name, at in itertools.product(("open", "write", "fsync", "replace"), range(1, 12)):
             with monkeypatch.context() as patched:
-                patched.setattr(files.os, name, fail)
+                failing = Failing(patched, name, at)
                 status = cli.main(command(folder, strategy, "--budget", "6"))
             cases += 1
             told = capsys.readouterr().err
@@ -143,8 +186,9 @@ def test_an_error_at_any_write_keeps_the_last_good_files(
             if (folder / "picks.json").exists():
                 assert json.loads((folder / "picks.json").read_text())["indices"] == whole
             assert not list(folder.glob(".*.part"))
-            if calls < at:
+            if failing.calls < at:
                 break
+        assert failing.calls
         assert cli.main(command(folder, strategy, "--budget", "6")) == 0
         assert json.loads((folder / "picks.json").read_text())["indices"] == whole
     print(f"{cases} runs with one write that failed")
