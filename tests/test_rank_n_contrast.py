@@ -268,6 +268,19 @@ def test_far_and_tiny_rows_cost_no_accuracy(
     assert float(t.grad) == pytest.approx(of_temperature, rel=tolerance, abs=1e-300)
 
 
+@pytest.mark.parametrize("dtype", [torch.float32, F64], ids=str)
+def test_samples_that_tie_far_below_the_nearest_share_their_gradient(dtype: torch.dtype) -> None:
+    """Beside similarities of 1e21 the logarithm of how many tie has no digit left: it must not be added to them."""
+    embeddings = torch.randn(12, 4, generator=torch.Generator().manual_seed(1), dtype=F64).to(dtype) * 1e20
+    embeddings[3:6] = embeddings[3]
+    targets = torch.randint(0, 5, (12,), generator=torch.Generator().manual_seed(2))
+    leaf, t = embeddings.clone().requires_grad_(), torch.tensor(0.1, dtype=F64, requires_grad=True)
+    msacore.rank_n_contrast(leaf, targets, temperature=t).backward()
+    _, grad, of_temperature = _exact(embeddings, targets[:, None], 0.1)
+    torch.testing.assert_close(leaf.grad.double(), grad, rtol=0, atol=2e-6 * float(grad.abs().max()))
+    assert float(t.grad) == pytest.approx(of_temperature, rel=2e-6)
+
+
 LEAST, MOST = -(2**63), 2**63 - 1
 
 

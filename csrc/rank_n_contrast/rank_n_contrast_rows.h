@@ -23,10 +23,10 @@ constexpr A kNear = A(1) / 64;
 template <typename A>
 struct Row {
   Order order;
-  std::vector<double> sum;
+  std::vector<double> sum, top;
   std::vector<A> weight, offset;
   std::vector<int32_t> near;
-  explicit Row(int64_t n) : order(n), sum(n), weight(n) {}
+  explicit Row(int64_t n) : order(n), sum(n), top(n), weight(n) {}
 };
 
 // Products of centred rows, entering in `row`, become distances, or -1 where near; returns how many are near.
@@ -138,7 +138,8 @@ struct LogSum {
   }
 };
 
-// The two functions above for rows of wide range, in logarithms; sum[r] holds a logarithm, `weight` keeps s - top.
+// The two functions above for rows of wide range. A sum is sum[r] · exp(top[r]), in two numbers: beside a large `top`
+// the logarithm of the other would be lost, and with it how many samples tie. `weight` keeps s - top.
 template <typename A>
 double running_logarithms(Row<A>& row, int64_t count) {
   LogSum sum;
@@ -146,9 +147,11 @@ double running_logarithms(Row<A>& row, int64_t count) {
   for (int64_t r = 0; r < count;) {
     const int64_t end = group_end(row.order, r);
     for (int64_t k = r; k < end; ++k) sum.add(row.weight[row.order.place[k]]);
-    const double value = sum.top + std::log(sum.sum);
-    logarithm += value * static_cast<double>(end - r);
-    for (; r < end; ++r) row.sum[r] = value;
+    logarithm += (sum.top + std::log(sum.sum)) * static_cast<double>(end - r);
+    for (; r < end; ++r) {
+      row.sum[r] = sum.sum;
+      row.top[r] = sum.top;
+    }
   }
   return logarithm;
 }
@@ -158,7 +161,7 @@ void gradient_of_logarithms(Row<A>& row, int64_t count) {
   LogSum inverse;
   for (int64_t r = count - 1; r >= 0;) {
     const int64_t begin = group_begin(row.order, r);
-    inverse.add(-row.sum[r], static_cast<double>(r - begin + 1));
+    inverse.add(-row.top[r], static_cast<double>(r - begin + 1) / row.sum[r]);
     for (; r >= begin; --r) {
       A& weight = row.weight[row.order.place[r]];
       weight = static_cast<A>(std::exp(weight + inverse.top) * inverse.sum - 1);
