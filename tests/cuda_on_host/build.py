@@ -14,7 +14,7 @@ CACHE = ROOT / "build" / "cuda_on_host"
 SANITIZE = os.environ.get("CUDA_ON_HOST_SANITIZE") == "1"
 
 _TORCH = Path(torch.__file__).parent
-_SANITIZERS = ["-fsanitize=address,undefined", "-fno-sanitize=vptr", "-fno-sanitize-recover=all"]
+SANITIZERS = ["-fsanitize=address,undefined", "-fno-sanitize=vptr", "-fno-sanitize-recover=all"]
 
 
 def compiler() -> str:
@@ -45,7 +45,7 @@ def _compile(source: Path, *options: str, sanitize: bool) -> tuple[Path, str]:
         *("-Wall", "-Wextra", "-Werror", "-Wno-unknown-pragmas", "-Wno-unused-function"),
         "-DTORCH_TARGET_VERSION=0x020b000000000000",
         *(f"-I{HERE}", f"-I{ROOT / 'csrc'}", "-isystem", f"{_TORCH / 'include'}"),
-        *(_SANITIZERS if sanitize else []),
+        *(SANITIZERS if sanitize else []),
         *options,
         str(source),
         *(f"-L{_TORCH / 'lib'}", "-ltorch", "-ltorch_cpu", "-lc10"),

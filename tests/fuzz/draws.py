@@ -54,13 +54,17 @@ class Source:
     def rows(self, n: int, d: int, scale: Callable[[int], float] | None = None) -> Tensor:
         """Rows with zero rows and doubles among them."""
         x = self.normal(n, d)
+        doubles = {}
         for i in range(n):
             if self.often(0.05):
                 x[i] = 0
             elif self.often(0.08):
-                x[i] = x[self.random.randrange(n)]
+                doubles[i] = self.random.randrange(n)
+                x[i] = x[doubles[i]]
             elif scale is not None:
                 x[i] *= scale(i)
+        for i, j in doubles.items() if scale is not None else ():
+            x[i] = x[j]  # of the scaled row, whichever came first
         return x
 
     def labels(self, n: int, classes: int) -> Tensor:

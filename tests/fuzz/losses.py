@@ -181,5 +181,8 @@ def rank_n_contrast(
         s = -torch.stack([_distance(embeddings[i], embeddings[j]) for j in others]) / temperature
         gaps = [_gap(y, i, j) for j in others]
         for at, gap in enumerate(gaps):
-            terms.append(s[[k for k, other in enumerate(gaps) if other >= gap]].logsumexp(0) - s[at])
+            as_far = s[[k for k, other in enumerate(gaps) if other >= gap]]
+            # Beside the largest: next to similarities of 1e36 the logarithm of how many tie would be lost.
+            top = as_far.detach().max()
+            terms.append((as_far - top).logsumexp(0) - (s[at] - top))
     return torch.stack(terms).sum() / max(1, len(used) * (len(used) - 1))
