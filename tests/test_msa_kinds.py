@@ -1,5 +1,8 @@
 """Shapes and kinds of features and labels that files have, and values that are not finite."""
 
+import pickle
+from pathlib import Path
+
 import numpy as np
 import pytest
 import torch
@@ -234,3 +237,19 @@ def test_rows_that_are_none_are_missing(tmp_path):
     c = load(write(tmp_path, root))
     lost = c.utterance_ids.tolist().index(root["train"]["id"][2])
     assert np.argwhere(~c.available).tolist() == [[lost, 1]] and (c.features["audio"][lost] == 0).all()
+
+
+@pytest.mark.parametrize(("name", "content", "message"), [
+    ("settings.toml", 'rate = 0.3\nwörter = "ja"\n', "a text; data are a folder with a clips.csv, a pickle"),
+    ("aligned_50.pkl", "version https://git-lfs.github.com/spec/v1\noid sha256:0123\nsize 9\n", "run git lfs pull"),
+    ("long.json", '{"ä": "' + "ä" * 500 + '"}', "a text"),
+])  # fmt: skip
+def test_texts_are_not_taken_for_pickles(tmp_path: Path, name: str, content: str, message: str) -> None:
+    (tmp_path / name).write_text(content, encoding="utf-8")
+    with pytest.raises(ValueError, match=message):
+        load(tmp_path / name)
+
+
+def test_a_pickle_of_the_textual_form_is_read(tmp_path: Path) -> None:
+    (tmp_path / "old.pkl").write_bytes(pickle.dumps(mmsa(n=(4, 2, 2)), protocol=0))
+    assert len(load(tmp_path / "old.pkl")) == 8

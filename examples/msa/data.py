@@ -85,11 +85,18 @@ def _kind(path: Path) -> str:
     if path.suffix == ".csv":
         raise ValueError(f"{path}: a table is read under the name clips.csv, in a folder with the features")
     with path.open("rb") as f:
-        magic = f.read(8)
+        magic = f.read(512)
+        f.seek(max(0, path.stat().st_size - 16))
+        end = f.read(16)
     if magic.startswith(HDF_MAGIC):
         raise ValueError(f"{path}: HDF5 (.csd, .h5) is not read: write the features as .npy beside a clips.csv")
     if magic.startswith(b"\x93NUMPY"):
         raise ValueError(f"{path}: one array alone is not a data set: put it beside a clips.csv and name the folder")
+    if magic.startswith(b"version https://git-lfs"):
+        raise ValueError(f"{path}: a pointer of Git LFS, not the data it stands for: run git lfs pull")
+    # A pickle of the old textual form ends with a full stop.
+    if _is_text(magic) and not end.rstrip().endswith(b"."):
+        raise ValueError(f"{path}: a text; data are a folder with a clips.csv, a pickle, a torch file or an .npz")
     if magic[:4] != b"PK\x03\x04":
         return "pickle"
     try:
@@ -98,6 +105,12 @@ def _kind(path: Path) -> str:
     except Exception as e:
         # A damaged directory can fail in any way that zipfile knows.
         raise ValueError(f"{path}: not a readable .npz of plain arrays ({type(e).__name__}: {e})") from e
+
+
+def _is_text(start: bytes) -> bool:
+    text = start.decode("utf-8", errors="ignore")
+    # Up to three bytes are of a letter that goes on beyond what was read.
+    return len(start) > 0 and len(start) - len(text.encode()) < 4 and all(c.isprintable() or c.isspace() for c in text)
 
 
 def add_reading_arguments(parser: argparse._ActionsContainer) -> None:
