@@ -184,6 +184,29 @@ def test_greedy_stops_where_an_outsider_would_come_first(dtype: torch.dtype) -> 
         assert made[count:].eq(-1).all()
 
 
+@pytest.mark.parametrize("width", [1, 2, 3, 5, 8, 9])
+@pytest.mark.parametrize("kind", ["scattered", "grid", "copies", "far apart", "huge", "tiny"])
+def test_greedy_in_few_dimensions_decides_on_the_bits_of_the_distances(width: int, kind: str) -> None:
+    """Neighbours are looked at together up to eight dimensions, one by one beyond: the scores are equal to the bit."""
+    x = draw(700, width)
+    if kind == "grid":
+        x = x.mul(2).round()
+    elif kind == "copies":
+        x = x[torch.arange(700) * 7 % 90]
+    elif kind == "far apart":  # cuts at the mean are uneven
+        x = torch.exp2(torch.arange(700).double()[:, None] - 350) * (1 + 0 * x)
+    x = x * {"huge": 2.0**700, "tiny": 2.0**-700}.get(kind, 1.0)
+    weight = torch.rand(700, generator=torch.Generator().manual_seed(2)).double()
+    delta = torch.full((700,), torch.inf, dtype=torch.float64)
+    index, none, far = torch.arange(700), torch.arange(0), torch.tensor([-torch.inf]).double()
+    picks, scores = kcenter.greedy(x, weight, delta, index, none, none, far, torch.tensor([700]), limit=80, metric=0)
+    for pick, score in zip(picks.tolist(), scores.tolist(), strict=True):
+        assert score == float((weight * delta).max())
+        assert pick == int((weight * delta).argmax())
+        delta = _fold(x, x[pick : pick + 1], "euclidean", delta)[0]
+        delta[pick] = -torch.inf
+
+
 @METRICS
 @pytest.mark.parametrize("room", [[1] * 9, [3, 0, 5, 2, 0, 0, 9, 1, 1], [99] * 9])
 def test_greedy_leaves_a_group_that_is_full(metric: str, room: list[int]) -> None:

@@ -124,6 +124,7 @@ SELECTIONS = {
 def test_whole_selections_are_those_of_the_cpu(
     options: dict[str, Any], monkeypatch: pytest.MonkeyPatch, on_host: CudaOnHost
 ) -> None:
+    monkeypatch.setattr(greedy.Shard, "whole", False)
     monkeypatch.setattr(greedy, "_CANDIDATES", 16)  # several rounds, in a small pool
     pool = draw(700, 5).mul(3).round().div(3).float()
     arguments = dict(options, uncertainty=torch.rand(700, generator=torch.Generator().manual_seed(1)))

@@ -98,6 +98,7 @@ def test_picks_are_those_of_the_plain_form(strategy: str, distance: str, kind: s
 def test_lazy_batches_of_any_size_give_the_plain_picks(
     strategy: str, kind: str, candidates: int, monkeypatch: pytest.MonkeyPatch
 ) -> None:
+    monkeypatch.setattr(greedy.Shard, "whole", False)
     monkeypatch.setattr(greedy, "_CANDIDATES", candidates)
     monkeypatch.setattr(greedy, "_SAMPLE", 5)  # floors that are far off
     monkeypatch.setattr(greedy, "_STAGE", 2)
@@ -109,6 +110,7 @@ def test_lazy_batches_of_any_size_give_the_plain_picks(
 
 
 def test_first_batches_of_centres_are_only_a_bound(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(greedy.Shard, "whole", False)
     monkeypatch.setattr(greedy, "_CANDIDATES", 4)
     monkeypatch.setattr(greedy, "_PRIMING", 3)
     x, known = pool_of("gaussian", n=500), draw(60, 6, seed=5)
@@ -192,6 +194,7 @@ def test_an_interrupt_leaves_a_state_to_go_on_from(strategy: str, monkeypatch: p
     whole = select(x, 60, **given_arguments)
     from msacore.selection.pool import Pool
 
+    monkeypatch.setattr(greedy.Shard, "whole", False)
     for module in (greedy, determinant):
         monkeypatch.setattr(module, "_CANDIDATES", 8)
     original = Pool.gather

@@ -61,6 +61,7 @@ def test_limited_picks_are_those_of_the_plain_form(
         start = given_arguments["first"] = int(plain(0).open.nonzero()[0][-1])
     budget = round(share * left)
     with pytest.MonkeyPatch.context() as patched:
+        patched.setattr(greedy.Shard, "whole", False)
         patched.setattr(greedy, "_CANDIDATES", batch)
         patched.setattr(maxdet, "_CANDIDATES", batch)
         got = select(x, budget, **given_arguments)

@@ -102,6 +102,7 @@ def test_any_split_gives_the_bits_of_one_process(
 ) -> None:
     arguments = drawn_case(seed, n, d, kind, strategy, extras, dtype)
     with pytest.MonkeyPatch.context() as patched:
+        patched.setattr(greedy.Shard, "whole", False)
         patched.setattr(greedy, "_CANDIDATES", candidates)
         patched.setattr(maxdet, "_CANDIDATES", candidates)
         expected = select(**arguments)

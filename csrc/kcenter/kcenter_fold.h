@@ -67,10 +67,27 @@ struct Nearest {
   double distance;
   int64_t owner;
 
-  void offer(double other, int64_t center) {
+  __attribute__((always_inline)) void offer(double other, int64_t center) {
     if (other < distance || (other == distance && (owner < 0 || center < owner))) *this = {other, center};
   }
 };
+
+// Rows that lack few centres, from start[i] on to the last: their distances without a filter.
+template <typename T>
+MSACORE_SIMD void fold_few(const T* pool, const int64_t* rows, const int64_t* start, const double* centers,
+                           const Sizes& s, int64_t metric, int64_t begin, int64_t end, double* delta_out,
+                           int64_t* owner_out) {
+  for (int64_t i = begin; i < end; ++i) {
+    const T* x = pool + rows[i] * s.width;
+    Nearest best{delta_out[i], owner_out[i]};
+    for (int64_t j = start[i]; j < s.centers; ++j) {
+      const double* c = centers + j * s.width;
+      best.offer(metric == kEuclidean ? euclidean_distance(x, c, s.width) : cosine_distance(x, c, s.width), j);
+    }
+    delta_out[i] = best.distance;
+    owner_out[i] = best.owner;
+  }
+}
 
 template <typename T>
 void fold(const T* pool, const int64_t* rows, const int64_t* start, const double* centers, const double* shift,
@@ -82,17 +99,7 @@ void fold(const T* pool, const int64_t* rows, const int64_t* start, const double
   const auto first_of_tile = [&](int64_t begin, int64_t count) {
     const int64_t first = *std::min_element(start + begin, start + begin + count);
     if (s.centers - first > kDirect) return first;
-    int64_t which[kDirect];
-    double found[kDirect];
-    for (int64_t i = begin; i < begin + count; ++i) {
-      const int64_t n = s.centers - start[i];
-      for (int64_t j = 0; j < n; ++j) which[j] = start[i] + j;
-      exact_distances(pool + rows[i] * s.width, centers, which, n, s.width, f.metric, found);
-      Nearest best{delta_out[i], owner_out[i]};
-      for (int64_t j = 0; j < n; ++j) best.offer(found[j], which[j]);
-      delta_out[i] = best.distance;
-      owner_out[i] = best.owner;
-    }
+    fold_few(pool, rows, start, centers, s, f.metric, begin, begin + count, delta_out, owner_out);
     return int64_t{-1};
   };
   const int64_t first = s.rows ? *std::min_element(start, start + s.rows) : s.centers;

@@ -10,11 +10,10 @@
 #include <vector>
 
 #include "core/round.h"
+#include "kcenter/kcenter_buckets.h"
 #include "kcenter/kcenter_distance.h"
 
 namespace msacore::kcenter::cpu {
-
-constexpr double kLowest = -std::numeric_limits<double>::infinity();
 
 // 32-bit words of a row, for the checksum
 template <typename T>
@@ -134,13 +133,6 @@ void scan(const T* pool, int64_t n, int64_t d, double* sums, int64_t* checksum, 
   }
 }
 
-using Ranked = std::pair<double, int64_t>;  // score, index
-
-// Higher scores first, smaller indices first among equals.
-inline bool precedes(const Ranked& a, const Ranked& b) {
-  return a.first > b.first || (a.first == b.first && a.second < b.second);
-}
-
 // out [count] = the first `count` of all indices in that order
 inline void rank(const double* score, int64_t n, int64_t count, int64_t* out) {
   if (count == 0) return;
@@ -184,6 +176,9 @@ void greedy(const T* candidates, const double* weight, const double* delta, cons
             int64_t* picks, double* scores) {
   std::fill(picks, picks + limit, -1);
   std::fill(scores, scores + limit, kLowest);
+  if (metric == kEuclidean && d > 0 && d <= kFewDimensions)
+    return greedy_in_buckets(candidates, weight, delta, index, group, std::move(room), m, d, bound, limit, picks,
+                             scores);
   struct Candidate {
     Ranked ranked;
     double delta;

@@ -25,6 +25,8 @@ _ROUND = 1024  # picks at most, so that an interrupt is heard and the bar moves
 _SAMPLE = 2048  # samples whose scores tell where the floor should be
 _STAGE = 32  # centres taken in before the first samples are dropped; each further stage takes twice as many
 _PRIMING = 32  # centres
+_WHOLE = 2048  # rows in memory that are all candidates at once: so few cost less than a choice among them
+_WHOLE_NARROW = (131_072, 8)  # rows, and their dimensions: the steps among candidates skip most of so narrow ones
 
 
 class Cover:
@@ -40,8 +42,10 @@ class Cover:
         self.delta = unknown if bounds is None else bounds
         self.owner = torch.full((pool.n,), -1, device=pool.device)
         self.folded = torch.zeros(pool.n, dtype=torch.int64, device=pool.device)
+        self.farthest: float | None = None  # distance of a row that is no centre, where a step among all rows told it
 
     def add(self, centers: Tensor) -> None:
+        self.farthest = None
         self.centers[self.count : self.count + len(centers)] = centers
         self.count += len(centers)
 
@@ -101,6 +105,8 @@ class Cover:
             return 0.0
         if self.count == 0:
             return float("inf")
+        if self.farthest is not None:
+            return self.farthest
         self.prime(rows)
         ones, best = torch.ones_like(self.delta), self.delta.new_zeros(())
         for size in (_STAGE, _CANDIDATES // 4, len(rows)) if len(rows) > _CANDIDATES else (len(rows),):
@@ -123,6 +129,13 @@ class Shard:
         self._sample = torch.empty(0, dtype=torch.int64, device=cover.pool.device)
         self._primed = False
 
+    @property
+    def whole(self) -> bool:
+        """Whether every open row is a candidate."""
+        pool = self.cover.pool
+        rows = _WHOLE_NARROW[0] if pool.width <= _WHOLE_NARROW[1] else _WHOLE
+        return pool.in_memory and pool.n <= rows and self.cover.count <= 2 * _PRIMING
+
     def propose(self, size: int) -> dict[str, Any]:
         """About ``size`` open rows of highest score, up to date, and what every other row comes behind.
 
@@ -130,8 +143,10 @@ class Shard:
         "bound", the score and index of the best row that may have been left out.
         """
         pool, cover, weight = self.cover.pool, self.cover, self.weight
-        size = max(1, min(size, pool.at_once // 4))  # twice as many may be gathered
+        if self.whole:
+            return self._everything()
         open_rows = self.open_rows.nonzero()[:, 0]
+        size = max(1, min(size, pool.at_once // 4))  # twice as many may be gathered
         if not self._primed:
             cover.prime(open_rows)
             self._primed = True
@@ -162,6 +177,20 @@ class Shard:
             "rows": pool.gather(rows),
             "group": rows[:0] if self.group is None else self.group[rows],
             "bound": (floor, floor_index),
+        }
+
+    def _everything(self) -> dict[str, Any]:
+        """All rows as candidates; those that are not open have a weight with which none is picked."""
+        pool = self.cover.pool
+        rows = torch.arange(pool.n, device=pool.device)
+        self.cover.refresh(rows)
+        return {
+            "index": rows + pool.offset,
+            "weight": self.weight.where(self.open_rows, -torch.inf),
+            "delta": self.cover.delta,
+            "rows": pool.everything(),
+            "group": rows[:0] if self.group is None else self.group,
+            "bound": (0.0, pool.total),
         }
 
 

@@ -146,6 +146,12 @@ class Pool:
         self.rows_read += len(rows)
         return self._values.index_select(0, rows)
 
+    def everything(self) -> Tensor:
+        """All rows ``[n, d]`` of a pool in memory."""
+        assert self._values is not None
+        self.rows_read += self.n
+        return self._values
+
     def _chunk_rows(self) -> int:
         """A power of two, so that chunks are nodes of the tree."""
         return 1 << max(1, _CHUNK_BYTES // max(1, self.width * self.dtype.itemsize)).bit_length() - 1

@@ -75,21 +75,26 @@ def _weighted(job: Job, weight: Tensor, first_score: Callable[[], Tensor], allow
     cover = _start(job, first_score)
     groups = job.groups
     shard = Shard(cover, weight, job.open_rows, None if groups is None else groups.number)
+    plain = job.ranks.size == 1 and groups is None and bool((weight == 1).all())
     while job.left:
         limit = job.left
+        # Where any row that is left may come next, the score of one pick more than wanted is the radius.
+        further = int(plain and shard.whole and torch.equal(job.open_rows, job.rest))
         size = candidates(limit, job.ranks.size)
         proposals = job.share(lambda: shard.propose(size))  # noqa: B023  # called at once
         room = None if groups is None else groups.room
 
         def decided() -> dict[str, Tensor]:
-            return decide(proposals, limit, job.pool.metric, room, job.radius)  # noqa: B023  # called at once
+            return decide(proposals, limit + further, job.pool.metric, room, job.radius)  # noqa: B023  # called at once
 
         decision = job.from_first(decided)
         if not len(decision["place"]):
             break
-        picks = picked(proposals, decision["place"])
-        job.add(picks["index"], decision["score"], picks["group"] if groups is not None else None)
+        picks = picked(proposals, decision["place"][:limit])
+        job.add(picks["index"], decision["score"][:limit], picks["group"] if groups is not None else None)
         cover.add(picks["rows"])
+        if len(decision["score"]) > limit:
+            cover.farthest = float(decision["score"][limit])
         shard.open_rows = job.open_rows
     if allowed is not None:
         job.open_rows |= closed
