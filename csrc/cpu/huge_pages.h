@@ -14,15 +14,21 @@
 
 namespace msacore::cpu {
 
+constexpr uintptr_t kHugePage = uintptr_t{1} << 21;
+
+// Advises the system to back new memory by large pages, as far as it covers them.
+inline void advise_huge_pages(void* memory, size_t bytes) {
+#if defined(__linux__) && defined(MADV_HUGEPAGE)
+  const uintptr_t data = reinterpret_cast<uintptr_t>(memory);
+  const uintptr_t begin = round_up(data, kHugePage), end = (data + bytes) / kHugePage * kHugePage;
+  if (begin < end) madvise(reinterpret_cast<void*>(begin), end - begin, MADV_HUGEPAGE);
+#endif
+}
+
 // `t`, a new CPU tensor nothing has been written to, with the system advised to back it by large pages. Where it does
 // not take the advice nothing changes.
 inline torch::stable::Tensor on_huge_pages(torch::stable::Tensor t) {
-#if defined(__linux__) && defined(MADV_HUGEPAGE)
-  constexpr uintptr_t kPage = uintptr_t{1} << 21;
-  const uintptr_t data = reinterpret_cast<uintptr_t>(t.mutable_data_ptr());
-  const uintptr_t begin = round_up(data, kPage), end = (data + t.numel() * t.element_size()) / kPage * kPage;
-  if (begin < end) madvise(reinterpret_cast<void*>(begin), end - begin, MADV_HUGEPAGE);
-#endif
+  advise_huge_pages(t.mutable_data_ptr(), t.numel() * t.element_size());
   return t;
 }
 

@@ -32,7 +32,8 @@ struct Problem {
   std::vector<Side<A>> sides;
   std::vector<Term<A>> terms;
 
-  Problem(const char* op, const Inputs& in, const Sizes& size, const Options& options)
+  // `kept`: the exponentials are at hand, so that no similarity is computed.
+  Problem(const char* op, const Inputs& in, const Sizes& size, const Options& options, bool kept)
       : size(size),
         options(options),
         labels(in.labels ? in.labels->const_data_ptr<int64_t>() : nullptr),
@@ -74,7 +75,14 @@ struct Problem {
       terms.push_back(std::move(term));
     }
     sides.reserve(embeddings.size());
-    for (const Tensor& t : embeddings) sides.emplace_back(n, t.size(1), options.normalize);
+    using Right = typename Side<A>::Right;
+    const auto bounded = [](const Term<A>& term) { return is_bounded<A>(term.scale); };
+    kept = kept && !learned && options.normalize && std::all_of(terms.begin(), terms.end(), bounded);
+    for (const Tensor& t : embeddings) {
+      const bool in_pairs = n > kBlock && takes_pairs<T>(n, t.size(1));
+      const Right right = in_pairs ? Right::kPairs : kept ? Right::kNone : Right::kPanels;
+      sides.emplace_back(n, t.size(1), options.normalize, right);
+    }
     const int64_t panels = padded(n) / kPanel;
     torch::stable::parallel_for(0, panels * static_cast<int64_t>(sides.size()),
                                 Side<A>::grain(kPanel * sides.front().width), [&](int64_t begin, int64_t end) {
@@ -154,7 +162,7 @@ struct Problem {
   void backward(const double* grad_tiers, const A* stats, const A* kept, const std::vector<T*>& grads, double* slopes) {
     for (size_t t = 0; t < terms.size(); ++t) load(t, grad_tiers, stats);
     if (kept && !learned && are_few(terms)) return FewGradients<A>(terms, kept).project(sides, grads);
-    for (Side<A>& side : sides) side.gradient = Buffer<A>(side.rows * side.width, A(0));
+    for (Side<A>& side : sides) side.open_gradient();
     // Per term and row: Σ over pairs of similarity · its gradient.
     std::vector<Buffer<double>> pulls;
     for (const Term<A>& term : terms) pulls.emplace_back(learned ? term.a->rows : 0, 0.0);
@@ -225,7 +233,7 @@ void forward(const char* op, const Inputs& in, const Sizes& s, const Options& op
     using T = typename decltype(tag)::type;
     using A = acc_t<T>;
     A* sums = results.tiers.template mutable_data_ptr<A>();
-    Problem<T>(op, in, s, options)
+    Problem<T>(op, in, s, options, false)
         .forward(sums, results.stats.template mutable_data_ptr<A>(), data_if_any<A>(results.kept));
     *results.loss.template mutable_data_ptr<A>() = weighted(options.tier_weights, sums);
   });
@@ -240,7 +248,7 @@ void backward(const char* op, const Inputs& in, const Sizes& s, const Options& o
     for (int64_t k = 0; k < kTiers; ++k)
       gradient[k] = (grad_loss ? options.tier_weights[k] * static_cast<double>(*grad_loss->const_data_ptr<A>()) : 0.0) +
                     (grad_tiers ? static_cast<double>(grad_tiers->const_data_ptr<A>()[k]) : 0.0);
-    Problem<T>(op, in, s, options)
+    Problem<T>(op, in, s, options, kept.numel() > 0)
         .backward(gradient, stats.const_data_ptr<A>(), data_if_any<A>(kept), data_of<T>(grads.embeddings), slopes);
     for (int64_t k = 0; k < kTiers; ++k) {
       if (!in.learned_temperatures[k]) continue;

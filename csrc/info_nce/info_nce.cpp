@@ -102,7 +102,7 @@ InfoNceGradients backward(const char* op, const InfoNceInputs& in, const InfoNce
     load(problem, grad_out.const_data_ptr<A>(), anchor_stats.const_data_ptr<A>(), candidate_stats.const_data_ptr<A>());
     problem.add_all_gradients(in.weights ? grad_weights.template mutable_data_ptr<T>() : nullptr);
     // After the sweep: the memory of the panels, no longer needed, serves the results.
-    for (Side<A>& side : problem.sides) side.panels = Buffer<A>();
+    for (Side<A>& side : problem.sides) side.panels = Buffer<A>(), side.pairs = PairRows();
     grads.emplace(in, s);
     grads->weights = grad_weights;
     const double slope =

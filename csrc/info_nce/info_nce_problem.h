@@ -70,11 +70,13 @@ struct Problem {
                       !differ(anchor_labels, candidate_labels);
     sides.reserve(2);
     const Source<T> anchors{in.anchors.const_data_ptr<T>(), size.anchors, nullptr};
-    sides.emplace_back(anchors, term.rows.used.get(), size.anchors, size.width, options.normalize);
+    using Right = typename Side<A>::Right;
+    const Right right = takes_pairs<T>(std::max(size.anchors, all), size.width) ? Right::kPairs : Right::kPanels;
+    sides.emplace_back(anchors, term.rows.used.get(), size.anchors, size.width, options.normalize, right);
     if (!self)
       sides.emplace_back(Source<T>{in.candidates ? in.candidates->template const_data_ptr<T>() : anchors.first,
                                    size.candidates, data_or_null<T>(in.negatives)},
-                         term.columns.used.get(), all, size.width, options.normalize);
+                         term.columns.used.get(), all, size.width, options.normalize, right);
     term.a = &sides.front();
     term.b = &sides.back();
     term.scale = M_LOG2E / temperature;
@@ -239,7 +241,7 @@ struct Problem {
   // Once the shares of rows and columns are loaded: gradients of all rows, and of the weights.
   void add_all_gradients(T* grad_weights) {
     Term<A>& t = term();
-    for (Side<A>& side : sides) side.gradient = Buffer<A>(side.rows * side.width, A(0));
+    for (Side<A>& side : sides) side.open_gradient();
     const bool against_negatives = options.denominator == kNegatives;
     const auto inspect = [&](const Term<A>&, const Tile<A>& tile, int64_t row, int64_t column) {
       if (weights)

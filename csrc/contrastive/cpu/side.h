@@ -7,9 +7,10 @@
 #include <cmath>
 #include <type_traits>
 
+#include "contrastive/cpu/pair_rows.h"
+#include "contrastive/cpu/tiles.h"
 #include "core/dtype.h"
 #include "cpu/buffer.h"
-#include "contrastive/cpu/tiles.h"
 
 namespace msacore::contrastive::cpu {
 using namespace msacore::cpu;
@@ -54,8 +55,9 @@ MSACORE_INLINE double square_of(const T* __restrict__ x, int64_t d, double& lift
   return square;
 }
 
-// unit [rows, stride] ← x / |x|, or x where not `normalize`, and the same transposed in panels of kPanel rows; rows
-// that take no part stay unread and become zero, as do zero rows. Handles rows begin … end, multiples of kPanel.
+// unit [rows, stride] ← x / |x|, or x where not `normalize`, and the same transposed in panels of kPanel rows unless
+// that is null; rows that take no part stay unread and become zero, as do zero rows. Handles rows begin … end,
+// multiples of kPanel.
 template <typename T, typename A>
 MSACORE_SIMD void normalise_rows(const Source<T>& x, const uint8_t* __restrict__ used, bool normalize,
                                  A* __restrict__ unit, A* __restrict__ panels, double* __restrict__ inverse_norm,
@@ -82,7 +84,7 @@ MSACORE_SIMD void normalise_rows(const Source<T>& x, const uint8_t* __restrict__
         row[k] = static_cast<A>(static_cast<double>(static_cast<A>(from[k])) * lift * lift * inverse);
     }
   }
-  for (int64_t i = begin; i < end; i += kPanel)
+  for (int64_t i = begin; panels && i < end; i += kPanel)
     for (int64_t k = 0; k < width; ++k)
       for (int64_t r = 0; r < kPanel; ++r) panels[i * width + k * kPanel + r] = unit[(i + r) * stride + k];
 }
@@ -118,18 +120,25 @@ struct Side {
   bool normalize = true;
   Buffer<A> unit, panels, gradient;
   Buffer<double> inverse_norm, lift;  // `lift` in float64 alone, whose squares may leave its range
+  PairRows pairs;                     // in place of panels where the matrix instructions serve
+
+  // What products with the rows on the right take: panels, pairs, or nothing where there are none.
+  enum class Right { kPanels, kPairs, kNone };
 
   // Allocates; `fill` fills.
-  Side(int64_t n, int64_t d, bool normalize) : n(n), d(d), rows(padded(n)), width(padded(d)), normalize(normalize) {
+  Side(int64_t n, int64_t d, bool normalize, Right right)
+      : n(n), d(d), rows(padded(n)), width(padded(d)), normalize(normalize) {
     stride = width / kPanel % 2 ? width : width + kPanel;  // odd number of lines, see kTileRow
     unit = Buffer<A>(rows * stride);
-    panels = Buffer<A>(rows * width);
+    if (right == Right::kPairs) pairs = PairRows(rows, d);
+    if (right == Right::kPanels) panels = Buffer<A>(rows * width);
     inverse_norm = Buffer<double>(rows);
     if (sizeof(A) == 8) lift = Buffer<double>(rows);
   }
 
   template <typename T>
-  Side(const Source<T>& x, const uint8_t* used, int64_t n, int64_t d, bool normalize) : Side(n, d, normalize) {
+  Side(const Source<T>& x, const uint8_t* used, int64_t n, int64_t d, bool normalize, Right right)
+      : Side(n, d, normalize, right) {
     torch::stable::parallel_for(0, rows / kPanel, grain(kPanel * width),
                                 [&](int64_t b, int64_t e) { fill(x, used, b, e); });
   }
@@ -139,6 +148,23 @@ struct Side {
   void fill(const Source<T>& x, const uint8_t* used, int64_t begin, int64_t end) {
     normalise_rows(x, used, normalize, unit.get(), panels.get(), inverse_norm.get(), lift.get(), n, d, width, stride,
                    begin * kPanel, end * kPanel);
+    if constexpr (std::is_same_v<T, BFloat16>) {
+      if (!pairs) return;
+      for (int64_t i = begin * kPanel; i < end * kPanel; ++i) {
+        const bool takes_part = i < n && used[i];
+        pairs.set_row(i, takes_part ? x.row(i, d) : nullptr, d, inverse_norm[i], normalize);
+      }
+      for (int64_t panel = begin; panel < end; ++panel) pairs.set_panel(panel);
+    }
+  }
+
+  // Memory for the gradient, all zeros.
+  void open_gradient() {
+    gradient = Buffer<A>(rows * width, A(0));
+    if (!pairs) return;
+    pairs.allocate_pairs();
+    torch::stable::parallel_for(0, pairs.groups(), grain(kPairDepth * width),
+                                [&](int64_t b, int64_t e) { pairs.open(b, e); });
   }
 
   // Gradients with respect to x of rows begin … end, from those of the unit rows at `from` [end - begin, width].

@@ -5,148 +5,55 @@
 #include <cmath>
 #include <vector>
 
+#include "contrastive/cpu/schedule.h"
 #include "contrastive/cpu/side.h"
 #include "core/round.h"
 
 namespace msacore::contrastive::cpu {
 
-// What one direction of a term keeps per row.
+// s [m, kTileRow] ← similarities of rows i … of a with rows j … of b.
 template <typename A>
-struct Direction {
-  Buffer<uint8_t> used;        // row takes part, as anchor and as candidate
-  Buffer<int64_t> candidates;  // how many it has
-  Buffer<A> exponent_bias;     // see Tile
-  Buffer<double> sum;          // Σ_j 2^(exponent) of the denominator
-  Buffer<A> highest;           // its highest similarity so far, for unbounded exponents
-  Buffer<double> total;        // weight of the positives; 0: the anchor drops out
-  Buffer<double> positive;     // mean similarity of the positives, or what info_nce.h says
-  Buffer<A> softmax_weight, shift,
-      log;            // weight of the softmax, and its log2-sum-exp relative to the similarity `shift`
-  Buffer<A> attract;  // backward: weight of each positive pair
-
-  // An only candidate has probability 1: loss and gradient are zero, exactly.
-  bool choice(int64_t i) const { return candidates[i] != 1; }
-  Softmax<A> softmax(int64_t first) const {
-    return {softmax_weight.get() + first, shift.get() + first, log.get() + first};
-  }
-};
-
-inline int64_t count_used(const Buffer<uint8_t>& used, int64_t n) { return std::count(used.get(), used.get() + n, 1); }
-
-// Number of candidates of every row out of the `all` that take part; has_partner(i) is true where (i, i) is excluded
-// and would otherwise take part.
-template <typename A, typename HasPartner>
-void count_candidates(Direction<A>& direction, int64_t n, int64_t all, HasPartner&& has_partner) {
-  direction.candidates = Buffer<int64_t>(n);
-  for (int64_t i = 0; i < n; ++i) direction.candidates[i] = all - has_partner(i);
+void similarities(const Side<A>& a, const Side<A>& b, int64_t i, int64_t j, int64_t m, int64_t n, A* s) {
+  if constexpr (std::is_same_v<A, float>)
+    if (a.pairs) return PairRows::similarities(a.pairs, b.pairs, i, j, m, n, s);
+  small_product<A>(
+      {m, n, a.d, a.row(i), a.stride, 1, b.panels.get() + j * b.width, kPanel * b.width, kPanel, s, kTileRow, false});
 }
 
+// Adds to the gradients of both sides, from those of the tile; to that of b only with `both`.
 template <typename A>
-struct Term {
-  Side<A>*a, *b;   // equal for a loss of an embedding with itself
-  double scale;    // log2(e) / temperature
-  bool two_sided;  // are columns anchors too
-  bool diagonal;   // positives are the pairs (i, i + offset)
-  bool exclude_self;
-  int64_t offset = 0;          // the partner of row i is column i + offset
-  Direction<A> rows, columns;  // of a self term, only rows
-
-  bool self() const { return a == b; }
-  bool bounded() const { return a->normalize && is_bounded<A>(scale); }
-  const Direction<A>& other() const { return self() ? rows : columns; }
-};
-
-struct TileIndex {
-  int64_t term, row, column;  // row and column count blocks
-};
-
-// Rounds of tiles no two of which touch the same rows of a side: their threads add up without locks, in one fixed
-// order.
-template <typename A>
-std::vector<std::vector<TileIndex>> schedule(const std::vector<Term<A>>& terms, int64_t block) {
-  std::vector<TileIndex> tiles;
-  int64_t most = 0;
-  const auto blocks = [block](const Side<A>* side) { return ceil_div(side->rows, block); };
-  for (const Term<A>& term : terms) most = std::max({most, blocks(term.a), blocks(term.b)});
-  for (int64_t r = 0; r < most; ++r)
-    for (size_t t = 0; t < terms.size(); ++t) {
-      const int64_t na = blocks(terms[t].a), nb = blocks(terms[t].b), term = static_cast<int64_t>(t);
-      if (terms[t].self()) {
-        // Round-robin tournament: every pair of blocks once, every block once a round.
-        for (int64_t i = 0; i < na; ++i) {
-          const int64_t j = ((r - i) % na + na) % na;
-          if (i <= j) tiles.push_back({term, i, j});
-        }
-      } else if (r < std::max(na, nb)) {
-        for (int64_t i = 0; i < std::min(na, nb); ++i)
-          na <= nb ? tiles.push_back({term, i, (i + r) % nb}) : tiles.push_back({term, (i + r) % na, i});
-      }
-    }
-  std::vector<std::pair<const Side<A>*, std::vector<std::vector<bool>>>> busy;  // [side][block][round]
-  const auto entry_of = [&](const Side<A>* side) {
-    return std::find_if(busy.begin(), busy.end(), [side](const auto& entry) { return entry.first == side; });
-  };
-  for (const Term<A>& term : terms)
-    for (const Side<A>* side : {term.a, term.b})
-      if (entry_of(side) == busy.end()) busy.push_back({side, std::vector<std::vector<bool>>(blocks(side))});
-  const auto rounds_of = [&](const Side<A>* side, int64_t index) -> std::vector<bool>& {
-    return entry_of(side)->second[index];
-  };
-  std::vector<std::vector<TileIndex>> rounds;
-  for (const TileIndex& tile : tiles) {
-    std::vector<bool>& first = rounds_of(terms[tile.term].a, tile.row);
-    std::vector<bool>& second = rounds_of(terms[tile.term].b, tile.column);
-    size_t r = 0;
-    while ((r < first.size() && first[r]) || (r < second.size() && second[r])) ++r;
-    if (r >= rounds.size()) rounds.resize(r + 1);
-    if (r >= first.size()) first.resize(r + 1);
-    first[r] = true;
-    if (r >= second.size()) second.resize(r + 1);
-    second[r] = true;
-    rounds[r].push_back(tile);
-  }
-  return rounds;
-}
-
-// Rows of a block: large enough to keep products efficient, small enough to give every thread several.
-template <typename A>
-int64_t block_size(const std::vector<Term<A>>& terms) {
-  int64_t rows = 0;
-  for (const Term<A>& term : terms) rows = std::max({rows, term.a->rows, term.b->rows});
-  int64_t block = kBlock;
-  while (block > 32 && rows < 4 * block) block /= 2;
-  return block;
+void add_tile_gradients(const Side<A>& a, const Side<A>& b, int64_t i, int64_t j, const Tile<A>& tile, bool both) {
+  A *const to_a = a.gradient.get() + i * a.width, *const to_b = both ? b.gradient.get() + j * b.width : nullptr;
+  if constexpr (std::is_same_v<A, float>)
+    if (a.pairs) return PairRows::add_gradients(a.pairs, b.pairs, i, j, tile.m, tile.n, tile.s, to_a, to_b);
+  small_product<A>({tile.m, a.width, tile.n, tile.s, kTileRow, 1, b.row(j), kPanel, b.stride, to_a, a.width, true});
+  if (to_b)
+    small_product<A>({tile.n, b.width, tile.m, tile.s, 1, kTileRow, a.row(i), kPanel, a.stride, to_b, b.width, true});
 }
 
 // Calls work(term, tile, row offset, column offset) for every tile, with the similarities computed.
 template <typename A, typename Work>
 void sweep(const std::vector<Term<A>>& terms, Work&& work) {
   const int64_t block = block_size(terms);
-  for (const auto& round : schedule(terms, block)) {
-    const TileIndex& first = round.front();
-    const int64_t flops = terms[first.term].a->width * std::min(block, terms[first.term].a->rows) *
-                          std::min(block, terms[first.term].b->rows);
-    const int64_t grain = std::max<int64_t>(1, 100000 / std::max<int64_t>(1, flops));
-    torch::stable::parallel_for(0, static_cast<int64_t>(round.size()), grain, [&](int64_t begin, int64_t end) {
-      const Buffer<A> scratch(block * kTileRow);
-      for (int64_t k = begin; k < end; ++k) {
-        const Term<A>& term = terms[round[k].term];
-        const Side<A>&a = *term.a, &b = *term.b;
-        const int64_t i = round[k].row * block, j = round[k].column * block;
-        const int64_t m = std::min(block, a.rows - i), n = std::min(block, b.rows - j);
-        small_product<A>({m, n, a.d, a.row(i), a.stride, 1, b.panels.get() + j * b.width, kPanel * b.width, kPanel,
-                          scratch.get(), kTileRow, false});
-        const Tile<A> tile{m,
-                           n,
-                           scratch.get(),
-                           term.rows.exponent_bias.get() + i,
-                           term.other().exponent_bias.get() + j,
-                           static_cast<A>(term.scale),
-                           i - j + term.offset};
-        work(term, tile, i, j);
-      }
+  Steps<A> steps(terms, block);
+  torch::stable::parallel_for(0, steps.workers(), 1, [&](int64_t, int64_t) {
+    const Buffer<A> scratch(block * kTileRow);
+    steps.run([&](const TileIndex& index) {
+      const Term<A>& term = terms[index.term];
+      const Side<A>&a = *term.a, &b = *term.b;
+      const int64_t i = index.row * block, j = index.column * block;
+      const int64_t m = std::min(block, a.rows - i), n = std::min(block, b.rows - j);
+      similarities(a, b, i, j, m, n, scratch.get());
+      const Tile<A> tile{m,
+                         n,
+                         scratch.get(),
+                         term.rows.exponent_bias.get() + i,
+                         term.other().exponent_bias.get() + j,
+                         static_cast<A>(term.scale),
+                         i - j + term.offset};
+      work(term, tile, i, j);
     });
-  }
+  });
 }
 
 // What is added to exponents (where all are bounded) or similarities of rows: -scale or 0; -inf without a row.
@@ -227,12 +134,7 @@ void add_gradients(std::vector<Term<A>>& terms, bool pull_diagonal, Inspect&& in
         tile.s[i * kTileRow + j] -= rows.attract[row + i] + other.attract[column + j];
       }
     adjust(term, tile, row, column);
-    const Side<A>&a = *term.a, &b = *term.b;
-    small_product<A>({tile.m, a.width, tile.n, tile.s, kTileRow, 1, b.row(column), kPanel, b.stride,
-                      a.gradient.get() + row * a.width, a.width, true});
-    if (!term.self() || row != column)
-      small_product<A>({tile.n, b.width, tile.m, tile.s, 1, kTileRow, a.row(row), kPanel, a.stride,
-                        b.gradient.get() + column * b.width, b.width, true});
+    add_tile_gradients(*term.a, *term.b, row, column, tile, !term.self() || row != column);
   });
 }
 
