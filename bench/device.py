@@ -28,6 +28,7 @@ class Canary:
 
 class Device(Protocol):
     torch: torch.device
+    slowest: float  # GFLOP/s of matrix products; below it others use the machine too
 
     def clock(self, call: Callable[[], Any]) -> float:
         """Seconds of one call."""
@@ -46,6 +47,7 @@ class Cpu:
     torch = torch.device("cpu")
 
     def __init__(self) -> None:
+        self.slowest = 50.0 * torch.get_num_threads()
         self._square = torch.randn(768, 768)
         self._product = torch.empty(768, 768)
         self._stream = torch.ones(24 << 20)  # 96 MiB, beyond the caches
@@ -92,6 +94,7 @@ class Cuda:
     """
 
     torch = torch.device("cuda")
+    slowest = 0.0  # one process a device: what it reaches is what it has
 
     def __init__(self) -> None:
         self._flush = torch.empty(256 << 20, dtype=torch.uint8, device="cuda")

@@ -3,7 +3,7 @@
 A row is one operation at one shape. Its providers take turns in one process on the same tensors (A, B, C, A, B, C, …)
 and their medians are compared. The machine is probed before, between and after the turns with two canaries, a matrix
 product and a read of memory; where one drifts by more than `DRIFT` the row is measured again, and in the end its ratios
-are withheld.
+are withheld; so they are where matrix products stay slower than the device must be when nobody else uses it.
 """
 
 import statistics
@@ -304,6 +304,10 @@ def measure(benchmark: Benchmark, shape: Shape, device: Device, rounds: int, wit
             break
     assert best is not None
     row.drift, forward_times, total_times, row.canaries = best
+    if row.drift > DRIFT:
+        row.withheld = f"ratio withheld: canary drift {row.drift:.0%} in {row.attempts} attempts"
+    elif (rate := min(c.gflops for c in row.canaries)) < device.slowest:
+        row.withheld = f"ratio withheld: a loaded machine, {rate:.0f} of {device.slowest:.0f} GFLOP/s"
     fill(row, benchmark.work(shape.sizes), forward_times, total_times)
     if benchmark.remark is not None:
         row.measurements[0].note = benchmark.remark(inputs, median_canary(row.canaries))
@@ -313,11 +317,9 @@ def measure(benchmark: Benchmark, shape: Shape, device: Device, rounds: int, wit
 
 
 def fill(row: Row, work: tuple[Work, Work], forward: dict[str, float], total: dict[str, float]) -> None:
-    """Times, shares of the limit at the canaries' median rate, and ratios unless a canary drifted."""
+    """Times, shares of the limit at the canaries' median rate, and ratios unless they are withheld."""
     decisive = total or forward
     floor = work[1 if total else 0].seconds(median_canary(row.canaries))
-    if row.drift > DRIFT:
-        row.withheld = f"ratio withheld: canary drift {row.drift:.0%} in {row.attempts} attempts"
     ours = decisive[row.measurements[0].provider]
     for m in row.measurements:
         if m.provider in forward:

@@ -1,6 +1,7 @@
 """Supervised and two-sided InfoNCE against eager torch, its compiled form and pytorch-metric-learning."""
 
 from collections.abc import Callable
+from dataclasses import replace
 
 import torch
 from torch import Tensor
@@ -85,6 +86,29 @@ def two_cross_entropies(anchors: Tensor, candidates: Tensor) -> Tensor:
     return (cross_entropy(scores, target) + cross_entropy(scores.T, target)) / 2
 
 
+def _bf16_inputs(sizes: dict[str, int], device: torch.device) -> Inputs:
+    shape = (sizes["N"], sizes["d"])
+    names = ("anchors", "candidates")
+    tensors = {n: torch.randn(*shape, device=device).bfloat16().requires_grad_() for n in names}
+    return {**tensors, "both": bool(sizes["both"])}
+
+
+def one_or_both(anchors: Tensor, candidates: Tensor, both: bool) -> Tensor:
+    return msacore.info_nce(anchors, candidates, temperature=TEMPERATURE, symmetric=both)
+
+
+def cross_entropies(anchors: Tensor, candidates: Tensor, both: bool) -> Tensor:
+    if both:
+        return two_cross_entropies(anchors, candidates)
+    scores = normalize(anchors, dim=1) @ normalize(candidates, dim=1).T / TEMPERATURE
+    return cross_entropy(scores, torch.arange(len(anchors), device=anchors.device))
+
+
+def _bf16_work(sizes: dict[str, int]) -> tuple[Work, Work]:
+    n, d = sizes["N"], sizes["d"]
+    return Work(2 * n * n * d, 2 * 2 * n * d), Work(8 * n * n * d, 6 * 2 * n * d)
+
+
 def _supervised_work(sizes: dict[str, int]) -> tuple[Work, Work]:
     """Scores are symmetric: half of 2N²d forward; as much again, and 2N²d of gradient, backward (nothing stored)."""
     n, d = sizes["N"], sizes["d"]
@@ -139,5 +163,21 @@ BENCHMARKS = [
             compiled("torch.compile of it", two_cross_entropies, _scores(4)),
         ),
         work=_symmetric_work,
+    ),
+    Benchmark(
+        name="info_nce_bf16",
+        shapes=(
+            Shape("bfloat16, one direction N=128 d=128", {"N": 128, "d": 128, "both": 0}, quick=True),
+            Shape("bfloat16, one direction N=1024 d=128", {"N": 1024, "d": 128, "both": 0}),
+            Shape("bfloat16, one direction N=4096 d=128", {"N": 4096, "d": 128, "both": 0}),
+            Shape("bfloat16, one direction N=1024 d=768", {"N": 1024, "d": 768, "both": 0}),
+            Shape("bfloat16, two-sided N=1024 d=768", {"N": 1024, "d": 768, "both": 1}),
+        ),
+        inputs=_bf16_inputs,
+        providers=(
+            plain("msacore", one_or_both),
+            replace(plain("torch, cross entropy in bfloat16", cross_entropies, _scores(4)), tolerance=0.1),
+        ),
+        work=_bf16_work,
     ),
 ]

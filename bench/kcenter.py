@@ -109,6 +109,18 @@ def _sklearn_per_pick(inputs: Inputs) -> Call:
     return pick
 
 
+def _fpsample(inputs: Inputs) -> Call:
+    """The plain scan of fpsample, for point clouds: compiled, one pass over the pool per pick."""
+    module = package("fpsample", "fpsample")
+    pool = inputs["pool"].cpu().numpy()
+
+    def pick() -> Tensor:
+        picks = module.fps_sampling(pool, inputs["budget"] + 1, start_idx=0)
+        return torch.from_numpy(picks.astype(np.int64))[1:]
+
+    return pick
+
+
 def _work(sizes: dict[str, int]) -> tuple[Work, Work]:
     """Every pick's distance to the whole pool, as one product; the pool is read once at least."""
     n, d, budget = sizes["N"], sizes["d"], sizes["budget"]
@@ -119,6 +131,10 @@ def _work(sizes: dict[str, int]) -> tuple[Work, Work]:
 def shapes() -> tuple[Shape, ...]:
     shapes = [
         Shape("N=1284 d=128 budget=20 (MOSI)", {"N": 1284, "d": 128, "budget": 20}, quick=True),
+        Shape("N=1284 d=384 budget=20", {"N": 1284, "d": 384, "budget": 20}),
+        Shape("N=2000 d=64 budget=100", {"N": 2000, "d": 64, "budget": 100}),
+        Shape("N=50000 d=3 budget=500 (points)", {"N": 50000, "d": 3, "budget": 500}),
+        Shape("N=20000 d=8 budget=300", {"N": 20000, "d": 8, "budget": 300}),
         Shape("N=16326 d=256 budget=200 (MOSEI)", {"N": 16326, "d": 256, "budget": 200}),
     ]
     shapes.append(Shape("N=1000000 d=256 budget=10000", {"N": 1000000, "d": 256, "budget": 10000}, large=True))
@@ -143,6 +159,7 @@ BENCHMARKS = [
             plain("torch, cdist per pick (DISTIL)", distances_per_pick),
             plain("torch, pairwise_distance per pick (anomalib)", pairwise_distance_per_pick),
             Provider("scikit-learn, euclidean_distances per pick", _sklearn_per_pick),
+            Provider("fpsample, plain scan", _fpsample),
         ),
         work=_work,
         growth=(Growth("N", (5000, 10000, 20000, 40000), {"d": 128, "budget": 50}, slope=1),),
