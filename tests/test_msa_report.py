@@ -76,7 +76,7 @@ def test_page_is_self_contained_and_escaped(tmp_path):
     # Links of the table of contents lead somewhere.
     ids = {attributes.get("id") for _, attributes in page.tags}
     assert {link[1:] for link in page.links if link.startswith("#")} <= ids
-    assert "0.200 ± 0.100 [-0.048, 0.448]" in page.text and "–" in page.text
+    assert "0.200\u00a0±\u00a00.100 [-0.048,\u00a00.448]" in page.text and "–" in page.text
     assert "train: 1.235" in "".join(page.text)
 
 

@@ -9,12 +9,14 @@ import pytest
 import torch
 
 from examples.msa.checkpoint import save_checkpoint
+from examples.msa.closed_form import Design
 from examples.msa.corpus import Corpus
 from examples.msa.missing import label_mask, missing_mask
 from examples.msa.synthetic import synthetic
 from examples.sslmm.__main__ import main
+from examples.sslmm.closed import BOOSTING, RIDGES, blend
 from examples.sslmm.config import ABLATIONS, Config, ablated
-from examples.sslmm.evaluate import Cell, Grid, run_cell
+from examples.sslmm.evaluate import METHODS, Cell, Grid, run_cell
 from examples.sslmm.losses import drop_one_modality, ramp_up, supervised_loss
 from examples.sslmm.model import Dropout
 from examples.sslmm.train import Trainer
@@ -187,6 +189,76 @@ def test_the_ramp_rises_to_one() -> None:
     assert values[3:] == [1.0] * 8
 
 
+def test_gaps_and_other_splits_are_heard_as_configured(corpus: Corpus) -> None:
+    """An utterance of another split between two clips: its place stays empty, or it takes part without its label."""
+    split = np.random.default_rng(0).permutation(corpus.split).astype(np.int8)
+    mixed = replace(corpus, split=split)
+    observed = np.ones((len(mixed), 3), bool)
+    labelled = split == 0
+    test = split == 2
+    standard = mixed.standardise(observed)
+    louder = {k: x + test[:, None].astype(np.float32) for k, x in standard.features.items()}
+    wrong = replace(mixed, labels=np.where(test, np.float32(3), mixed.labels))
+
+    def predictions(config: Config, source: Corpus, features: dict, positions: bool = True) -> np.ndarray:
+        numbers = source.positions if positions else source.positions * 100
+        data = replace(source, features=features, clips=numbers.astype(np.int64))
+        trainer = Trainer(data, observed, labelled, config)
+        return trainer.predict()
+
+    for transductive in (False, True):
+        config = replace(QUICK, transductive=transductive)
+        plain = predictions(config, mixed, standard.features)
+        assert np.isfinite(plain).all()
+        changed = plain != predictions(config, mixed, louder)
+        assert changed[test].any() and changed[~test].any() == transductive
+        assert np.array_equal(plain, predictions(config, wrong, standard.features))
+        # Clips that are far apart do not hear each other.
+        assert not np.array_equal(plain, predictions(config, mixed, standard.features, positions=False))
+
+
+def test_labels_of_other_splits_train_nothing_when_they_are_heard(corpus: Corpus) -> None:
+    split = np.random.default_rng(0).permutation(corpus.split).astype(np.int8)
+    weights = []
+    for wrong in (0.0, 2.5):
+        labels = np.where(split == 2, np.float32(wrong), corpus.labels)
+        mixed = replace(corpus, split=split, labels=labels)
+        standard = mixed.standardise()
+        observed = np.ones((len(mixed), 3), bool)
+        trainer = Trainer(standard, observed, split == 0, replace(QUICK, transductive=True))
+        trainer.fit()
+        weights.append(_weights(trainer))
+    assert torch.equal(*weights)
+
+
+@pytest.mark.parametrize("method", [*RIDGES, BOOSTING])
+def test_closed_forms_read_the_labels_that_the_system_reads(corpus: Corpus, method: str) -> None:
+    result = run_cell(corpus, Cell(method, 0.4, 0.5, 3), QUICK)
+    ours = run_cell(corpus, Cell("mean-filled MLP", 0.4, 0.5, 3), QUICK)
+    assert result["missing"] == ours["missing"] and result["labels"] == ours["labels"]
+    labelled, _ = label_mask(corpus, 0.5, 3)
+    read = np.isin(corpus.split, (0, 1)) & (labelled | (corpus.split == 1))
+    assert result["fit"]["labels"] == read.sum()
+    other = replace(corpus, labels=np.where(corpus.split == 2, np.float32(1.5), corpus.labels))
+    assert run_cell(other, Cell(method, 0.4, 0.5, 3), QUICK)["valid"] == result["valid"]
+
+
+def test_the_blend_gives_weight_to_what_tells_and_judges_out_of_fold(corpus: Corpus) -> None:
+    labelled = corpus.split == 0
+    standard = corpus.standardise()
+    design = Design.of(standard)
+    truth = corpus.labels.astype(np.float64)
+    rng = np.random.default_rng(0)
+    right = blend(standard, design, labelled, truth)
+    assert right.network == pytest.approx(1.0, abs=0.05) and np.abs(right.left_out - truth[right.rows]).mean() < 0.05
+    noise = blend(standard, design, labelled, rng.standard_normal(len(corpus)))
+    assert noise.network < 0.3
+    assert right.rows.tolist() == corpus.rows("valid", labelled=True).tolist()
+    value = right(design.values, truth)
+    expected = right.offset + design.values @ right.coefficient.numpy() + right.network * truth
+    np.testing.assert_allclose(value, expected)
+
+
 @pytest.fixture
 def holes(corpus: Corpus) -> Corpus:
     """Every third utterance of each part has no label."""
@@ -261,6 +333,13 @@ def test_the_command_writes_a_report_with_every_number(tmp_path: Path, capsys: p
         "other features",
         "no pre-training",
         "zero-filled MLP",
+        "ridge, sum over modalities and neighbours",
+        "gradient boosting",
+        "comparisons",
+        "share one test part",
+        "they leave gaps",
+        "the graph alone",
+        "Losses of the fine-tuning",
         "Over the missing rate",
         "Missing rates and labelled shares",
         "details are not public",
@@ -269,7 +348,7 @@ def test_the_command_writes_a_report_with_every_number(tmp_path: Path, capsys: p
     ):
         assert words in page
     stored = json.loads((tmp_path / "report.json").read_text())
-    assert len(stored["data"]["cells"]) == (8 + 2 * 4 - 2) * 2
+    assert len(stored["data"]["cells"]) == (len(METHODS) + 2 * 4 - 2) * 2
     assert stored["run"]["missing"]["sha256"]
     at = {
         (c["cell"]["method"], c["cell"]["rate"], c["cell"]["seed"]): c
@@ -287,9 +366,10 @@ def test_the_command_writes_a_report_with_every_number(tmp_path: Path, capsys: p
         (["--rate", "0.9"], "rate"),
         (["--share", "0"], "share"),
         (["--jobs", "-1"], "--jobs"),
+        (["--seeds", "0", "0", "0"], "must differ"),
         (["--data", "nowhere.pkl"], "no such file"),
     ],
-    ids=["rate", "share", "jobs", "file"],
+    ids=["rate", "share", "jobs", "seeds", "file"],
 )
 def test_bad_arguments_end_with_one_sentence(
     tmp_path: Path, capsys: pytest.CaptureFixture, extra: list[str], words: str

@@ -12,7 +12,7 @@ from torch import Tensor
 from msacore import uncertainty as measures
 from msacore.selection import select
 
-from .train import Prediction
+from .predict import Prediction
 
 
 @dataclass(frozen=True)

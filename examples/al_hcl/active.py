@@ -13,6 +13,7 @@ import torch
 from torch import Tensor
 
 from examples.msa.checkpoint import derive, load_checkpoint, save_checkpoint
+from examples.msa.closed_form import Linear
 from examples.msa.corpus import Corpus
 from examples.msa.metrics import evaluate
 from examples.msa.patterns import TestPattern
@@ -22,11 +23,14 @@ from examples.msa.timing import StageTimer
 from examples.msa.tool import score_parts
 
 from .acquire import SelectionConfig, acquire
-from .closed import ClosedForm
-from .ensemble import Ensemble, new_model
+from .config import TrainConfig
+from .data import Data
+from .ensemble import Ensemble, left_out, new_model
 from .model import Inputs, ModelConfig, SentimentModel
+from .path import ClosedForm
+from .predict import Prediction, predict
 from .pretrain import pretrain
-from .train import Data, Prediction, TrainConfig, Trained, predict, set_parameters, train
+from .train import Trained, set_parameters, train
 
 
 @dataclass(frozen=True)
@@ -61,7 +65,7 @@ class State:
     seconds: dict[str, float] = field(default_factory=dict)
     embedding: Tensor | None = None
     prediction: Tensor | None = None
-    weights: list[dict[str, Tensor]] = field(default_factory=list)
+    weights: list[list[dict[str, Tensor]]] = field(default_factory=list)
 
     @property
     def counts(self) -> list[int]:
@@ -75,6 +79,8 @@ class State:
 
 # Model before any label and its embedding of all rows, by model, training, seed and member.
 Starts = dict[tuple[ModelConfig, TrainConfig, int, int], tuple[SentimentModel, Tensor]]
+# Ridge regressions by the rows they were fitted on.
+Ridges = dict[tuple[int, ...], dict[str, Linear]]
 
 
 class Run:
@@ -89,6 +95,7 @@ class Run:
         resume: Go on from that file if it is there.
         replayed: Finished run whose labels are bought, for arms that replay.
         starts: Where runs of one corpus share what they learned before any label.
+        ridges: Where they share ridge regressions on equal labels.
         patterns: What the last model may see when it is tested; the data as they are, when omitted.
         export: Where the last model's predictions of the test part are written; nowhere when omitted.
 
@@ -107,12 +114,14 @@ class Run:
         resume: bool = False,
         replayed: State | None = None,
         starts: Starts | None = None,
+        ridges: Ridges | None = None,
         patterns: Sequence[TestPattern] = (),
         export: Path | None = None,
     ) -> None:
         self.arm, self.corpus, self.data, self.seed, self.checkpoint = arm, corpus, data, seed, checkpoint
         self.replayed = replayed.labelled if replayed else None
         self.starts: Starts = {} if starts is None else starts
+        self.ridges: Ridges = {} if ridges is None else ridges
         self.patterns, self.export = patterns, export
         start = first_labels(data, arm.selection, seed)
         wanted, there = len(start) + arm.selection.rounds * arm.selection.budget, len(data.buyable)
@@ -139,10 +148,16 @@ class Run:
 
     def _round(self, number: int) -> None:
         config, state, timer = self.arm.selection, self.state, StageTimer(self.state.seconds)
-        labelled = torch.tensor(state.labelled, device=self.data.labels.device)
+        labelled = torch.cat([torch.tensor(state.labelled, device=self.data.labels.device), self.data.given])
+        truth = self.corpus.labels[self.data.test.cpu().numpy()]
+        with timer("closed forms"):
+            key = tuple(labelled.tolist())
+            if key not in self.ridges:
+                self.ridges[key] = self.data.ridges(labelled)
+            ridges = self.ridges[key]
         with timer("train"):
-            members = [self._train(number, k, labelled) for k in range(config.members)]
-            paths = [m.kernel.everywhere for m in members]
+            members = [self._train(number, k, labelled, ridges) for k in range(config.members)]
+            paths = [m.everywhere for m in members]
         with timer("predict"):
             # Passes serve the choice of the next labels alone: scores are point predictions.
             passes = self.arm.training.passes if number < config.rounds else 0
@@ -150,16 +165,17 @@ class Run:
             test = predict(members, self.data.inputs, paths, self.data.test, 0, seed)
             train_part = predict(members, self.data.inputs, paths, self.data.train, passes, seed)
         with timer("evaluate"):
-            truth = self.corpus.labels[self.data.test.cpu().numpy()]
             scores = evaluate(test.mean.double().cpu().numpy(), truth, self.corpus.family)
             each = score_per_metric(members, self.data, truth)
-        facts = [m.facts for m in members]
+            rows = self.data.design.values[self.data.test.cpu().numpy()]
+            baselines = {name: evaluate(fit(rows), truth, self.corpus.family) for name, fit in ridges.items()}
         record = {
             "round": number,
             "labels": len(labelled),
             "test": scores,
             "test_per_metric": each,
-            "members": facts,
+            "baselines": baselines,
+            "members": [{**m.facts, "history": m.history} for m in members],
             "picks": [],
         }
         if number == config.rounds:
@@ -173,31 +189,30 @@ class Run:
         state.seconds = timer.seconds
         state.embedding, state.prediction = train_part.embedding.cpu(), train_part.mean.cpu()
         if config.keep_training:
-            state.weights = [{k: v.cpu() for k, v in m.model.state_dict().items()} for m in members]
+            state.weights = [[{k: v.cpu() for k, v in n.state_dict().items()} for n in m.models] for m in members]
 
-    def _train(self, number: int, member: int, labelled: Tensor) -> Trained:
+    def _train(self, number: int, member: int, labelled: Tensor, ridges: dict[str, Linear]) -> Trained:
         seed = derive(self.seed, "model", number, member)
         start, learned = self._start(member)
-        model = self._new_model()
-        model.load_state_dict(self.state.weights[member] if self.state.weights else start.state_dict())
-        return train(model, self.data, labelled, learned, self.arm.training, seed)
+        models = [self._new_model() for _ in range(self.arm.training.folds)]
+        for k, model in enumerate(models):
+            model.load_state_dict(self.state.weights[member][k] if self.state.weights else start.state_dict())
+        return train(models, self.data, labelled, learned, self.arm.training, seed, ridges)
 
     def _finish(self, record: dict[str, Any], members: list[Trained], labelled: Tensor) -> None:
         """Test the last model under every pattern, and write what it predicts."""
         rows, data = self.corpus.rows("test"), self.data
-        paths = []
-        for k, m in enumerate(members):
-            start, learned = self._start(k)
-            paths.append(ClosedForm.of(m.kernel, data, labelled, learned, start))
-        ensemble = Ensemble(members, paths)
+        ensemble = Ensemble(members, [ClosedForm.of(m.path, self._start(k)[0]) for k, m in enumerate(members)])
         if self.export is not None:
-            known = data.valid.cpu().numpy()
+            known = labelled.cpu().numpy()
             value, variance = ensemble.values(data.inputs)
-            calibration = calibrate(variance[known], value[known] - self.corpus.labels[known])
+            calibration = calibrate(variance[known], left_out(members) - self.corpus.labels[known])
             write_predictions(self.export, self.corpus, value, calibrated(variance, calibration), rows=rows)
         record["patterns"] = {
             p.name: score_parts(
-                ensemble.predict(Inputs.of(replace(self.corpus, available=p.observed), data.labels.device), 0)
+                ensemble.predict(
+                    Inputs.of(replace(self.corpus, available=p.observed), data.labels.device, data.transductive), 0
+                )
                 .mean.double()
                 .cpu()
                 .numpy(),
@@ -226,7 +241,8 @@ class Run:
         pool = torch.isin(self.data.train, self.data.buyable) & ~torch.isin(self.data.train, labelled)
         free = self.data.train[pool]
         if self.replayed is not None:
-            rows = self.replayed[len(labelled) : len(labelled) + config.budget]
+            bought = len(self.state.labelled)
+            rows = self.replayed[bought : bought + config.budget]
             return [self._describe(row, train_part, None) for row in rows]
         centres = train_part.embedding[torch.isin(self.data.train, labelled)]
         picks = acquire(
@@ -256,24 +272,28 @@ class Run:
             "data": self.corpus.sha256,
             "replayed": self.replayed,
             "test patterns": patterns,
+            "validation labels": len(self.data.given),
+            "transductive": self.data.transductive,
         }
 
 
 def score_per_metric(members: list[Trained], data: Data, truth: np.ndarray) -> dict[str, dict[str, float]]:
-    """Test value of each metric from the checkpoint that was best in it on the validation part; mean over members."""
+    """Test value of each metric from the checkpoint that was best in it out of fold; mean over members."""
     found = []
     for m in members:
-        best = [p.detach().clone() for p in m.model.parameters()]
+        best = [[p.detach().clone() for p in model.parameters()] for model in m.models]
         found.append(m.best.scores(partial(_test_with, m, data), truth))
-        set_parameters(m.model, best)
+        for model, weights in zip(m.models, best, strict=True):
+            set_parameters(model, weights)
     names = [name for name in found[0] if all(name in f for f in found)]
     return {name: {k: float(np.mean([f[name][k] for f in found])) for k in found[0][name]} for name in names}
 
 
-def _test_with(member: Trained, data: Data, weights: list[Tensor]) -> np.ndarray:
-    set_parameters(member.model, weights)
-    tested = predict([member], data.inputs, [member.kernel.everywhere], data.test, 0, 0)
-    return tested.mean.double().cpu().numpy()
+def _test_with(member: Trained, data: Data, kept: dict[str, Any]) -> np.ndarray:
+    for model, weights in zip(member.models, kept["networks"], strict=True):
+        set_parameters(model, weights)
+    judged = replace(member, weight=kept["weight"])
+    return predict([judged], data.inputs, [member.everywhere], data.test, 0, 0).mean.double().cpu().numpy()
 
 
 def first_labels(data: Data, config: SelectionConfig, seed: int) -> list[int]:

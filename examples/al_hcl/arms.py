@@ -8,15 +8,22 @@ from .active import Arm
 
 REFERENCE = "AL-HCL"
 RANDOM = "random selection"
+MARGIN = "ridge that buys by margin"
 ALL_LABELS = "all labels"
 
 
 def comparison(base: Arm) -> list[Arm]:
-    """The reference, random selection, and the model trained on every label of the train part."""
+    """The reference, random selection, a ridge regression that buys what is nearest to neutral, and the model trained
+    on every label of the train part."""
     everything = replace(base.selection, initial=1.0, rounds=0)
+    by_margin = replace(base.selection, strategy="topk", uncertainty="margin", members=1)
+    alone = replace(base.training, steps=0, pretrain_steps=0, folds=1, passes=1, view="first")
     return [
         base,
         replace(base, name=RANDOM, selection=replace(base.selection, strategy="random")),
+        replace(
+            base, name=MARGIN, model=replace(base.model, heteroscedastic=False), training=alone, selection=by_margin
+        ),
         replace(base, name=ALL_LABELS, selection=everything),
     ]
 

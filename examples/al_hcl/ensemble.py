@@ -13,10 +13,12 @@ from torch import Tensor
 from examples.msa.checkpoint import derive
 from examples.msa.corpus import Corpus
 
-from .closed import ClosedForm
+from .data import Data
 from .model import Inputs, ModelConfig, SentimentModel
+from .path import ClosedForm
+from .predict import Member, Prediction, predict
 from .pretrain import pretrain
-from .train import Data, Member, Prediction, Trained, predict, train
+from .train import Trained, train
 
 if TYPE_CHECKING:
     from .active import Arm
@@ -64,16 +66,24 @@ def fit_ensemble(corpus: Corpus, data: Data, labelled: Tensor, arm: Arm, seed: i
         arm: Model, training and number of members.
         seed: Seed of everything.
     """
-    trained, paths = [], []
+    trained, paths, ridges = [], [], data.ridges(labelled)
     for k in range(arm.selection.members):
         start = derive(seed, "pretrain", k)
         torch.manual_seed(start)
-        model, learner = (new_model(corpus, arm.model, data.labels.device) for _ in range(2))
+        learner = new_model(corpus, arm.model, data.labels.device)
         learned = pretrain(learner, data, arm.training, start)
-        model.load_state_dict(learner.state_dict())
-        trained.append(train(model, data, labelled, learned, arm.training, derive(seed, "model", k)))
-        paths.append(ClosedForm.of(trained[-1].kernel, data, labelled, learned, learner))
+        models = [new_model(corpus, arm.model, data.labels.device) for _ in range(arm.training.folds)]
+        for model in models:
+            model.load_state_dict(learner.state_dict())
+        trained.append(train(models, data, labelled, learned, arm.training, derive(seed, "model", k), ridges))
+        paths.append(ClosedForm.of(trained[-1].path, learner))
     return Ensemble(trained, paths), trained
+
+
+def left_out(trained: Sequence[Trained]) -> np.ndarray:
+    """What members say together of the labelled rows, each by what was not fitted on their videos, ``[n]``."""
+    found: np.ndarray = np.mean([t.left_out for t in trained], axis=0)
+    return found
 
 
 def new_model(corpus: Corpus, config: ModelConfig, device: torch.device) -> SentimentModel:

@@ -14,12 +14,12 @@ from examples.msa.checkpoint import seed_everything
 from examples.msa.corpus import Corpus
 from examples.msa.files import remove_temporaries
 from examples.msa.jobs import sole_user, spread
-from examples.msa.metrics import HIGHER_IS_BETTER, REPORTED, area_under_curve, mean_interval, paired_difference
+from examples.msa.metrics import HIGHER_IS_BETTER, NAMES, REPORTED, area_under_curve, mean_interval, paired_difference
 from examples.msa.patterns import TestPattern
 
-from .active import Arm, Run, Starts, State
-from .arms import REFERENCE
-from .train import Data
+from .active import Arm, Ridges, Run, Starts, State
+from .arms import MARGIN, RANDOM, REFERENCE
+from .data import Data
 
 
 @dataclass(frozen=True)
@@ -98,11 +98,14 @@ class Experiment:
     def _trainings(self, seed: int) -> Iterator[Training]:
         reference: State | None = None
         starts: Starts = {}
+        ridges: Ridges = {}
         for arm in self.arms:
             name = f"{file_name(arm)}-seed{seed}"
             path, export = self.folder / "checkpoints" / f"{name}.pt", self.folder / "predictions" / f"{name}.csv"
             replayed = reference if arm.replay else None
-            run = Run(arm, self.corpus, self.data, seed, path, self.resume, replayed, starts, self.patterns, export)
+            run = Run(
+                arm, self.corpus, self.data, seed, path, self.resume, replayed, starts, ridges, self.patterns, export
+            )
             yield from [Training(arm, seed, record) for record in run.state.records]
             yield from (Training(arm, seed, state.records[-1]) for state in run.rounds())
             self.states[arm.name].append(run.state)
@@ -113,7 +116,7 @@ class Experiment:
         record, main = training.record, self.metrics[0]
         return (
             f"{training.arm.name}, seed {training.seed}, round {record['round']}, {record['labels']} labels: "
-            f"{main} {record['test'][main]:.3f}, mae {record['test']['mae']:.3f}"
+            f"{NAMES[main]} {record['test'][main]:.3f}, {NAMES['mae']} {record['test']['mae']:.3f}"
         )
 
     def write_curves(self, writer: Callable[[str], Any]) -> None:
@@ -164,6 +167,30 @@ class Experiment:
                 if arm.name != REFERENCE:
                     entry["area_minus_reference"] = {m: self.difference(m, arm.name) for m in self.metrics}
             result[arm.name] = entry
+        return result
+
+    def baseline_areas(self, metric: str, bought_by: str) -> dict[str, list[float]]:
+        """Area under the curve of each ridge regression on the labels that an arm bought, per seed."""
+        states = self.states[bought_by]
+        return {
+            name: [area_under_curve(s.counts, [r["baselines"][name][metric] for r in s.records]) for s in states]
+            for name in states[0].records[0]["baselines"]
+        }
+
+    def baselines(self) -> dict[str, Any]:
+        """Per buyer, baseline and metric its area, and the reference's area minus it, signed so that positive means
+        that the reference is better."""
+        result: dict[str, Any] = {}
+        for buyer in (REFERENCE, RANDOM, MARGIN):
+            if buyer not in self.states:
+                continue
+            for metric in self.metrics:
+                ours, sign = self.areas(metric)[REFERENCE], 1 if HIGHER_IS_BETTER.get(metric, True) else -1
+                for name, theirs in self.baseline_areas(metric, buyer).items():
+                    result.setdefault(buyer, {}).setdefault(name, {})[metric] = {
+                        "area": mean_interval(theirs),
+                        "reference_minus": paired_difference(sign * np.array(ours), sign * np.array(theirs)),
+                    }
         return result
 
     def difference(self, metric: str, name: str, reference: str = REFERENCE) -> dict[str, Any]:

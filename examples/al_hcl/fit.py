@@ -5,26 +5,32 @@ from __future__ import annotations
 import argparse
 from collections.abc import Mapping, Sequence
 from dataclasses import asdict, replace
+from functools import partial
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import torch
 from torch import Tensor
 
 from examples.msa.checkpoint import seed_everything
 from examples.msa.command import check_device
 from examples.msa.corpus import Corpus
+from examples.msa.metrics import evaluate
 from examples.msa.predictions import write_predictions
 from examples.msa.saved import SavedModel, calibrate, calibrated, describe_inputs, save_model
 from examples.msa.tool import Predictor, say_notes, score_parts, training_data
 
-from .closed import ClosedForm
-from .ensemble import Ensemble, fit_ensemble
+from .data import Data
+from .ensemble import Ensemble, fit_ensemble, left_out
 from .model import Inputs, ModelConfig, SentimentModel
 from .options import base_arm
-from .train import Data, Member, Trained, set_parameters
+from .path import ClosedForm
+from .predict import Member
+from .train import Trained, best_in
 
 SYSTEM = "al_hcl"
+LEFT_OUT = "labelled videos left out"
 
 
 def fit_command(args: argparse.Namespace) -> int:
@@ -32,30 +38,33 @@ def fit_command(args: argparse.Namespace) -> int:
     device = check_device(args.device)
     torch.set_num_threads(args.threads)
     seed_everything(args.seed)
-    given = training_data(args)
+    given = training_data(args, validation=False)
     statistics = given.corpus.statistics()
     # Tokens that are hidden on purpose are hidden in training; predictions are made from all that is there.
     standard = given.source.standardise_by(statistics)
-    data = Data.of(given.corpus.standardise_by(statistics), device, needed=("train", "valid"))
-    # Copies of a video are one video: what is left out of the closed-form path's fit must be left out in all of them.
+    data = Data.of(given.corpus.standardise_by(statistics), device, ("train",), args.validation, args.transductive)
+    # Copies of a video are one video: what is left out of a fit must be left out in all of them.
     data = replace(data, video=torch.tensor(given.source.video_index[given.origin], device=device))
     arm = base_arm(args)
-    ensemble, trained = fit_ensemble(given.corpus, data, data.buyable, arm, args.seed)
+    labelled = torch.cat([data.buyable, data.given])
+    ensemble, trained = fit_ensemble(given.corpus, data, labelled, arm, args.seed)
+    rows = given.origin[labelled.cpu().numpy()]
     card = {
         "config": {"model": asdict(arm.model), "training": asdict(arm.training), "members": len(trained)},
         **describe_inputs(given.source, statistics),
-        "labels": len(given.source.rows("train", labelled=True)),
+        "labels": len(np.unique(rows)),
+        "transductive": args.transductive,
         "tokens": given.tokens,
         "seed": args.seed,
     }
-    inputs = Inputs.of(standard, device)
-    scores = _save(args.out, ensemble, trained, standard, inputs, card)
+    inputs = Inputs.of(standard, device, args.transductive)
+    parts = [p for p in ("valid", "test") if len(standard.rows(p, True)) and not (p == "valid" and args.validation)]
+    save = partial(_save, standard=standard, inputs=inputs, rows=rows, parts=parts, card=card)
+    scores = save(args.out, ensemble, trained)
     if args.each_metric:
-        kept = [t.best.state for t in trained]
-        for metric in [m for m in kept[0]["best"] if all(m in state["best"] for state in kept)]:
-            for t, state in zip(trained, kept, strict=True):
-                set_parameters(t.model, state["weights"][state["best"][metric]["when"]])
-            _save(args.out / "by_metric" / metric, ensemble, trained, standard, inputs, card)
+        for metric in [m for m in trained[0].best.state["best"] if all(m in t.best.state["best"] for t in trained)]:
+            chosen = [best_in(t, metric) for t in trained]
+            save(args.out / "by_metric" / metric, Ensemble(chosen, ensemble.paths), chosen)
     say_notes(given.source)
     for part, found in scores.items():
         print(f"{part}: n {found['n']}, MAE {found['mae']:.3f}, neg/pos {found['acc2_non0']:.3f}")
@@ -67,16 +76,19 @@ def _save(
     folder: Path,
     ensemble: Ensemble,
     trained: Sequence[Trained],
+    *,
     standard: Corpus,
     inputs: Inputs,
+    rows: np.ndarray,
+    parts: list[str],
     card: dict[str, Any],
 ) -> dict[str, dict[str, Any]]:
-    """Calibrate, score and save the members as they are; returns the scores of each part but train."""
+    """Calibrate, score and save the members as they are; returns the scores of the labelled videos, each by what was
+    not fitted on it, and of each part whose labels were not read."""
     value, variance = ensemble.values(inputs)
-    rows = standard.rows("valid", labelled=True)
-    calibration = calibrate(variance[rows], value[rows] - standard.labels[rows])
-    parts = [part for part in ("valid", "test") if len(standard.rows(part, labelled=True))]
-    scores = score_parts(value, standard, parts)
+    judged, truth = left_out(trained), standard.labels[rows].astype(np.float64)
+    calibration = calibrate(variance[rows], judged - truth)
+    scores = {LEFT_OUT: evaluate(judged, truth, standard.family), **score_parts(value, standard, parts)}
     members = [_facts(t, path) for t, path in zip(trained, ensemble.paths, strict=True)]
     card = {**card, "members": members, "calibration": calibration, "scores": scores}
     save_model(folder, SYSTEM, card, _tensors(ensemble))
@@ -85,14 +97,15 @@ def _save(
 
 
 def _facts(trained: Trained, path: ClosedForm) -> dict[str, Any]:
-    scale = {"centre": trained.centre, "scale": trained.scale, "noise": trained.noise}
-    return {**scale, "closed_form": path.facts(), "training": trained.facts}
+    scale = {"centre": trained.centre, "scale": trained.scale, "weight": trained.weight, "noise": trained.noise}
+    return {**scale, "networks": len(trained.models), "closed_form": path.facts(), "training": trained.facts}
 
 
 def _tensors(ensemble: Ensemble) -> dict[str, Tensor]:
     result: dict[str, Tensor] = {}
     for k, (member, path) in enumerate(zip(ensemble.members, ensemble.paths, strict=True)):
-        result |= {f"member{k}.network.{name}": value for name, value in member.model.state_dict().items()}
+        for j, model in enumerate(member.models):
+            result |= {f"member{k}.network{j}.{name}": value for name, value in model.state_dict().items()}
         result |= {f"member{k}.path.{name}": value for name, value in path.tensors().items()}
     return result
 
@@ -115,18 +128,23 @@ def _load(saved: SavedModel, device: torch.device) -> Ensemble:
     dims = tuple(saved.modalities.values())
     members, paths = [], []
     for k, facts in enumerate(card["members"]):
-        model, learner = (SentimentModel(dims, card["sequences"], card["aligned"], config) for _ in range(2))
-        model.load_state_dict(saved.part(f"member{k}.network"))
+        *models, learner = (
+            SentimentModel(dims, card["sequences"], card["aligned"], config) for _ in range(facts["networks"] + 1)
+        )
+        for j, model in enumerate(models):
+            model.load_state_dict(saved.part(f"member{k}.network{j}"))
+            model.to(device)
         tensors = {name: value.to(device) for name, value in saved.part(f"member{k}.path").items()}
-        members.append(Member(model.to(device), facts["centre"], facts["scale"], facts["noise"]))
-        paths.append(ClosedForm.load(facts["closed_form"], tensors, len(dims), learner.to(device)))
+        members.append(Member(models, facts["centre"], facts["scale"], facts["weight"], facts["noise"]))
+        paths.append(ClosedForm.load(facts["closed_form"], tensors, learner.to(device)))
     return Ensemble(members, paths)
 
 
 def open_model(saved: SavedModel, device: torch.device) -> Predictor:
     """What predicts with a saved model."""
     ensemble = load_ensemble(saved, device)
-    return lambda corpus: ensemble.values(Inputs.of(corpus, device))
+    transductive = bool(saved.card["transductive"])
+    return lambda corpus: ensemble.values(Inputs.of(corpus, device, transductive))
 
 
 def _tuples(values: Mapping[str, Any]) -> dict[str, Any]:

@@ -7,6 +7,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor, nn
 
+from examples.msa.closed_form import Design
 from examples.msa.corpus import Corpus
 from msacore.nn import HierarchicalContrastiveLoss, MatrixFusion
 
@@ -50,23 +51,33 @@ class ModelConfig:
 
 @dataclass(frozen=True)
 class Inputs:
-    """Rows of a corpus as a model reads them: tokens ``[N, L_m, d_m]``, their masks, and which modalities exist."""
+    """Rows of a corpus as a model reads them: tokens ``[N, L_m, d_m]``, their masks, which modalities exist, and what
+    closed forms read (``closed_form.Design``), ``[N, D]``."""
 
     features: list[Tensor]
     masks: list[Tensor]
     available: Tensor
+    design: Tensor
 
     @classmethod
-    def of(cls, corpus: Corpus, device: torch.device | str = "cpu") -> Inputs:
-        """All rows; pooled features become sequences of one token. Tokens of a missing modality are masked."""
+    def of(cls, corpus: Corpus, device: torch.device | str = "cpu", transductive: bool = False) -> Inputs:
+        """All rows; pooled features become sequences of one token. Tokens of a missing modality are masked.
+
+        Args:
+            corpus: Standardised.
+            device: Where to.
+            transductive: Closed forms hear neighbours of other splits.
+        """
         t = corpus.tensors(device)
         features = [x if x.dim() == 3 else x[:, None] for x in t["features"]]
         masks = t["masks"] or [torch.ones(x.shape[:2], dtype=torch.bool, device=device) for x in features]
         masks = [m & t["available"][:, i : i + 1] for i, m in enumerate(masks)]
-        return cls(features, masks, t["available"])
+        design = torch.from_numpy(Design.of(corpus.pooled(), transductive=transductive).values).to(device)
+        return cls(features, masks, t["available"], design)
 
     def __getitem__(self, rows: Tensor) -> Inputs:
-        return Inputs([x[rows] for x in self.features], [m[rows] for m in self.masks], self.available[rows])
+        features, masks = [x[rows] for x in self.features], [m[rows] for m in self.masks]
+        return Inputs(features, masks, self.available[rows], self.design[rows])
 
     def __len__(self) -> int:
         return len(self.available)

@@ -9,9 +9,9 @@ from msacore.selection import STRATEGIES
 from .acquire import MEASURES, SelectionConfig
 from .active import Arm
 from .arms import REFERENCE
-from .kernel import VIEWS
+from .config import TrainConfig
 from .model import ModelConfig
-from .train import TrainConfig
+from .path import VIEWS
 
 
 def add_selection_arguments(parser: argparse.ArgumentParser) -> None:
@@ -67,12 +67,22 @@ def add_model_arguments(parser: argparse.ArgumentParser) -> None:
     model.add_argument("--width", type=int, default=ModelConfig.width, help="width of the embeddings (%(default)s)")
     model.add_argument("--dropout", type=float, default=ModelConfig.dropout, help="(%(default)s)")
     model.add_argument("--input-dropout", type=float, default=ModelConfig.input_dropout, help="(%(default)s)")
-    model.add_argument("--view", choices=VIEWS, help="features of the closed-form path (the best on held-out labels)")
+    model.add_argument("--view", choices=VIEWS, help="confine the closed-form path to this (a stack of all)")
     model.add_argument(
         "--pretrain-steps", type=int, default=TrainConfig.pretrain_steps, help="steps of contrast alone (%(default)s)"
     )
     model.add_argument(
         "--squared-error", action="store_true", help="no predicted noise; uncertainty from dropout alone"
+    )
+    model.add_argument(
+        "--validation",
+        action="store_true",
+        help="also train on the labels of the validation part; they count like bought ones",
+    )
+    model.add_argument(
+        "--transductive",
+        action="store_true",
+        help="closed forms hear neighbours of other splits too, without their labels",
     )
     model.add_argument(
         "--steps", type=int, default=TrainConfig.steps, help="optimiser steps per training (%(default)s)"

@@ -16,15 +16,15 @@ from examples.msa.command import add_device_argument, check_device
 from examples.msa.corpus import TRAIN, Corpus
 from examples.msa.data import add_data_arguments, load_from
 from examples.msa.predictions import add_labels_argument, no_labels, read_labels, with_labels, write_table
-from examples.msa.tool import say_notes, with_validation
+from examples.msa.tool import say_notes
 from msacore.selection import select
 
 from .acquire import acquire
 from .active import Arm
+from .data import Data
 from .ensemble import fit_ensemble, new_model
 from .options import add_model_arguments, add_selection_arguments, base_arm
 from .pretrain import pretrain
-from .train import Data
 
 COLUMNS = ("id", "video", "clip", "score", "uncertainty", "nearest labelled clip")
 # Below this many labels a model says less of its own doubt than the features say of what is new.
@@ -73,7 +73,7 @@ def pick_command(args: argparse.Namespace) -> int:
     candidates = np.flatnonzero((pool.split == TRAIN) & ~pool.labelled)
     if len(candidates) == 0:
         raise ValueError(f"{pool.name}: every utterance of the train part has a label; nothing is left to pick")
-    choice, notes = choose(pool, candidates, arm, args.seed, device)
+    choice, notes = choose(pool, candidates, arm, args.seed, device, args.validation, args.transductive)
     say_notes(replace(pool, notes=(*pool.notes, *notes)))
     picks = write_table(args.out / "picks.csv", COLUMNS, _lines(pool, choice))
     known = {str(pool.utterance_ids[i]): float(given[i]) for i in np.flatnonzero(np.isfinite(given))}
@@ -84,7 +84,15 @@ def pick_command(args: argparse.Namespace) -> int:
     return 0
 
 
-def choose(pool: Corpus, candidates: np.ndarray, arm: Arm, seed: int, device: torch.device) -> tuple[Choice, list[str]]:
+def choose(
+    pool: Corpus,
+    candidates: np.ndarray,
+    arm: Arm,
+    seed: int,
+    device: torch.device,
+    validation: bool = False,
+    transductive: bool = False,
+) -> tuple[Choice, list[str]]:
     """Pick among the candidates, with a model where there are labels to train one; and what to say about it."""
     notes = []
     budget = arm.selection.budget
@@ -95,10 +103,9 @@ def choose(pool: Corpus, candidates: np.ndarray, arm: Arm, seed: int, device: to
     known = pool.rows("train", labelled=True)
     if len(known) < FEWEST:
         return _by_features(pool, candidates, known, replace(arm, selection=selection), seed, device, notes)
-    fitted = with_validation(pool)
-    standard = fitted.standardise()
-    data = Data.of(standard, device, needed=("train", "valid"))
-    ensemble, _ = fit_ensemble(standard, data, data.buyable, arm, seed)
+    standard = pool.standardise()
+    data = Data.of(standard, device, ("train",), validation, transductive)
+    ensemble, _ = fit_ensemble(standard, data, torch.cat([data.buyable, data.given]), arm, seed)
     prediction = ensemble.predict(data.inputs, arm.training.passes, seed)
     rows, centres = (torch.from_numpy(r).to(device) for r in (candidates, np.flatnonzero(pool.labelled)))
     picks = acquire(
@@ -115,7 +122,7 @@ def choose(pool: Corpus, candidates: np.ndarray, arm: Arm, seed: int, device: to
         picks.uncertainty.cpu().numpy(),
         _nearest(prediction.embedding, chosen, centres),
     )
-    return choice, notes + [note for note in fitted.notes if note not in pool.notes]
+    return choice, notes
 
 
 def _by_features(

@@ -5,8 +5,9 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
+from .config import TrainConfig
+from .data import Data
 from .model import Inputs, SentimentModel
-from .train import Data, TrainConfig
 
 
 def pretrain(model: SentimentModel, data: Data, config: TrainConfig, seed: int) -> Tensor:

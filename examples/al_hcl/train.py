@@ -1,122 +1,25 @@
-"""Training on the labelled rows, with contrast on labelled and unlabelled rows, and Monte-Carlo prediction."""
+"""Training on the labelled rows, with contrast on labelled and unlabelled rows, judged out of fold."""
 
 from __future__ import annotations
 
 import math
-from collections.abc import Iterator, Sequence
-from dataclasses import dataclass
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass, replace
 from functools import partial
+from typing import Any
 
 import numpy as np
 import torch
 from torch import Tensor
 
 from examples.msa.best import BestPerMetric
-from examples.msa.corpus import Corpus
-from examples.msa.metrics import SIMS_BINS
+from examples.msa.closed_form import Linear, fold_of
 
-from .kernel import KernelPath, feature_views, fit_path
+from .config import TrainConfig
+from .data import Data
 from .model import Inputs, ModelConfig, Outputs, SentimentModel
-
-
-@dataclass(frozen=True)
-class TrainConfig:
-    """How one model is trained.
-
-    Args:
-        steps: Optimiser steps, the same for any number of labels.
-        batch: Labelled rows per step.
-        contrast_rows: Unlabelled rows per step that only the contrastive loss sees.
-        pretrain_steps: Steps of contrast alone, before the first labels.
-        pretrain_rows: Train rows per such step.
-        learning_rate: Of AdamW, falling to 0 as a cosine.
-        weight_decay: Of AdamW, on matrices.
-        contrast_weight: λ of the contrastive loss; 0 leaves it out.
-        check_every: Steps between looks at the validation error; the best weights count.
-        average: Share kept per step by the running average of the weights, which is what is validated and used.
-        passes: Monte-Carlo passes of a prediction.
-        view: The closed-form path's view of the features, a name in ``kernel.VIEWS``; the best of all when omitted.
-    """
-
-    steps: int = 40
-    batch: int = 64
-    contrast_rows: int = 64
-    pretrain_steps: int = 200
-    pretrain_rows: int = 192
-    learning_rate: float = 2e-3
-    weight_decay: float = 0.05
-    contrast_weight: float = 0.1
-    check_every: int = 10
-    average: float = 0.9
-    passes: int = 6
-    view: str | None = None
-
-
-@dataclass(frozen=True)
-class Data:
-    """A standardised corpus as tensors: inputs, labels and their classes of all rows, row numbers, and the number of
-    each row's video; and the metric family.
-
-    ``train`` holds all rows of its part; ``buyable`` those of them that have a label; ``valid`` and ``test`` hold
-    labelled rows alone.
-    """
-
-    inputs: Inputs
-    labels: Tensor
-    classes: Tensor
-    train: Tensor
-    buyable: Tensor
-    valid: Tensor
-    test: Tensor
-    video: Tensor
-    family: str
-
-    @classmethod
-    def of(
-        cls,
-        corpus: Corpus,
-        device: torch.device | str = "cpu",
-        needed: tuple[str, ...] = ("train", "valid", "test"),
-    ) -> Data:
-        """Raises ValueError when a part that is needed holds no labelled utterance, naming it."""
-        rows = {part: corpus.rows(part, labelled=True) for part in ("train", "valid", "test")}
-        empty = [part for part in needed if len(rows[part]) == 0]
-        if empty:
-            raise ValueError(f"corpus {corpus.name!r} has no utterance in its {' or '.join(empty)} part with a label")
-        rows["buyable"], rows["train"] = rows["train"], corpus.rows("train")
-        tensors = {part: torch.tensor(r, device=device) for part, r in rows.items()}
-        labels = torch.tensor(corpus.labels, device=device)
-        video = torch.tensor(corpus.video_index, device=device)
-        classes = torch.tensor(label_classes(corpus.labels, corpus.family), device=device)
-        return cls(Inputs.of(corpus, device), labels, classes, **tensors, video=video, family=corpus.family)
-
-
-def label_classes(labels: np.ndarray, family: str) -> np.ndarray:
-    """Classes of labels for supervised contrast, int64: whole numbers on MOSI's scale, the five classes of SIMS.
-
-    A missing label counts as 0; such rows are never given their class.
-    """
-    labels = np.nan_to_num(labels)
-    if family == "sims":
-        return np.digitize(labels, np.float32(SIMS_BINS["acc5"]), right=True).astype(np.int64)
-    return np.round(np.clip(labels, -3, 3)).astype(np.int64) + 3
-
-
-@dataclass(frozen=True)
-class Member:
-    """A network and what belongs to it: ``ŷ = centre + scale * (path + correction)``.
-
-    Attributes:
-        model: The network, with its best averaged weights.
-        centre: Mean of the known labels.
-        scale: Their deviation.
-        noise: Validation error (root mean square, label units), the noise of a model that predicts none.
-    """
-
-    model: SentimentModel
-    centre: float
-    scale: float
-    noise: float
+from .path import Path, fit_path
+from .predict import Member
 
 
 @dataclass(frozen=True)
@@ -124,70 +27,176 @@ class Trained(Member):
     """A member with what its training found.
 
     Attributes:
-        kernel: Closed-form path.
-        facts: Chosen step, validation error, and the closed-form path's choices.
+        path: Closed-form path.
+        everywhere: Its predictions of all rows, ``[N]``.
+        left_out: Predictions of the labelled rows ``[n]`` by what was not fitted on their videos, float64.
+        facts: Chosen step, errors out of fold of the path and of the whole, weights of the parts.
         best: The best averaged weights by each metric.
+        history: Per look the step, the mean training loss since the look before, and the error out of fold.
     """
 
-    kernel: KernelPath
-    facts: dict[str, float | str]
+    path: Path
+    everywhere: Tensor
+    left_out: np.ndarray
+    facts: dict[str, Any]
     best: BestPerMetric
-
-
-@dataclass(frozen=True)
-class Prediction:
-    """In label units: means of the stochastic passes ``[S, n]`` of all members, their noise deviations ``[S, n]``,
-    means per member ``[K, n]``, unimodal predictions ``[M, n]``; and fused embeddings ``[n, k]`` without dropout."""
-
-    passes: Tensor
-    noise: Tensor
-    members: Tensor
-    unimodal: Tensor
-    embedding: Tensor
-
-    @property
-    def mean(self) -> Tensor:
-        """Mean over the members, without dropout, ``[n]``: the point prediction that is scored."""
-        return self.members.mean(0)
-
-    def __getitem__(self, rows: Tensor) -> Prediction:
-        per_row = [t[:, rows] for t in (self.passes, self.noise, self.members, self.unimodal)]
-        return Prediction(*per_row, self.embedding[rows])
+    history: list[dict[str, float]]
 
 
 def train(
-    model: SentimentModel, data: Data, labelled: Tensor, learned: Tensor, config: TrainConfig, seed: int
+    models: Sequence[SentimentModel],
+    data: Data,
+    labelled: Tensor,
+    learned: Tensor,
+    config: TrainConfig,
+    seed: int,
+    ridges: Mapping[str, Linear] | None = None,
 ) -> Trained:
-    """Train ``model`` in place on the labelled rows; other train rows enter the contrastive loss only.
+    """Fit the closed-form path and train networks, in place, on what it leaves; other train rows enter the contrastive
+    loss only.
+
+    Every network is trained without one fold of the labelled videos. What it says of that fold, on top of the path's
+    left-out predictions, chooses the number of steps and how much of the correction counts: nothing, unless it
+    lowers the error by more than chance would.
 
     Args:
-        model: With its weights before the labels, or trained before.
+        models: One for each fold, with its weights before the labels, or trained before.
         data: The corpus.
         labelled: Rows whose label is known.
-        learned: Embedding of all rows that no label has shaped, ``[N, k]``: one of the closed-form path's views.
+        learned: Embedding of all rows that no label has shaped, ``[N, k]``.
         config: How.
         seed: Of batches and dropout.
+        ridges: ``data.ridges(labelled)``, where it is known already.
 
     Raises:
         ValueError: No row is labelled.
     """
     if len(labelled) == 0:
         raise ValueError("AL-HCL: there is no labelled sample to train on; raise the initial share")
+    known = data.labels[labelled].double()
+    centre, scale = float(known.mean()), max(float(known.std(correction=0)), 1e-3)
+    found = data.ridges(labelled) if ridges is None else ridges
+    path = fit_path(found, data.design, learned, data.train, data.labels, labelled, data.video, config.view)
+    everywhere = path(data.inputs.design, learned)
+    base = ((everywhere - centre) / scale).float()
+    base[labelled] = ((path.left_out - centre) / scale).float()
+    target = (data.labels - centre) / scale
+    fold = torch.from_numpy(fold_of(data.video[labelled].cpu().numpy(), len(models))).to(labelled.device)
+    looks = [
+        _train_fold(model, data, labelled, fold != k, base, target, config, seed + k) for k, model in enumerate(models)
+    ]
+    steps, groups = [look.step for look in looks[0]], data.video[labelled].cpu().numpy()
+    rest = (known - path.left_out).cpu().numpy()
+    path_error = float(np.square(rest).mean())
+    per_metric = BestPerMetric(data.family, known.cpu().numpy())
+    best_off, best_error, best, best_weight, history = math.inf, path_error, 0, 0.0, []
+    best_left_out = path.left_out.cpu().numpy()
+    for i, step in enumerate(steps):
+        correction = torch.zeros(len(labelled), dtype=torch.float64)
+        for k, seen in enumerate(looks):
+            held = (fold == k).cpu()
+            correction[held] = seen[i].correction[held].double().cpu() * scale
+        weight = correction_weight(correction.numpy(), rest, groups)
+        left_out = path.left_out.cpu().numpy() + weight * correction.numpy()
+        error = float(np.square(known.cpu().numpy() - left_out).mean())
+        losses = [seen[i].loss for seen in looks]
+        history.append({"step": step, "loss": float(np.mean(losses)), "left_out_mse": error, "weight": weight})
+        per_metric.offer(left_out, step, partial(_kept, looks, i, weight, left_out))
+        off = float(np.abs(known.cpu().numpy() - left_out).mean())
+        if off < best_off:
+            best_off, best_error, best, best_weight, best_left_out = off, error, i, weight, left_out
+    for model, seen in zip(models, looks, strict=True):
+        set_parameters(model, seen[best].weights)
+    facts = {
+        "best_step": steps[best],
+        "labels": len(labelled),
+        "left_out_rmse": math.sqrt(best_error),
+        "path_left_out_rmse": math.sqrt(path_error),
+        "network_weight": best_weight,
+        "path_weights": path.weights,
+    }
+    return Trained(
+        models=list(models),
+        centre=centre,
+        scale=scale,
+        weight=best_weight,
+        noise=math.sqrt(best_error),
+        path=path,
+        everywhere=everywhere,
+        left_out=best_left_out,
+        facts=facts,
+        best=per_metric,
+        history=history,
+    )
+
+
+@dataclass(frozen=True)
+class _Look:
+    """A network at some step: mean loss since the look before (0 at the first), its averaged weights, and what they say
+    of the labelled rows."""
+
+    step: int
+    loss: float
+    weights: list[Tensor]
+    correction: Tensor
+
+
+def _kept(looks: Sequence[Sequence[_Look]], i: int, weight: float, left_out: np.ndarray) -> dict[str, Any]:
+    return {"networks": [seen[i].weights for seen in looks], "weight": weight, "left_out": left_out}
+
+
+def best_in(trained: Trained, metric: str) -> Trained:
+    """The same training with the checkpoint that was best in a metric out of fold; its networks take these weights."""
+    state = trained.best.state
+    kept = state["weights"][state["best"][metric]["when"]]
+    for model, weights in zip(trained.models, kept["networks"], strict=True):
+        set_parameters(model, weights)
+    return replace(trained, weight=kept["weight"], left_out=kept["left_out"])
+
+
+def correction_weight(correction: np.ndarray, rest: np.ndarray, groups: np.ndarray) -> float:
+    """How much of a correction counts, in [0, 1]: its least-squares weight, shrunk by its error; 0 within two standard
+    errors of 0. The error is that over videos or that over rows, whichever is larger.
+
+    Args:
+        correction: Out of fold ``[n]``.
+        rest: What it should have been ``[n]``.
+        groups: Video of each row ``[n]``.
+    """
+    power = float(correction @ correction)
+    if power < 1e-12:
+        return 0.0
+    weight = float(correction @ rest) / power
+    if weight <= 0:
+        return 0.0
+    each = correction * (rest - weight * correction)
+    over_videos = np.bincount(np.unique(groups, return_inverse=True)[1], each)
+    count = len(over_videos)
+    variance = max(float(np.square(over_videos).sum()) * count / max(1, count - 1), float(np.square(each).sum()))
+    variance /= power**2
+    if weight**2 < 4 * variance:
+        return 0.0
+    return float(np.clip(weight * (1 - variance / weight**2), 0.0, 1.0))
+
+
+def _train_fold(
+    model: SentimentModel,
+    data: Data,
+    labelled: Tensor,
+    inside: Tensor,
+    base: Tensor,
+    target: Tensor,
+    config: TrainConfig,
+    seed: int,
+) -> list[_Look]:
+    """Train one network on the labelled rows ``inside`` the training folds; looks at it on the way."""
     torch.manual_seed(seed)
     order = torch.Generator().manual_seed(seed)
-    known = data.labels[labelled]
-    centre, scale = float(known.mean()), max(float(known.std(correction=0)), 1e-3)
-    target = (data.labels - centre) / scale
-    views = feature_views(data.inputs, learned, data.train, labelled)
-    if config.view is not None:
-        views = {config.view: views[config.view]}
-    path = fit_path(views, target, labelled, data.valid, data.video)
-    base = path.everywhere.clone()
-    base[labelled] = path.left_out
+    rows_in = labelled[inside] if bool(inside.any()) else labelled
     classes = -1 - torch.arange(len(target), device=target.device)
-    classes[labelled] = data.classes[labelled]
+    classes[rows_in] = data.classes[rows_in]
     pool = data.train[~torch.isin(data.train, labelled)]
-    labelled_batches = _endless(labelled, config.batch, order)
+    labelled_batches = _endless(rows_in, config.batch, order)
     pool_batches = _endless(pool, config.contrast_rows, order) if len(pool) else None
     parameters = list(model.parameters())
     decayed = [p for p in parameters if p.dim() > 1]
@@ -197,46 +206,33 @@ def train(
         weight_decay=config.weight_decay,
         foreach=True,
     )
-    schedule = torch.optim.lr_scheduler.CosineAnnealingLR(optimiser, config.steps)
-    average = [p.detach().clone() for p in parameters]
-    best_error, best_step, best = math.inf, 0, average
-    per_metric = BestPerMetric(data.family, data.labels[data.valid].cpu().numpy())
+    schedule = torch.optim.lr_scheduler.CosineAnnealingLR(optimiser, max(1, config.steps))
+    average = _copies(parameters)
+    looks, total, count = [], 0.0, 0
     for step in range(config.steps + 1):
         if step % config.check_every == 0:
-            valid = _validate(model, average, data, base)
-            error = float((valid - target[data.valid]).abs().mean()) * scale
-            kept = partial(_copies, average)
-            per_metric.offer((centre + scale * valid).double().cpu().numpy(), step, kept)
-            if error < best_error:
-                best_error, best_step, best = error, step, _copies(average)
+            correction = _correct(model, average, data.inputs[labelled])
+            looks.append(_Look(step, total / max(1, count), _copies(average), correction))
+            total, count = 0.0, 0
+        if step == config.steps:
+            break
         model.train()
         rows = next(labelled_batches)
-        count = len(rows)
+        size = len(rows)
         if config.contrast_weight and pool_batches is not None:
             rows = torch.cat([rows, next(pool_batches)])
         batch = data.inputs[rows]
         out = model(batch)
-        loss = task_loss(out, (target - base)[rows[:count]], target[rows[:count]], model.config)
+        loss = task_loss(out, (target - base)[rows[:size]], target[rows[:size]], model.config)
         if config.contrast_weight:
             loss = loss + config.contrast_weight * model.contrastive_loss(out, batch.available, classes[rows])
         optimiser.zero_grad()
         loss.backward()
         optimiser.step()
         schedule.step()
+        total, count = total + float(loss.detach()), count + 1
         torch._foreach_lerp_(average, [p.detach() for p in parameters], 1 - min(config.average, step / (step + 9)))
-    set_parameters(model, best)
-    with torch.no_grad():
-        model.eval()
-        residual = base[data.valid] + model(data.inputs[data.valid]).correction - target[data.valid]
-    facts: dict[str, float | str] = {
-        "best_step": best_step,
-        "valid_mae": best_error,
-        "view": path.view,
-        "length": path.length,
-        "strength": path.strength,
-    }
-    noise = float(residual.square().mean().sqrt()) * scale
-    return Trained(model, centre, scale, noise, path, facts, per_metric)
+    return looks
 
 
 def task_loss(out: Outputs, residual: Tensor, target: Tensor, config: ModelConfig) -> Tensor:
@@ -250,50 +246,6 @@ def task_loss(out: Outputs, residual: Tensor, target: Tensor, config: ModelConfi
         weight = (0.5 * log_variance.detach()).exp()
         error = 0.5 * weight * (error * (-log_variance).exp() + log_variance)
     return error.mean() + (out.unimodal_mean[:, :n] - target).square().mean()
-
-
-@torch.no_grad()
-def predict(
-    members: Sequence[Member],
-    inputs: Inputs,
-    paths: Sequence[Tensor],
-    rows: Tensor,
-    passes: int,
-    seed: int,
-) -> Prediction:
-    """Predict ``rows`` with every member: once without dropout, ``passes`` times (or never) with it.
-
-    Args:
-        members: Models.
-        inputs: All rows of a corpus.
-        paths: Closed-form path of every row, per member.
-        rows: Row numbers.
-        passes: Stochastic passes.
-        seed: Of dropout.
-    """
-    torch.manual_seed(seed)
-    x = inputs[rows]
-    means, noises, plain, unimodal, embeddings = [], [], [], [], []
-    for t, everywhere in zip(members, paths, strict=True):
-        t.model.eval()
-        out, path = t.model(x), everywhere[rows]
-        plain.append(t.centre + t.scale * (path + out.correction))
-        unimodal.append(t.centre + t.scale * out.unimodal_mean)
-        embeddings.append(out.fused)
-        t.model.train()
-        for _ in range(passes):
-            out = t.model(x)
-            means.append(t.centre + t.scale * (path + out.correction))
-            learned = t.scale * (0.5 * out.log_variance).exp()
-            noises.append(learned if t.model.config.heteroscedastic else torch.full_like(learned, t.noise))
-        t.model.eval()
-    return Prediction(
-        torch.stack(means) if means else plain[0].new_empty(0, len(rows)),
-        torch.stack(noises) if noises else plain[0].new_empty(0, len(rows)),
-        torch.stack(plain),
-        torch.stack(unimodal).mean(0),
-        torch.cat(embeddings, -1),
-    )
 
 
 def _endless(rows: Tensor, size: int, order: torch.Generator) -> Iterator[Tensor]:
@@ -314,11 +266,11 @@ def _copies(tensors: Sequence[Tensor]) -> list[Tensor]:
 
 
 @torch.no_grad()
-def _validate(model: SentimentModel, weights: list[Tensor], data: Data, base: Tensor) -> Tensor:
-    """Predictions of the validation rows by the model with other weights, in units of the labels' deviation."""
+def _correct(model: SentimentModel, weights: list[Tensor], inputs: Inputs) -> Tensor:
+    """Corrections by the model with other weights, in units of the labels' deviation."""
     current = _copies(list(model.parameters()))
     set_parameters(model, weights)
     model.eval()
-    predicted = base[data.valid] + model(data.inputs[data.valid]).correction
+    correction: Tensor = model(inputs).correction
     set_parameters(model, current)
-    return predicted
+    return correction

@@ -22,6 +22,25 @@ REPORTED = {
     "sims": ("acc2", "acc2_non0", "f1", "acc5", "acc3", "mae", "corr"),
 }
 REPORTED["mosei"] = REPORTED["mosi"]
+# What reports call them.
+NAMES = {
+    "acc2_has0": "Acc-2 has0",
+    "acc2_non0": "Acc-2 neg/pos",
+    "acc2": "Acc-2",
+    "f1_has0": "F1 has0",
+    "f1_non0": "F1 neg/pos",
+    "f1": "F1",
+    "acc7": "Acc-7",
+    "acc5": "Acc-5",
+    "acc3": "Acc-3",
+    "mae": "MAE",
+    "corr": "Corr",
+}
+
+
+def limits(metric: str) -> tuple[float, float]:
+    """Least and greatest value that a metric can take."""
+    return {"mae": (0.0, math.inf), "corr": (-1.0, 1.0)}.get(metric, (0.0, 1.0))
 
 
 def evaluate(pred: np.ndarray, y: np.ndarray, family: str) -> dict[str, float | bool | int]:

@@ -15,8 +15,16 @@ COLOURS = ("#0072B2", "#D55E00", "#009E73", "#CC79A7", "#E69F00", "#56B4E9", "#5
 SIZE = (6.4, 3.8)
 
 
-def curves(x: Sequence[float], runs: Mapping[str, np.ndarray], xlabel: str, ylabel: str, log_x: bool = False) -> Figure:
-    """Mean over runs with its 95 % t-interval as a band.
+def curves(
+    x: Sequence[float],
+    runs: Mapping[str, np.ndarray],
+    xlabel: str,
+    ylabel: str,
+    log_x: bool = False,
+    within: tuple[float, float] = (-np.inf, np.inf),
+) -> Figure:
+    """Mean over runs with its 95 % t-interval as a band; without one where there are fewer than three runs, whose
+    intervals say nothing.
 
     Args:
         x: Label counts or missing rates, ``[P]``.
@@ -24,13 +32,16 @@ def curves(x: Sequence[float], runs: Mapping[str, np.ndarray], xlabel: str, ylab
         xlabel: Axis text.
         ylabel: Axis text.
         log_x: Logarithmic x axis, as for label counts.
+        within: Least and greatest value that there can be; bands end there.
     """
     figure, axes = _figure()
     for i, (name, values) in enumerate(runs.items()):
         points = [mean_interval(column) for column in np.asarray(values, dtype=float).T]
         colour = COLOURS[i % len(COLOURS)]
         axes.plot(x, [p["mean"] for p in points], color=colour, marker="o", markersize=3, linewidth=1.6, label=name)
-        axes.fill_between(x, [p["low"] for p in points], [p["high"] for p in points], color=colour, alpha=0.15, lw=0)
+        if len(values) > 2:
+            low, high = (np.clip([p[k] for p in points], *within) for k in ("low", "high"))
+            axes.fill_between(x, low, high, color=colour, alpha=0.15, lw=0)
     if log_x:
         axes.set_xscale("log")
         axes.set_xticks(list(x), [f"{v:g}" for v in x])

@@ -6,19 +6,20 @@ from collections.abc import Mapping, Sequence
 from typing import Any
 
 from .best import EACH, ONE
-from .metrics import mean_interval
+from .metrics import NAMES, mean_interval
 from .report import Report
 
 Runs = Mapping[str, Sequence[Mapping[str, Any]]]
 
 
-def add_checkpoints(report: Report, metrics: Sequence[str], runs: Runs) -> None:
+def add_checkpoints(report: Report, metrics: Sequence[str], runs: Runs, judge: str = "the validation part") -> None:
     """Every metric from one checkpoint and from its own; the report's JSON gets both, by these names.
 
     Args:
         report: Gets a section.
         metrics: What is shown.
         runs: Per name its runs, each with ``test`` and ``test_per_metric``; names without the latter are left out.
+        judge: Labels that chose the checkpoints.
     """
     stored = {}
     for name, found in runs.items():
@@ -33,12 +34,12 @@ def add_checkpoints(report: Report, metrics: Sequence[str], runs: Runs) -> None:
         return
     section = report.section("One checkpoint, and a checkpoint per metric")
     section.note(
-        "One checkpoint: all metrics of a run come from the weights with the least absolute error on the validation "
-        "part, as everywhere else on this page. A checkpoint per metric: each metric comes from the weights that were "
-        "best in it on the validation part, as some papers report; no single model has all these values."
+        f"One checkpoint: all metrics of a run come from the weights with the least error on {judge}, as everywhere "
+        f"else on this page. A checkpoint per metric: each metric comes from the weights that were best in it on "
+        f"{judge}, as some papers report; no single model has all these values."
     )
     section.table(
-        ["test scores", *metrics],
+        ["test scores", *(NAMES[m] for m in metrics)],
         [
             [f"{name}, {kind}", *(v.get(m) for m in metrics)]
             for name, kinds in stored.items()
@@ -71,7 +72,7 @@ def add_patterns(report: Report, metrics: Sequence[str], runs: Runs) -> None:
     section = report.section("What the trained models may see in the test")
     section.note("Training is as above; only the test part's modalities are hidden. Seeds share every pattern.")
     section.table(
-        ["seen in the test", *metrics],
+        ["seen in the test", *(NAMES[m] for m in metrics)],
         [[f"{p}: {name}", *(v[m] for m in metrics)] for p, methods in stored.items() for name, v in methods.items()],
         "Mean ± deviation over seeds and 95 % interval of the mean",
     )

@@ -163,7 +163,8 @@ def format_cell(value: Any) -> str:
     if isinstance(value, Mapping):
         if math.isnan(value["sd"]):
             return format_cell(value["mean"])
-        return f"{value['mean']:.3f} ± {value['sd']:.3f} [{value['low']:.3f}, {value['high']:.3f}]"
+        # Narrow columns break the line before the interval, nowhere else.
+        return f"{value['mean']:.3f}\u00a0±\u00a0{value['sd']:.3f} [{value['low']:.3f},\u00a0{value['high']:.3f}]"
     if isinstance(value, (bool, np.bool_)):
         return "yes" if value else "no"
     if isinstance(value, (float, np.floating)):

@@ -87,14 +87,19 @@ class TrainingData:
     tokens: dict[str, Any] | None = None
 
 
-def training_data(args: argparse.Namespace) -> TrainingData:
-    """The data that ``fit`` reads, with the labels of ``--labels``, a validation part, and tokens hidden.
+def training_data(args: argparse.Namespace, validation: bool = True) -> TrainingData:
+    """The data that ``fit`` reads, with the labels of ``--labels``, and tokens hidden.
+
+    Args:
+        args: Parsed options of ``fit``.
+        validation: Whether there must be a validation part with labels; one is made where there is none.
 
     Raises:
         ValueError: The options contradict each other, or the data have no sequences to hide tokens of.
     """
     draws, mask = args.train_token_draws, args.token_mask
-    source = with_validation(load_labelled(args))
+    prepared = with_validation if validation else lambda corpus: corpus
+    source = prepared(load_labelled(args))
     if draws is None and mask is None:
         if args.keep_ends:
             raise ValueError("--keep-ends belongs to --train-token-draws")
@@ -102,7 +107,7 @@ def training_data(args: argparse.Namespace) -> TrainingData:
     if mask is not None and (draws is not None or args.keep_ends):
         raise ValueError("--token-mask says which tokens are hidden; leave out --train-token-draws and --keep-ends")
     pooled, args.sequences = not args.sequences, True
-    whole = with_validation(load_labelled(args))
+    whole = prepared(load_labelled(args))
     args.sequences = not pooled
     if mask is not None:
         hidden, pattern = read_token_mask(mask, whole)
@@ -121,7 +126,7 @@ def add_each_metric_argument(parser: argparse.ArgumentParser) -> None:
     parser.add_argument(
         "--each-metric",
         action="store_true",
-        help="also keep the weights that were best in each metric on the validation part, as OUT/by_metric/NAME",
+        help="also keep the weights that were best in each metric where they are judged, as OUT/by_metric/NAME",
     )
 
 

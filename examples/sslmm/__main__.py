@@ -19,6 +19,7 @@ from examples.msa.command import (
 )
 from examples.msa.corpus import Corpus
 from examples.msa.data import add_data_arguments, load_from
+from examples.msa.metrics import NAMES
 from examples.msa.missing import max_rate
 from examples.msa.patterns import add_test_arguments, read_mask, test_patterns, write_mask
 from examples.msa.report import run_card
@@ -27,6 +28,7 @@ from examples.msa.tokens import write_token_mask
 from examples.msa.tool import evaluate_arguments, evaluate_command, predict_arguments, predict_command
 
 from .cell import FROM_FILE, METHODS, Cell, Tests
+from .closed import RIDGES
 from .config import add_config_arguments, config_from
 from .evaluate import Grid, column
 from .fit import SYSTEM, add_fit_arguments, fit_command, open_model
@@ -67,7 +69,7 @@ def add_run_arguments(parser: argparse.ArgumentParser) -> None:
     run.add_argument(
         "--jobs", type=int, default=0, metavar="N", help="processes that share the cells (one per thread of torch)"
     )
-    run.add_argument("--demo", action="store_true", help="a quick run: fewer utterances, one seed, few epochs")
+    run.add_argument("--demo", action="store_true", help="a quick run: fewer utterances, methods and epochs")
     add_progress_argument(run)
     add_tensorboard_argument(run)
     add_test_arguments(parser)
@@ -76,7 +78,8 @@ def add_run_arguments(parser: argparse.ArgumentParser) -> None:
 
 def demo(args: argparse.Namespace) -> dict[str, Any]:
     """What ``--demo`` changes; the size of a file is what it is."""
-    quick = {"seeds": [0], "pretrain_epochs": 8, "finetune_epochs": 15}
+    methods = ["SSLMM", "supervised graph", "mean-filled MLP", *RIDGES]
+    quick = {"seeds": [0, 1, 2, 3, 4], "pretrain_epochs": 8, "finetune_epochs": 15, "methods": methods}
     return quick if args.data else {**quick, "size": 800}
 
 
@@ -123,6 +126,8 @@ def run(corpus: Corpus, args: argparse.Namespace, timer: StageTimer, device: tor
     """All cells of the command line."""
     if args.jobs < 0:
         raise ValueError(f"--jobs must be at least 1, or 0 for one per thread of torch, got {args.jobs}")
+    if len(set(args.seeds)) < len(args.seeds):
+        raise ValueError(f"--seeds must differ, got {args.seeds}")
     cells = cells_of(args, corpus)
     jobs = min(args.jobs or (1 if device.type == "cuda" else torch.get_num_threads()), len(cells))
     kind = args.pattern if args.pattern != "fixed" else "exact"
@@ -142,7 +147,8 @@ def describe(result: dict[str, Any]) -> str:
     cell, test = result["cell"], result["test"]
     return (
         f"{cell['method']}, missing {cell['rate']:g}, labels {cell['share']:g}, seed {cell['seed']}: "
-        f"acc2_non0 {test['acc2_non0'] if test['acc2_non0'] is not None else float('nan'):.3f}, mae {test['mae']:.3f}"
+        f"{NAMES['acc2_non0']} {test['acc2_non0'] if test['acc2_non0'] is not None else float('nan'):.3f}, "
+        f"{NAMES['mae']} {test['mae']:.3f}"
     )
 
 

@@ -10,7 +10,8 @@ from typing import Any
 import numpy as np
 import torch
 
-from examples.msa.baselines import fill, fit_mlp
+from examples.msa.baselines import fill, fit_boosting, fit_mlp
+from examples.msa.closed_form import Design
 from examples.msa.corpus import TEST, VALID, Corpus
 from examples.msa.metrics import evaluate
 from examples.msa.missing import MissingPattern, label_mask, missing_mask
@@ -18,12 +19,13 @@ from examples.msa.patterns import TestPattern, write_mask
 from examples.msa.predictions import write_predictions
 from examples.msa.saved import calibrate, calibrated
 
+from .closed import BOOSTING, RIDGES, blend, fit_ridge_named, labelled_rows
 from .config import ABLATIONS, Config, ablated
 from .predict import predict_corpus
 from .train import Trainer
 
 BASELINES = {"mean-filled MLP": "mean", "zero-filled MLP": "zero"}
-METHODS = (*ABLATIONS, *BASELINES)
+METHODS = (*ABLATIONS, *BASELINES, *RIDGES, BOOSTING)
 FROM_FILE = "mask"
 
 
@@ -52,7 +54,7 @@ class Cell:
     @property
     def id(self) -> str:
         """A file name."""
-        method = self.method.replace(" ", "-")
+        method = self.method.replace(",", "").replace(" ", "-")
         return f"{method}_missing{self.rate:g}_labels{self.share:g}_{self.pattern_id}_{self.label_unit}_seed{self.seed}"
 
     @property
@@ -118,11 +120,13 @@ def run_cell(
     tests = tests or Tests()
     observed, pattern = mask_of(corpus, cell, tests)
     labelled, labels = label_mask(corpus, cell.share, cell.seed, cell.label_unit)
-    run = _baseline if cell.method in BASELINES else _system
+    run = _system if cell.method in ABLATIONS else _baseline if cell.method in BASELINES else _closed
     prediction, variance, others, facts, each = run(
         corpus, cell, config, observed, labelled, tests.patterns, device, checkpoint, resume
     )
+    labels = {**labels, "validation": len(corpus.rows("valid", labelled=True))}
     result: dict[str, Any] = {"cell": asdict(cell), "missing": pattern.as_dict(), "labels": labels, "fit": facts}
+    result["transductive"] = config.transductive
     for split in ("valid", "test"):
         rows = corpus.rows(split, labelled=True)
         if len(rows):
@@ -169,6 +173,37 @@ def _baseline(
     return fitted.prediction, np.zeros(len(corpus)), list(fitted.others), fitted.facts, fitted.per_metric
 
 
+def _closed(
+    corpus: Corpus,
+    cell: Cell,
+    config: Config,
+    observed: np.ndarray,
+    labelled: np.ndarray,
+    patterns: Sequence[TestPattern],
+    device: torch.device | str,
+    checkpoint: Path | None,
+    resume: bool,
+) -> Outcome:
+    """A closed form, on the labels that the system sees; the validation part is predicted by fits without each of its
+    videos, by trees that have not read it."""
+    standard = corpus.standardise(observed)
+    design = Design.of(standard, observed, config.transductive)
+    others = [Design.of(replace(standard, available=p.observed), None, config.transductive) for p in patterns]
+    rows, valid = labelled_rows(corpus, labelled), corpus.split == VALID
+    facts: dict[str, Any] = {"labels": len(rows)}
+    if cell.method == BOOSTING:
+        every = np.vstack([design.values, *(o.values for o in others)])
+        found = fit_boosting(every, np.tile(corpus.labels, 1 + len(others)), rows)
+        prediction, *more = np.split(found, 1 + len(others))
+        held = fit_boosting(design.values, corpus.labels, rows[~valid[rows]])
+        return np.where(valid, held, prediction), np.zeros(len(corpus)), more, facts, {}
+    fitted = fit_ridge_named(corpus, design, rows, cell.method)
+    prediction = fitted(design.values)
+    prediction[rows[valid[rows]]] = fitted.left_out[valid[rows]]
+    facts["strength"] = fitted.strength
+    return prediction, np.zeros(len(corpus)), [fitted(o.values) for o in others], facts, {}
+
+
 def _system(
     corpus: Corpus,
     cell: Cell,
@@ -186,12 +221,29 @@ def _system(
     seen = replace(standard, available=standard.available & observed)
     # No one asks how sure the model is of what it was trained on.
     _, variance = predict_corpus(trainer.model, seen, device=device, parts=(VALID, TEST))
-    others = [predict_corpus(trainer.model, replace(standard, available=p.observed), 0, device)[0] for p in patterns]
+    design = Design.of(seen, None, config.transductive)
+    mixed = blend(seen, design, labelled, fit.prediction)
+
+    def under(available: np.ndarray) -> np.ndarray:
+        shown = replace(standard, available=available)
+        graph = predict_corpus(trainer.model, shown, 0, device)[0]
+        return mixed(Design.of(shown, None, config.transductive).values, graph)
+
+    others = [under(p.observed) for p in patterns]
     rows = corpus.rows("test", labelled=True)
 
     def tested(weights: dict[str, torch.Tensor]) -> np.ndarray:
         trainer.model.load_state_dict(weights)
-        return predict_corpus(trainer.model, seen, 0, device)[0][rows]
+        return under(seen.available)[rows]
 
-    each = trainer.per_metric.scores(tested, corpus.labels[rows].astype(np.float64)) if len(rows) else {}
-    return fit.prediction, variance, others, {"best_epoch": fit.best_epoch, "history": fit.history}, each
+    truth = corpus.labels.astype(np.float64)
+    each = trainer.per_metric.scores(tested, truth[rows]) if len(rows) else {}
+    prediction = mixed(design.values, fit.prediction)
+    prediction[mixed.rows] = mixed.left_out
+    graph = {
+        part: evaluate(fit.prediction[r], truth[r], corpus.family)
+        for part, r in (("valid", mixed.rows), ("test", rows))
+        if len(r)
+    }
+    facts = {"best_epoch": fit.best_epoch, "history": fit.history, "weights": mixed.weights, "graph": graph}
+    return prediction, mixed.network**2 * variance, others, facts, each

@@ -15,6 +15,7 @@ class Config:
         steps: Alternations of intra-modal and inter-modal propagation.
         alpha: Share of a node's own features kept in each half-step.
         window: Neighbouring utterances on either side that an utterance hears.
+        transductive: Whether utterances of other splits are heard, without their labels; else they leave gaps.
         variant: Propagation: ``"linear"``, ``"gcnii"`` or ``"gated"``.
         send: When missing nodes send: ``"after_fill"`` or ``"never"``.
         readout: What the head reads: ``"nodes"`` (after propagation) or ``"products"`` (also low-rank products of
@@ -50,6 +51,7 @@ class Config:
     steps: int = 6
     alpha: float = 0.1
     window: int = 2
+    transductive: bool = False
     variant: str = "linear"
     send: str = "after_fill"
     readout: str = "products"
@@ -108,6 +110,9 @@ def add_config_arguments(parser: argparse.ArgumentParser) -> None:
     group = parser.add_argument_group("model and training")
     for field in fields(Config):
         kind = type(field.default)
+        if kind is bool:
+            group.add_argument(f"--{field.name.replace('_', '-')}", action="store_true", help="(off)")
+            continue
         group.add_argument(
             f"--{field.name.replace('_', '-')}",
             type=kind,

@@ -53,7 +53,7 @@ def pretraining_loss(model: SSLMM, batch: Batch) -> dict[str, Tensor]:
         harder = drop_one_modality(batch.observed)
         dropped = nodes_of(harder)
     if config.node_weight:
-        built = model.reconstruct_masked(view, masked, batch.offsets)
+        built = model.reconstruct_masked(view, masked, batch)
         losses["nodes"] = config.node_weight * scaled_cosine_error(built, batch.features, masked, config.sce_power)
     if config.modality_weight:
         lost = batch.observed & ~harder

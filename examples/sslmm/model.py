@@ -23,15 +23,17 @@ class Batch:
         features: Per modality, float32 ``[N, d_m]``; rows that ``observed`` hides may hold anything.
         observed: bool ``[N, M]``.
         offsets: int64 ``[V + 1]``.
+        positions: Clip numbers, int64 ``[N]``: clips that are not there leave a gap.
     """
 
     features: Sequence[Tensor]
     observed: Tensor
     offsets: Tensor
+    positions: Tensor
 
     def seeing(self, observed: Tensor) -> Batch:
         """The same conversations with other modalities in view."""
-        return Batch(self.features, observed, self.offsets)
+        return Batch(self.features, observed, self.offsets, self.positions)
 
 
 @dataclass(frozen=True)
@@ -127,7 +129,7 @@ class SSLMM(nn.Module):
 
     def propagate(self, own: Tensor, batch: Batch) -> Tensor:
         """Nodes after propagation, ``[N, M, width]``."""
-        return self.propagation(own, batch.offsets, available=batch.observed)
+        return self.propagation(own, batch.offsets, available=batch.observed, positions=batch.positions)
 
     def read(self, own: Tensor, batch: Batch) -> Output:
         """Propagate and predict from what :meth:`encode` gave; every call drops out anew."""
@@ -156,7 +158,7 @@ class SSLMM(nn.Module):
         """Features of the nodes that ``where`` (bool ``[N, M]``) marks: per modality ``[rows of it, d_m]``."""
         return _decode(self.decoders, nodes, where)
 
-    def reconstruct_masked(self, nodes: Tensor, masked: Tensor, offsets: Tensor) -> list[Tensor]:
+    def reconstruct_masked(self, nodes: Tensor, masked: Tensor, batch: Batch) -> list[Tensor]:
         """As :meth:`reconstruct`, from masked nodes that are masked again first: only neighbours can fill them.
 
         The error of this task knows no length, so it has heads of its own (GraphMAE drops its decoder afterwards too).
@@ -164,8 +166,9 @@ class SSLMM(nn.Module):
         hidden = torch.where(masked[..., None], self.remask_token, nodes)
         filled = msacore.propagate(
             hidden,
-            offsets,
+            batch.offsets,
             available=~masked,
+            positions=batch.positions,
             window=(self.config.window, self.config.window),
             steps=1,
             alpha=self.config.alpha,

@@ -15,28 +15,37 @@ from .model import SSLMM, Batch
 PASSES = 20
 
 
-def conversations_of(corpus: Corpus, code: int) -> list[Tensor]:
-    """Row numbers of every conversation, restricted to one split."""
+def conversations_of(corpus: Corpus, code: int, transductive: bool = False) -> list[Tensor]:
+    """Row numbers of every conversation that has utterances of a split: these alone, or all when transductive."""
     inside = corpus.split == code
+    heard = np.ones_like(inside) if transductive else inside
     pieces = zip(corpus.video_ptr[:-1], corpus.video_ptr[1:], strict=True)
-    rows = [np.arange(start, stop)[inside[start:stop]] for start, stop in pieces]
-    return [torch.from_numpy(r) for r in rows if len(r)]
+    rows = [np.arange(start, stop)[heard[start:stop]] for start, stop in pieces if inside[start:stop].any()]
+    return [torch.from_numpy(r) for r in rows]
 
 
-def batch_of(features: Sequence[Tensor], observed: Tensor, conversations: Sequence[Tensor]) -> tuple[Batch, Tensor]:
+def batch_of(
+    features: Sequence[Tensor], observed: Tensor, positions: Tensor, conversations: Sequence[Tensor]
+) -> tuple[Batch, Tensor]:
     """A batch of conversations, and the row numbers of its utterances."""
     sizes = torch.tensor([0] + [len(rows) for rows in conversations])
     rows = torch.cat(list(conversations)).to(observed.device)
-    return Batch([x[rows] for x in features], observed[rows], sizes.cumsum(0).to(observed.device)), rows
+    offsets = sizes.cumsum(0).to(observed.device)
+    return Batch([x[rows] for x in features], observed[rows], offsets, positions[rows]), rows
 
 
 @torch.no_grad()
 def predict_conversations(
-    model: SSLMM, features: Sequence[Tensor], observed: Tensor, conversations: Sequence[Tensor], passes: int = 0
+    model: SSLMM,
+    features: Sequence[Tensor],
+    observed: Tensor,
+    positions: Tensor,
+    conversations: Sequence[Tensor],
+    passes: int = 0,
 ) -> tuple[Tensor, Tensor]:
     """Predictions without dropout ``[n]``, and their variance over ``passes`` with it ``[n]`` (0 without passes)."""
     model.eval()
-    batch, _ = batch_of(features, observed, conversations)
+    batch, _ = batch_of(features, observed, positions, conversations)
     plain = model(batch).prediction
     if not passes:
         return plain, torch.zeros_like(plain)
@@ -54,7 +63,9 @@ def predict_corpus(
     seed: int = 0,
     parts: Sequence[int] = (*SPLITS.values(), UNUSED),
 ) -> tuple[np.ndarray, np.ndarray]:
-    """Predict every utterance from what ``corpus.available`` shows of it; neighbours of other splits are not heard.
+    """Predict every utterance from what ``corpus.available`` shows of it.
+
+    Neighbours of other splits are heard where ``model.config.transductive`` says so; else they leave gaps.
 
     Args:
         model: On ``device``.
@@ -72,9 +83,13 @@ def predict_corpus(
     with torch.random.fork_rng():
         torch.manual_seed(seed)
         for code in parts:
-            conversations = conversations_of(corpus, code)
+            conversations = conversations_of(corpus, code, model.config.transductive)
             if conversations:
-                found = predict_conversations(model, tensors["features"], tensors["available"], conversations, passes)
+                found = predict_conversations(
+                    model, tensors["features"], tensors["available"], tensors["positions"], conversations, passes
+                )
                 rows = torch.cat(conversations).numpy()
-                value[rows], variance[rows] = (t.double().cpu().numpy() for t in found)
+                own = corpus.split[rows] == code
+                for result, t in zip((value, variance), found, strict=True):
+                    result[rows[own]] = t.double().cpu().numpy()[own]
     return value, variance

@@ -68,9 +68,13 @@ class Trainer:
         self.labels: Tensor = tensors["labels"]  # type: ignore[assignment]
         self.observed = torch.tensor(observed & corpus.available, device=self.device)
         self.labelled = torch.tensor(labelled & (corpus.split == SPLITS["train"]), device=self.device)
-        self.conversations = {name: conversations_of(corpus, code) for name, code in SPLITS.items()}
+        self.positions: Tensor = tensors["positions"]  # type: ignore[assignment]
+        self.split = torch.tensor(corpus.split, device=self.device)
+        self.conversations = {
+            name: conversations_of(corpus, code, config.transductive) for name, code in SPLITS.items()
+        }
         self.valid = torch.cat(self.conversations["valid"]).to(self.device)
-        self.known = self.labels[self.valid].isfinite()
+        self.known = self.labels[self.valid].isfinite() & (self.split[self.valid] == SPLITS["valid"])
         self.model = SSLMM(corpus.dims, config).to(self.device)
         self.teacher = copy.deepcopy(self.model).requires_grad_(False)
         self.optimiser = self._new_optimiser()
@@ -155,7 +159,8 @@ class Trainer:
         size = self.config.conversations
         chunks = [order[i : i + size] for i in range(0, len(order), size)]
         for chunk in chunks:
-            batch, rows = batch_of(self.features, self.observed, [self.conversations["train"][i] for i in chunk])
+            chosen = [self.conversations["train"][i] for i in chunk]
+            batch, rows = batch_of(self.features, self.observed, self.positions, chosen)
             losses = step(batch, rows)
             self.optimiser.zero_grad()
             torch.stack(list(losses.values())).sum().backward()
@@ -198,7 +203,9 @@ class Trainer:
     def _keep_best(self) -> None:
         # The mean of the weights predicts where one is kept (as in Mean Teacher).
         model = self.teacher if self.config.unlabelled == "mean_teacher" else self.model
-        predicted, _ = predict_conversations(model, self.features, self.observed, self.conversations["valid"])
+        predicted, _ = predict_conversations(
+            model, self.features, self.observed, self.positions, self.conversations["valid"]
+        )
         self.per_metric.offer(predicted[self.known].cpu().numpy(), self.epoch, lambda: _copy(model))
         error = float((predicted - self.labels[self.valid])[self.known].abs().mean())
         if error < self.best["error"]:
@@ -207,10 +214,14 @@ class Trainer:
     def predict(self) -> np.ndarray:
         """Predicted score of each utterance of a split, float64 ``[N]``; nan for unused rows."""
         prediction = np.full(len(self.labels), np.nan)
-        for conversations in self.conversations.values():
+        for name, conversations in self.conversations.items():
             if conversations:
-                predicted, _ = predict_conversations(self.model, self.features, self.observed, conversations)
-                prediction[torch.cat(conversations).numpy()] = predicted.cpu().double().numpy()
+                predicted, _ = predict_conversations(
+                    self.model, self.features, self.observed, self.positions, conversations
+                )
+                rows = torch.cat(conversations).numpy()
+                own = self.split.cpu().numpy()[rows] == SPLITS[name]
+                prediction[rows[own]] = predicted.cpu().double().numpy()[own]
         return prediction
 
 
