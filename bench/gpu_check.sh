@@ -83,6 +83,21 @@ benchmark kcenter 40 kcenter --large --rounds 3 --without "torch, cdist per pick
   --without "torch, pairwise_distance per pick (anomalib)" --without "scikit-learn, euclidean_distances per pick"
 benchmark hierarchical_contrastive_loss 40 hierarchical_contrastive_loss --rounds 11
 
+# Two ways of a computation, each of which somebody estimated to be the faster one: both, on the same shapes.
+for few in 0 100000; do
+  export MSACORE_CUDA_FEW_SAMPLES=$few
+  benchmark "hierarchical, few samples up to $few" 15 hierarchical_contrastive_loss --rounds 11 --shape "N=64" --shape "N=128" \
+    --without "reference" --without "torch, nine terms"
+done
+unset MSACORE_CUDA_FEW_SAMPLES
+for pairwise in 0 1000000000; do
+  export MSACORE_CUDA_PAIRWISE_ROWS=$pairwise
+  benchmark "info_nce, pairs of labels up to $pairwise rows" 15 info_nce --rounds 11 --shape "N=1024" --shape "N=32768" \
+    --without "reference" --without "torch, class sums" --without "torch, mask of positives" \
+    --without "pytorch-metric-learning SupConLoss"
+done
+unset MSACORE_CUDA_PAIRWISE_ROWS
+
 part "graphs, streams, devices" 40 "${pytest[@]}" tests/test_cuda_device.py -k "captured or queued or second or somebody"
 part "the rest of the tests" 120 "${pytest[@]}" "${workers[@]}" tests/test_ops.py -k "cuda and not ($values and (float32 or bfloat16))"
 benchmark "everything else" 120 --rounds 5

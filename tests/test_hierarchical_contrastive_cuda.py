@@ -38,3 +38,21 @@ def test_many_samples_and_wide_rows_are_more(n: int, d: int) -> None:
         before = launches()
         _loss(n, d, return_tiers=True).backward()
         assert launches() - before > 2
+
+
+def test_the_environment_sets_which_samples_are_few(monkeypatch: pytest.MonkeyPatch) -> None:
+    def launched(limit: str) -> tuple[int, Tensor]:
+        monkeypatch.setenv("MSACORE_CUDA_FEW_SAMPLES", limit)
+        torch.manual_seed(0)
+        with CudaOnHost():
+            before = launches()
+            loss = _loss(20)
+            loss.backward()
+            return launches() - before, loss.detach()
+
+    (few, one_way), (many, other_way), (usual, _) = launched("20"), launched("19"), launched("")
+    assert few == usual == 2 < many
+    torch.testing.assert_close(one_way, other_way)
+    for wrong in ("many", "-1", "3 samples"):
+        with pytest.raises(RuntimeError, match="MSACORE_CUDA_FEW_SAMPLES must be a number of at least 0, got " + wrong):
+            launched(wrong)

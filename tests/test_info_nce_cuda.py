@@ -7,7 +7,7 @@ import torch
 from torch import Tensor
 
 from msacore import info_nce
-from tests.cuda_on_host.dispatch import CudaOnHost
+from tests.cuda_on_host.dispatch import CudaOnHost, launches
 from tests.test_cuda_shim import SCHEDULES
 
 N, M = 45, 70
@@ -62,6 +62,24 @@ def test_sums_over_classes_are_those_of_the_cpu(
         assert on_host.calls
         for ours, theirs in zip(results, expected, strict=True):
             torch.testing.assert_close(ours, theirs, rtol=1e-11, atol=1e-13)
+
+
+def test_the_environment_sets_how_many_labels_are_compared_in_pairs(monkeypatch: pytest.MonkeyPatch) -> None:
+    generator = torch.Generator().manual_seed(1)
+    x, y = (torch.randn(n, 5, generator=generator, dtype=torch.float64) for n in (N, M))
+    arguments = dict(anchors=x, candidates=y, temperature=torch.tensor(0.3).double(), labels=LABELS["few"])
+
+    def launched(limit: int) -> tuple[int, list[Tensor]]:
+        monkeypatch.setenv("MSACORE_CUDA_PAIRWISE_ROWS", str(limit))
+        with CudaOnHost():
+            before = launches()
+            results = _results(arguments)
+            return launches() - before, results
+
+    (pairs, one_way), (classes, other_way) = launched(M), launched(M - 1)
+    assert pairs < classes
+    for ours, theirs in zip(one_way, other_way, strict=True):
+        torch.testing.assert_close(ours, theirs, rtol=1e-11, atol=1e-13)
 
 
 @pytest.mark.parametrize("positives", ["labels", "weights"])

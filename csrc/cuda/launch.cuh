@@ -4,8 +4,10 @@
 #include <torch/headeronly/util/Exception.h>
 
 #include <algorithm>
+#include <cstdlib>
 #include <cstring>
 #include <string>
+#include <tuple>
 
 #include "core/round.h"
 #include "cuda/device.cuh"
@@ -28,10 +30,11 @@ inline int multiprocessors() { return device_attribute(cudaDevAttrMultiProcessor
 
 constexpr int64_t kMaxBlocks = 1 << 16;
 
-// Reads and clears the error of a launch, so that it is reported here and not by the caller's next CUDA call.
+// Takes what a launch returned: CUDA's last error may be an earlier one of somebody else. An error of ours is cleared,
+// so that it is reported here and not by the caller's next CUDA call.
 inline void check_launch(cudaError_t error) {
+  if (error != cudaSuccess) cudaGetLastError();
   if (error == cudaErrorNoKernelImageForDevice || error == cudaErrorInvalidDeviceFunction) {
-    cudaGetLastError();
     const std::string arch = std::to_string(device_attribute(cudaDevAttrComputeCapabilityMajor)) + "." +
                              std::to_string(device_attribute(cudaDevAttrComputeCapabilityMinor));
     STD_TORCH_CHECK(false, "msacore: this build has no code for a GPU of compute capability ", arch,
@@ -58,6 +61,16 @@ inline void clear_memory(void* memory, size_t bytes, cudaStream_t stream) {
 #endif
 }
 
+// A limit between two ways of a computation, which the environment may set to measure both.
+inline int64_t limit_from(const char* variable, int64_t otherwise) {
+  const char* text = std::getenv(variable);
+  if (!text || !*text) return otherwise;
+  char* end = nullptr;
+  const int64_t limit = std::strtoll(text, &end, 10);
+  STD_TORCH_CHECK(!*end && limit >= 0, "msacore: ", variable, " must be a number of at least 0, got ", text);
+  return limit;
+}
+
 // Grid for a grid-stride loop over `items` (grid_thread, grid_threads), in blocks of `threads`.
 inline dim3 grid_for(int64_t items, int threads) {
   return dim3(static_cast<unsigned>(std::min(ceil_div(items, threads), kMaxBlocks)));
@@ -81,8 +94,13 @@ void launch(void (*kernel)(P...), dim3 grid, dim3 block, size_t shared, cudaStre
   if (shared > kGrantedAlways) {
     check_launch(cudaFuncSetAttribute(kernel, cudaFuncAttributeMaxDynamicSharedMemorySize, static_cast<int>(shared)));
   }
-  kernel<<<grid, block, shared, stream>>>(static_cast<P>(args)...);
-  check_launch(cudaGetLastError());
+  std::tuple<P...> parameters(static_cast<P>(args)...);
+  std::apply(
+      [&](P&... each) {
+        void* pointers[] = {static_cast<void*>(&each)..., nullptr};  // never an empty array
+        check_launch(cudaLaunchKernel(reinterpret_cast<const void*>(kernel), grid, block, pointers, shared, stream));
+      },
+      parameters);
 #else
   (void)stream;
   cuda_on_host::launch(kernel, grid, block, shared, args...);

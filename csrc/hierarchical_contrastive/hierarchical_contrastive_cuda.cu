@@ -259,7 +259,8 @@ constexpr int64_t kFewSamples = 144;  // little, so that small inputs already ar
 #endif
 
 bool are_few(const Sizes& s) {
-  return s.samples <= kFewSamples && s.terms <= kFewTerms && s.modalities + 1 + s.pairs <= kFewSides;
+  return s.samples <= limit_from("MSACORE_CUDA_FEW_SAMPLES", kFewSamples) && s.terms <= kFewTerms &&
+         s.modalities + 1 + s.pairs <= kFewSides;
 }
 
 // The gradients of a block's rows lie this far apart in shared memory.

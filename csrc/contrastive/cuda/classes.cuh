@@ -3,6 +3,7 @@
 #include <algorithm>
 
 #include "core/round.h"
+#include "cuda/launch.cuh"
 #include "cuda/scratch.cuh"
 #include "cuda/sort.cuh"
 #include "contrastive/cuda/classes_kernels.cuh"
@@ -110,6 +111,8 @@ class Classes {
 };
 
 // Labels of so many rows that positives are sums over classes.
-inline bool by_classes(const int64_t* labels, int64_t n, int64_t m) { return labels && std::max(n, m) > kPairwiseRows; }
+inline bool by_classes(const int64_t* labels, int64_t n, int64_t m) {
+  return labels && std::max(n, m) > limit_from("MSACORE_CUDA_PAIRWISE_ROWS", kPairwiseRows);
+}
 
 }  // namespace msacore::contrastive::cuda
