@@ -1,37 +1,143 @@
-"""`python -m bench.distributed`: what a step of the losses with `group=` costs a rank: bytes, and compute against 1/W.
+"""`python -m bench.distributed`: what a step of the losses with `group=` costs a rank, and a pick of `select`.
 
-Ranks are simulated in one process: the rows of one rank are evaluated against those of all, without a network. Bytes
-are counted by formula; `tests/test_distributed.py` counts those that four ranks really send. Nothing here says anything
-about the speed of a network.
+Three tables. Bytes that a rank receives (and sends: with equal shares as many) in a step of `info_nce`, by formula and
+counted at the process group of ranks that really run. Compute of a rank, with the others' rows in the same process,
+against 1/W. Rounds and bytes of a selection whose shards are threads of one process, and extrapolated to large pools.
+Nothing here says anything about the speed of a network.
 """
 
 import argparse
+import math
+import os
+import tempfile
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
+from datetime import timedelta
+from typing import Any
 
 import torch
+import torch.distributed as dist
+import torch.multiprocessing as mp
 from torch import Tensor
+from torch.utils._python_dispatch import TorchDispatchMode
 
 import msacore
-from msacore.distributed.directions import Direction, Side
+from bench.shards import together
+from msacore.distributed import Sharding
+from msacore.distributed.tiles import ALL, Rows, Tile, finish, merge
+
+MODES = ("replicated", "sharded", "ring", "self-contrast")
 
 
-def rank_seconds(n: int, width: int, world: int, rounds: int) -> float:
-    """Median time of forward and backward of a rank's share: both directions, n / world rows against n."""
+class Traffic(TorchDispatchMode):
+    """Counts the bytes that go to other ranks and come from them in torch's functional collectives."""
+
+    def __init__(self, rank: int) -> None:
+        super().__init__()
+        self.rank, self.sent, self.received, self.calls = rank, 0, 0, 0
+
+    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        name = func.__name__.split(".")[0]
+        if func.namespace == "_c10d_functional" and name in ("all_gather_into_tensor", "all_to_all_single"):
+            self._count(name, *args)
+        return func(*args, **(kwargs or {}))
+
+    def _count(self, name: str, x: Tensor, *rest: Any) -> None:
+        self.calls += 1
+        row = x[:1].numel() * x.element_size() if len(x) else 0
+        if name == "all_gather_into_tensor":
+            others = (rest[0] - 1) * len(x) * row
+            self.sent += others
+            self.received += others
+            return
+        come, go = rest[0], rest[1]
+        self.sent += (sum(go) - go[self.rank]) * row
+        self.received += (sum(come) - come[self.rank]) * row
+
+
+def received(rows: int, width: int, world: int, mode: str, size: int = 4) -> tuple[int, int]:
+    """Bytes that a rank receives in forward and backward of a step of `info_nce`, by formula.
+
+    Symmetric with default positives; "self-contrast": of one embedding with labels. Numbers that are kept of a row have
+    4 bytes (``size`` = 2 or 4), the header 7 numbers of 8 bytes, counts 6 of 8.
+
+    Args:
+        rows: Rows of each rank.
+        width: Width d of an embedding.
+        world: Number of ranks W.
+        mode: One of ``MODES``.
+        size: Bytes of a number.
+    """
+    others, visited = world - 1, world // 2
+    row, kept = width * size, 4 * 4
+    header, counts = others * 7 * 8, others * 6 * 8
+    if mode == "replicated":
+        return header + others * rows * 2 * row, 0
+    if mode == "sharded":
+        return header + counts + others * rows * (row + kept), others * rows * (kept + width * 4)
+    if mode == "ring":  # sums travel in float64 and, as gradients do, come home
+        home = world * rows if world > 1 else 0
+        forward, backward = others * rows * row + home * 2 * kept, others * rows * (row + kept) + home * width * 4
+        return header + counts + forward, backward
+    forward, backward = visited * rows * (row + 8 + kept), visited * rows * (kept + width * 4)
+    return header + counts + forward, backward
+
+
+def step(group: Any, rank: int, rows: int, width: int, mode: str) -> dict[str, tuple[int, int]]:
+    """Bytes sent and received in forward and backward of a step, counted."""
+    generator = torch.Generator().manual_seed(rank)
+    x, y = (torch.randn(rows, width, generator=generator, requires_grad=True) for _ in range(2))
+    labels = torch.arange(rows) // 2
+    with Traffic(rank) as forward:
+        if mode == "self-contrast":
+            sharding = Sharding(group, mode="sharded")
+            loss = msacore.info_nce(x, labels=labels, exclude_self=True, group=sharding)
+        else:
+            loss = msacore.info_nce(x, y, symmetric=True, group=Sharding(group, mode=mode))
+    with Traffic(rank) as backward:
+        loss.backward()
+    return {name: (t.sent, t.received) for name, t in (("forward", forward), ("backward", backward))}
+
+
+def _serve(rank: int, world: int, folder: str, rows: int, width: int) -> None:
+    store = dist.FileStore(os.path.join(folder, "store"), world)
+    dist.init_process_group("gloo", store=store, rank=rank, world_size=world, timeout=timedelta(seconds=60))
+    found = {mode: step(dist.group.WORLD, rank, rows, width, mode) for mode in MODES}
+    if rank == 0:
+        torch.save(found, os.path.join(folder, "found"))
+    dist.destroy_process_group()
+
+
+def count(world: int, rows: int, width: int) -> dict[str, dict[str, tuple[int, int]]]:
+    """:func:`step` of every mode on new processes."""
+    with tempfile.TemporaryDirectory() as folder:
+        mp.spawn(_serve, (world, folder, rows, width), nprocs=world)
+        return torch.load(os.path.join(folder, "found"))
+
+
+def rank_seconds(n: int, width: int, world: int, rounds: int, itself: bool = False) -> float:
+    """Median time of the sweeps of a rank, forward and backward: n / world rows against n, both directions.
+
+    ``itself``: of one embedding, whose pairs between two ranks one of them visits for both.
+    """
     generator = torch.Generator().manual_seed(0)
-    anchors, candidates = (torch.randn(n, width, generator=generator, requires_grad=True) for _ in range(2))
-    rows = slice(0, n // world)
-    options = dict(temperature=0.1, normalize=True, denominator="all", negatives=None, negative_mask=None)
+    x, y = (torch.randn(n, width, generator=generator) for _ in range(2))
+    own = n // world
+    mine = Rows(x[:own], None, None, 0)
+    common = (False, True, ALL, 0.1)
+    if itself:
+        others = Rows(y[: (n - own) // 2], None, None, 2 * n)
+        tiles = [Tile(mine, mine, False, *common), Tile(mine, others, True, *common)]
+    else:
+        tiles = [Tile(mine, Rows(y, None, None, 0), True, *common)]
+    scale, many = torch.tensor(0.5 / n), torch.tensor(n)
 
-    def step() -> None:
-        total: Tensor = torch.zeros(())
-        for x, y in ((anchors, candidates), (candidates, anchors)):
-            direction = Direction(Side(x[rows]), Side(y), 0, None, False, options).aligned()
-            total = total + direction.losses(msacore.ops.info_nce.info_nce).sum() / n / 2
-        total.backward()
-        anchors.grad = candidates.grad = None
+    def once() -> None:
+        for tile in tiles:
+            stats = [finish(merge([part], 0.1), None, ALL, 0.1)[1] for part in tile.sums()]
+            tile.gradients((scale, scale), (stats[0], stats[1]), (many, many))
 
-    return median(step, rounds)
+    return median(once, rounds)
 
 
 def median(step: Callable[[], None], rounds: int) -> float:
@@ -44,15 +150,61 @@ def median(step: Callable[[], None], rounds: int) -> float:
     return sorted(times)[len(times) // 2]
 
 
-def received(n: int, width: int, world: int, mode: str, size: int = 4) -> tuple[int, int]:
-    """Bytes that a rank receives in forward and backward of symmetric `info_nce` with default positives.
+def table(columns: Sequence[str], lines: Sequence[Sequence[Any]]) -> None:
+    for line in (columns, *lines):
+        print("  ".join(f"{cell!s:>18}" for cell in line))
+    print()
 
-    Replicated: the other ranks' rows of both towers. Sharded: the same forward, and backward the other ranks' parts of
-    the gradient of this rank's rows, for both towers.
-    """
-    others = n - n // world
-    forward = 2 * others * width * size
-    return forward, 0 if mode == "replicated" else 2 * (n // world) * (world - 1) * width * size
+
+def print_bytes(world: int, rows: int, width: int) -> None:
+    print(f"info_nce, bytes that a rank of {world} receives in a step, {rows} rows of {width} float32 each")
+    counted = count(world, rows, width)
+    lines = []
+    for mode in MODES:
+        formula = received(rows, width, world, mode)
+        for name, by_formula in zip(("forward", "backward"), formula, strict=True):
+            sent, came = counted[mode][name]
+            lines.append((mode, name, by_formula, came, sent))
+    table(("mode", "pass", "by formula", "received", "sent"), lines)
+
+
+def print_compute(n: int, width: int, worlds: Sequence[int], rounds: int) -> None:
+    threads = torch.get_num_threads()
+    print(f"info_nce, symmetric: compute and MB received of a rank, N = {n}, d = {width}, float32, {threads} threads")
+    alone = rank_seconds(n, width, 1, rounds)
+    lines = []
+    for world in worlds:
+        seconds = alone if world == 1 else rank_seconds(n, width, world, rounds)
+        half = rank_seconds(n, width, world, rounds, itself=True)
+        share, half_share = (t / (alone / world) for t in (seconds, half))
+        bytes_of = [f"{sum(received(n // world, width, world, mode)) / 1e6:.2f}" for mode in MODES]
+        lines.append((world, f"{seconds * 1e3:.1f} ms", f"{share:.2f}", f"{half_share:.2f}", *bytes_of))
+    table(("W", "compute", "of 1/W", "self-contrast", *(f"{mode} MB" for mode in MODES)), lines)
+
+
+def print_selection(worlds: Sequence[int], sizes: Sequence[int], width: int, budget: int, largest: int) -> None:
+    """Rounds and bytes of selections whose shards are threads, and of a larger pool by extrapolation."""
+    print(f"kcenter of {budget} picks, d = {width}, float32; shards are threads of one process, clustered rows")
+    lines = []
+    for world in worlds:
+        rounds = []
+        for n in sizes:
+            generator = torch.Generator().manual_seed(n)
+            x = (
+                torch.randn(n, width, generator=generator)
+                + 3 * torch.randn(50, width, generator=generator)[torch.randint(50, (n,), generator=generator)]
+            )
+            parts = [{"embeddings": part, "budget": budget, "strategy": "kcenter"} for part in x.tensor_split(world)]
+            shards = together(parts)
+            exchanges, sent = shards.exchanges, max(shards.sent)
+            rounds.append(exchanges)
+            lines.append((world, n, exchanges, f"{sent / budget / 1e3:.2f} kB", "measured"))
+        # Rounds grow at most with the logarithm of the rows: the last two sizes give the slope.
+        slope = max(0.0, (rounds[-1] - rounds[-2]) / math.log(sizes[-1] / sizes[-2]))
+        expected = rounds[-1] + slope * math.log(largest / sizes[-1])
+        bytes_of = sent / rounds[-1] * expected / budget / 1e3
+        lines.append((world, f"{largest:.0e}", f"{expected:.0f}", f"{bytes_of:.2f} kB", "extrapolated"))
+    table(("W", "rows", "exchanges", "sent a pick, rank", ""), lines)
 
 
 def main() -> None:
@@ -61,25 +213,15 @@ def main() -> None:
     parser.add_argument("--width", type=int, default=128, help="width d of an embedding")
     parser.add_argument("--worlds", type=int, nargs="+", default=[1, 2, 4, 8, 16, 64], help="numbers of ranks W")
     parser.add_argument("--rounds", type=int, default=5)
+    parser.add_argument("--ranks", type=int, default=4, help="processes that count the bytes of a step")
+    parser.add_argument("--budget", type=int, default=256, help="picks of the selection")
+    parser.add_argument("--pool", type=int, nargs="+", default=[16_384, 65_536], help="rows of its pools, two or more")
+    parser.add_argument("--largest", type=int, default=10**8, help="rows of the pool that is extrapolated")
     options = parser.parse_args()
-    alone = rank_seconds(options.rows, options.width, 1, options.rounds)
-    print(f"info_nce, symmetric, N = {options.rows}, d = {options.width}, float32, {torch.get_num_threads()} threads")
-    columns = ("W", "compute", "of 1/W", "replicated MB", "sharded MB forward", "backward")
-    print("  ".join(f"{c:>18}" for c in columns))
-    for world in options.worlds:
-        seconds = alone if world == 1 else rank_seconds(options.rows, options.width, world, options.rounds)
-        share = seconds / (alone / world)
-        replicated = received(options.rows, options.width, world, "replicated")[0] / 1e6
-        forward, backward = (b / 1e6 for b in received(options.rows, options.width, world, "sharded"))
-        cells = (
-            world,
-            f"{seconds * 1e3:.1f} ms",
-            f"{share:.2f}",
-            f"{replicated:.2f}",
-            f"{forward:.2f}",
-            f"{backward:.2f}",
-        )
-        print("  ".join(f"{c:>18}" for c in cells))
+    print_bytes(options.ranks, options.rows // options.ranks, options.width)
+    print_compute(options.rows, options.width, options.worlds, options.rounds)
+    shards = [world for world in options.worlds if world > 1]
+    print_selection(shards, options.pool, 32, options.budget, options.largest)
 
 
 if __name__ == "__main__":

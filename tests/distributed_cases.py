@@ -41,6 +41,15 @@ def _self(n: int, g: torch.Generator, dtype: torch.dtype) -> dict[str, Any]:
     return {"anchors": torch.randn(n, 6, generator=g, dtype=dtype), "labels": torch.randint(-1, 3, (n,), generator=g)}
 
 
+def _self_masked(n: int, g: torch.Generator, dtype: torch.dtype) -> dict[str, Any]:
+    mask = torch.rand(n, generator=g) > 0.3
+    return {"anchors": torch.randn(n, 6, generator=g, dtype=dtype), "anchor_mask": mask, "candidate_mask": mask}
+
+
+def _self_weighted(n: int, g: torch.Generator, dtype: torch.dtype) -> dict[str, Any]:
+    return {key: value for key, value in _weighted(n, g, dtype).items() if key != "candidates"}
+
+
 def _labelled(n: int, g: torch.Generator, dtype: torch.dtype) -> dict[str, Any]:
     labels = [torch.randint(-1, 3, (n,), generator=g) for _ in range(2)]
     return {**_pair(n, g, dtype), "labels": labels}
@@ -85,7 +94,7 @@ def _ranked(n: int, g: torch.Generator, dtype: torch.dtype) -> dict[str, Any]:
 
 def _nce(name: str, make: Any, **options: Any) -> LossCase:
     learn = options.pop("learn_temperature", False)
-    towers = ("anchors",) if make is _self else ("anchors", "candidates")
+    towers = ("anchors",) if make in (_self, _self_masked, _self_weighted) else ("anchors", "candidates")
     rows = ("labels", "anchor_mask", "candidate_mask", "weights")
     return LossCase(name, "info_nce", make, towers, rows, ("negatives", "negative_mask"), options, learn)
 
@@ -99,6 +108,12 @@ CASES = [
     _nce("learned temperature", _masked, symmetric=True, learn_temperature=True),
     _nce("labels", _labelled, symmetric=True),
     _nce("labels, self excluded", _self, exclude_self=True),
+    _nce("self, none", _self, exclude_self=True, reduction="none", learn_temperature=True),
+    _nce("self, sum", _self, symmetric=True, reduction="sum", learn_temperature=True),
+    _nce("self, negatives alone", _self, exclude_self=True, symmetric=True, denominator="negatives"),
+    _nce("self, decoupled, not normalised", _self, denominator="decoupled", normalize=False, temperature=2.0),
+    _nce("self, one mask", _self_masked, learn_temperature=True),
+    _nce("self, weights", _self_weighted, exclude_self=True, symmetric=True),
     _nce("masks", _masked, symmetric=True),
     _nce("weights", _weighted, symmetric=True),
     _nce("queue", _queue, symmetric=True),

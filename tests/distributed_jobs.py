@@ -12,7 +12,8 @@ from torch import Tensor, nn
 from torch.nn.parallel import DistributedDataParallel
 
 import msacore
-from msacore.distributed import Sharding, collectives, dispatch, replicated, sharded
+from bench.distributed import MODES, step
+from msacore.distributed import Sharding, dispatch
 from tests.distributed_cases import BY_NAME, LossCase
 from tests.workers import split
 
@@ -31,7 +32,10 @@ def shares_of(case: LossCase, whole: dict[str, Any], sizes: Sequence[int], rank:
     """A rank's part of every argument."""
     entries = len(_flat(whole["negatives"])[0]) if "negatives" in whole else 0
     queue = [len(range(r, entries, len(sizes))) for r in range(len(sizes))]
-    return {k: split(v, queue if k in case.shares else sizes, rank) for k, v in whole.items()}
+    mine = {k: split(v, queue if k in case.shares else sizes, rank) for k, v in whole.items()}
+    if whole.get("candidate_mask") is whole.get("anchor_mask") is not None:  # one tensor stays one
+        mine["candidate_mask"] = mine["anchor_mask"]
+    return mine
 
 
 def compare(group: Any, rank: int, name: str, sizes: Sequence[int], mode: str, dtype: torch.dtype) -> dict[str, Any]:
@@ -40,8 +44,9 @@ def compare(group: Any, rank: int, name: str, sizes: Sequence[int], mode: str, d
     whole = case.make(sum(sizes), torch.Generator().manual_seed(sum(sizes)), dtype)
     function = getattr(msacore, case.loss)
     differentiable = (*case.towers, "weights", "negatives")
-    capacity = max(*sizes, 1) + 2 if mode == "capacity" else None
-    sharding = Sharding(group, capacity=capacity, mode="replicated" if mode == "capacity" else mode)
+    mode, _, padded = mode.partition(", ")
+    capacity = max(*sizes, 1) + 2 if padded else None
+    sharding = Sharding(group, capacity=capacity, mode=mode)
     if capacity is not None and "negatives" in whole:  # then every rank has as many entries of the queue
         whole["negatives"] = torch.cat([whole["negatives"], whole["negatives"][:3] + 1])
         whole["negative_mask"] = torch.arange(8) != 2
@@ -237,16 +242,15 @@ def raises(group: Any, rank: int, loss: str, change: str) -> str:
 
 
 def chosen_modes(group: Any, rank: int) -> list[str]:
-    """What "auto" takes for a batch below its limit and for one above."""
-    found = []
-    for limit in (1 << 32, 1):
-        with pytest.MonkeyPatch.context() as patch:
+    """What "auto" takes for a batch below its limit, for one above, and for one beyond memory."""
+    found: list[str] = []
+    mode_of = dispatch._mode
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(dispatch, "_mode", lambda *a: (found.append(mode_of(*a)), found[-1])[1])
+        for limit, memory in ((1 << 32, 1 << 32), (1, 1 << 32), (1, 1151)):
             patch.setattr(dispatch, "MOST_REPLICATED", limit)
-            for way in (replicated, sharded):
-                name = way.__name__.rpartition(".")[2]
-                whole = way.info_nce
-                patch.setattr(way, "info_nce", lambda *a, n=name, f=whole, **k: (found.append(n), f(*a, **k))[1])
-            msacore.info_nce(torch.randn(3, 6), torch.randn(3, 6), group=group)
+            # The candidates of both ranks are 144 bytes, of which memory must be eight times as much.
+            msacore.info_nce(torch.randn(3, 6), torch.randn(3, 6), group=Sharding(group, memory=memory))
     return found
 
 
@@ -260,12 +264,13 @@ def different_gradients(group: Any, rank: int) -> str:
     return ""
 
 
-def compiled(group: Any, rank: int) -> list[float]:
+def compiled(group: Any, rank: int, mode: str) -> list[float]:
     """Largest differences of compiled from eager losses and gradients, two batch sizes."""
-    sharding = Sharding(group, capacity=9)
+    sharding = Sharding(group, capacity=9, mode=mode)
 
     def loss(x: Tensor, y: Tensor, mask: Tensor) -> Tensor:
-        return msacore.info_nce(x, y, anchor_mask=mask, candidate_mask=mask, symmetric=True, group=sharding)
+        two = msacore.info_nce(x, y, anchor_mask=mask, candidate_mask=mask, symmetric=True, group=sharding)
+        return two + msacore.info_nce(x, anchor_mask=mask, candidate_mask=mask, group=sharding)
 
     function = torch.compile(loss, fullgraph=True, backend="aot_eager")
     differences = []
@@ -282,19 +287,20 @@ def compiled(group: Any, rank: int) -> list[float]:
     return differences
 
 
-def started(group: Any, rank: int, sizes: Sequence[int]) -> bool:
-    """A gather that began early changes no bit."""
+def started(group: Any, rank: int, sizes: Sequence[int], mode: str) -> float:
+    """Largest difference that a gather makes which began early."""
+    sharding = Sharding(group, mode=mode)
     whole = BY_NAME["masks"].make(sum(sizes), torch.Generator().manual_seed(2), torch.float32)
     mine = split(list(whole.values()), sizes, rank)
     results = []
     for early in (False, True):
         a, c = (t.clone().requires_grad_() for t in mine[:2])
-        handle = msacore.distributed.start(c, group) if early else c
+        handle = msacore.distributed.start(c, sharding) if early else c
         masks = dict(anchor_mask=mine[2], candidate_mask=mine[3])
-        loss = msacore.info_nce(a, handle, symmetric=True, group=group, **masks)
+        loss = msacore.info_nce(a, handle, symmetric=True, group=sharding, **masks)
         loss.backward()
         results.append((loss.detach(), a.grad, c.grad))
-    return all(torch.equal(p, q) for p, q in zip(*results, strict=True))
+    return max(float((p - q).abs().max()) for p, q in zip(*results, strict=True) if p.numel())
 
 
 def uneven_steps(group: Any, rank: int) -> list[float]:
@@ -311,32 +317,9 @@ def uneven_steps(group: Any, rank: int) -> list[float]:
     return found
 
 
-def counted_bytes(group: Any, rank: int, mode: str) -> dict[str, int]:
-    """Bytes that come from other ranks in a step of symmetric `info_nce`, rows of 8 by 6 in float32 a batch."""
-    found = {"forward": 0, "backward": 0, "small": 0}
-    now = "forward"
-    gather, exchange = collectives.begin_gather, collectives.all_to_all
-    world = dist.get_world_size(group)
-
-    def counting(name: str, function: Callable[..., Tensor], others: float) -> Callable[..., Tensor]:
-        def call(op: str, x: Tensor, group: Any) -> Tensor:
-            size = int(x.numel() * x.element_size() * others)
-            found[now] += size
-            if x.dtype in (torch.int64, torch.float64):  # headers, counts and losses
-                found["small"] += size
-            return function(op, x, group)
-
-        return call
-
-    with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(collectives, "begin_gather", counting("gather", gather, world - 1))
-        counted = counting("exchange", exchange, (world - 1) / world)
-        patch.setattr(collectives, "all_to_all", counted)
-        x, y = (torch.randn(2, 6, requires_grad=True) for _ in range(2))
-        loss = msacore.info_nce(x, y, symmetric=True, group=Sharding(group, mode=mode))
-        now = "backward"
-        loss.backward()
-    return found
+def counted_bytes(group: Any, rank: int, rows: int, width: int) -> dict[str, dict[str, tuple[int, int]]]:
+    """Bytes sent and received in a step, by mode and pass."""
+    return {mode: step(group, rank, rows, width, mode) for mode in MODES}
 
 
 def dies(group: Any, rank: int, victim: int) -> None:

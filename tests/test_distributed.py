@@ -1,18 +1,20 @@
 """Losses over several processes: the loss and the gradient of one process, whatever the split."""
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 
 import pytest
 import torch
 
 import msacore
+from bench.distributed import MODES as MODES_OF_BENCH
 from bench.distributed import received
+from tests import distributed_group_jobs as groups
 from tests import distributed_jobs as jobs
 from tests.distributed_cases import BY_NAME
 from tests.workers import Workers
 
 SPLITS = ((6, 6, 6, 6), (7, 0, 12, 1), (0, 0, 0, 5), (0, 0, 0, 0))
-MODES = ("replicated", "capacity", "sharded")
+MODES = ("replicated", "replicated, capacity", "sharded", "sharded, capacity", "ring", "ring, capacity")
 each_case = pytest.mark.parametrize("name", list(BY_NAME))
 
 
@@ -33,34 +35,41 @@ def _close(ours: torch.Tensor | None, wanted: torch.Tensor | None, what: str, bi
         assert not wanted.numel() or float((ours - wanted).abs().max()) <= 1e-12 * scale, what
 
 
+def _check_split(workers: Workers, name: str, mode: str, sizes: Sequence[int]) -> None:
+    what, bits = f"{name}, {mode}, {sizes}", mode == "replicated"
+    results = workers.run(jobs.compare, len(sizes), name, sizes, mode, torch.float64)
+    for result in results:
+        _close(result["loss"], result["expected"], f"loss of {what}", bits)
+        for key, wanted in result["wanted"].items():
+            for ours, ref in zip(result["grads"][key], wanted, strict=True):
+                _close(ours, ref, f"gradient of {key} of {what}", bits)
+        _close(result["temperature"], result["wanted temperature"], f"temperature of {what}", False)
+    if results[0]["loss"].dim() == 0:
+        assert len({float(r["loss"]) for r in results}) == 1, "ranks differ"
+
+
 @each_case
 def test_loss_and_gradients_are_those_of_one_process(workers: Workers, name: str) -> None:
     for mode in MODES:
+        if mode.startswith("ring") and BY_NAME[name].loss == "rank_n_contrast":
+            continue  # which has no ring
         for sizes in SPLITS:
-            results = workers.run(jobs.compare, 4, name, sizes, mode, torch.float64)
-            for result in results:
-                what = f"{name}, {mode}, {sizes}"
-                bits = mode == "replicated"
-                _close(result["loss"], result["expected"], f"loss of {what}", bits)
-                for key, wanted in result["wanted"].items():
-                    for ours, ref in zip(result["grads"][key], wanted, strict=True):
-                        _close(ours, ref, f"gradient of {key} of {what}", bits)
-                _close(result["temperature"], result["wanted temperature"], f"temperature of {what}", False)
-            if result["loss"].dim() == 0:
-                assert len({float(r["loss"]) for r in results}) == 1, "ranks differ"
+            _check_split(workers, name, mode, sizes)
 
 
 @pytest.mark.parametrize("wrapper", ["ddp", "fsdp2"])
 def test_a_shared_encoder_gets_the_gradient_of_one_process(workers: Workers, wrapper: str) -> None:
-    for mode in ("replicated", "sharded"):
+    for mode in ("replicated", "sharded", "ring"):
         for name in BY_NAME:
+            if mode == "ring" and BY_NAME[name].loss == "rank_n_contrast":
+                continue
             for ours, wanted in workers.run(jobs.through, 4, name, (7, 0, 12, 1), mode, wrapper):
                 _close(ours, wanted, f"{name}, {mode}, under {wrapper}", False)
 
 
 @pytest.mark.parametrize("name", ["masks", "nine terms", "ranks"])
 def test_what_is_hidden_on_another_rank_is_never_read(workers: Workers, name: str) -> None:
-    for mode in ("replicated", "sharded"):
+    for mode in ("replicated", "sharded") if name == "ranks" else ("replicated", "sharded", "ring"):
         for results in workers.run(jobs.poisoned, 4, name, (6, 6, 6, 6), mode):
             half = len(results) // 2
             for clean, dirty in zip(results[:half], results[half:], strict=True):
@@ -88,9 +97,9 @@ def test_one_bad_argument_raises_the_same_error_on_all_ranks(
     assert "msacore::" in messages[0]
 
 
-def test_large_batches_are_sharded(workers: Workers) -> None:
-    for small, large in workers.run(jobs.chosen_modes, 2):
-        assert (small, large) == ("replicated", "sharded")
+def test_large_batches_are_sharded_and_those_beyond_memory_pass_round(workers: Workers) -> None:
+    for found in workers.run(jobs.chosen_modes, 2):
+        assert found == ["replicated", "sharded", "ring"]
 
 
 def test_different_upstream_gradients_are_found(workers: Workers) -> None:
@@ -98,13 +107,18 @@ def test_different_upstream_gradients_are_found(workers: Workers) -> None:
         assert "equal on all ranks" in message
 
 
-def test_a_compiled_loss_needs_no_header(workers: Workers) -> None:
-    for differences in workers.run(jobs.compiled, 2):
+SLOW = pytest.mark.slow  # tracing takes tens of seconds
+
+
+@pytest.mark.parametrize("mode", ["replicated", pytest.param("sharded", marks=SLOW)])
+def test_a_compiled_loss_needs_no_header(workers: Workers, mode: str) -> None:
+    for differences in workers.run(jobs.compiled, 2, mode):
         assert max(differences) < 1e-6
 
 
 def test_a_gather_may_begin_early(workers: Workers) -> None:
-    assert all(workers.run(jobs.started, 3, (5, 0, 3)))
+    for mode, most in (("replicated", 0.0), ("sharded", 0.0), ("ring", 1e-6)):  # the rows of a handle do not pass round
+        assert max(workers.run(jobs.started, 3, (5, 0, 3), mode)) <= most, mode
 
 
 def test_ranks_may_make_different_numbers_of_steps(workers: Workers) -> None:
@@ -118,14 +132,25 @@ def test_ranks_may_make_different_numbers_of_steps(workers: Workers) -> None:
         assert all(found[rank][step] == pytest.approx(expected, abs=1e-6) for rank in running)
 
 
-def test_a_step_sends_the_bytes_that_the_formula_says(workers: Workers) -> None:
-    for mode, (forward, backward) in {
-        "replicated": received(8, 6, 4, "replicated"),
-        "sharded": received(8, 6, 4, "sharded"),
-    }.items():
-        for counted in workers.run(jobs.counted_bytes, 4, mode):
-            assert counted["forward"] - counted["small"] == forward
-            assert counted["backward"] == backward
+def test_meshes_are_groups(workers: Workers) -> None:
+    for found in workers.run(groups.meshes, 4):
+        for ours, wanted in found:
+            assert ours == wanted
+
+
+@pytest.mark.parametrize("name", ["learned temperature", "self, negatives alone", "nine terms"])
+def test_a_step_has_the_same_bits_twice(workers: Workers, name: str) -> None:
+    for mode in ("sharded", "ring"):
+        assert all(workers.run(groups.bits, 4, name, mode, jobs.compare))
+
+
+@pytest.mark.parametrize("world", [1, 2, 3, 4])
+def test_a_step_sends_the_bytes_that_the_formula_says(workers: Workers, world: int) -> None:
+    for counted in workers.run(jobs.counted_bytes, world, 5, 6):
+        for mode in MODES_OF_BENCH:
+            expected = received(5, 6, world, mode) if world > 1 else (0, 0)
+            for name, count in zip(("forward", "backward"), expected, strict=True):
+                assert counted[mode][name] == (count, count), f"{name} of {mode}"
 
 
 @pytest.mark.slow  # a process is killed: new ones are started
@@ -133,4 +158,4 @@ def test_when_a_rank_dies_the_others_raise(workers: Workers) -> None:
     with pytest.raises(AssertionError) as raised:
         workers.run(jobs.dies, 3, 1)
     assert "the process group is unusable" in str(raised.value)
-    assert all(workers.run(jobs.started, 3, (2, 2, 2))), "new processes serve the next function"
+    assert workers.run(jobs.started, 3, (2, 2, 2), "sharded") == [0.0] * 3, "new processes serve the next function"

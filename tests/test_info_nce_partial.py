@@ -164,12 +164,38 @@ def test_candidates_without_a_local_positive_still_have_their_sums() -> None:
     assert column[2].tolist() == [0, 0, 0, 0, 1, 1, 1, 0, 0]
 
 
-def test_the_part_must_lie_within_the_candidates() -> None:
+def test_candidates_may_be_a_part_too() -> None:
+    """Tiles of rows and columns, wherever the pairs of equal number lie, merge to the part against all candidates."""
+    for form in (dict(), dict(exclude_self=True), dict(denominator="decoupled")):
+        for positives in ("diagonal", "labels"):
+            whole = _batch(positives, symmetric=True, **form)
+            x, y, labels = whole["anchors"][2:6], whole["candidates"], whole.get("labels", (None, None))
+            options = {k: whole[k] for k in ("symmetric", "exclude_self", "normalize", "temperature")}
+            options["denominator"] = DENOMINATORS[whole["denominator"]]
+
+            own = None if labels[0] is None else labels[0][2:6]
+            found = []
+            for begin, end in ((0, 9), (0, 1), (1, 4), (4, 4), (4, 9)):
+                other = None if labels[1] is None else labels[1][begin:end]
+                rest: list[Any] = [None, own, other, *[None] * 5]
+                found.append(info_nce_partial(x, y[begin:end], *rest, **options, diagonal=2 - begin))
+            (row, column), *parts = found
+            torch.testing.assert_close(torch.cat([c for _, c in parts], 1), column, rtol=1e-12, atol=1e-12)
+            base, log = _log_sum([r for r, _ in parts], whole["temperature"])
+            expected = _log_sum([row], whole["temperature"])
+            torch.testing.assert_close(
+                base / whole["temperature"] + log, expected[0] / whole["temperature"] + expected[1]
+            )
+            sums = torch.stack([r[2:] for r, _ in parts]).sum(0)
+            torch.testing.assert_close(sums, row[2:], rtol=1e-12, atol=1e-12)
+
+
+def test_a_diagonal_has_limits() -> None:
     x, y = torch.randn(3, 2), torch.randn(5, 2)
     options: dict[str, Any] = dict(temperature=0.1, symmetric=True, exclude_self=False, normalize=True, denominator=0)
-    for diagonal in (-1, 3):
+    for diagonal in (-(1 << 62), 1 << 62):
         for device in ("cpu", "meta"):
-            with pytest.raises(RuntimeError, match=r"info_nce_partial: expected `diagonal` from 0 to N' - N = 2"):
+            with pytest.raises(RuntimeError, match=r"info_nce_partial: expected `diagonal` from -2\^60 to 2\^60"):
                 info_nce_partial(x.to(device), y.to(device), *[None] * 8, **options, diagonal=diagonal)
 
 

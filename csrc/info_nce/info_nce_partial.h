@@ -14,12 +14,16 @@ constexpr int64_t kPartialRows = 4;
 // Σ w Z / (exp s + Z) over the positives. Takes the first two rows of Stat.
 constexpr int64_t kPositiveRows = 2, kDenominatorRows = 2;
 
-// Beyond InfoNceOptions: `diagonal` is the candidate that is anchor 0; `reduction` is not used.
+// `diagonal` stays so far from the limits of its type that an index may be added to it.
+constexpr int64_t kFarthestDiagonal = int64_t{1} << 60;
+
+// Beyond InfoNceOptions: `diagonal` is the candidate that is anchor 0, where there is one of this number: candidates
+// may be a part of a batch too. `reduction` is not used.
 inline InfoNceSizes check_partial(const char* op, const InfoNceInputs& in, const InfoNceOptions& options,
                                   int64_t diagonal) {
   const InfoNceSizes s = check_inputs(op, in, options, true);
-  check(diagonal >= 0 && diagonal + s.anchors <= s.candidates, op,
-        "expected `diagonal` from 0 to N' - N = ", s.candidates - s.anchors, ", got ", diagonal);
+  check(diagonal >= -kFarthestDiagonal && diagonal <= kFarthestDiagonal, op,
+        "expected `diagonal` from -2^60 to 2^60, got ", diagonal);
   return s;
 }
 

@@ -44,39 +44,44 @@ def begin_gather(op: str, x: Tensor, group: dist.ProcessGroup) -> Tensor:
         raise _failed(op, "gathering rows", group, error) from error
 
 
-def wait(x: Tensor) -> Tensor:
+def wait(op: str, x: Tensor, group: dist.ProcessGroup) -> Tensor:
     """What a collective that has begun brings."""
-    return _functional.wait_tensor(x)
+    if torch.compiler.is_compiling():
+        return _functional.wait_tensor(x)
+    try:
+        return _functional.wait_tensor(x)
+    except RuntimeError as error:
+        raise _failed(op, "waiting for rows", group, error) from error
 
 
 def all_gather(op: str, x: Tensor, group: dist.ProcessGroup) -> Tensor:
     """``[n, …]`` of every rank, one after the other: ``[W · n, …]``; n must be the same everywhere."""
-    if torch.compiler.is_compiling():
-        return wait(begin_gather(op, x, group))
-    try:
-        return wait(begin_gather(op, x, group))
-    except RuntimeError as error:
-        raise error if isinstance(error, CollectiveFailed) else _failed(op, "gathering rows", group, error) from error
+    return wait(op, begin_gather(op, x, group), group)
 
 
 def all_to_all(op: str, x: Tensor, group: dist.ProcessGroup) -> Tensor:
     """Block r of ``x`` ``[W · n, …]`` goes to rank r; returns the blocks that came, in the order of ranks."""
+    return exchange(op, x, None, None, group)
+
+
+def exchange(op: str, x: Tensor, come: list[int] | None, go: list[int] | None, group: dist.ProcessGroup) -> Tensor:
+    """The first ``go[0]`` rows of ``x`` go to rank 0, the next to rank 1, …; ``come[r]`` rows come from rank r."""
     if torch.compiler.is_compiling():
-        return _functional.wait_tensor(_functional.all_to_all_single(x.contiguous(), None, None, group))
+        return _functional.wait_tensor(_functional.all_to_all_single(x.contiguous(), come, go, group))
     try:
-        return _functional.wait_tensor(_functional.all_to_all_single(x.contiguous(), None, None, group))
+        return _functional.wait_tensor(_functional.all_to_all_single(x.contiguous(), come, go, group))
     except RuntimeError as error:
         raise _failed(op, "exchanging blocks", group, error) from error
 
 
-def pass_on(op: str, x: Tensor, group: dist.ProcessGroup, step: int = 1) -> Tensor:
-    """The tensor of the rank ``step`` places after this one, while this one's goes as many places back."""
-    world = dist.get_world_size(group)
-    to = [(rank - step) % world for rank in range(world)]
+def begin_pass_on(op: str, x: Tensor, group: dist.ProcessGroup) -> Tensor:
+    """The tensor of the next rank, while this one's goes to the one before; pass the result to :func:`wait`."""
+    world, rank = dist.get_world_size(group), dist.get_rank(group)
+    come, go = ([len(x) if other == (rank + step) % world else 0 for other in range(world)] for step in (1, -1))
     if torch.compiler.is_compiling():
-        return _functional.wait_tensor(_functional.permute_tensor(x.contiguous(), to, group))
+        return _functional.all_to_all_single(x.contiguous(), come, go, group)
     try:
-        return _functional.wait_tensor(_functional.permute_tensor(x.contiguous(), to, group))
+        return _functional.all_to_all_single(x.contiguous(), come, go, group)
     except RuntimeError as error:
         raise _failed(op, "passing a block round the ring", group, error) from error
 

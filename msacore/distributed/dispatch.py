@@ -5,7 +5,7 @@ from typing import Any
 
 from torch import Tensor
 
-from msacore.distributed import replicated, sharded
+from msacore.distributed import replicated, ring, sharded, sweep
 from msacore.distributed.overlap import Started
 from msacore.distributed.sharding import Sharding, as_sharding
 
@@ -23,17 +23,36 @@ def run(op: str, local: Callable[..., Any], group: Any, *rows: Any, **options: A
     return _LOSSES[op](local, sharding, *rows, **options)
 
 
-def _way(sharding: Sharding, products: int) -> Any:
-    """A rule on the sizes of the whole batch, which all ranks know alike."""
-    if sharding.mode == "auto":
-        return replicated if products <= MOST_REPLICATED else sharded
-    return {"replicated": replicated, "sharded": sharded}[sharding.mode]
+def _mode(sharding: Sharding, products: int, held: int) -> str:
+    """A rule on the sizes of the whole batch, which all ranks know alike.
+
+    Args:
+        sharding: The ranks.
+        products: Multiplications of a sweep over all pairs.
+        held: Bytes of the candidates of all ranks.
+    """
+    if sharding.mode != "auto":
+        return sharding.mode
+    if products <= MOST_REPLICATED:
+        return "replicated"
+    return "sharded" if 8 * held <= sharding.memory else "ring"
+
+
+def _shared_by(mode: str) -> Any:
+    return {"sharded": sweep, "ring": ring}[mode]
 
 
 def _info_nce(local: Any, sharding: Sharding, anchors: Any, candidates: Any, **options: Any) -> Tensor:
     c = replicated.contrast(local, sharding, anchors, candidates, **options)
-    products = c.of_anchors.total * c.of_candidates.total * c.anchors.shape[1]
-    return _way(sharding, products).info_nce(local, sharding, c, **options)
+    candidates, width = c.of_candidates.total, c.anchors.shape[1]
+    mode = _mode(sharding, c.of_anchors.total * candidates * width, candidates * width * c.anchors.element_size())
+    if mode == "ring" and c.started is not None:
+        mode = "sharded"  # the rows of all ranks are here, or on their way
+    if mode == "replicated":
+        return replicated.info_nce(local, sharding, c, **options)
+    names = ("temperature", "reduction", "denominator", "normalize", "symmetric", "exclude_self")
+    options = {name: options[name] for name in names}
+    return sharded.info_nce(local, sharding, c, way=_shared_by(mode), **options)
 
 
 def _hierarchical(
@@ -51,16 +70,27 @@ def _hierarchical(
     layout, available = replicated.hierarchy_layout(local, sharding, *embeddings, available, labels, options)
     pairs = len(high_level)
     terms = pairs + len(unimodal) + pairs * (pairs - 1) // 2
-    way = _way(sharding, terms * layout.total**2 * fused.shape[1])
-    rows = dict(available=available, labels=labels)
-    return way.hierarchical_contrastive_loss(local, sharding, layout, *embeddings, **rows, **options)
+    widths = sum(x.shape[1] for x in (*unimodal, fused, *high_level))
+    held = layout.total * widths * fused.element_size()
+    mode = _mode(sharding, terms * layout.total**2 * fused.shape[1], held)
+    options.update(available=available, labels=labels)
+    if mode == "replicated":
+        return replicated.hierarchical_contrastive_loss(local, sharding, layout, *embeddings, **options)
+    return sharded.hierarchical_contrastive_loss(local, sharding, layout, *embeddings, way=_shared_by(mode), **options)
 
 
 def _rank_n_contrast(
     local: Any, sharding: Sharding, embeddings: Any, targets: Any, *, temperature: Any, mask: Any
 ) -> Tensor:
     layout, mask = replicated.rank_layout(local, sharding, embeddings, targets, temperature, mask)
-    way = _way(sharding, layout.total**2 * embeddings.shape[1])
+    # An anchor's terms need all rows in the order of targets: there is no ring.
+    if sharding.mode == "ring":
+        raise ValueError(
+            'msacore::rank_n_contrast: expected `mode` to be "auto", "replicated" or "sharded", got "ring": the loss '
+            "of an anchor needs the rows of all ranks at once"
+        )
+    mode = _mode(sharding, layout.total**2 * embeddings.shape[1], 0)
+    way: Any = replicated if mode == "replicated" else sharded
     options = dict(temperature=temperature, mask=mask)
     return way.rank_n_contrast(local, sharding, layout, embeddings, targets, **options)
 

@@ -27,7 +27,7 @@ class Started:
 
     def whole(self, factor: float) -> Tensor:
         """The candidates of all ranks; the gradient of this rank's is multiplied by ``factor``."""
-        rows = join_blocks(wait(self._gathered), self.layout.counts)
+        rows = join_blocks(wait("info_nce", self._gathered, self.sharding.group), self.layout.counts)
         begin, end = self.layout.begin, self.layout.begin + self.layout.counts[self.layout.rank]
         own = pad_rows(self.candidates, self.layout.padding)
         return torch.cat([rows[:begin], scale_gradient(own, factor), rows[end:]])

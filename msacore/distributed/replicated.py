@@ -16,6 +16,7 @@ from msacore.distributed.header import agree, describe
 from msacore.distributed.overlap import Started
 from msacore.distributed.rows import Layout
 from msacore.distributed.sharding import Sharding
+from msacore.ops._check import as_optional_indices
 
 
 def _on_meta(value: Any) -> Any:
@@ -88,6 +89,7 @@ class Contrast:
     of_anchors: Layout
     of_candidates: Layout
     of_negatives: Layout
+    one_role: bool  # every row that is an anchor is a candidate with the same label, and there are no others
 
     @property
     def own(self) -> bool:
@@ -119,9 +121,12 @@ def contrast(
     op = "info_nce"
     started = candidates if isinstance(candidates, Started) else None
     given_candidates = started.candidates if started is not None else candidates
-    own = given_candidates is None or given_candidates is anchors
+    own = given_candidates is None or (given_candidates is anchors and started is None)
     n, m, q = _rows_of(anchors), _rows_of(anchors if own else given_candidates), _rows_of(negatives)
     columns = weights.shape[1] if isinstance(weights, Tensor) and weights.dim() == 2 else 0
+    one_mask = anchor_mask is not None and candidate_mask is anchor_mask
+    one_role = own and (one_mask or (anchor_mask is None and candidate_mask is None))
+    one_role = one_role and weights is None and negatives is None and not isinstance(labels, (tuple, list))
     given = dict(
         anchors=anchors,
         candidates=None if own else given_candidates,
@@ -131,7 +136,7 @@ def contrast(
         negatives=negatives,
         negative_mask=negative_mask,
         anchor_mask=anchor_mask,
-        candidate_mask=candidate_mask,
+        candidate_mask="anchor_mask" if one_mask else candidate_mask,
         **options,
     )
 
@@ -163,7 +168,8 @@ def contrast(
                 f"[{size[0]}, {of_candidates.total}], one column a candidate of all ranks, got [{size[0]}, {size[3]}]"
             )
         weights = weights.reshape(n, of_candidates.total)
-    anchor_labels, candidate_labels = labels if isinstance(labels, (tuple, list)) else (labels, None)
+    given_labels = labels if isinstance(labels, (tuple, list)) else (labels, None)
+    anchor_labels, candidate_labels = (as_optional_indices(op, "labels", x) for x in given_labels)
     if not own or candidate_mask is not None or of_anchors.padding:
         candidate_mask = _valid(candidate_mask, of_candidates, anchors)
     return Contrast(
@@ -180,6 +186,7 @@ def contrast(
         of_anchors,
         of_candidates,
         _layout(sharding, [s[2] for s in sizes], q, padded=False),
+        one_role,
     )
 
 

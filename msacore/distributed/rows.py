@@ -75,6 +75,28 @@ def _from_bytes(rows: Tensor, like: Tensor) -> Tensor:
     return rows.new_empty(rows.shape).copy_(rows).view(like.dtype).reshape(shape)
 
 
+def pack(tensors: Sequence[Tensor]) -> Tensor:
+    """Tensors ``[n, …]`` side by side, ``[n, bytes of all their rows]``."""
+    return torch.cat([_bytes_of(x) for x in tensors], 1) if tensors else torch.empty(0)
+
+
+def unpack(buffer: Tensor, like: Sequence[Tensor]) -> list[Tensor]:
+    """The reverse of :func:`pack`, for any number of rows; ``like`` gives dtypes and widths."""
+    found, at = [], 0
+    for x in like:
+        width = math.prod(x.shape[1:]) * x.element_size()
+        found.append(_from_bytes(buffer[:, at : at + width], x))
+        at += width
+    return found
+
+
+def hide(x: Tensor, hidden: Tensor | None) -> Tensor:
+    """``x`` ``[n, …]`` with zeros in the rows that are ``hidden`` ``[n]``, whatever they hold."""
+    if hidden is None:
+        return x
+    return torch.where(hidden.view(-1, *[1] * (x.dim() - 1)), x.new_zeros(()), x)
+
+
 def gather_rows(
     op: str,
     sharding: Sharding,
@@ -95,23 +117,13 @@ def gather_rows(
     """
     present = [(x, hidden) for x, hidden in zip(tensors, unread, strict=True) if x is not None]
     own = [pad_rows(x, layout.padding) for x, _ in present]
-    sent = []
-    for x, (_, hidden) in zip(own, present, strict=True):
-        value = x.detach()
-        if hidden is not None:
-            hidden = pad_rows(hidden, layout.padding).view(-1, *[1] * (x.dim() - 1))
-            value = torch.where(hidden, value.new_zeros(()), value)
-        sent.append(_bytes_of(value))
-    widths = [s.shape[1] for s in sent]
-    most = max(layout.counts, default=0)
-    buffer = torch.cat(sent, 1) if sent else torch.empty(0)
-    buffer = pad_rows(buffer, most - len(buffer))
+    padded = [None if hidden is None else pad_rows(hidden, layout.padding) for _, hidden in present]
+    buffer = pack([hide(x.detach(), hidden) for x, hidden in zip(own, padded, strict=True)])
+    buffer = pad_rows(buffer, max(layout.counts, default=0) - len(buffer))
     gathered = join_blocks(all_gather(op, buffer, sharding.group), layout.counts)
-    whole, at = [], 0
+    whole = []
     begin, end = layout.begin, layout.begin + layout.counts[layout.rank]
-    for x, width in zip(own, widths, strict=True):
-        rows = _from_bytes(gathered[:, at : at + width], x)
-        at += width
+    for x, rows in zip(own, unpack(gathered, own), strict=True):
         if x.requires_grad:
             rows = torch.cat([rows[:begin], scale_gradient(x, factor), rows[end:]])
         whole.append(rows)

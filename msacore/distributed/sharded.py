@@ -1,8 +1,7 @@
-"""Sharded losses: a rank evaluates its share of the anchors against the rows of all ranks.
+"""Sharded losses: a rank evaluates its share of the pairs of rows.
 
-The gradient is exact: in each direction one rank visits a pair of rows, with the counts of the whole batch. Rows of
-other ranks get theirs by a sum over ranks, added in the order of ranks on every backend. Both passes are collective:
-every rank must call backward.
+The gradient is exact; see `terms` for how the shares make the whole. Both passes are collective: every rank must call
+backward.
 """
 
 from collections.abc import Callable, Sequence
@@ -12,20 +11,34 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from msacore.distributed import replicated, rows
-from msacore.distributed.directions import (
-    Direction,
-    Side,
-    gather,
-    own_of,
-    spread,
-    sum_over_ranks,
-    total,
-    transpose,
-)
-from msacore.distributed.overlap import Started
+from msacore.distributed import halves, replicated, rows, sweep, terms
 from msacore.distributed.rows import Layout
 from msacore.distributed.sharding import Sharding
+from msacore.distributed.shares import gather, total
+from msacore.distributed.terms import Given, Plan, Role, Term
+from msacore.distributed.tiles import ALL, DECOUPLED, NEGATIVES
+from msacore.ops._check import as_flag, as_number_or_tensor, as_optional_indices
+
+_DENOMINATORS = {"all": ALL, "negatives": NEGATIVES, "decoupled": DECOUPLED}
+
+
+def _compute_dtype(x: Tensor) -> torch.dtype:
+    """What the losses compute in: float32 for 16-bit rows under autocast."""
+    cast = torch.is_autocast_enabled(x.device.type) and x.dtype in (torch.float16, torch.bfloat16)
+    return torch.float32 if cast else x.dtype
+
+
+def _temperatures(op: str, values: Sequence[tuple[str, Any]]) -> tuple[list[float], list[int | None], list[Tensor]]:
+    """Numbers, which of the learned ones each is, and the learned ones."""
+    numbers: list[float] = []
+    which: list[int | None] = []
+    learned: list[Tensor] = []
+    for name, value in values:
+        number, tensor = as_number_or_tensor(op, name, value)
+        numbers.append(number)
+        which.append(None if tensor is None else len(learned))
+        learned += [] if tensor is None else [tensor]
+    return numbers, which, learned
 
 
 def info_nce(
@@ -33,62 +46,73 @@ def info_nce(
     sharding: Sharding,
     c: replicated.Contrast,
     *,
+    way: Any,
     temperature: float | Tensor,
     reduction: str,
-    **arguments: Any,
+    denominator: str,
+    normalize: bool,
+    symmetric: bool,
+    exclude_self: bool,
 ) -> Tensor:
     """`msacore.info_nce` of the rows of all ranks; ``local`` is the operator of one process."""
     op = "info_nce"
-    negatives, negative_mask = c.negatives, c.negative_mask
-    if negatives is not None:
-        queue = [negatives.detach(), negative_mask]
-        gathered, negative_mask = c.gather(sharding, c.of_negatives, queue, replicated.hidden(negative_mask), 1)
-        assert gathered is not None
-        negatives = gather(op, sharding, c.of_negatives, negatives, gathered)
-    options = {k: arguments[k] for k in ("denominator", "normalize")}
-    options.update(temperature=temperature, negatives=negatives, negative_mask=negative_mask)
-    exclude_self = arguments["exclude_self"]
+    queue, queue_mask = c.negatives, c.negative_mask
+    if queue is not None:
+        sent = [queue.detach(), queue_mask]
+        queue, queue_mask = c.gather(sharding, c.of_negatives, sent, replicated.hidden(queue_mask), 1)
     second = c.anchors if c.candidates is None else c.candidates
     labels = c.anchor_labels if c.candidate_labels is None else c.candidate_labels
-    mine = Side(c.anchors, c.anchor_labels, c.anchor_mask), Side(second, labels, c.candidate_mask)
-    layouts = c.of_anchors, c.of_candidates
-    whole = _whole(c, sharding, mine[1], layouts[1], c.started)
-    there = spread(op, sharding, layouts[1], mine[1], whole)
-    directions = [Direction(mine[0], there, layouts[0].begin, c.weights, exclude_self, options).aligned()]
-    if arguments["symmetric"]:
-        whole = _whole(c, sharding, mine[0], layouts[0], None)
-        there = spread(op, sharding, layouts[0], mine[0], whole)
-        weights = None if c.weights is None else transpose(op, sharding, *layouts, c.weights).T
-        options = {**options, "negatives": None, "negative_mask": None}
-        directions.append(Direction(mine[1], there, layouts[1].begin, weights, exclude_self, options).aligned())
-    losses = [direction.losses(local) for direction in directions]
+    whole = all_labels = all_mask = None
+    if way is sweep and c.one_role:
+        way, symmetric = halves, False  # both directions are one
+        whole, all_labels, all_mask = halves.gather(sharding, c)
+    elif way is sweep:
+        sent = [None if c.started else second.detach(), labels, c.candidate_mask]
+        gone = replicated.hidden(c.candidate_mask, labels)
+        whole, all_labels, all_mask = c.gather(sharding, c.of_candidates, sent, gone, 1)
+        if c.started is not None:
+            whole = c.started.whole(1).detach()
+    (number,), (which,), learned = _temperatures(op, [("temperature", temperature)])
+    code = _DENOMINATORS[denominator]
+    if code == NEGATIVES and c.anchor_labels is None and c.weights is None:
+        code = ALL  # of one positive a row the two are the same, and this is one sweep
+    own = c.candidates is None
+    plan = Plan(
+        op=op,
+        sharding=sharding,
+        way=way,
+        terms=(
+            Term(
+                0,
+                0 if own else 1,
+                as_flag(op, "symmetric", symmetric),
+                as_flag(op, "exclude_self", exclude_self),
+                number,
+                which,
+            ),
+        ),
+        of_anchors=c.of_anchors,
+        of_candidates=c.of_candidates,
+        of_queue=c.of_negatives,
+        dtype=_compute_dtype(c.anchors),
+        normalize=as_flag(op, "normalize", normalize),
+        denominator=code,
+        reduction=reduction,
+    )
+    given = Given(
+        own=[c.anchors] if own else [c.anchors, second],
+        learned=learned,
+        weights=c.weights,
+        own_queue=c.negatives,
+        queue=queue,
+        queue_mask=queue_mask,
+        whole=[whole] if own else [None, whole],
+        roles=[Role(c.anchor_labels, c.anchor_mask, labels, c.candidate_mask, all_labels, all_mask)],
+    )
+    losses = terms.losses(plan, given)
     if reduction == "none":
-        found = [losses[0], *(own_of(x, op, sharding, layouts[1], layouts[0]) for x in losses[1:])]
-        return sum(found[1:], found[0]) / len(found)
-    share = _share(op, sharding, directions, losses, mean=reduction == "mean")
-    loss = total(op, sharding, share)
-    return rows.compare_gradient(loss, op, sharding) if sharding.check else loss
-
-
-def _whole(c: replicated.Contrast, sharding: Sharding, side: Side, layout: Layout, started: Started | None) -> Side:
-    """The rows of all ranks, without a gradient."""
-    sent = [None if started else side.x.detach(), side.labels, side.mask]
-    x, labels, mask = c.gather(sharding, layout, sent, replicated.hidden(side.mask, side.labels), 1)
-    if started is not None:
-        x = started.whole(1).detach()
-    assert x is not None
-    return Side(x, labels, mask)
-
-
-def _share(
-    op: str, sharding: Sharding, directions: Sequence[Direction], losses: Sequence[Tensor], mean: bool
-) -> Tensor:
-    """This rank's part of the mean (or sum) over the anchors of all ranks; the mean of two directions."""
-    sums = torch.stack([x.sum() for x in losses])
-    if mean:
-        counts = torch.stack([direction.kept() for direction in directions])
-        sums = sums / sum_over_ranks(op, sharding, counts).clamp(min=1)
-    return (sums.sum() / len(directions)).to(losses[0].dtype)
+        return losses
+    return rows.compare_gradient(losses[0], op, sharding) if sharding.check else losses[0]
 
 
 def hierarchical_contrastive_loss(
@@ -106,51 +130,69 @@ def hierarchical_contrastive_loss(
     tier1: str,
     normalize: bool,
     return_tiers: bool,
+    way: Any,
 ) -> Any:
-    """`msacore.hierarchical_contrastive_loss` of the rows of all ranks, term by term."""
-    from msacore.ops.info_nce import info_nce as one_process
+    """`msacore.hierarchical_contrastive_loss` of the rows of all ranks.
 
+    One embedding of every term travels: together all but the first modality and the first pair.
+    """
     op = "hierarchical_contrastive_loss"
     m, embeddings = len(unimodal), [*unimodal, fused, *high_level]
     pairs = list(combinations(range(m), 2))
-    unread = replicated.hidden_embeddings(available, m, len(pairs))
-    detached = [x.detach() for x in embeddings]
-    gathered = rows.gather_rows(op, sharding, layout, [*detached, available, labels], [*unread, None, None], 1)
-    *everything, all_available, all_labels = gathered
-    whole = [gather(op, sharding, layout, x, w) for x, w in zip(embeddings, everything, strict=True) if w is not None]
-
-    def masks(*members: int) -> tuple[Tensor | None, Tensor | None]:
-        def of(table: Tensor | None) -> Tensor | None:
-            return None if table is None else table[:, list(members)].all(1)
-
-        return of(available), of(all_available)
-
-    def term(tier: int, a: int, b: int, members: Sequence[int], supervised: bool = False) -> Tensor:
-        options: dict[str, Any] = dict(temperature=temperatures[tier], normalize=normalize, denominator="all")
-        options.update(negatives=None, negative_mask=None)
-        here, there = masks(*members)
-        own, other = (labels, all_labels) if supervised else (None, None)
-        directions = [
-            Direction(
-                Side(embeddings[x], own, here), Side(whole[y], other, there), layout.begin, None, supervised, options
-            ).aligned()
-            for x, y in ([(a, b)] if supervised else [(a, b), (b, a)])
-        ]
-        losses = [direction.losses(one_process) for direction in directions]
-        return _share(op, sharding, directions, losses, mean=True)
-
-    first = (
-        [term(0, i, i, [i], True) for i in range(m)]
-        if tier1 == "intra_modal"
-        else [term(0, i, j, [i, j]) for i, j in pairs]
+    named = [(f"temperatures[{k}]", value) for k, value in enumerate(temperatures)]
+    numbers, which, learned = _temperatures(op, named)
+    intra_modal = tier1 == "intra_modal"
+    labels = as_optional_indices(op, "labels", labels) if intra_modal else None
+    # Of every term: its tier, its two embeddings, the modalities that must be there.
+    edges: list[tuple[int, int, int, tuple[int, ...]]] = (
+        [(0, i, i, (i,)) for i in range(m)] if intra_modal else [(0, i, j, (i, j)) for i, j in pairs]
     )
-    second = [term(1, m, i, [i]) for i in range(m)]
-    third = [
-        term(2, m + 1 + p, m + 1 + q, sorted({*pairs[p], *pairs[q]})) for p, q in combinations(range(len(pairs)), 2)
-    ]
-    nothing = (fused.sum() * 0).float() if fused.dtype.itemsize == 2 else fused.sum() * 0
-    share = torch.stack([sum(terms, torch.zeros_like(nothing)) for terms in (first, second, third)])
-    tiers = total(op, sharding, share)
+    edges += [(1, i, m, (i,)) for i in range(m)]
+    for p, q in combinations(range(len(pairs)), 2):
+        edges.append((2, m + 1 + p, m + 1 + q, tuple(sorted({*pairs[p], *pairs[q]}))))
+    plan = Plan(
+        op=op,
+        sharding=sharding,
+        way=way,
+        terms=tuple(Term(a, b, a != b, a == b, numbers[tier], which[tier]) for tier, a, b, _ in edges),
+        of_anchors=layout,
+        of_candidates=layout,
+        of_queue=layout,
+        dtype=_compute_dtype(fused),
+        normalize=as_flag(op, "normalize", normalize),
+        denominator=ALL,
+        reduction="mean",
+    )
+    whole: list[Tensor | None] = [None] * len(embeddings)
+    all_available = all_labels = None
+    if way is sweep:
+        unread = replicated.hidden_embeddings(available, m, len(pairs))
+        sent: list[Tensor | None] = [embeddings[e].detach() for e in plan.sent]
+        hidden = [unread[e] for e in plan.sent]
+        gathered = rows.gather_rows(op, sharding, layout, [*sent, available, labels], [*hidden, None, None], 1)
+        *of_sent, all_available, all_labels = gathered
+        for e, found in zip(plan.sent, of_sent, strict=True):
+            whole[e] = found
+
+    def role(a: int, b: int, members: Sequence[int]) -> Role:
+        here, there = (None if t is None else t[:, list(members)].all(1) for t in (available, all_available))
+        of_own, of_all = (labels, all_labels) if a == b else (None, None)
+        return Role(of_own, here, of_own, here, of_all, there)
+
+    given = Given(
+        own=embeddings,
+        learned=learned,
+        weights=None,
+        own_queue=None,
+        queue=None,
+        queue_mask=None,
+        whole=whole,
+        roles=[role(a, b, members) for _, a, b, members in edges],
+    )
+    losses = terms.losses(plan, given)
+    zero = losses.new_zeros(())
+    of_tiers = [[x for x, edge in zip(losses, edges, strict=True) if edge[0] == tier] for tier in range(len(numbers))]
+    tiers = torch.stack([sum(found, zero) for found in of_tiers])
     loss = (tiers * torch.tensor(list(tier_weights), dtype=tiers.dtype, device=tiers.device)).sum()
     if sharding.check:
         loss, tiers = (rows.compare_gradient(part, op, sharding) for part in (loss, tiers))

@@ -5,23 +5,26 @@ from typing import Any, Literal, get_args
 
 import torch.distributed as dist
 
-Mode = Literal["auto", "replicated", "sharded"]
+Mode = Literal["auto", "replicated", "sharded", "ring"]
 MODES: tuple[Mode, ...] = get_args(Mode)
 
 
 @dataclass(frozen=True)
 class Sharding:
-    """A process group with options; every function with ``group=`` takes one.
+    """A process group with options of the losses; every function with ``group=`` takes one, `select` its group alone.
 
     Args:
         group: A ``ProcessGroup``, a 1-D ``DeviceMesh`` or ``(mesh, dimension)``.
         capacity: Rows a rank can have at most. All ranks pad to it, so that shapes are static: no exchange of sizes, no
             host synchronisation, and ``torch.compile(fullgraph=True)`` works. Every rank must then have as many
             entries of a queue ``negatives``. Without it a small header travels first.
-        mode: "replicated" (every rank evaluates the whole batch), "sharded" (a rank evaluates its rows against all) or
-            "auto", a rule on sizes that is the same on every rank.
-        check: Compare the upstream gradients of the ranks in backward, which must be equal, and with ``capacity`` the
-            headers too; costs a small collective each.
+        mode: "replicated" (every rank evaluates the whole batch), "sharded" (a rank evaluates its rows against all),
+            "ring" (the same, but the rows of others pass by in blocks, so that memory is linear in a rank's own rows;
+            not of `rank_n_contrast`) or "auto", a rule on sizes that is the same on every rank.
+        memory: Bytes of a rank's memory that "auto" reckons with: it takes the ring where the rows of all ranks that
+            a rank would hold are more than an eighth of them.
+        check: Compare the upstream gradients of the ranks in backward, which must be equal (those of "none" belong to
+            rows and are not compared), and with ``capacity`` the headers too; costs a small collective each.
 
     Raises:
         ValueError: An argument has the wrong kind or range.
@@ -30,6 +33,7 @@ class Sharding:
     group: Any
     capacity: int | None = None
     mode: Mode = "auto"
+    memory: int = 4 << 30
     check: bool = False
 
     def __init__(
@@ -38,15 +42,19 @@ class Sharding:
         *,
         capacity: int | None = None,
         mode: Mode = "auto",
+        memory: int = 4 << 30,
         check: bool = False,
     ) -> None:
         if capacity is not None and (isinstance(capacity, bool) or not isinstance(capacity, int) or capacity < 0):
             raise ValueError(f"Sharding: expected `capacity` to be an integer of at least 0, got {capacity!r}")
         if mode not in MODES:
             raise ValueError(f"Sharding: expected `mode` to be one of {', '.join(MODES)}, got {mode!r}")
+        if isinstance(memory, bool) or not isinstance(memory, int) or memory < 0:
+            raise ValueError(f"Sharding: expected `memory` to be an integer of at least 0, in bytes, got {memory!r}")
         object.__setattr__(self, "group", _process_group(group))
         object.__setattr__(self, "capacity", capacity)
         object.__setattr__(self, "mode", mode)
+        object.__setattr__(self, "memory", memory)
         object.__setattr__(self, "check", check)
 
     @property
