@@ -40,7 +40,7 @@ __global__ void __launch_bounds__(kRowThreads, 4) prepare_kernel(const __grid_co
   }
 }
 
-// One block: the loss, from the losses of the rows and of the columns (n = 0 where columns are no anchors).
+// One block: the loss, from the losses of the rows and of the columns (n = 0 where columns are not anchors).
 template <typename A>
 __global__ void __launch_bounds__(kFinishThreads, 1)
     finish_kernel(const double* __restrict__ row_losses, const A* __restrict__ row_stats, int64_t n,

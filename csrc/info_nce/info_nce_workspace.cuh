@@ -38,7 +38,7 @@ struct Workspace {
   Terms<T, 1> terms;
   std::optional<Classes> classes;  // where positives are sums over them
 
-  // Backward, `row_stats` are those of the forward pass; `column_stats` is null where columns are no anchors.
+  // Backward, `row_stats` are those of the forward pass; `column_stats` is null where columns are not anchors.
   Workspace(const char* op, const InfoNceInputs& in, const InfoNceSizes& s, const InfoNceOptions& options,
             const A* row_stats, const A* column_stats, const A* grad_out, cudaStream_t stream,
             const PartOfBatch<A>* part = nullptr)

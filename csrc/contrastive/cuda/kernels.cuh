@@ -202,7 +202,7 @@ struct Merge {
   }
 };
 
-// Grid [blocks, directions, terms]. Where columns are no anchors their direction repeats that of the rows.
+// Grid [blocks, directions, terms]. Where columns are not anchors their direction repeats that of the rows.
 template <typename T, int Most>
 __global__ void __launch_bounds__(kRowThreads, 3)
     merge_kernel(const __grid_constant__ Terms<T, Most> terms, const __grid_constant__ Merge<acc_t<T>> rows,

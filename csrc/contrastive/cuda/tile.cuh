@@ -27,7 +27,7 @@ struct Side {
   const int64_t* labels;         // [n] or null; negative: takes no part
   const A* partner;              // [rows] or null: factors of another side, whose missing rows take no part here either
   int64_t* counts;               // rows that take part, anchors that count
-  const A* stats;                // [4 or 5, n], backward; null for a role whose rows are no anchors
+  const A* stats;                // [4 or 5, n], backward; null for a role whose rows are not anchors
 
   // The factor of a row in its term.
   __device__ A factor_of(int64_t i) const {
