@@ -35,6 +35,11 @@ def _seeded() -> None:
     torch.manual_seed(0)
 
 
+def _is_long(item: pytest.Item) -> bool:
+    """Whether a test compiles or runs for minutes."""
+    return item.name.startswith("test_sanitizers") or item.path.stem in ("test_cpu_sanitizers", "test_one_definition")
+
+
 @pytest.hookimpl(tryfirst=True)
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
     """Leave out what is too much for CUDA code on the host, mark the second tier, and put long tests first."""
@@ -53,5 +58,5 @@ def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
             if tiers.waits(runs_cuda_code, item.originalname, number, params):
                 item.add_marker(pytest.mark.slow)
         kept.append(item)
-    kept.sort(key=lambda item: not item.name.startswith("test_sanitizers"))  # no worker ends alone with a long one
+    kept.sort(key=lambda item: not _is_long(item))  # no worker ends alone with a long one
     items[:] = kept
