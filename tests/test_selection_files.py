@@ -211,7 +211,7 @@ def test_an_output_that_could_not_be_written_is_refused_before_the_work(
         ("taken", "is a folder"),
         ("other", "other.state is a folder"),
         ("absent/x.json", "there is no folder"),
-        ("pipe", "no regular file"),
+        ("pipe", "not a regular file"),
     ):
         assert run(folder, out=out) == 1
         assert words in capsys.readouterr().err
