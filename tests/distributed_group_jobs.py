@@ -1,14 +1,21 @@
-"""What the ranks of tests/test_distributed.py run that is no comparison of a loss: groups, and steps run twice."""
+"""What the ranks of tests/test_distributed.py run besides comparing losses: groups, memory, selection, ends."""
 
-from collections.abc import Callable
+import os
+import signal
+import weakref
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import torch
+import torch.distributed as dist
 from torch import Tensor
 from torch.distributed.device_mesh import DeviceMesh
+from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 
 import msacore
+from msacore.distributed import Sharding
+from tests.workers import split
 
 # Meshes make groups, which all processes make together, and once.
 MESHES: dict[int, DeviceMesh] = {}
@@ -41,3 +48,82 @@ def bits(group: Any, rank: int, name: str, mode: str, step: Callable[..., Any]) 
     first, second = (step(group, rank, name, (7, 0, 12, 1), mode, torch.float32) for _ in range(2))
     found = [[x for x in tree_leaves(run) if isinstance(x, Tensor)] for run in (first, second)]
     return len(found[0]) > 1 and all(torch.equal(p, q) for p, q in zip(*found, strict=True))
+
+
+class LiveTensors(TorchDispatchMode):
+    """Most bytes of tensors, made within, that lived at a time."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.now = self.most = 0
+        self._known: set[int] = set()
+
+    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        result = func(*args, **(kwargs or {}))
+        for tensor in tree_leaves(result):
+            if isinstance(tensor, Tensor):
+                self._add(getattr(tensor, "elem", tensor).untyped_storage())
+        return result
+
+    def _add(self, storage: Any) -> None:
+        key, size = storage._cdata, storage.nbytes()
+        if key in self._known:
+            return
+        self._known.add(key)
+        self.now += size
+        self.most = max(self.most, self.now)
+        weakref.finalize(storage, self._remove, key, size)
+
+    def _remove(self, key: int, size: int) -> None:
+        self._known.discard(key)
+        self.now -= size
+
+
+def most_bytes(group: Any, rank: int, mode: str, rows: int) -> int:
+    """Of tensors in a step of a symmetric loss with labels, besides the embeddings themselves."""
+    generator = torch.Generator().manual_seed(rank)
+    x, y = (torch.randn(rows, 32, generator=generator, requires_grad=True) for _ in range(2))
+    labels = torch.arange(rows)
+    with LiveTensors() as live:
+        loss = msacore.info_nce(x, y, labels=(labels, labels), symmetric=True, group=Sharding(group, mode=mode))
+        loss.backward()
+    return live.most
+
+
+def selects(group: Any, rank: int, arguments: dict[str, Any], sizes: Sequence[int], state: Any) -> Any:
+    """A selection over the ranks, of which each has its rows."""
+    own = {key: split(arguments[key], sizes, rank) for key in ("embeddings", "uncertainty")}
+    return msacore.select(**{**arguments, **own}, state=state, group=group)
+
+
+def dies_selecting(group: Any, rank: int, victim: int) -> None:
+    """One rank is killed in the middle of a selection."""
+    gather, calls = dist.all_gather_object, 0
+
+    def until(*arguments: Any, **named: Any) -> None:
+        nonlocal calls
+        calls += 1
+        if calls == 8:
+            os.kill(os.getpid(), signal.SIGKILL)
+        gather(*arguments, **named)
+
+    if rank == victim:
+        dist.all_gather_object = until
+    x = torch.randn(60, 4, generator=torch.Generator().manual_seed(rank))
+    msacore.select(x, 40, strategy="mmr", uncertainty=torch.ones(60), group=group)
+
+
+def dies_in_backward(group: Any, rank: int, victim: int) -> None:
+    x = torch.randn(4, 6, requires_grad=True)
+    loss = msacore.info_nce(x, x.detach(), group=Sharding(group, mode="sharded"))
+    if rank == victim:
+        os.kill(os.getpid(), signal.SIGKILL)
+    loss.backward()
+
+
+def no_ring(group: Any, rank: int) -> str:
+    try:
+        msacore.rank_n_contrast(torch.randn(3, 2), torch.randn(3), group=Sharding(group, mode="ring"))
+    except ValueError as error:
+        return str(error)
+    return ""

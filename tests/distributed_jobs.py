@@ -48,8 +48,9 @@ def compare(group: Any, rank: int, name: str, sizes: Sequence[int], mode: str, d
     capacity = max(*sizes, 1) + 2 if padded else None
     sharding = Sharding(group, capacity=capacity, mode=mode)
     if capacity is not None and "negatives" in whole:  # then every rank has as many entries of the queue
-        whole["negatives"] = torch.cat([whole["negatives"], whole["negatives"][:3] + 1])
-        whole["negative_mask"] = torch.arange(8) != 2
+        drawn = whole["negatives"]
+        whole["negatives"] = torch.cat([drawn, drawn + 1, drawn[:2] + 2])  # 12 are equally many on up to four ranks
+        whole["negative_mask"] = torch.arange(12) != 2
 
     def run(arguments: dict[str, Any], factor: float, **options: Any) -> tuple[Tensor, dict[str, Any]]:
         arguments = {k: _leaves(v) if k in differentiable else v for k, v in arguments.items()}
@@ -303,7 +304,7 @@ def started(group: Any, rank: int, sizes: Sequence[int], mode: str) -> float:
     return max(float((p - q).abs().max()) for p, q in zip(*results, strict=True) if p.numel())
 
 
-def uneven_steps(group: Any, rank: int) -> list[float]:
+def uneven_steps(group: Any, rank: int, itself: bool) -> list[float]:
     """Losses of ranks that make different numbers of steps; a rank that has ended counts as empty."""
     steps = (1, 3, 2, 4)[rank]
     loss = msacore.nn.InfoNCE(group=group)
@@ -311,7 +312,7 @@ def uneven_steps(group: Any, rank: int) -> list[float]:
     with msacore.distributed.join(loss, group):
         for step in range(steps):
             x = torch.randn(3, 6, generator=torch.Generator().manual_seed(10 * step + rank), requires_grad=True)
-            value = loss(x, x.detach().roll(1, 1))
+            value = loss(x, x if itself else x.detach().roll(1, 1))
             value.backward()
             found.append(value.item())
     return found

@@ -1,9 +1,12 @@
 """Losses over several processes: the loss and the gradient of one process, whatever the split."""
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
+from typing import Any
 
 import pytest
 import torch
+from hypothesis import HealthCheck, given, settings
+from hypothesis import strategies as st
 
 import msacore
 from bench.distributed import MODES as MODES_OF_BENCH
@@ -121,14 +124,15 @@ def test_a_gather_may_begin_early(workers: Workers) -> None:
         assert max(workers.run(jobs.started, 3, (5, 0, 3), mode)) <= most, mode
 
 
-def test_ranks_may_make_different_numbers_of_steps(workers: Workers) -> None:
-    found = workers.run(jobs.uneven_steps, 4)
+@pytest.mark.parametrize("itself", [False, True])
+def test_ranks_may_make_different_numbers_of_steps(workers: Workers, itself: bool) -> None:
+    found = workers.run(jobs.uneven_steps, 4, itself)
     assert [len(f) for f in found] == [1, 3, 2, 4]
     for step in range(4):
         running = [r for r, steps in enumerate((1, 3, 2, 4)) if step < steps]
         draw = [torch.randn(3, 6, generator=torch.Generator().manual_seed(10 * step + rank)) for rank in running]
         x = torch.cat(draw)
-        expected = msacore.info_nce(x, x.roll(1, 1)).item()
+        expected = msacore.info_nce(x, x if itself else x.roll(1, 1)).item()
         assert all(found[rank][step] == pytest.approx(expected, abs=1e-6) for rank in running)
 
 
@@ -144,6 +148,54 @@ def test_a_step_has_the_same_bits_twice(workers: Workers, name: str) -> None:
         assert all(workers.run(groups.bits, 4, name, mode, jobs.compare))
 
 
+@given(
+    name=st.sampled_from(list(BY_NAME)),
+    mode=st.sampled_from(MODES),
+    sizes=st.lists(st.integers(0, 9), min_size=1, max_size=4),
+)
+@settings(max_examples=40, suppress_health_check=[HealthCheck.function_scoped_fixture])
+def test_any_split_gives_the_loss_of_one_process(workers: Workers, name: str, mode: str, sizes: list[int]) -> None:
+    if mode.startswith("ring") and BY_NAME[name].loss == "rank_n_contrast":
+        mode = "sharded"
+    _check_split(workers, name, mode, sizes)
+
+
+def test_memory_of_the_ring_is_that_of_a_ranks_own_rows(workers: Workers) -> None:
+    def most(world: int, mode: str, rows: int) -> int:
+        return max(workers.run(groups.most_bytes, world, mode, rows))
+
+    # From three ranks on a block comes while another is read and a third leaves.
+    own = most(3, "ring", 256)
+    assert most(4, "ring", 256) <= 1.01 * own, "a larger batch, as many rows on a rank"
+    assert most(3, "ring", 512) <= 2.01 * own
+    assert most(4, "sharded", 256) >= 1.2 * most(3, "sharded", 256), "what the ring avoids"
+
+
+def test_ranks_have_no_ring(workers: Workers) -> None:
+    for message in workers.run(groups.no_ring, 2):
+        assert message.startswith("msacore::rank_n_contrast: expected `mode` to be")
+
+
+def test_selection_of_processes_has_the_picks_of_one_and_its_state_moves(workers: Workers) -> None:
+    n = 90
+    generator = torch.Generator().manual_seed(4)
+    arguments = {
+        "embeddings": torch.randint(0, 4, (n, 3), generator=generator).float(),
+        "uncertainty": torch.rand(n, generator=generator),
+    }
+    for strategy in ("uncertainty_kcenter", "lcmd"):
+        whole = msacore.select(**arguments, strategy=strategy, budget=30)
+        state = None
+        for world, sizes, budget in ((3, (50, 0, 40), 8), (1, (n,), 15), (2, (1, 89), 22), (4, (20, 30, 20, 20), 30)):
+            options = {**arguments, "strategy": strategy, "budget": budget}
+            found = workers.run(groups.selects, world, options, sizes, state)
+            for one in found:
+                assert one.indices.tolist() == whole.indices[:budget].tolist()
+                assert torch.equal(one.scores, whole.scores[:budget])
+            state = found[-1].state
+        assert found[0].radius == whole.radius
+
+
 @pytest.mark.parametrize("world", [1, 2, 3, 4])
 def test_a_step_sends_the_bytes_that_the_formula_says(workers: Workers, world: int) -> None:
     for counted in workers.run(jobs.counted_bytes, world, 5, 6):
@@ -154,8 +206,18 @@ def test_a_step_sends_the_bytes_that_the_formula_says(workers: Workers, world: i
 
 
 @pytest.mark.slow  # a process is killed: new ones are started
-def test_when_a_rank_dies_the_others_raise(workers: Workers) -> None:
+@pytest.mark.parametrize(
+    ("job", "words"),
+    [
+        (jobs.dies, "the process group is unusable"),
+        (groups.dies_in_backward, "the process group is unusable"),
+        (groups.dies_selecting, "the group cannot be used any more"),
+    ],
+)
+def test_when_a_rank_dies_the_others_raise(workers: Workers, job: Callable[..., Any], words: str) -> None:
     with pytest.raises(AssertionError) as raised:
-        workers.run(jobs.dies, 3, 1)
-    assert "the process group is unusable" in str(raised.value)
+        workers.run(job, 3, 1)
+    for rank in (0, 2):
+        assert f"rank {rank}: " in str(raised.value)
+    assert words in str(raised.value)
     assert workers.run(jobs.started, 3, (2, 2, 2), "sharded") == [0.0] * 3, "new processes serve the next function"

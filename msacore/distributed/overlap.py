@@ -69,13 +69,17 @@ def start(candidates: Tensor, group: Any) -> Started:
     return Started(candidates, sharding, layout, begin_gather(op, sent, sharding.group))
 
 
-def _without_rows(value: Any) -> Any:
+def _without_rows(value: Any, made: dict[int, Tensor] | None = None) -> Any:
+    """The same arguments with tensors of no rows; one that stands in two places stays one, which the losses notice."""
+    made = {} if made is None else made
     if isinstance(value, Tensor):
-        empty = value.detach()[:0].clone() if value.dim() else value.detach()
-        return empty.requires_grad_() if empty.is_floating_point() and value.dim() else empty
+        if id(value) not in made:
+            empty = value.detach()[:0].clone() if value.dim() else value.detach()
+            made[id(value)] = empty.requires_grad_() if empty.is_floating_point() and value.dim() else empty
+        return made[id(value)]
     if isinstance(value, (list, tuple)):
-        return type(value)(_without_rows(item) for item in value)
-    return {k: _without_rows(v) for k, v in value.items()} if isinstance(value, dict) else value
+        return type(value)(_without_rows(item, made) for item in value)
+    return {k: _without_rows(v, made) for k, v in value.items()} if isinstance(value, dict) else value
 
 
 class _Shadow(JoinHook):
@@ -118,7 +122,7 @@ class join(Joinable):
     def _before(self, module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
         if self._shadowing:
             return
-        self._example = _without_rows(args), _without_rows(kwargs)
+        self._example = _without_rows((args, kwargs))
         Join.notify_join_context(self)
 
     def _step(self) -> None:
@@ -127,11 +131,11 @@ class join(Joinable):
                 "msacore::join: expected every rank to make at least one step; this rank has made none and does not "
                 "know the widths of a batch. Give it one, or call the loss with tensors [0, d]"
             )
-        args, kwargs = self._example
         self._shadowing = True
         try:
             with torch.enable_grad():
-                result = self.loss(*_without_rows(args), **_without_rows(kwargs))
+                args, kwargs = _without_rows(self._example)
+                result = self.loss(*args, **kwargs)
                 results = result if isinstance(result, tuple) else (result,)
                 torch.autograd.backward([r.sum() for r in results if r.requires_grad])
         finally:
