@@ -3,6 +3,7 @@
 import argparse
 import importlib
 import pkgutil
+import warnings
 from pathlib import Path
 
 import torch
@@ -10,7 +11,7 @@ import torch
 import bench
 from bench import report
 from bench.device import open_device
-from bench.harness import Benchmark, GrowthRow, Row, by_dtype, measure, measure_growth
+from bench.harness import PATIENCE, Benchmark, GrowthRow, Row, Shape, by_dtype, measure, measure_growth
 
 
 def benchmarks() -> dict[str, Benchmark]:
@@ -23,14 +24,18 @@ def benchmarks() -> dict[str, Benchmark]:
     return found
 
 
-def arguments(names: list[str]) -> argparse.Namespace:
+def arguments(names: list[str], line: list[str] | None = None) -> argparse.Namespace:
     parser = argparse.ArgumentParser(prog="python -m bench", description=__doc__)
     parser.add_argument("operators", nargs="*", metavar="operator", help=f"any of: {', '.join(names)}; default all")
     parser.add_argument("--device", choices=["cpu", "cuda"], default="cpu")
-    parser.add_argument("--quick", action="store_true", help="small shapes only")
+    parser.add_argument(
+        "--all",
+        action="store_true",
+        help="every shape, dtype and argument, and torch.compile: takes hours",
+    )
     parser.add_argument("--large", action="store_true", help="the shapes of a size for GPUs, and no others")
     parser.add_argument(
-        "--shape", action="append", default=[], help="only shapes whose name contains this, or another given"
+        "--shape", action="append", default=[], help="of all shapes those whose name contains this, or another given"
     )
     parser.add_argument("--without", action="append", default=[], metavar="PROVIDER", help="leave out; repeatable")
     parser.add_argument("--rounds", type=int, default=21, help="turns of each provider, at most (default 21)")
@@ -38,7 +43,7 @@ def arguments(names: list[str]) -> argparse.Namespace:
     parser.add_argument("--growth", action="store_true", help="measure our time over each size instead of the peers")
     for kind in ("csv", "json", "markdown", "plot"):
         parser.add_argument(f"--{kind}", type=Path, metavar="FILE")
-    chosen = parser.parse_args()
+    chosen = parser.parse_args(line)
     if unknown := set(chosen.operators) - set(names):
         parser.error(f"no benchmark for {', '.join(sorted(unknown))}; there are: {', '.join(names)}")
     if chosen.growth and chosen.csv:
@@ -46,16 +51,37 @@ def arguments(names: list[str]) -> argparse.Namespace:
     return chosen
 
 
+def operators_of(known: dict[str, Benchmark], options: argparse.Namespace) -> list[str]:
+    """Those that were named, else all; what single arguments cost (`operator: argument`) is measured by `--all`."""
+    return options.operators or [name for name in known if options.all or ": " not in name]
+
+
+def shapes_of(benchmark: Benchmark, options: argparse.Namespace) -> list[Shape]:
+    """The small shapes, unless options ask for others."""
+    every = options.all or options.shape
+    shapes = [s for s in benchmark.shapes if (s.large if options.large else not s.large and (every or s.quick))]
+    return [s for s in shapes if any(part in s.name for part in options.shape or [""])]
+
+
+def providers_without(benchmark: Benchmark, options: argparse.Namespace) -> list[str]:
+    """What is left out: torch.compile takes tens of seconds a shape."""
+    slow = [] if options.all or options.large else [p.name for p in benchmark.providers if p.compiled]
+    return [*options.without, *slow]
+
+
 def main() -> None:
     known = benchmarks()
     options = arguments(list(known))
     torch.set_num_threads(options.threads)
+    warnings.filterwarnings("ignore", "Sparse ")  # torch's, on the formats of some peers
     device = open_device(options.device)
     about = report.environment(options.device)
     print("\n".join(f"{key}: {value}" for key, value in about.items()))
     rows: list[Row] = []
     growth: list[GrowthRow] = []
-    for name in options.operators or known:
+    # By default somebody waits for the whole; medians of fewer turns will do.
+    patience = PATIENCE if options.all or options.large or options.shape else PATIENCE / 4
+    for name in operators_of(known, options):
         benchmark = known[name]
         for over in benchmark.growth if options.growth else ():
             growth.append(measure_growth(benchmark, over, device, options.rounds))
@@ -63,16 +89,15 @@ def main() -> None:
             times = ", ".join(f"{v}: {t:.2f} ms" for v, t in zip(g.values, g.times_ms, strict=True))
             print(f"\n{name} over {g.axis}: {times}; slope {g.slope:.2f}, expected {g.expected:.1f}", flush=True)
             write(options, rows, growth, about)
-        for shape in () if options.growth else benchmark.shapes:
-            wanted = any(part in shape.name for part in options.shape or [""])
-            if wanted and shape.large == options.large and (shape.quick or not options.quick):
+        without = providers_without(benchmark, options)
+        for shape in () if options.growth else shapes_of(benchmark, options):
+            kinds = [benchmark]
+            if (options.all or options.large) and shape.decisive and benchmark.differentiable:
+                kinds.append(by_dtype(benchmark))
+            for kind in kinds:
                 torch.manual_seed(0)
-                rows.append(measure(benchmark, shape, device, options.rounds, options.without))
+                rows.append(measure(kind, shape, device, options.rounds, without, patience))
                 print("\n" + report.text(rows[-1]), flush=True)
-                if shape.decisive and benchmark.differentiable:
-                    torch.manual_seed(0)
-                    rows.append(measure(by_dtype(benchmark), shape, device, options.rounds, options.without))
-                    print("\n" + report.text(rows[-1]), flush=True)
                 write(options, rows, growth, about)
 
 

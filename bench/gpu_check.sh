@@ -81,7 +81,7 @@ benchmark propagate 30 propagate --large --rounds 5
 benchmark matrix_fusion 20 matrix_fusion --large --rounds 5
 benchmark kcenter 40 kcenter --large --rounds 3 --without "torch, cdist per pick (DISTIL)" \
   --without "torch, pairwise_distance per pick (anomalib)" --without "scikit-learn, euclidean_distances per pick"
-benchmark hierarchical_contrastive_loss 40 hierarchical_contrastive_loss --rounds 11
+benchmark hierarchical_contrastive_loss 40 hierarchical_contrastive_loss --all --rounds 11
 
 # Two ways of a computation, each of which somebody estimated to be the faster one: both, on the same shapes.
 for few in 0 100000; do
@@ -100,7 +100,7 @@ unset MSACORE_CUDA_PAIRWISE_ROWS
 
 part "graphs, streams, devices" 40 "${pytest[@]}" tests/test_cuda_device.py -k "captured or queued or second or somebody"
 part "the rest of the tests" 120 "${pytest[@]}" "${workers[@]}" tests/test_ops.py -k "cuda and not ($values and (float32 or bfloat16))"
-benchmark "everything else" 120 --rounds 5
+benchmark "everything else" 120 --all --rounds 5
 
 if ((failed)); then
   say "not all parts passed"

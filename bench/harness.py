@@ -41,8 +41,8 @@ class Unavailable(Exception):
 class Shape:
     name: str
     sizes: dict[str, int]
-    quick: bool = False  # also measured by `--quick` and by `pytest bench`
-    decisive: bool = False  # also measured through torch.compile, and by dtype
+    quick: bool = False  # measured by default and by `pytest bench`; the others by `--all`
+    decisive: bool = False  # `--all` measures it through torch.compile, too, and by dtype
     large: bool = False  # of a size for GPUs, measured by `--large` alone
 
 
@@ -264,7 +264,14 @@ def bound(
     return found
 
 
-def measure(benchmark: Benchmark, shape: Shape, device: Device, rounds: int, without: Sequence[str] = ()) -> Row:
+def measure(
+    benchmark: Benchmark,
+    shape: Shape,
+    device: Device,
+    rounds: int,
+    without: Sequence[str] = (),
+    patience: float = PATIENCE,
+) -> Row:
     """One row, measured again while a canary drifts, at most `ATTEMPTS` times."""
     inputs = benchmark.inputs(shape.sizes, device.torch)
     row = Row(benchmark.name, shape.name)
@@ -293,9 +300,9 @@ def measure(benchmark: Benchmark, shape: Shape, device: Device, rounds: int, wit
     best: tuple[float, dict[str, float], dict[str, float], list[Canary]] | None = None
     for attempt in range(1, ATTEMPTS + 1):
         canaries = [*opening, device.canary()]
-        forward_times = {**medians(forward, rounds, device.clock), **long}
+        forward_times = {**medians(forward, rounds, device.clock, patience), **long}
         canaries.append(device.canary())
-        total_times = medians(total, rounds, device.clock)
+        total_times = medians(total, rounds, device.clock, patience)
         canaries.append(device.canary())
         if best is None or drift(canaries) < best[0]:
             best = (drift(canaries), forward_times, total_times, canaries)

@@ -4,6 +4,7 @@ import csv
 import json
 import platform
 import subprocess
+import textwrap
 from collections.abc import Iterable, Sequence
 from dataclasses import asdict
 from datetime import datetime, timezone
@@ -42,6 +43,7 @@ def _number(value: float | None, unit: str = "") -> str:
     return f"{value:.{digits}f}{unit}"
 
 
+TERMINAL = 100  # columns
 COLUMNS = ("provider", "forward ms", "fwd+bwd ms", "extra MB", "ratio", "of limit", "")
 
 
@@ -58,14 +60,19 @@ def canary_line(row: Row) -> str:
 
 
 def text(row: Row) -> str:
-    """A row as aligned text."""
-    table = [COLUMNS, *(cells(m, row.withheld) for m in row.measurements)]
-    widths = [max(len(line[i]) for line in table) for i in range(len(COLUMNS))]
-    lines = []
-    for line in table:
-        figures = [cell.rjust(width) for cell, width in zip(line[1:-1], widths[1:-1], strict=True)]
-        lines.append("  " + "  ".join([line[0].ljust(widths[0]), *figures, line[-1]]).rstrip())
-    return "\n".join([f"{row.operator}  {row.shape}", *lines, "  " + canary_line(row)])
+    """A row as aligned text that fits a terminal; notes stand below the lines they belong to."""
+    table = [COLUMNS[:-1], *(cells(m, "")[:-1] for m in row.measurements)]
+    widths = [max(len(line[i]) for line in table) for i in range(len(COLUMNS) - 1)]
+    lines = [f"{row.operator}  {row.shape}"]
+    for line, note in zip(table, ["", *(m.note for m in row.measurements)], strict=True):
+        figures = [cell.rjust(width) for cell, width in zip(line[1:], widths[1:], strict=True)]
+        lines.append("  " + "  ".join([line[0].ljust(widths[0]), *figures]))
+        lines += _wrapped(note, "      ")
+    return "\n".join([*lines, *_wrapped(row.withheld, "  "), *_wrapped(canary_line(row), "  ")])
+
+
+def _wrapped(note: str, indent: str) -> list[str]:
+    return textwrap.wrap(note, TERMINAL, initial_indent=indent, subsequent_indent=indent)
 
 
 def markdown(rows: Sequence[Row], growth: Sequence[GrowthRow], about: dict[str, str]) -> str:
