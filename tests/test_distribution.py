@@ -16,6 +16,13 @@ ADDED = {"PKG-INFO", "setup.cfg"}
 LEFT_OUT = {".github"}
 
 
+def test_citation_and_changelog_are_of_this_version() -> None:
+    citation = (ROOT / "CITATION.cff").read_text(encoding="utf-8")
+    changes = (ROOT / "CHANGELOG.md").read_text(encoding="utf-8")
+    assert f"\nversion: {msacore.__version__}\n" in citation
+    assert changes.split("\n## ")[1].startswith(msacore.__version__)
+
+
 @pytest.fixture(scope="module")
 def unpacked(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """A source distribution, made from a copy of what git tracks, unpacked."""
