@@ -71,7 +71,7 @@ struct Problem {
     sides.reserve(2);
     const Source<T> anchors{in.anchors.const_data_ptr<T>(), size.anchors, nullptr};
     using Right = typename Side<A>::Right;
-    const Right right = takes_pairs<T>(std::max(size.anchors, all), size.width) ? Right::kPairs : Right::kPanels;
+    const Right right = takes_pairs<T>(std::min(size.anchors, all), size.width) ? Right::kPairs : Right::kPanels;
     sides.emplace_back(anchors, term.rows.used.get(), size.anchors, size.width, options.normalize, right);
     if (!self)
       sides.emplace_back(Source<T>{in.candidates ? in.candidates->template const_data_ptr<T>() : anchors.first,

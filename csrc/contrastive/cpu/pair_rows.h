@@ -189,7 +189,7 @@ class PairRows {
   Buffer<Pair> pairs_;    // [rows / 2, width], of neighbouring rows
 };
 
-// Whether sides of so many rows of T, the largest of a loss, go through the matrix instructions.
+// Whether sides of at least so many rows of T go through the matrix instructions.
 template <typename T>
 bool takes_pairs(int64_t rows, int64_t d) {
   constexpr int64_t kFewRows = 128, kNarrow = 32;  // below them packing costs what the products save
