@@ -65,9 +65,9 @@ def leftovers(out: Path) -> list[str]:
 @pytest.mark.parametrize(
     "system",
     [
-        # A known fault, not understood: beside another process a training sometimes predicts values that are not finite.
+        # A known fault, not understood: beside another process a training sometimes predicts what is not finite.
         pytest.param(
-            "al_hcl", marks=pytest.mark.xfail(strict=False, reason="runs of several jobs may end in an error")
+            "al_hcl", marks=pytest.mark.xfail(strict=False, reason="several jobs may end in an error")
         ),
         "sslmm",
     ],
