@@ -66,9 +66,7 @@ def leftovers(out: Path) -> list[str]:
     "system",
     [
         # A known fault, not understood: beside another process a training sometimes predicts what is not finite.
-        pytest.param(
-            "al_hcl", marks=pytest.mark.xfail(strict=False, reason="several jobs may end in an error")
-        ),
+        pytest.param("al_hcl", marks=pytest.mark.xfail(strict=False, reason="several jobs may end in an error")),
         "sslmm",
     ],
 )
