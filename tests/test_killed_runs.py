@@ -7,10 +7,13 @@ import random
 import shlex
 import signal
 import time
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import pytest
+import torch
 
 from examples.al_hcl.__main__ import main as al_hcl
 from examples.msa.files import TEMPORARY, remove_temporaries, write_atomic
@@ -62,14 +65,7 @@ def leftovers(out: Path) -> list[str]:
 
 
 @pytest.mark.slow  # starts some fifty processes
-@pytest.mark.parametrize(
-    "system",
-    [
-        # A known fault, not understood: beside another process a training sometimes predicts what is not finite.
-        pytest.param("al_hcl", marks=pytest.mark.xfail(strict=False, reason="several jobs may end in an error")),
-        "sslmm",
-    ],
-)
+@pytest.mark.parametrize("system", sorted(COMMANDS))
 def test_killed_runs_end_with_the_same_report(system: str, tmp_path: Path) -> None:
     moments = random.Random(system)
     finish(start(system, tmp_path / "whole", 1))
@@ -93,6 +89,30 @@ def test_killed_runs_end_with_the_same_report(system: str, tmp_path: Path) -> No
                 finish(start(system, out, jobs))
                 assert numbers(out) == expected and leftovers(out) == [], f"{jobs} jobs, trial {trial}"
                 trial += 1
+
+
+@dataclass(frozen=True)
+class Doubled:
+    """Work that holds a tensor and an array of the same memory, and returns such a pair."""
+
+    tensor: torch.Tensor
+    array: np.ndarray
+
+    def __call__(self, factor: int) -> tuple[torch.Tensor, np.ndarray]:
+        assert np.array_equal(self.array, self.tensor.numpy())
+        found = factor * self.tensor
+        return found, found.numpy()
+
+
+def test_work_and_results_are_copies_whose_arrays_hold_what_their_tensors_hold(tmp_path: Path) -> None:
+    tensor = torch.arange(300_000.0)
+    work = Doubled(tensor, tensor.numpy())
+    with sole_user(tmp_path):
+        results = list(spread(work, [1, 2, 3], 2, tmp_path))
+    assert not tensor.is_shared() and np.shares_memory(tensor.numpy(), work.array)
+    for factor, (found, array) in zip((1, 2, 3), results, strict=True):
+        assert not found.is_shared()
+        assert torch.equal(found, factor * tensor) and np.array_equal(array, found.numpy())
 
 
 def slow_work(path: Path) -> int:

@@ -6,6 +6,7 @@ import fcntl
 import multiprocessing
 import multiprocessing.connection
 import os
+import pickle
 import threading
 import time
 from collections.abc import Callable, Iterator, Sequence
@@ -62,9 +63,11 @@ def spread(work: Callable[[A], B], items: Sequence[A], jobs: int, folder: Path) 
         return
     # A forked child inherits locks of OpenMP threads that it does not have.
     context = multiprocessing.get_context("spawn")
-    pool = ProcessPoolExecutor(jobs, context, _start_worker, (work, folder))
+    # Bytes, both ways: between processes torch would move a tensor to shared memory, and an array that looks at its old
+    # memory, from `tensor.numpy()`, would then read what has been freed.
+    pool = ProcessPoolExecutor(jobs, context, _start_worker, (pickle.dumps(work), folder))
     try:
-        yield from pool.map(_work, items)
+        yield from map(pickle.loads, pool.map(_work, items))
     finally:
         pool.shutdown(cancel_futures=True)
 
@@ -85,14 +88,14 @@ def _lock(file: IO[Any], kind: int, patience: float) -> bool:
 _state: dict[str, Any] = {}
 
 
-def _start_worker(work: Callable[[Any], Any], folder: Path) -> None:
+def _start_worker(work: bytes, folder: Path) -> None:
     parent = multiprocessing.parent_process()
     assert parent is not None
     threading.Thread(target=_end_with, args=(parent.sentinel,), daemon=True).start()
     # Kept open for as long as the process lives.
     lock = (folder / "workers.lock").open("a")
     fcntl.flock(lock, fcntl.LOCK_SH)
-    _state.update(work=work, lock=lock)
+    _state.update(work=pickle.loads(work), lock=lock)
     torch.set_num_threads(1)
 
 
@@ -102,5 +105,5 @@ def _end_with(sentinel: int) -> None:
     os._exit(1)
 
 
-def _work(item: Any) -> Any:
-    return _state["work"](item)
+def _work(item: Any) -> bytes:
+    return pickle.dumps(_state["work"](item))
