@@ -75,7 +75,7 @@ class Workers:
         return [found[rank] for rank in range(size)]
 
     def _collect(self, seconds: float) -> dict[int, Any]:
-        """One answer of every process that lives, for at most ``seconds``: what one rank raises, others may notice later."""
+        """An answer of every living process, for at most ``seconds``: what one rank raises, another may notice later."""
         found: dict[int, Any] = {}
         errors = []
         end = time.monotonic() + seconds
