@@ -75,7 +75,7 @@ class Workers:
         return [found[rank] for rank in range(size)]
 
     def _collect(self, seconds: float) -> dict[int, Any]:
-        """An answer of every living process, for at most ``seconds``: what one rank raises, another may notice later."""
+        """An answer of every living process, within ``seconds``: a rank may notice late what another raised."""
         found: dict[int, Any] = {}
         errors = []
         end = time.monotonic() + seconds
