@@ -83,6 +83,10 @@ def _hierarchy(n: int, g: torch.Generator, dtype: torch.dtype) -> dict[str, Any]
     }
 
 
+def _all_there(n: int, g: torch.Generator, dtype: torch.dtype) -> dict[str, Any]:
+    return {key: value for key, value in _hierarchy(n, g, dtype).items() if key != "available"}
+
+
 def _ranked(n: int, g: torch.Generator, dtype: torch.dtype) -> dict[str, Any]:
     targets = torch.randn(n, generator=g, dtype=dtype).round(decimals=1)
     return {
@@ -135,6 +139,14 @@ CASES = [
         ("unimodal", "fused", "high_level"),
         ("available", "labels"),
         options={"tier1": "intra_modal"},
+    ),
+    LossCase(
+        "intra-modal, all there",
+        "hierarchical_contrastive_loss",
+        _all_there,
+        ("unimodal", "fused", "high_level"),
+        ("labels",),
+        options={"tier1": "intra_modal", "normalize": False, "temperatures": (2.0, 0.5, 3.0)},
     ),
     LossCase("ranks", "rank_n_contrast", _ranked, ("embeddings",), ("targets", "mask")),
     LossCase(

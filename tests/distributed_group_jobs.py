@@ -6,6 +6,7 @@ import weakref
 from collections.abc import Callable, Sequence
 from typing import Any
 
+import pytest
 import torch
 import torch.distributed as dist
 from torch import Tensor
@@ -14,7 +15,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 
 import msacore
-from msacore.distributed import Sharding
+from msacore.distributed import Sharding, tiles
 from tests.workers import split
 
 # Meshes make groups, which all processes make together, and once.
@@ -119,6 +120,24 @@ def dies_in_backward(group: Any, rank: int, victim: int) -> None:
     if rank == victim:
         os.kill(os.getpid(), signal.SIGKILL)
     loss.backward()
+
+
+def visited_pairs(group: Any, rank: int, tier1: str, rows: int) -> int:
+    """Pairs of rows that this rank compares in the forward pass of the hierarchical loss."""
+    generator = torch.Generator().manual_seed(rank)
+    x = [torch.randn(rows, 4, generator=generator) for _ in range(7)]
+    labels, found, sums = torch.arange(rows), 0, tiles.Tile.sums
+
+    def counted(tile: tiles.Tile) -> tuple[Tensor, Tensor]:
+        nonlocal found
+        found += len(tile.anchors.x) * len(tile.candidates.x)
+        return sums(tile)
+
+    sharding = Sharding(group, mode="sharded")
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(tiles.Tile, "sums", counted)
+        msacore.hierarchical_contrastive_loss(x[:3], x[3], x[4:], tier1=tier1, labels=labels, group=sharding)
+    return found
 
 
 def no_ring(group: Any, rank: int) -> str:

@@ -171,6 +171,17 @@ def test_memory_of_the_ring_is_that_of_a_ranks_own_rows(workers: Workers) -> Non
     assert most(4, "sharded", 256) >= 1.2 * most(3, "sharded", 256), "what the ring avoids"
 
 
+@pytest.mark.parametrize("world", [2, 3, 4])
+def test_a_modality_against_itself_takes_half_the_work(workers: Workers, world: int) -> None:
+    rows, modalities = 6, 3
+    # Between two ranks one visits the pairs for both; a rank's own pairs, and those of other terms, are visited once.
+    other_terms, own = 2 * modalities * (world * rows) ** 2, modalities * world * rows**2
+    between = modalities * world * (world - 1) * rows**2 // 2
+    found = sum(workers.run(groups.visited_pairs, world, "intra_modal", rows))
+    assert found == other_terms + own + between
+    assert sum(workers.run(groups.visited_pairs, world, "cross_modal", rows)) == other_terms + own + 2 * between
+
+
 def test_ranks_have_no_ring(workers: Workers) -> None:
     for message in workers.run(groups.no_ring, 2):
         assert message.startswith("msacore::rank_n_contrast: expected `mode` to be")

@@ -11,11 +11,10 @@ import torch
 from torch import Tensor
 
 from msacore.distributed.collectives import exchange
-from msacore.distributed.replicated import Contrast, hidden
 from msacore.distributed.rows import Layout, hide, pack, pad_rows, unpack
 from msacore.distributed.sharding import Sharding
-from msacore.distributed.terms import Given, Gradients, Pairs, Plan
-from msacore.distributed.tiles import SUMS, Rows, Tile, add, merge
+from msacore.distributed.terms import Given, Gradients, Known, Plan
+from msacore.distributed.tiles import POSITIVES, SUMS, Rows, Tile, add, merge
 
 
 def _others(sharding: Sharding) -> int:
@@ -42,16 +41,29 @@ def _give_back(op: str, sharding: Sharding, parts: Sequence[Tensor], like: Tenso
     return [found[(rank - step) % world] for step in range(1, count + 1)]
 
 
-def gather(sharding: Sharding, c: Contrast) -> list[Tensor | None]:
-    """Rows, labels and masks of the next ranks, one rank after the other."""
-    own = [t for t in (c.anchors, c.anchor_labels, c.anchor_mask) if t is not None]
-    sent = [hide(own[0].detach(), hidden(c.anchor_mask, c.anchor_labels)), *own[1:]]
-    layout = c.of_anchors
+def gather(
+    op: str,
+    sharding: Sharding,
+    layout: Layout,
+    tensors: Sequence[Tensor | None],
+    unread: Sequence[Tensor | None],
+) -> list[Tensor | None]:
+    """Every tensor with the rows of the next ranks, one rank after the other.
+
+    Args:
+        op: Name of the operator.
+        sharding: The ranks.
+        layout: Of the rows.
+        tensors: ``[rows, …]`` each; all of them travel in one buffer of bytes.
+        unread: For each tensor, which of its rows ``[rows]`` are never read: they travel as zeros, whatever they hold.
+    """
+    present = [(x.detach(), hidden) for x, hidden in zip(tensors, unread, strict=True) if x is not None]
+    sent = [hide(x, hidden) for x, hidden in present]
     buffer = pack(sent)
-    blocks = _fetch("info_nce", sharding, pad_rows(buffer, max(layout.counts) - len(buffer)))
+    blocks = _fetch(op, sharding, pad_rows(buffer, max(layout.counts) - len(buffer)))
     cut = [block[: layout.counts[rank]] for block, rank in zip(blocks, _next(layout), strict=True)]
     found = iter(unpack(torch.cat([buffer[:0], *cut]), sent))
-    return [None if t is None else next(found) for t in (c.anchors, c.anchor_labels, c.anchor_mask)]
+    return [None if x is None else next(found) for x in tensors]
 
 
 def _next(layout: Layout) -> list[int]:
@@ -75,11 +87,11 @@ class _Visit:
     columns: tuple[int, int]
 
 
-def _visits(plan: Plan, given: Given) -> tuple[Tile, list[_Visit]]:
-    """The pairs of this rank's own rows, and those with others."""
-    layout, own, (whole,) = plan.of_anchors, given.anchors(plan, 0), given.whole
+def _visits(plan: Plan, given: Given, k: int) -> tuple[Tile, list[_Visit]]:
+    """The pairs of term k among this rank's own rows, and those with others."""
+    layout, own, whole = plan.of_anchors, given.anchors(plan, k), given.whole[plan.terms[k].anchors]
     assert whole is not None
-    role, n, ranks = given.roles[0], layout.rows, _next(layout)
+    role, n, ranks = given.roles[k], layout.rows, _next(layout)
     # The fetched rows have no number that one of this rank's rows has.
     fetched = Rows(whole, role.all_labels, role.all_mask, own.begin + 2 * layout.total + 1)
     ends = [0]
@@ -87,7 +99,7 @@ def _visits(plan: Plan, given: Given) -> tuple[Tile, list[_Visit]]:
         ends.append(ends[-1] + layout.counts[rank])
 
     def visit(rows: tuple[int, int], columns: tuple[int, int]) -> _Visit:
-        tile = given.tile(plan, 0, own.part(*rows), fetched.part(*columns), symmetric=True)
+        tile = given.tile(plan, k, own.part(*rows), fetched.part(*columns), symmetric=True)
         return _Visit(tile, rows, columns)
 
     shared = len(layout.counts) % 2 == 0
@@ -98,7 +110,7 @@ def _visits(plan: Plan, given: Given) -> tuple[Tile, list[_Visit]]:
             visits.append(visit((0, n), (begin, begin + (end - begin) // 2)))
         else:
             visits.append(visit((min(layout.counts[layout.rank] // 2, n), n), (begin, end)))
-    return given.tile(plan, 0, own, own, symmetric=False), visits
+    return given.tile(plan, k, own, own, symmetric=False), visits
 
 
 def _widen(part: Tensor, at: tuple[int, int], size: int, nothing: Tensor) -> Tensor:
@@ -107,92 +119,100 @@ def _widen(part: Tensor, at: tuple[int, int], size: int, nothing: Tensor) -> Ten
     return torch.cat([before, part, after], 1)
 
 
-def _deliver(plan: Plan, columns: Tensor) -> list[Tensor]:
-    """``[R, fetched]`` to the ranks whose rows they are; what others have found of this rank's, ``[R, rows]`` each."""
-    layout = plan.of_anchors
+def _deliver(plan: Plan, of_terms: Sequence[Tensor]) -> list[list[Tensor]]:
+    """``[R, fetched]`` of every term to the ranks whose rows they are; what others have found of this rank's.
+
+    ``[R, rows]`` each, by term and then by rank.
+    """
+    layout, columns = plan.of_anchors, torch.cat(list(of_terms))
     most = max(layout.counts)
     blocks = columns.T.split([layout.counts[rank] for rank in _next(layout)]) if _next(layout) else []
     blocks = [pad_rows(block, most - len(block)) for block in blocks]
     like = columns.new_empty(most, len(columns))
-    return [part[: layout.rows].T for part in _give_back(plan.op, plan.sharding, blocks, like)]
+    came = [part[: layout.rows].T for part in _give_back(plan.op, plan.sharding, blocks, like)]
+    numbers = [len(of_term) for of_term in of_terms]
+    by_rank = [part.split(numbers) for part in came]
+    return [[part[k] for part in by_rank] for k in range(len(of_terms))]
 
 
-def _of_fetched(plan: Plan, own: Tensor) -> Tensor:
-    """``[R, rows]`` of this rank's rows, as ``[R, fetched]`` of the fetched ones."""
-    layout = plan.of_anchors
+def _of_fetched(plan: Plan, of_terms: Sequence[Tensor]) -> Sequence[Tensor]:
+    """``[R, rows]`` of this rank's rows, by term, as ``[R, fetched]`` of the fetched ones."""
+    layout, own = plan.of_anchors, torch.cat(list(of_terms))
     blocks = _fetch(plan.op, plan.sharding, pad_rows(own.T, max(layout.counts) - layout.rows))
     cut = [block[: layout.counts[rank]] for block, rank in zip(blocks, _next(layout), strict=True)]
-    return torch.cat([own.T[:0], *cut]).T
+    return torch.cat([own.T[:0], *cut]).T.split([len(of_term) for of_term in of_terms])
 
 
-def _size(given: Given) -> int:
-    (whole,) = given.whole
-    assert whole is not None
-    return len(whole)
+def _fetched(plan: Plan) -> int:
+    """How many rows were fetched."""
+    return sum(plan.of_anchors.counts[rank] for rank in _next(plan.of_anchors))
 
 
 def sums(plan: Plan, given: Given) -> tuple[list[Tensor], list[Tensor]]:
     """Merged sums ``[4, rows]`` of this rank's anchors."""
-    alone, visits = _visits(plan, given)
-    tau, rows, size = given.tau(plan, 0), plan.of_anchors.rows, _size(given)
-    found = [alone.sums()[0].double()]
-    nothing = torch.cat([found[0].new_full((1,), float("-inf")), found[0].new_zeros(SUMS - 1)])
-    others = [nothing.unsqueeze(1).expand(-1, size)]
-    for visit in visits:
-        row, column = visit.tile.sums()
-        found.append(_widen(row.double(), visit.rows, rows, nothing))
-        others.append(_widen(column.double(), visit.columns, size, nothing))
-    came = _deliver(plan, merge(others, tau).to(alone.dtype))
-    return [merge([*found, *came], tau)], []
+    rows, size, of_rows, of_others = plan.of_anchors.rows, _fetched(plan), [], []
+    for k in range(len(plan.terms)):
+        alone, visits = _visits(plan, given, k)
+        found = [alone.sums()[0].double()]
+        nothing = torch.cat([found[0].new_full((1,), float("-inf")), found[0].new_zeros(SUMS - 1)])
+        others = [nothing.unsqueeze(1).expand(-1, size)]
+        for visit in visits:
+            row, column = visit.tile.sums()
+            found.append(_widen(row.double(), visit.rows, rows, nothing))
+            others.append(_widen(column.double(), visit.columns, size, nothing))
+        of_rows.append(found)
+        of_others.append(merge(others, given.tau(plan, k)).to(alone.dtype))
+    came = _deliver(plan, of_others)
+    return [merge([*of_rows[k], *came[k]], given.tau(plan, k)) for k in range(len(of_rows))], []
 
 
 def positives(
     plan: Plan, given: Given, of_rows: Sequence[Tensor], of_columns: Sequence[Tensor]
 ) -> tuple[list[Tensor], list[Tensor]]:
     """The same of the positives against the negatives, ``[2, rows]``."""
-    alone, visits = _visits(plan, given)
-    (known,), rows, size = of_rows, plan.of_anchors.rows, _size(given)
-    known_others = _of_fetched(plan, known)
-    nothing = known.new_zeros(2)
-    found = [alone.positives(known, known[:, :0])[0].double()]
-    others = [nothing.unsqueeze(1).expand(-1, size)]
-    for visit in visits:
-        here, there = slice(*visit.rows), slice(*visit.columns)
-        row, column = visit.tile.positives(known[:, here].contiguous(), known_others[:, there].contiguous())
-        found.append(_widen(row.double(), visit.rows, rows, nothing))
-        others.append(_widen(column.double(), visit.columns, size, nothing))
-    return [add([*found, *_deliver(plan, add(others))])], []
+    rows, size, sofar, of_others = plan.of_anchors.rows, _fetched(plan), [], []
+    for k, (known, known_others) in enumerate(zip(of_rows, _of_fetched(plan, of_rows), strict=True)):
+        alone, visits = _visits(plan, given, k)
+        nothing = known.new_zeros(POSITIVES)
+        found = [alone.positives(known, known[:, :0])[0].double()]
+        others = [nothing.unsqueeze(1).expand(-1, size)]
+        for visit in visits:
+            here, there = slice(*visit.rows), slice(*visit.columns)
+            row, column = visit.tile.positives(known[:, here].contiguous(), known_others[:, there].contiguous())
+            found.append(_widen(row.double(), visit.rows, rows, nothing))
+            others.append(_widen(column.double(), visit.columns, size, nothing))
+        sofar.append(found)
+        of_others.append(add(others))
+    return [add([*found, *came]) for found, came in zip(sofar, _deliver(plan, of_others), strict=True)], []
 
 
-def gradients(
-    plan: Plan,
-    given: Given,
-    scales: Sequence[tuple[Tensor, Tensor]],
-    stats: Pairs,
-    used: Sequence[tuple[Tensor, Tensor]],
-) -> Gradients:
+def gradients(plan: Plan, given: Given, known: Known) -> Gradients:
     result = Gradients(given)
-    alone, visits = _visits(plan, given)
-    ((scale, _),), ((known,), _), learned = scales, stats, plan.terms[0].learned
-    per_row = plan.reduction == "none"
-    sent = torch.cat([known, scale.unsqueeze(0).to(known.dtype)]) if per_row else known
-    known_others = _of_fetched(plan, sent)
-    nothing = scale.new_zeros(())
-    found = alone.gradients((scale, nothing), (known, known[:, :0]), used[0])
-    result.add_own(0, found[0])
-    result.add_own(0, found[1])
-    result.add_learned(learned, found[2])
-    rows, size, width = plan.of_anchors.rows, _size(given), given.own[0].shape[1]
-    mine, others = known.new_zeros(rows, width), known.new_zeros(size, width)
-    for visit in visits:
-        here, there = slice(*visit.rows), slice(*visit.columns)
-        of_others = known_others[: len(known), there]
-        of_scales = (scale[here], known_others[-1, there]) if per_row else (scale, scale)
-        found = visit.tile.gradients(of_scales, (known[:, here], of_others), used[0])
-        mine[here] += found[0]
-        others[there] += found[1]
-        result.add_learned(learned, found[2])
-    result.add_own(0, mine)
-    for part in _deliver(plan, others.T):
-        result.add_own(0, part.T)
+    per_row, of_others = plan.reduction == "none", []
+    sent = [
+        torch.cat([stats, scale.unsqueeze(0).to(stats.dtype)]) if per_row else stats
+        for stats, (scale, _) in zip(known.of_rows, known.scales, strict=True)
+    ]
+    for k, fetched in enumerate(_of_fetched(plan, sent)):
+        (scale, _), stats, used, term = known.scales[k], known.of_rows[k], known.used[k], plan.terms[k]
+        alone, visits = _visits(plan, given, k)
+        found = alone.gradients((scale, scale.new_zeros(())), (stats, stats[:, :0]), used)
+        result.add_own(term.anchors, found[0])
+        result.add_own(term.anchors, found[1])
+        result.add_learned(term.learned, found[2])
+        width = given.own[term.anchors].shape[1]
+        mine, others = stats.new_zeros(plan.of_anchors.rows, width), stats.new_zeros(_fetched(plan), width)
+        for visit in visits:
+            here, there = slice(*visit.rows), slice(*visit.columns)
+            of_fetched = fetched[: len(stats), there]
+            of_scales = (scale[here], fetched[-1, there]) if per_row else (scale, scale)
+            found = visit.tile.gradients(of_scales, (stats[:, here], of_fetched), used)
+            mine[here] += found[0]
+            others[there] += found[1]
+            result.add_learned(term.learned, found[2])
+        result.add_own(term.anchors, mine)
+        of_others.append(others.T)
+    for term, came in zip(plan.terms, _deliver(plan, of_others), strict=True):
+        for part in came:
+            result.add_own(term.anchors, part.T)
     return result

@@ -11,7 +11,7 @@ from torch import Tensor
 
 from msacore.distributed.collectives import begin_pass_on, wait
 from msacore.distributed.rows import hide, pack, pad_rows, unpack
-from msacore.distributed.terms import Given, Gradients, Pairs, Plan, place_in
+from msacore.distributed.terms import Given, Gradients, Known, Plan, place_in
 from msacore.distributed.tiles import POSITIVES, SUMS, Rows, Tile, merge
 
 
@@ -144,29 +144,22 @@ def positives(
     return [row for row in result if row is not None], of_candidates
 
 
-def gradients(
-    plan: Plan,
-    given: Given,
-    scales: Sequence[tuple[Tensor, Tensor]],
-    stats: Pairs,
-    used: Sequence[tuple[Tensor, Tensor]],
-) -> Gradients:
-    result = Gradients(given)
-    of_rows, of_columns = stats
+def gradients(plan: Plan, given: Given, known: Known) -> Gradients:
+    result, of_rows, of_columns = Gradients(given), known.of_rows, known.of_columns
     per_row = plan.reduction == "none"
-    known, at = [of_rows[0].new_zeros(plan.of_candidates.rows, 0)], {}
+    sent, at = [of_rows[0].new_zeros(plan.of_candidates.rows, 0)], {}
     for t, k in enumerate(plan.columns):
-        at[k] = sum(x.shape[1] for x in known)
-        known.append(of_columns[t].T)
+        at[k] = sum(x.shape[1] for x in sent)
+        sent.append(of_columns[t].T)
         if per_row:
-            known.append(scales[k][1].unsqueeze(1).to(of_columns[t].dtype))
+            sent.append(known.scales[k][1].unsqueeze(1).to(of_columns[t].dtype))
     weights: dict[int, Tensor] = {}
     widths = {e: given.own[e].shape[1] for e in plan.sent}
 
     def visit(source: int, tiles: list[Tile], extra: Tensor, before: Tensor) -> Tensor:
         parts = dict(zip(plan.sent, before.split(list(widths.values()), 1), strict=True))
         for k, tile in enumerate(tiles):
-            term, (row_scale, column_scale) = plan.terms[k], scales[k]
+            term, (row_scale, column_scale) = plan.terms[k], known.scales[k]
             columns = of_rows[k][:, :0]
             if k in at:
                 end = at[k] + len(of_rows[k])
@@ -174,7 +167,7 @@ def gradients(
                 column_scale = extra[:, end] if per_row else column_scale
             elif per_row:
                 column_scale = row_scale.new_zeros(())
-            found = tile.gradients((row_scale, column_scale), (of_rows[k], columns), used[k])
+            found = tile.gradients((row_scale, column_scale), (of_rows[k], columns), known.used[k])
             result.add_own(term.anchors, found[0])
             parts[term.candidates] = parts[term.candidates] + found[1]
             result.add_learned(term.learned, found[2])
@@ -185,7 +178,7 @@ def gradients(
         return torch.cat([parts[e] for e in plan.sent], 1)
 
     start = of_rows[0].new_zeros(plan.of_candidates.rows, sum(widths.values()))
-    home = _travel(plan, given, torch.cat(known, 1), start, visit)
+    home = _travel(plan, given, torch.cat(sent, 1), start, visit)
     for e, gradient in zip(plan.sent, home.split(list(widths.values()), 1), strict=True):
         result.add_own(e, gradient)
     if weights:

@@ -11,13 +11,15 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from msacore.distributed import halves, replicated, rows, sweep, terms
+from msacore.distributed import halves, replicated, ring, rows, sweep, terms
 from msacore.distributed.rows import Layout
 from msacore.distributed.sharding import Sharding
 from msacore.distributed.shares import gather, total
 from msacore.distributed.terms import Given, Plan, Role, Term
 from msacore.distributed.tiles import ALL, DECOUPLED, NEGATIVES
 from msacore.ops._check import as_flag, as_number_or_tensor, as_optional_indices
+
+_Edge = tuple[int, int, int, tuple[int, ...]]  # of a term: its tier, its embeddings, the modalities that must be there
 
 _DENOMINATORS = {"all": ALL, "negatives": NEGATIVES, "decoupled": DECOUPLED}
 
@@ -65,7 +67,8 @@ def info_nce(
     whole = all_labels = all_mask = None
     if way is sweep and c.one_role:
         way, symmetric = halves, False  # both directions are one
-        whole, all_labels, all_mask = halves.gather(sharding, c)
+        sent, gone = [c.anchors, labels, c.anchor_mask], replicated.hidden(c.anchor_mask, labels)
+        whole, all_labels, all_mask = halves.gather(op, sharding, c.of_anchors, sent, [gone, None, None])
     elif way is sweep:
         sent = [None if c.started else second.detach(), labels, c.candidate_mask]
         gone = replicated.hidden(c.candidate_mask, labels)
@@ -143,53 +146,62 @@ def hierarchical_contrastive_loss(
     numbers, which, learned = _temperatures(op, named)
     intra_modal = tier1 == "intra_modal"
     labels = as_optional_indices(op, "labels", labels) if intra_modal else None
-    # Of every term: its tier, its two embeddings, the modalities that must be there.
-    edges: list[tuple[int, int, int, tuple[int, ...]]] = (
-        [(0, i, i, (i,)) for i in range(m)] if intra_modal else [(0, i, j, (i, j)) for i, j in pairs]
-    )
+    edges: list[_Edge] = [(0, i, i, (i,)) for i in range(m)] if intra_modal else [(0, i, j, (i, j)) for i, j in pairs]
     edges += [(1, i, m, (i,)) for i in range(m)]
     for p, q in combinations(range(len(pairs)), 2):
         edges.append((2, m + 1 + p, m + 1 + q, tuple(sorted({*pairs[p], *pairs[q]}))))
-    plan = Plan(
-        op=op,
-        sharding=sharding,
-        way=way,
-        terms=tuple(Term(a, b, a != b, a == b, numbers[tier], which[tier]) for tier, a, b, _ in edges),
-        of_anchors=layout,
-        of_candidates=layout,
-        of_queue=layout,
-        dtype=_compute_dtype(fused),
-        normalize=as_flag(op, "normalize", normalize),
-        denominator=ALL,
-        reduction="mean",
-    )
-    whole: list[Tensor | None] = [None] * len(embeddings)
-    all_available = all_labels = None
-    if way is sweep:
-        unread = replicated.hidden_embeddings(available, m, len(pairs))
-        sent: list[Tensor | None] = [embeddings[e].detach() for e in plan.sent]
-        hidden = [unread[e] for e in plan.sent]
-        gathered = rows.gather_rows(op, sharding, layout, [*sent, available, labels], [*hidden, None, None], 1)
-        *of_sent, all_available, all_labels = gathered
-        for e, found in zip(plan.sent, of_sent, strict=True):
-            whole[e] = found
+    unread = replicated.hidden_embeddings(available, m, len(pairs))
 
-    def role(a: int, b: int, members: Sequence[int]) -> Role:
-        here, there = (None if t is None else t[:, list(members)].all(1) for t in (available, all_available))
-        of_own, of_all = (labels, all_labels) if a == b else (None, None)
-        return Role(of_own, here, of_own, here, of_all, there)
+    def of(edges: Sequence[_Edge], way: Any) -> Tensor:
+        """Losses of some of the terms."""
+        plan = Plan(
+            op=op,
+            sharding=sharding,
+            way=way,
+            terms=tuple(Term(a, b, a != b, a == b, numbers[tier], which[tier]) for tier, a, b, _ in edges),
+            of_anchors=layout,
+            of_candidates=layout,
+            of_queue=layout,
+            dtype=_compute_dtype(fused),
+            normalize=as_flag(op, "normalize", normalize),
+            denominator=ALL,
+            reduction="mean",
+        )
+        whole: list[Tensor | None] = [None] * len(embeddings)
+        all_available = all_labels = None
+        if way is not ring:
+            sent = [embeddings[e].detach() for e in plan.sent]
+            of_rows = [*sent, available, labels], [*(unread[e] for e in plan.sent), None, None]
+            if way is halves:
+                gathered = halves.gather(op, sharding, layout, *of_rows)
+            else:
+                gathered = rows.gather_rows(op, sharding, layout, *of_rows, 1)
+            *of_sent, all_available, all_labels = gathered
+            for e, found in zip(plan.sent, of_sent, strict=True):
+                whole[e] = found
 
-    given = Given(
-        own=embeddings,
-        learned=learned,
-        weights=None,
-        own_queue=None,
-        queue=None,
-        queue_mask=None,
-        whole=whole,
-        roles=[role(a, b, members) for _, a, b, members in edges],
-    )
-    losses = terms.losses(plan, given)
+        def role(a: int, b: int, members: Sequence[int]) -> Role:
+            here, there = (None if t is None else t[:, list(members)].all(1) for t in (available, all_available))
+            of_own, of_all = (labels, all_labels) if a == b else (None, None)
+            return Role(of_own, here, of_own, here, of_all, there)
+
+        given = Given(
+            own=embeddings,
+            learned=learned,
+            weights=None,
+            own_queue=None,
+            queue=None,
+            queue_mask=None,
+            whole=whole,
+            roles=[role(a, b, members) for _, a, b, members in edges],
+        )
+        return terms.losses(plan, given)
+
+    # Modalities against themselves come first: they take half the work.
+    itself = m if intra_modal and way is sweep else 0
+    losses = of(edges[itself:], way)
+    if itself:
+        losses = torch.cat([of(edges[:itself], halves), losses])
     zero = losses.new_zeros(())
     of_tiers = [[x for x, edge in zip(losses, edges, strict=True) if edge[0] == tier] for tier in range(len(numbers))]
     tiers = torch.stack([sum(found, zero) for found in of_tiers])

@@ -6,7 +6,7 @@ import torch
 from torch import Tensor
 
 from msacore.distributed.shares import from_owners, sum_to_owners, to_owners
-from msacore.distributed.terms import Given, Gradients, Pairs, Plan
+from msacore.distributed.terms import Given, Gradients, Known, Plan
 from msacore.distributed.tiles import POSITIVES, SUMS, Rows, Tile, add, merge
 
 
@@ -57,29 +57,23 @@ def positives(
     return [row.double() for row, _ in found], [add(part) for part in parts]
 
 
-def gradients(
-    plan: Plan,
-    given: Given,
-    scales: Sequence[tuple[Tensor, Tensor]],
-    stats: Pairs,
-    used: Sequence[tuple[Tensor, Tensor]],
-) -> Gradients:
-    result = Gradients(given)
-    of_rows, of_columns = stats
+def gradients(plan: Plan, given: Given, known: Known) -> Gradients:
+    result, of_rows, of_columns = Gradients(given), known.of_rows, known.of_columns
     if plan.columns and plan.reduction == "none":  # candidates are weighted one by one, as their owners say
-        weighted = [torch.cat([s, scales[k][1].unsqueeze(0)]) for k, s in zip(plan.columns, of_columns, strict=True)]
-        everywhere = _everywhere(plan, weighted)
-    else:
-        everywhere = _everywhere(plan, of_columns)
+        of_columns = [
+            torch.cat([stats, known.scales[k][1].unsqueeze(0)])
+            for k, stats in zip(plan.columns, of_columns, strict=True)
+        ]
+    everywhere = _everywhere(plan, of_columns)
     of_others: dict[int, Tensor] = {}
     for k, term in enumerate(plan.terms):
-        row_scale, column_scale = scales[k]
+        row_scale, column_scale = known.scales[k]
         columns = everywhere[k] if k in everywhere else of_rows[k][:, :0]
         if plan.reduction == "none":
             column_scale = columns[-1] if k in everywhere else row_scale.new_zeros(())
             columns = columns[:-1] if k in everywhere else columns
         rows, others, slope, weights, queue = _tile(plan, given, k).gradients(
-            (row_scale, column_scale), (of_rows[k], columns), used[k]
+            (row_scale, column_scale), (of_rows[k], columns), known.used[k]
         )
         result.add_own(term.anchors, rows)
         before = of_others.get(term.candidates)

@@ -18,8 +18,6 @@ from msacore.distributed.sharding import Sharding
 from msacore.distributed.shares import sum_over_ranks, sum_to_owners
 from msacore.distributed.tiles import NEGATIVES, Rows, Tile, finish, negatives
 
-Pairs = tuple[Sequence[Tensor], Sequence[Tensor]]  # of anchors, and of the candidates of symmetric terms
-
 
 @dataclass(frozen=True)
 class Term:
@@ -187,6 +185,23 @@ class Given:
         return term.temperature if term.learned is None else self.learned[term.learned].detach().double()
 
 
+@dataclass(frozen=True)
+class Known:
+    """What is known of the terms over the whole batch when gradients are taken, by term.
+
+    Attributes:
+        scales: Gradient of the losses of anchors, and of candidates as anchors; 0-d or one a row.
+        of_rows: What :func:`finish` keeps of anchors.
+        of_columns: The same of the candidates of the symmetric terms.
+        used: How many anchors and candidates take part.
+    """
+
+    scales: Sequence[tuple[Tensor, Tensor]]
+    of_rows: Sequence[Tensor]
+    of_columns: Sequence[Tensor]
+    used: Sequence[tuple[Tensor, Tensor]]
+
+
 class Gradients:
     """Sums of gradients of this rank's tensors, in the dtype the operators add them in."""
 
@@ -292,4 +307,4 @@ def _gradients(plan: Plan, given: Given, gradient: Tensor, counts: Tensor, stats
         further = 0 if queue is None else len(queue) if given.queue_mask is None else given.queue_mask.sum()
         used.append((counts[k, 4].long(), counts[k, 5].long() + further))
     terms = len(plan.terms)
-    return plan.way.gradients(plan, given, scales, (stats[:terms], stats[terms:]), used)
+    return plan.way.gradients(plan, given, Known(scales, stats[:terms], stats[terms:], used))
