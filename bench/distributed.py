@@ -1,17 +1,16 @@
 """`python -m bench.distributed`: what a step of the losses with `group=` costs a rank, and a pick of `select`.
 
 Three tables. Bytes that a rank receives (and sends: with equal shares as many) in a step of `info_nce`, by formula and
-counted at the process group of ranks that really run. Compute of a rank, with the others' rows in the same process,
-against 1/W. Rounds and bytes of a selection whose shards are threads of one process, and extrapolated to large pools.
-Nothing here says anything about the speed of a network.
+counted at the process group of ranks that really run. Compute of a rank that has its cores to itself, one rank after
+the other in this process, against 1/W of the compute of one process. Rounds and bytes of a selection whose shards are
+threads of one process, and extrapolated to large pools. Nothing here says anything about the speed of a network.
 """
 
 import argparse
 import math
 import os
 import tempfile
-import time
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from datetime import timedelta
 from typing import Any
 
@@ -22,9 +21,12 @@ from torch import Tensor
 from torch.utils._python_dispatch import TorchDispatchMode
 
 import msacore
+from bench.device import Cpu
+from bench.harness import Call, medians
 from bench.shards import together
 from msacore.distributed import Sharding
 from msacore.distributed.tiles import ALL, Rows, Tile, finish, merge
+from msacore.selection.tree import DIGEST_ROWS
 
 MODES = ("replicated", "sharded", "ring", "self-contrast")
 
@@ -115,19 +117,26 @@ def count(world: int, rows: int, width: int) -> dict[str, dict[str, tuple[int, i
         return torch.load(os.path.join(folder, "found"))
 
 
-def rank_seconds(n: int, width: int, world: int, rounds: int, itself: bool = False) -> float:
-    """Median time of the sweeps of a rank, forward and backward: n / world rows against n, both directions.
+WAYS = ("sharded", "ring", "self-contrast")  # that share the pairs of rows out
 
-    ``itself``: of one embedding, whose pairs between two ranks one of them visits for both.
+
+def sweeps(n: int, width: int, world: int, way: str) -> Call:
+    """The sweeps of one of ``world`` ranks, forward and backward, over a batch of n rows: n / world against n.
+
+    The rows of the others are in this process, and nothing travels: this is the compute of a rank that has its cores
+    to itself.
     """
     generator = torch.Generator().manual_seed(0)
     x, y = (torch.randn(n, width, generator=generator) for _ in range(2))
     own = n // world
     mine = Rows(x[:own], None, None, 0)
     common = (False, True, ALL, 0.1)
-    if itself:
+    if way == "self-contrast":  # of one embedding, whose pairs between two ranks one of them visits for both
         others = Rows(y[: (n - own) // 2], None, None, 2 * n)
         tiles = [Tile(mine, mine, False, *common), Tile(mine, others, True, *common)]
+    elif way == "ring":
+        blocks = zip(y.split(own), range(0, n, own), strict=True)
+        tiles = [Tile(mine, Rows(block, None, None, begin), True, *common) for block, begin in blocks]
     else:
         tiles = [Tile(mine, Rows(y, None, None, 0), True, *common)]
     scale, many = torch.tensor(0.5 / n), torch.tensor(n)
@@ -137,17 +146,7 @@ def rank_seconds(n: int, width: int, world: int, rounds: int, itself: bool = Fal
             stats = [finish(merge([part], 0.1), None, ALL, 0.1)[1] for part in tile.sums()]
             tile.gradients((scale, scale), (stats[0], stats[1]), (many, many))
 
-    return median(once, rounds)
-
-
-def median(step: Callable[[], None], rounds: int) -> float:
-    step()
-    times = []
-    for _ in range(rounds):
-        begin = time.perf_counter()
-        step()
-        times.append(time.perf_counter() - begin)
-    return sorted(times)[len(times) // 2]
+    return once
 
 
 def table(columns: Sequence[str], lines: Sequence[Sequence[Any]]) -> None:
@@ -169,17 +168,24 @@ def print_bytes(world: int, rows: int, width: int) -> None:
 
 
 def print_compute(n: int, width: int, worlds: Sequence[int], rounds: int) -> None:
-    threads = torch.get_num_threads()
-    print(f"info_nce, symmetric: compute and MB received of a rank, N = {n}, d = {width}, float32, {threads} threads")
-    alone = rank_seconds(n, width, 1, rounds)
+    threads, device = torch.get_num_threads(), Cpu()
+    print(f"info_nce, symmetric: sweeps of a rank, N = {n}, d = {width}, float32, {threads} threads, ranks in turns")
+    calls = {f"{way} {world}": sweeps(n, width, world, way) for way in WAYS for world in (1, *worlds)}
+    for call in calls.values():
+        call()
+    canaries = [device.canary()]
+    times = medians(calls, rounds, device.clock, math.inf)
+    canaries.append(device.canary())
+    alone = times["sharded 1"]
     lines = []
     for world in worlds:
-        seconds = alone if world == 1 else rank_seconds(n, width, world, rounds)
-        half = rank_seconds(n, width, world, rounds, itself=True)
-        share, half_share = (t / (alone / world) for t in (seconds, half))
+        found = [times[f"{way} {world}"] for way in WAYS]
+        shares = (f"{seconds * 1e3:.2f} ms, {seconds / (alone / world):.2f}" for seconds in found)
         bytes_of = [f"{sum(received(n // world, width, world, mode)) / 1e6:.2f}" for mode in MODES]
-        lines.append((world, f"{seconds * 1e3:.1f} ms", f"{share:.2f}", f"{half_share:.2f}", *bytes_of))
-    table(("W", "compute", "of 1/W", "self-contrast", *(f"{mode} MB" for mode in MODES)), lines)
+        lines.append((world, *shares, *bytes_of))
+    rates = ", ".join(f"{canary.gflops:.0f}" for canary in canaries)
+    print(f"time, and times 1/W of the {alone * 1e3:.1f} ms of one process; GFLOP/s before and after: {rates}")
+    table(("W", *WAYS, *(f"{mode} MB" for mode in MODES)), lines)
 
 
 def print_selection(worlds: Sequence[int], sizes: Sequence[int], width: int, budget: int, largest: int) -> None:
@@ -202,7 +208,9 @@ def print_selection(worlds: Sequence[int], sizes: Sequence[int], width: int, bud
         # Rounds grow at most with the logarithm of the rows: the last two sizes give the slope.
         slope = max(0.0, (rounds[-1] - rounds[-2]) / math.log(sizes[-1] / sizes[-2]))
         expected = rounds[-1] + slope * math.log(largest / sizes[-1])
-        bytes_of = sent / rounds[-1] * expected / budget / 1e3
+        # The pool's digest takes 32 bytes for every so many rows of a rank.
+        digests = 32 * largest / world / DIGEST_ROWS
+        bytes_of = (sent / rounds[-1] * expected + digests) / budget / 1e3
         lines.append((world, f"{largest:.0e}", f"{expected:.0f}", f"{bytes_of:.2f} kB", "extrapolated"))
     table(("W", "rows", "exchanges", "sent a pick, rank", ""), lines)
 

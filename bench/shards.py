@@ -36,7 +36,9 @@ def _bytes(value: Any) -> int:
         return value.numel() * value.element_size()
     if isinstance(value, dict):
         return sum(_bytes(one) for one in value.values())
-    return sum(_bytes(one) for one in value) if isinstance(value, (list, tuple)) else 8
+    if isinstance(value, (list, tuple)):
+        return sum(_bytes(one) for one in value)
+    return len(value) if isinstance(value, (bytes, str)) else 8
 
 
 DEFAULTS: dict[str, Any] = {
@@ -64,7 +66,7 @@ class Shards:
 
     Attributes:
         results: What each returned or raised.
-        sent: Bytes of tensors that each sent to one other.
+        sent: Bytes of tensors, digests and numbers that each sent to one other, without their pickled form.
         exchanges: How often all of them exchanged messages.
     """
 

@@ -9,13 +9,15 @@ from typing import Any
 import pytest
 import torch
 import torch.distributed as dist
-from torch import Tensor
+from torch import Tensor, nn
 from torch.distributed.device_mesh import DeviceMesh
+from torch.distributed.fsdp import fully_shard
+from torch.nn.parallel import DistributedDataParallel
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 
 import msacore
-from msacore.distributed import Sharding, tiles
+from msacore.distributed import Sharding, join, tiles
 from tests.workers import split
 
 # Meshes make groups, which all processes make together, and once.
@@ -89,6 +91,58 @@ def most_bytes(group: Any, rank: int, mode: str, rows: int) -> int:
         loss = msacore.info_nce(x, y, labels=(labels, labels), symmetric=True, group=Sharding(group, mode=mode))
         loss.backward()
     return live.most
+
+
+class Step(nn.Module):
+    """An encoder and its loss, whose collectives a rank without steps must shadow together."""
+
+    def __init__(self, encoder: nn.Module, loss: nn.Module) -> None:
+        super().__init__()
+        self.encoder, self.loss = encoder, loss
+
+    def forward(self, x: Tensor) -> Any:
+        first, second = self.encoder(torch.cat([x, x.roll(1, 1)])).split([len(x), len(x)])
+        return self.loss(first, second)
+
+
+def train(encoder: nn.Module, loss: nn.Module, batches: Sequence[Tensor], join: Callable[[nn.Module], Any]) -> Any:
+    """Losses of the steps, and the weights at the end."""
+    step, losses = Step(encoder, loss), []
+    optimizer = torch.optim.SGD(step.parameters(), lr=0.1)
+    with join(step):
+        for x in batches:
+            optimizer.zero_grad()
+            losses.append(step(x))
+            losses[-1].backward()
+            optimizer.step()
+    return [found.item() for found in losses], [p.detach().clone() for p in step.parameters()]
+
+
+def encoder_of_all() -> nn.Module:
+    torch.manual_seed(0)
+    return nn.Linear(6, 6, dtype=torch.float64)
+
+
+def batch_of(step: int, rank: int) -> Tensor:
+    return torch.randn(3, 6, generator=torch.Generator().manual_seed(10 * step + rank), dtype=torch.float64)
+
+
+def trains_unevenly(group: Any, rank: int, mode: str, steps: Sequence[int]) -> Any:
+    """Training under DistributedDataParallel with different numbers of steps."""
+    model = DistributedDataParallel(encoder_of_all(), process_group=group)
+    loss = msacore.nn.InfoNCE(group=Sharding(group, mode=mode), learn_temperature=True)
+    loss.double()
+    batches = [batch_of(step, rank) for step in range(steps[rank])]
+    return train(model, DistributedDataParallel(loss, process_group=group), batches, lambda step: join(step, group))
+
+
+def joins_shares(group: Any, rank: int) -> str:
+    sharded = fully_shard(nn.Linear(6, 6), mesh=DeviceMesh.from_group(group, "cpu"))
+    try:
+        join(sharded, group)
+    except ValueError as error:
+        return str(error)
+    return ""
 
 
 def selects(group: Any, rank: int, arguments: dict[str, Any], sizes: Sequence[int], state: Any) -> Any:

@@ -215,33 +215,6 @@ def poisoned(group: Any, rank: int, name: str, sizes: Sequence[int], mode: str) 
     return results
 
 
-def raises(group: Any, rank: int, loss: str, change: str) -> str:
-    """The message that every rank gets when rank 1 alone has a wrong argument."""
-    x, y = torch.randn(4, 6), torch.randn(4, 6)
-    options: dict[str, Any] = {}
-    if rank == 1:
-        if change == "width":
-            x = torch.randn(4, 7)
-        if change == "dtype":
-            x = x.double()
-        if change == "option":
-            options["temperature"] = 0.2
-        if change == "labels":
-            options["labels"] = torch.zeros(3, dtype=torch.int64)
-        if change == "array":
-            x = x.numpy()  # type: ignore[assignment]
-        if change == "operator":
-            loss = "rank_n_contrast"
-    try:
-        if loss == "info_nce":
-            msacore.info_nce(x, y if change != "labels" else None, group=group, **options)
-        else:
-            msacore.rank_n_contrast(x, torch.randn(4), group=group, **options)
-    except (RuntimeError, ValueError) as error:
-        return str(error)
-    return ""
-
-
 def chosen_modes(group: Any, rank: int) -> list[str]:
     """What "auto" takes for a batch below its limit, for one above, and for one beyond memory."""
     found: list[str] = []

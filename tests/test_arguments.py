@@ -24,6 +24,14 @@ _WRONG: list[tuple[Callable[[str, str, Any], Any], Any, str]] = [
     (_check.as_tensor, _OLD_NESTED, "to be a strided tensor, got a nested tensor"),
     (_check.as_tensor, torch.eye(2).to_sparse(), "to be a strided tensor, got a sparse_coo tensor"),
     (_check.as_tensors, {"text": torch.ones(2)}, "to be a sequence of tensors, got an object of type dict"),
+    (
+        _check.as_indices,
+        torch.tensor([3, 2**63], dtype=torch.uint64),
+        r"dtype uint64 below 2\^63, got 9223372036854775808",
+    ),
+    (_check.as_integer, 2**63, "to be an integer of 64 bits, got 64 bits"),
+    (_check.as_integer, np.uint64(2**63), "to be an integer of 64 bits, got 64 bits"),
+    (_check.as_number, 10**400, "to be a number that float64 holds"),
     (_check.as_tensors, 3, "to be a sequence of tensors, got 3"),
     (_check.as_tensors, torch.ones(2, 3), "sequence of tensors, got a tensor of dtype float32 and shape"),
     (_check.as_tensors, np.ones(3), "sequence of tensors, got a NumPy array"),
@@ -68,7 +76,7 @@ def test_options_are_listed(value: Any) -> None:
         _check.as_choice("operator", "argument", value, {"relu": 0, "gelu": 1, "identity": 2})
 
 
-@pytest.mark.parametrize("value", [(1,), (1, 2, 3), 2.0, "12", True, (1, 2.0), None])
+@pytest.mark.parametrize("value", [(1,), (1, 2, 3), 2.0, "12", True, (1, 2.0), None, 2**63])
 def test_windows_of_another_form_are_refused(value: Any) -> None:
     with pytest.raises(RuntimeError, match="operator: expected `window"):
         _check.as_window("operator", value)

@@ -1,6 +1,7 @@
 """Losses over several processes: the loss and the gradient of one process, whatever the split."""
 
 from collections.abc import Callable, Iterator, Sequence
+from contextlib import nullcontext
 from typing import Any
 
 import pytest
@@ -11,6 +12,7 @@ from hypothesis import strategies as st
 import msacore
 from bench.distributed import MODES as MODES_OF_BENCH
 from bench.distributed import received
+from tests import distributed_bad_arguments as bad
 from tests import distributed_group_jobs as groups
 from tests import distributed_jobs as jobs
 from tests.distributed_cases import BY_NAME
@@ -79,25 +81,19 @@ def test_what_is_hidden_on_another_rank_is_never_read(workers: Workers, name: st
                 assert torch.equal(clean, dirty)
 
 
-@pytest.mark.parametrize(
-    ("change", "words"),
-    [
-        ("width", ("candidates", "rank")),
-        ("dtype", ("candidates", "rank 1")),
-        ("option", ("temperature", "rank 1")),
-        ("labels", ("labels", "rank")),
-        ("array", ("anchors", "rank 1")),
-        ("operator", ("different operators",)),
-    ],
-)
-def test_one_bad_argument_raises_the_same_error_on_all_ranks(
-    workers: Workers, change: str, words: tuple[str, ...]
-) -> None:
-    messages = workers.run(jobs.raises, 3, "info_nce", change)
-    assert len({m.split(": ", 1)[1] for m in messages}) == 1, messages
-    for word in words:
-        assert word in messages[0], messages[0]
-    assert "msacore::" in messages[0]
+@pytest.mark.parametrize("mode", ["auto", "sharded", "with capacity"])
+def test_one_bad_argument_raises_the_same_error_on_all_ranks(workers: Workers, mode: str) -> None:
+    for loss, changes in bad.CHANGES.items():
+        for what, (_, words) in changes.items():
+            messages = workers.run(bad.raises, 3, loss, what, mode)
+            assert len({m.split(": ", 1)[1] for m in messages}) == 1, (loss, what, messages)
+            assert messages[0].startswith("msacore::"), (loss, what, messages[0])
+            assert all(word in messages[0] for word in words), (loss, what, messages[0])
+
+
+def test_a_queue_may_be_uneven_with_capacity_where_headers_are_checked(workers: Workers) -> None:
+    for ours, wanted in workers.run(bad.uneven_queue, 3):
+        assert ours == wanted
 
 
 def test_large_batches_are_sharded_and_those_beyond_memory_pass_round(workers: Workers) -> None:
@@ -134,6 +130,26 @@ def test_ranks_may_make_different_numbers_of_steps(workers: Workers, itself: boo
         x = torch.cat(draw)
         expected = msacore.info_nce(x, x if itself else x.roll(1, 1)).item()
         assert all(found[rank][step] == pytest.approx(expected, abs=1e-6) for rank in running)
+
+
+def test_training_with_different_numbers_of_steps_is_that_of_one_process(workers: Workers) -> None:
+    steps = (1, 3, 2, 4)
+    whole = [
+        torch.cat([groups.batch_of(step, rank) for rank in range(4) if step < steps[rank]])
+        for step in range(max(steps))
+    ]
+    loss = msacore.nn.InfoNCE(learn_temperature=True).double()
+    expected, weights = groups.train(groups.encoder_of_all(), loss, whole, lambda step: nullcontext())
+    for mode in ("replicated", "sharded", "ring"):
+        for rank, (found, theirs) in enumerate(workers.run(groups.trains_unevenly, 4, mode, steps)):
+            assert found == pytest.approx(expected[: steps[rank]], rel=1e-12), mode
+            for ours, ref in zip(theirs, weights, strict=True):
+                torch.testing.assert_close(ours, ref, rtol=1e-12, atol=1e-14)
+
+
+def test_sharded_parameters_cannot_be_joined(workers: Workers) -> None:
+    for message in workers.run(groups.joins_shares, 2):
+        assert message.startswith("msacore::join: expected parameters of `loss` that every rank holds in full")
 
 
 def test_meshes_are_groups(workers: Workers) -> None:

@@ -1,6 +1,6 @@
 """Which way a loss with ``group=`` goes: one process, every rank on everything, or every rank on its share."""
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from typing import Any
 
 from torch import Tensor
@@ -38,6 +38,16 @@ def _mode(sharding: Sharding, products: int, held: int) -> str:
     return "sharded" if 8 * held <= sharding.memory else "ring"
 
 
+def _check_gradients(op: str, collective: bool, needed: Sequence[bool]) -> None:
+    """A backward pass in which ranks wait for one another must come by on all of them, or on none."""
+    if collective and len(set(needed)) > 1:
+        rank, other = needed.index(True), needed.index(False)
+        raise RuntimeError(
+            f"msacore::{op}: expected arguments that require grad on every rank or on none, as backward is collective; "
+            f"rank {rank} has some, rank {other} has none (an empty batch must come from the model too)"
+        )
+
+
 def _shared_by(mode: str) -> Any:
     return {"sharded": sweep, "ring": ring}[mode]
 
@@ -48,6 +58,8 @@ def _info_nce(local: Any, sharding: Sharding, anchors: Any, candidates: Any, **o
     mode = _mode(sharding, c.of_anchors.total * candidates * width, candidates * width * c.anchors.element_size())
     if mode == "ring" and c.started is not None:
         mode = "sharded"  # the rows of all ranks are here, or on their way
+    collective = mode != "replicated" or options["reduction"] == "none" or sharding.check
+    _check_gradients("info_nce", collective, c.gradients)
     if mode == "replicated":
         return replicated.info_nce(local, sharding, c, **options)
     names = ("temperature", "reduction", "denominator", "normalize", "symmetric", "exclude_self")
@@ -67,12 +79,13 @@ def _hierarchical(
     **options: Any,
 ) -> Any:
     embeddings = unimodal, fused, high_level
-    layout, available = replicated.hierarchy_layout(local, sharding, *embeddings, available, labels, options)
+    layout, available, gradients = replicated.hierarchy_layout(local, sharding, *embeddings, available, labels, options)
     pairs = len(high_level)
     terms = pairs + len(unimodal) + pairs * (pairs - 1) // 2
     widths = sum(x.shape[1] for x in (*unimodal, fused, *high_level))
     held = layout.total * widths * fused.element_size()
     mode = _mode(sharding, terms * layout.total**2 * fused.shape[1], held)
+    _check_gradients("hierarchical_contrastive_loss", mode != "replicated" or sharding.check, gradients)
     options.update(available=available, labels=labels)
     if mode == "replicated":
         return replicated.hierarchical_contrastive_loss(local, sharding, layout, *embeddings, **options)
@@ -82,7 +95,7 @@ def _hierarchical(
 def _rank_n_contrast(
     local: Any, sharding: Sharding, embeddings: Any, targets: Any, *, temperature: Any, mask: Any
 ) -> Tensor:
-    layout, mask = replicated.rank_layout(local, sharding, embeddings, targets, temperature, mask)
+    layout, mask, gradients = replicated.rank_layout(local, sharding, embeddings, targets, temperature, mask)
     # An anchor's terms need all rows in the order of targets: there is no ring.
     if sharding.mode == "ring":
         raise ValueError(
@@ -90,6 +103,7 @@ def _rank_n_contrast(
             "of an anchor needs the rows of all ranks at once"
         )
     mode = _mode(sharding, layout.total**2 * embeddings.shape[1], 0)
+    _check_gradients("rank_n_contrast", mode != "replicated" or sharding.check, gradients)
     way: Any = replicated if mode == "replicated" else sharded
     options = dict(temperature=temperature, mask=mask)
     return way.rank_n_contrast(local, sharding, layout, embeddings, targets, **options)

@@ -1,6 +1,5 @@
 """Collectives that begin early, and ranks that run out of steps."""
 
-from collections.abc import Callable
 from typing import Any
 
 import torch
@@ -8,10 +7,11 @@ import torch.distributed as dist
 from torch import Tensor, nn
 from torch.distributed.algorithms.join import Join, Joinable, JoinHook
 
+from msacore.distributed.arguments import describe, rows_of, sizes
 from msacore.distributed.collectives import begin_gather, join_blocks, wait
-from msacore.distributed.header import agree, describe
 from msacore.distributed.rows import Layout, pad_rows, scale_gradient
 from msacore.distributed.sharding import Sharding, as_sharding
+from msacore.ops._check import as_tensor, check_floating, check_shape
 
 
 class Started:
@@ -50,19 +50,17 @@ def start(candidates: Tensor, group: Any) -> Started:
     """
     op = "start"
     sharding = as_sharding(op, group)
-    n = candidates.shape[0] if isinstance(candidates, Tensor) and candidates.dim() else 0
+    n = rows_of(candidates)
 
     def check() -> None:
-        if not (isinstance(candidates, Tensor) and candidates.dim() == 2 and candidates.is_floating_point()):
-            raise RuntimeError(f"expected `candidates` to be a floating tensor [n, d], got {describe(candidates)}")
+        given = as_tensor(op, "candidates", candidates)
+        check_floating(op, "candidates", given)
+        check_shape(op, "candidates", given, (-1, -1), "[n, d]")
         if sharding.capacity is not None and n > sharding.capacity:
-            raise RuntimeError(f"expected at most `capacity` = {sharding.capacity} rows, got {n}")
+            raise RuntimeError(f"msacore::{op}: expected at most `capacity` = {sharding.capacity} rows, got {n}")
 
-    if sharding.capacity is None:
-        counts = [c[0] for c in agree(op, sharding, [n], {"candidates": describe(candidates)}, check)]
-    else:
-        if not torch.compiler.is_compiling():
-            check()
+    counts = [s[0] for s in sizes(op, sharding, [n], lambda: {"candidates": describe(candidates)}, check)]
+    if sharding.capacity is not None:
         counts = [sharding.capacity] * sharding.world
     layout = Layout(tuple(counts), sharding.rank, n)
     sent = pad_rows(candidates.detach(), max(counts, default=0) - n)
@@ -75,7 +73,7 @@ def _without_rows(value: Any, made: dict[int, Tensor] | None = None) -> Any:
     if isinstance(value, Tensor):
         if id(value) not in made:
             empty = value.detach()[:0].clone() if value.dim() else value.detach()
-            made[id(value)] = empty.requires_grad_() if empty.is_floating_point() and value.dim() else empty
+            made[id(value)] = empty.requires_grad_(value.requires_grad)
         return made[id(value)]
     if isinstance(value, (list, tuple)):
         return type(value)(_without_rows(item, made) for item in value)
@@ -83,11 +81,14 @@ def _without_rows(value: Any, made: dict[int, Tensor] | None = None) -> Any:
 
 
 class _Shadow(JoinHook):
-    def __init__(self, step: Callable[[], None]) -> None:
-        self._step = step
+    def __init__(self, joined: "join") -> None:
+        self._joined = joined
 
     def main_hook(self) -> None:
-        self._step()
+        self._joined.shadow()
+
+    def post_hook(self, is_last_joiner: bool) -> None:
+        self._joined.adopt(is_last_joiner)
 
 
 class join(Joinable):
@@ -100,49 +101,74 @@ class join(Joinable):
                 loss(*encode(batch)).backward()
 
     Args:
-        loss: A module of `msacore.nn` (or one that calls a loss with ``group=``), called once a step.
+        loss: A module of `msacore.nn`, or one that calls a loss with ``group=``, called once a step. Where its encoders
+            are under DistributedDataParallel it must hold these too, so that their collectives are shadowed as well.
         group: The process group of its loss.
         device: Where the count of running ranks is summed.
 
+    Raises:
+        ValueError: Parameters of ``loss`` are sharded (FSDP): a rank without steps would not update its share. Call
+            model and loss with ``[0, d]`` there, and the optimizer.
+
     Note:
-        A rank that leaves without having made any step cannot know the widths of a batch and raises. Gradients of
-        parameters are synchronised outside (under DistributedDataParallel call model and loss with ``[0, d]`` instead,
-        as its own collectives must be shadowed too).
+        A rank that leaves without having made any step cannot know the widths of a batch and raises. Its empty batches
+        leave its gradients alone. At the end parameters and buffers of ``loss`` become those of a rank that went on to
+        the end; states of optimizers stay as they are, as under torch's ``Join``.
     """
 
     def __init__(self, loss: nn.Module, group: Any = None, device: torch.device | str = "cpu") -> None:
         super().__init__()
+        if any(hasattr(p, "device_mesh") for p in loss.parameters()):
+            raise ValueError(
+                "msacore::join: expected parameters of `loss` that every rank holds in full, got sharded ones, of "
+                "which a rank without steps would not update its share; call the model and the loss with tensors [0, d]"
+            )
         self.loss = loss
-        self._group = dist.group.WORLD if group is None else as_sharding("join", group).group
+        self._group: Any = dist.group.WORLD if group is None else as_sharding("join", group).group
         self._device = torch.device(device)
         self._example: tuple[tuple[Any, ...], dict[str, Any]] | None = None
+        self._with_gradients = True
         self._shadowing = False
         self._join: Join | None = None
 
     def _before(self, module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
         if self._shadowing:
             return
-        self._example = _without_rows((args, kwargs))
+        self._example, self._with_gradients = _without_rows((args, kwargs)), torch.is_grad_enabled()
         Join.notify_join_context(self)
 
-    def _step(self) -> None:
+    def shadow(self) -> None:
+        """A step with an empty batch."""
         if self._example is None:
             raise RuntimeError(
                 "msacore::join: expected every rank to make at least one step; this rank has made none and does not "
                 "know the widths of a batch. Give it one, or call the loss with tensors [0, d]"
             )
+        before = [(p, p.grad) for p in self.loss.parameters()]
         self._shadowing = True
         try:
-            with torch.enable_grad():
+            for parameter, _ in before:  # DistributedDataParallel averages what has accumulated
+                parameter.grad = None
+            with torch.set_grad_enabled(self._with_gradients):
                 args, kwargs = _without_rows(self._example)
                 result = self.loss(*args, **kwargs)
                 results = result if isinstance(result, tuple) else (result,)
                 torch.autograd.backward([r.sum() for r in results if r.requires_grad])
         finally:
             self._shadowing = False
+            for parameter, grad in before:
+                parameter.grad = grad
+
+    def adopt(self, went_on: bool) -> None:
+        """Parameters and buffers of a rank that ``went_on`` to the end, on all."""
+        last = torch.tensor(dist.get_rank(self._group) if went_on else -1, device=self._device)
+        dist.all_reduce(last, dist.ReduceOp.MAX, group=self._group)
+        source = dist.get_global_rank(self._group, int(last))
+        for tensor in (*self.loss.parameters(), *self.loss.buffers()):
+            dist.broadcast(tensor.detach(), source, group=self._group)
 
     def join_hook(self, **kwargs: Any) -> JoinHook:
-        return _Shadow(self._step)
+        return _Shadow(self)
 
     @property
     def join_device(self) -> torch.device:

@@ -12,38 +12,19 @@ import torch
 from torch import Tensor
 
 from msacore.distributed import rows
-from msacore.distributed.header import agree, describe
+from msacore.distributed.arguments import (
+    check_values,
+    describe,
+    describe_numbers,
+    needs_gradient,
+    on_meta,
+    rows_of,
+    sizes,
+)
 from msacore.distributed.overlap import Started
 from msacore.distributed.rows import Layout
 from msacore.distributed.sharding import Sharding
 from msacore.ops._check import as_optional_indices
-
-
-def _on_meta(value: Any) -> Any:
-    if isinstance(value, Tensor):
-        return value.detach().to("meta")
-    return [_on_meta(item) for item in value] if isinstance(value, (list, tuple)) else value
-
-
-def _rows_of(value: Any) -> int:
-    first = value[0] if isinstance(value, (list, tuple)) and value else value
-    return first.shape[0] if isinstance(first, Tensor) and first.dim() else 0
-
-
-def _sizes(
-    op: str, sharding: Sharding, counts: Sequence[int], arguments: dict[str, Any], check: Callable[[], None]
-) -> list[list[int]]:
-    """``counts`` of every rank. With a capacity they are not exchanged, and those of this rank stand for all."""
-    if sharding.capacity is None and torch.compiler.is_compiling():
-        raise RuntimeError(
-            f"msacore::{op}: expected `group` to be Sharding(group, capacity=…) under torch.compile, got one without "
-            "capacity, whose sizes must be read by the host"
-        )
-    if sharding.capacity is None or sharding.check:
-        return agree(op, sharding, counts, {name: describe(value) for name, value in arguments.items()}, check)
-    if not torch.compiler.is_compiling():
-        check()
-    return [list(counts)] * sharding.world
 
 
 def _layout(sharding: Sharding, counts: Sequence[int], rows: int, padded: bool = True) -> Layout:
@@ -90,6 +71,7 @@ class Contrast:
     of_candidates: Layout
     of_negatives: Layout
     one_role: bool  # every row that is an anchor is a candidate with the same label, and there are no others
+    gradients: tuple[bool, ...]  # by rank: whether it needs gradients
 
     @property
     def own(self) -> bool:
@@ -122,7 +104,7 @@ def contrast(
     started = candidates if isinstance(candidates, Started) else None
     given_candidates = started.candidates if started is not None else candidates
     own = given_candidates is None or (given_candidates is anchors and started is None)
-    n, m, q = _rows_of(anchors), _rows_of(anchors if own else given_candidates), _rows_of(negatives)
+    n, m, q = rows_of(anchors), rows_of(anchors if own else given_candidates), rows_of(negatives)
     columns = weights.shape[1] if isinstance(weights, Tensor) and weights.dim() == 2 else 0
     one_mask = anchor_mask is not None and candidate_mask is anchor_mask
     one_role = own and (one_mask or (anchor_mask is None and candidate_mask is None))
@@ -130,37 +112,43 @@ def contrast(
     given = dict(
         anchors=anchors,
         candidates=None if own else given_candidates,
-        temperature="tensor" if isinstance(temperature, Tensor) else temperature,
         labels=labels,
-        weights=None if weights is None else "given",
+        weights=weights,
         negatives=negatives,
         negative_mask=negative_mask,
         anchor_mask=anchor_mask,
-        candidate_mask="anchor_mask" if one_mask else candidate_mask,
-        **options,
+        candidate_mask=candidate_mask,
     )
 
     def check() -> None:
         _check_capacity(op, sharding, max(n, m))
-        slab = weights.detach().new_empty((n, m), device="meta") if columns and weights is not None else weights
-        local(
-            _on_meta(anchors),
-            None if own else _on_meta(given_candidates),
-            temperature=_on_meta(temperature),
-            labels=_on_meta(labels),
-            weights=_on_meta(slab),
-            negatives=_on_meta(negatives),
-            negative_mask=_on_meta(negative_mask),
-            anchor_mask=_on_meta(anchor_mask),
-            candidate_mask=_on_meta(candidate_mask),
-            **options,
-        )
+        on_slab = dict(given)
+        if columns and weights is not None:  # the rank's own columns stand for those of all ranks, which come later
+            on_slab["weights"] = weights.detach().new_empty((len(weights), m), device="meta")
+        first, second, *rest = on_slab.items()
+        of_rows = {name: on_meta(value) for name, value in rest}
+        local(on_meta(first[1]), on_meta(second[1]), temperature=on_meta(temperature), **of_rows, **options)
+        check_values(op, given, dict(temperature=temperature))
+        if started is not None and (started.sharding.group, started.sharding.capacity) != (
+            sharding.group,
+            sharding.capacity,
+        ):
+            raise ValueError(f"msacore::{op}: expected `candidates` to be started with the `group` of the loss")
 
-    sizes = _sizes(op, sharding, [n, m, q, columns], given, check)
-    of_anchors = _layout(sharding, [s[0] for s in sizes], n)
-    of_candidates = of_anchors if own else _layout(sharding, [s[1] for s in sizes], m)
+    def described() -> dict[str, Any]:
+        found = {name: describe(value) for name, value in {**given, **options}.items()}
+        found["temperature"] = "a tensor" if isinstance(temperature, Tensor) else describe(temperature)
+        found["weights"] = None if weights is None else "given"
+        found["candidate_mask"] = "anchor_mask" if one_mask else found["candidate_mask"]
+        found["candidates"] = f"{found['candidates']}, started" if started else found["candidates"]
+        return found
+
+    gradient = needs_gradient(anchors, given_candidates, weights, negatives, temperature)
+    everywhere = sizes(op, sharding, [n, m, q, columns, gradient], described, check)
+    of_anchors = _layout(sharding, [s[0] for s in everywhere], n)
+    of_candidates = of_anchors if own else _layout(sharding, [s[1] for s in everywhere], m)
     if weights is not None:
-        wrong = [(r, s) for r, s in enumerate(sizes) if s[3] != of_candidates.total and s[0]]
+        wrong = [(r, s) for r, s in enumerate(everywhere) if s[3] != of_candidates.total and s[0]]
         if wrong:
             rank, size = wrong[0]
             raise RuntimeError(
@@ -185,8 +173,9 @@ def contrast(
         candidate_mask,
         of_anchors,
         of_candidates,
-        _layout(sharding, [s[2] for s in sizes], q, padded=False),
+        _layout(sharding, [s[2] for s in everywhere], q, padded=False),
         one_role,
+        tuple(bool(s[4]) for s in everywhere),
     )
 
 
@@ -267,23 +256,29 @@ def hierarchy_layout(
     available: Tensor | None,
     labels: Tensor | None,
     options: dict[str, Any],
-) -> tuple[Layout, Tensor | None]:
-    """How the rows of the hierarchical loss lie over the ranks, and what is available on this one."""
+) -> tuple[Layout, Tensor | None, tuple[bool, ...]]:
+    """How the rows of the hierarchical loss lie over the ranks, what is available on this one, who needs gradients."""
     op = "hierarchical_contrastive_loss"
-    n = _rows_of(fused)
-    given = dict(unimodal=unimodal, fused=fused, high_level=high_level, available=available, labels=labels, **options)
-    given["temperatures"] = describe(options["temperatures"])
+    n = rows_of(fused)
+    given = dict(unimodal=unimodal, fused=fused, high_level=high_level, available=available, labels=labels)
+    temperatures = options["temperatures"]
 
     def check() -> None:
         _check_capacity(op, sharding, n)
-        embeddings = _on_meta(unimodal), _on_meta(fused), _on_meta(high_level)
-        of_rows = dict(available=_on_meta(available), labels=_on_meta(labels))
-        local(*embeddings, **of_rows, **{k: _on_meta(v) for k, v in options.items()})
+        of_rows = {name: on_meta(value) for name, value in given.items()}
+        local(**of_rows, **{**options, "temperatures": on_meta(temperatures)})
+        check_values(op, given, dict(temperatures=temperatures))
 
-    layout = _layout(sharding, [s[0] for s in _sizes(op, sharding, [n], given, check)], n)
+    def described() -> dict[str, Any]:
+        found = {name: describe(value) for name, value in {**given, **options}.items()}
+        return {**found, "tier_weights": describe_numbers(options["tier_weights"])}
+
+    gradient = needs_gradient(unimodal, fused, high_level, temperatures)
+    everywhere = sizes(op, sharding, [n, gradient], described, check)
+    layout = _layout(sharding, [s[0] for s in everywhere], n)
     if available is None and layout.padding:
         available = torch.ones(n, len(unimodal), dtype=torch.bool, device=fused.device)
-    return layout, available
+    return layout, available, tuple(bool(s[1]) for s in everywhere)
 
 
 def hierarchical_contrastive_loss(
@@ -320,19 +315,25 @@ def rank_layout(
     targets: Tensor,
     temperature: float | Tensor,
     mask: Tensor | None,
-) -> tuple[Layout, Tensor | None]:
-    """How the rows of `rank_n_contrast` lie over the ranks, and the mask of this rank's."""
+) -> tuple[Layout, Tensor | None, tuple[bool, ...]]:
+    """How the rows of `rank_n_contrast` lie over the ranks, the mask of this rank's, and who needs gradients."""
     op = "rank_n_contrast"
-    n = _rows_of(embeddings)
-    shown = "tensor" if isinstance(temperature, Tensor) else temperature
-    given = dict(embeddings=embeddings, targets=targets, temperature=shown, mask=mask)
+    n = rows_of(embeddings)
+    given = dict(embeddings=embeddings, targets=targets, mask=mask)
 
     def check() -> None:
         _check_capacity(op, sharding, n)
-        local(_on_meta(embeddings), _on_meta(targets), temperature=_on_meta(temperature), mask=_on_meta(mask))
+        of_rows = {name: on_meta(value) for name, value in given.items()}
+        local(**of_rows, temperature=on_meta(temperature))
+        check_values(op, given, dict(temperature=temperature))
 
-    layout = _layout(sharding, [s[0] for s in _sizes(op, sharding, [n], given, check)], n)
-    return layout, _valid(mask, layout, embeddings)
+    def described() -> dict[str, Any]:
+        found = {name: describe(value) for name, value in given.items()}
+        return {**found, "temperature": "a tensor" if isinstance(temperature, Tensor) else describe(temperature)}
+
+    everywhere = sizes(op, sharding, [n, needs_gradient(embeddings, temperature)], described, check)
+    layout = _layout(sharding, [s[0] for s in everywhere], n)
+    return layout, _valid(mask, layout, embeddings), tuple(bool(s[1]) for s in everywhere)
 
 
 def rank_n_contrast(

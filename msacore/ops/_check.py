@@ -91,7 +91,13 @@ def as_indices(op: str, name: str, value: Any) -> Tensor:
         return tensor
     if tensor.dtype not in INTEGERS:
         fail(op, f"expected `{name}` to have dtype int64 or another integer one, got {dtype_name(tensor.dtype)}")
-    return tensor.to(torch.int64)
+    wide = tensor.to(torch.int64)
+    if tensor.dtype == torch.uint64 and type(tensor) is Tensor and tensor.is_cpu and not torch.compiler.is_compiling():
+        # What is too large for int64 would become negative, which says something else. The CPU alone reads values.
+        large = wide[wide < 0]
+        if len(large):
+            fail(op, f"expected `{name}` of dtype uint64 below 2^63, got {(1 << 64) + int(large[0])}")
+    return wide
 
 
 def as_optional_indices(op: str, name: str, value: Any) -> Tensor | None:
@@ -117,7 +123,10 @@ def as_number(op: str, name: str, value: Any) -> Any:
         value = _item(op, name, value)
     if isinstance(value, bool) or not isinstance(value, (Real, torch.SymInt, torch.SymFloat)):
         fail(op, f"expected `{name}` to be a number, got {describe(value)}")
-    return float(value) if isinstance(value, Real) else value  # symbolic numbers stay what they are
+    try:
+        return float(value) if isinstance(value, Real) else value  # symbolic numbers stay what they are
+    except OverflowError:
+        fail(op, f"expected `{name}` to be a number that float64 holds, got a larger one")
 
 
 def as_numbers(op: str, name: str, value: Any) -> list[float]:
@@ -139,14 +148,16 @@ def as_number_or_tensor(op: str, name: str, value: Any) -> tuple[float, Tensor |
 
 
 def as_integer(op: str, name: str, value: Any) -> Any:
-    """Return a whole number that is not a bool; a tensor with one is read by value."""
-    if type(value) is int:
-        return value
+    """Return a whole number of 64 bits that is not a bool; a tensor with one is read by value."""
     if isinstance(value, Tensor):
         value = _item(op, name, value)
     if isinstance(value, bool) or not isinstance(value, (Integral, torch.SymInt)):
         fail(op, f"expected `{name}` to be an integer, got {describe(value)}")
-    return int(value) if isinstance(value, Integral) else value  # symbolic numbers stay what they are
+    if not isinstance(value, Integral):
+        return value  # symbolic numbers stay what they are
+    if not -(1 << 63) <= int(value) < 1 << 63:
+        fail(op, f"expected `{name}` to be an integer of 64 bits, got {int(value).bit_length()} bits")
+    return int(value)
 
 
 def as_flag(op: str, name: str, value: Any) -> bool:
