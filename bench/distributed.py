@@ -61,7 +61,7 @@ def received(rows: int, width: int, world: int, mode: str, size: int = 4) -> tup
     """Bytes that a rank receives in forward and backward of a step of `info_nce`, by formula.
 
     Symmetric with default positives; "self-contrast": of one embedding with labels. Numbers that are kept of a row have
-    4 bytes (``size`` = 2 or 4), the header 7 numbers of 8 bytes, counts 6 of 8.
+    4 bytes (``size`` = 2 or 4), the header 8 numbers of 8 bytes, counts 6 of 8.
 
     Args:
         rows: Rows of each rank.
@@ -72,7 +72,7 @@ def received(rows: int, width: int, world: int, mode: str, size: int = 4) -> tup
     """
     others, visited = world - 1, world // 2
     row, kept = width * size, 4 * 4
-    header, counts = others * 7 * 8, others * 6 * 8
+    header, counts = others * 8 * 8, others * 6 * 8
     if mode == "replicated":
         return header + others * rows * 2 * row, 0
     if mode == "sharded":

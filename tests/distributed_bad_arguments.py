@@ -6,6 +6,7 @@ from typing import Any
 import numpy as np
 import torch
 from torch import Tensor
+from torch.utils._pytree import tree_map
 
 import msacore
 from msacore.distributed import Sharding
@@ -40,7 +41,7 @@ def _on_meta(name: str) -> Callable[[Arguments], None]:
 
 
 def _without_gradient(given: Arguments) -> None:
-    given.update({name: value.detach() for name, value in given.items() if isinstance(value, Tensor)})
+    given.update(tree_map(torch.Tensor.detach, given))
 
 
 WRONG, UNLIKE = "on rank 1: expected", "to be alike on all ranks, got"

@@ -238,27 +238,36 @@ def different_gradients(group: Any, rank: int) -> str:
     return ""
 
 
-def compiled(group: Any, rank: int, mode: str) -> list[float]:
+def compiled(group: Any, rank: int, mode: str, name: str) -> list[float]:
     """Largest differences of compiled from eager losses and gradients, two batch sizes."""
-    sharding = Sharding(group, capacity=9, mode=mode)
+    case, sharding = BY_NAME[name], Sharding(group, capacity=9, mode=mode)
+    given = {"temperature": torch.tensor(0.5)} if case.learn_temperature else {}
 
-    def loss(x: Tensor, y: Tensor, mask: Tensor) -> Tensor:
-        two = msacore.info_nce(x, y, anchor_mask=mask, candidate_mask=mask, symmetric=True, group=sharding)
-        return two + msacore.info_nce(x, anchor_mask=mask, candidate_mask=mask, group=sharding)
+    def loss(arguments: dict[str, Any]) -> Tensor:
+        return getattr(msacore, case.loss)(**arguments, **case.options, **given, group=sharding).sum()
 
     function = torch.compile(loss, fullgraph=True, backend="aot_eager")
     differences = []
     for n in (5, 8):
-        torch.manual_seed(n + rank)
-        x, y, mask = torch.randn(n, 6), torch.randn(n, 6), torch.rand(n) > 0.2
+        whole = case.make(n, torch.Generator().manual_seed(n + rank), torch.float32)
         results = []
         for call in (function, loss):
-            a, b = x.clone().requires_grad_(), y.clone().requires_grad_()
-            value = call(a, b, mask)
+            arguments = {k: _leaves(v) if k in case.towers else v for k, v in whole.items()}
+            value = call(arguments)
             value.backward()
-            results.append((value.detach(), a.grad, b.grad))
+            results.append([value.detach(), *(t.grad for k in case.towers for t in _flat(arguments[k]))])
         differences += [float((p - q).abs().max()) for p, q in zip(*results, strict=True)]
     return differences
+
+
+def compiled_check(group: Any, rank: int) -> str:
+    sharding = Sharding(group, capacity=9, mode="replicated", check=True)
+    function = torch.compile(lambda x: msacore.info_nce(x, group=sharding), fullgraph=True, backend="aot_eager")
+    try:
+        function(torch.randn(4, 6))
+    except Exception as error:  # of torch, around what was raised within
+        return str(error)
+    return ""
 
 
 def started(group: Any, rank: int, sizes: Sequence[int], mode: str) -> float:

@@ -107,12 +107,29 @@ def test_different_upstream_gradients_are_found(workers: Workers) -> None:
 
 
 SLOW = pytest.mark.slow  # tracing takes tens of seconds
+COMPILED = [
+    pytest.param("replicated", "masks"),
+    *(pytest.param(*chosen, marks=SLOW) for chosen in (("replicated", "nine terms"), ("replicated", "ranks"))),
+    *(
+        pytest.param("sharded", name, marks=SLOW)
+        for name in ("masks", "self, one mask", "none", "intra-modal", "ranks")
+    ),
+    *(pytest.param("ring", name, marks=SLOW) for name in ("masks", "labels, negatives alone", "nine terms")),
+]
 
 
-@pytest.mark.parametrize("mode", ["replicated", pytest.param("sharded", marks=SLOW)])
-def test_a_compiled_loss_needs_no_header(workers: Workers, mode: str) -> None:
-    for differences in workers.run(jobs.compiled, 2, mode):
+@pytest.mark.parametrize(("mode", "name"), COMPILED)
+def test_a_compiled_loss_needs_no_header(
+    workers: Workers, mode: str, name: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("tests.workers.SECONDS", 120.0)  # ranks trace for different times
+    for differences in workers.run(jobs.compiled, 2, mode, name):
         assert max(differences) < 1e-6
+
+
+def test_a_compiled_loss_cannot_check_headers(workers: Workers) -> None:
+    for message in workers.run(jobs.compiled_check, 2):
+        assert "expected `check` of Sharding to be False under torch.compile" in message
 
 
 def test_a_gather_may_begin_early(workers: Workers) -> None:

@@ -110,6 +110,11 @@ def sizes(
             f"msacore::{op}: expected `group` to be Sharding(group, capacity=…) under torch.compile, got one without "
             "capacity, whose sizes must be read by the host"
         )
+    if sharding.check and torch.compiler.is_compiling():
+        raise RuntimeError(
+            f"msacore::{op}: expected `check` of Sharding to be False under torch.compile, got True: the host compares "
+            "what ranks say"
+        )
     if sharding.capacity is None or sharding.check:
         options = {name: describe(getattr(sharding, name)) for name in ("mode", "capacity", "memory", "check")}
         return agree(op, sharding, counts, {**described(), **options}, check)

@@ -36,7 +36,8 @@ def _give_back(op: str, sharding: Sharding, parts: Sequence[Tensor], like: Tenso
     world, rank, count = sharding.world, sharding.rank, _others(sharding)
     to = [len(like) if 1 <= (other - rank) % world <= count else 0 for other in range(world)]
     come = [len(like) if 1 <= (rank - other) % world <= count else 0 for other in range(world)]
-    ordered = [parts[step - 1] for other in range(world) if 1 <= (step := (other - rank) % world) <= count]
+    steps = [(other - rank) % world for other in range(world)]
+    ordered = [parts[step - 1] for step in steps if 1 <= step <= count]
     found = exchange(op, torch.cat([like[:0], *ordered]), come, to, sharding.group).split(come)
     return [found[(rank - step) % world] for step in range(1, count + 1)]
 
@@ -132,7 +133,7 @@ def _deliver(plan: Plan, of_terms: Sequence[Tensor]) -> list[list[Tensor]]:
     came = [part[: layout.rows].T for part in _give_back(plan.op, plan.sharding, blocks, like)]
     numbers = [len(of_term) for of_term in of_terms]
     by_rank = [part.split(numbers) for part in came]
-    return [[part[k] for part in by_rank] for k in range(len(of_terms))]
+    return [list(of_term) for of_term in zip(*by_rank, strict=True)] if by_rank else [[] for _ in of_terms]
 
 
 def _of_fetched(plan: Plan, of_terms: Sequence[Tensor]) -> Sequence[Tensor]:
@@ -162,8 +163,10 @@ def sums(plan: Plan, given: Given) -> tuple[list[Tensor], list[Tensor]]:
             others.append(_widen(column.double(), visit.columns, size, nothing))
         of_rows.append(found)
         of_others.append(merge(others, given.tau(plan, k)).to(alone.dtype))
-    came = _deliver(plan, of_others)
-    return [merge([*of_rows[k], *came[k]], given.tau(plan, k)) for k in range(len(of_rows))], []
+    merged = []
+    for k, came in enumerate(_deliver(plan, of_others)):
+        merged.append(merge([*of_rows[k], *came], given.tau(plan, k)))
+    return merged, []
 
 
 def positives(

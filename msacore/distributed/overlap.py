@@ -136,6 +136,7 @@ class join(Joinable):
             return
         self._example, self._with_gradients = _without_rows((args, kwargs)), torch.is_grad_enabled()
         Join.notify_join_context(self)
+        self._share_temperatures(runs=True)
 
     def shadow(self) -> None:
         """A step with an empty batch."""
@@ -144,6 +145,7 @@ class join(Joinable):
                 "msacore::join: expected every rank to make at least one step; this rank has made none and does not "
                 "know the widths of a batch. Give it one, or call the loss with tensors [0, d]"
             )
+        self._share_temperatures(runs=False)
         before = [(p, p.grad) for p in self.loss.parameters()]
         self._shadowing = True
         try:
@@ -158,6 +160,20 @@ class join(Joinable):
             self._shadowing = False
             for parameter, grad in before:
                 parameter.grad = grad
+
+    def _share_temperatures(self, runs: bool) -> None:
+        """A rank without steps does not step its optimizer, but the temperature it has counts in its empty batch."""
+        single = [p for p in self.loss.parameters() if p.numel() == 1]
+        if not single:
+            return
+        values = torch.stack([p.detach().double().reshape(()) for p in single]).to(self._device)
+        if not runs:
+            values.fill_(float("-inf"))
+        dist.all_reduce(values, dist.ReduceOp.MAX, group=self._group)
+        if not runs:
+            with torch.no_grad():
+                for parameter, value in zip(single, values, strict=True):
+                    parameter.fill_(value)
 
     def adopt(self, went_on: bool) -> None:
         """Parameters and buffers of a rank that ``went_on`` to the end, on all."""

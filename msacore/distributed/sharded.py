@@ -5,6 +5,7 @@ backward.
 """
 
 from collections.abc import Callable, Sequence
+from dataclasses import dataclass
 from itertools import combinations
 from typing import Any
 
@@ -19,7 +20,8 @@ from msacore.distributed.terms import Given, Plan, Role, Term
 from msacore.distributed.tiles import ALL, DECOUPLED, NEGATIVES
 from msacore.ops._check import as_flag, as_number_or_tensor, as_optional_indices
 
-_Edge = tuple[int, int, int, tuple[int, ...]]  # of a term: its tier, its embeddings, the modalities that must be there
+_Members = tuple[int, ...]  # the modalities that must be there
+_Edges = list[tuple[int, int, int, _Members]]  # of terms: their tier, their two embeddings
 
 _DENOMINATORS = {"all": ALL, "negatives": NEGATIVES, "decoupled": DECOUPLED}
 
@@ -118,6 +120,87 @@ def info_nce(
     return rows.compare_gradient(losses[0], op, sharding) if sharding.check else losses[0]
 
 
+@dataclass(frozen=True)
+class _Hierarchy:
+    """What all terms of the hierarchical loss share.
+
+    Attributes:
+        sharding: The ranks.
+        layout: Of the rows.
+        embeddings: Those of modalities, the fused one, those of pairs; this rank's rows.
+        modalities: Their number.
+        available: ``[rows, modalities]`` bool, or None.
+        labels: ``[rows]``, or None.
+        numbers: Temperatures of the tiers.
+        which: Which of the learned ones each is, or None.
+        learned: Temperatures that are tensors.
+        normalize: As in `msacore.hierarchical_contrastive_loss`.
+    """
+
+    sharding: Sharding
+    layout: Layout
+    embeddings: Sequence[Tensor]
+    modalities: int
+    available: Tensor | None
+    labels: Tensor | None
+    numbers: Sequence[float]
+    which: Sequence[int | None]
+    learned: Sequence[Tensor]
+    normalize: bool
+
+    def losses(self, edges: _Edges, way: Any) -> Tensor:
+        """Losses of some of the terms."""
+        op, layout = "hierarchical_contrastive_loss", self.layout
+        plan = Plan(
+            op=op,
+            sharding=self.sharding,
+            way=way,
+            terms=tuple(Term(a, b, a != b, a == b, self.numbers[tier], self.which[tier]) for tier, a, b, _ in edges),
+            of_anchors=layout,
+            of_candidates=layout,
+            of_queue=layout,
+            dtype=_compute_dtype(self.embeddings[0]),
+            normalize=self.normalize,
+            denominator=ALL,
+            reduction="mean",
+        )
+        whole: list[Tensor | None] = [None] * len(self.embeddings)
+        all_available = all_labels = None
+        if way is not ring:
+            pairs = len(self.embeddings) - self.modalities - 1
+            unread = replicated.hidden_embeddings(self.available, self.modalities, pairs)
+            sent = [*(self.embeddings[e].detach() for e in plan.sent), self.available, self.labels]
+            hidden = [*(unread[e] for e in plan.sent), None, None]
+            if way is halves:
+                gathered = halves.gather(op, self.sharding, layout, sent, hidden)
+            else:
+                gathered = rows.gather_rows(op, self.sharding, layout, sent, hidden, 1)
+            *of_sent, all_available, all_labels = gathered
+            for e, found in zip(plan.sent, of_sent, strict=True):
+                whole[e] = found
+        roles = []
+        for _, a, b, members in edges:
+            here, there = _all_of(self.available, members), _all_of(all_available, members)
+            own, everywhere = (self.labels, all_labels) if a == b else (None, None)
+            roles.append(Role(own, here, own, here, everywhere, there))
+        given = Given(
+            own=self.embeddings,
+            learned=self.learned,
+            weights=None,
+            own_queue=None,
+            queue=None,
+            queue_mask=None,
+            whole=whole,
+            roles=roles,
+        )
+        return terms.losses(plan, given)
+
+
+def _all_of(available: Tensor | None, members: _Members) -> Tensor | None:
+    """``[rows]``: where all these modalities are there."""
+    return None if available is None else available[:, list(members)].all(1)
+
+
 def hierarchical_contrastive_loss(
     local: Callable[..., Any],
     sharding: Sharding,
@@ -146,62 +229,18 @@ def hierarchical_contrastive_loss(
     numbers, which, learned = _temperatures(op, named)
     intra_modal = tier1 == "intra_modal"
     labels = as_optional_indices(op, "labels", labels) if intra_modal else None
-    edges: list[_Edge] = [(0, i, i, (i,)) for i in range(m)] if intra_modal else [(0, i, j, (i, j)) for i, j in pairs]
+    edges: _Edges = [(0, i, i, (i,)) for i in range(m)] if intra_modal else [(0, i, j, (i, j)) for i, j in pairs]
     edges += [(1, i, m, (i,)) for i in range(m)]
     for p, q in combinations(range(len(pairs)), 2):
         edges.append((2, m + 1 + p, m + 1 + q, tuple(sorted({*pairs[p], *pairs[q]}))))
-    unread = replicated.hidden_embeddings(available, m, len(pairs))
-
-    def of(edges: Sequence[_Edge], way: Any) -> Tensor:
-        """Losses of some of the terms."""
-        plan = Plan(
-            op=op,
-            sharding=sharding,
-            way=way,
-            terms=tuple(Term(a, b, a != b, a == b, numbers[tier], which[tier]) for tier, a, b, _ in edges),
-            of_anchors=layout,
-            of_candidates=layout,
-            of_queue=layout,
-            dtype=_compute_dtype(fused),
-            normalize=as_flag(op, "normalize", normalize),
-            denominator=ALL,
-            reduction="mean",
-        )
-        whole: list[Tensor | None] = [None] * len(embeddings)
-        all_available = all_labels = None
-        if way is not ring:
-            sent = [embeddings[e].detach() for e in plan.sent]
-            of_rows = [*sent, available, labels], [*(unread[e] for e in plan.sent), None, None]
-            if way is halves:
-                gathered = halves.gather(op, sharding, layout, *of_rows)
-            else:
-                gathered = rows.gather_rows(op, sharding, layout, *of_rows, 1)
-            *of_sent, all_available, all_labels = gathered
-            for e, found in zip(plan.sent, of_sent, strict=True):
-                whole[e] = found
-
-        def role(a: int, b: int, members: Sequence[int]) -> Role:
-            here, there = (None if t is None else t[:, list(members)].all(1) for t in (available, all_available))
-            of_own, of_all = (labels, all_labels) if a == b else (None, None)
-            return Role(of_own, here, of_own, here, of_all, there)
-
-        given = Given(
-            own=embeddings,
-            learned=learned,
-            weights=None,
-            own_queue=None,
-            queue=None,
-            queue_mask=None,
-            whole=whole,
-            roles=[role(a, b, members) for _, a, b, members in edges],
-        )
-        return terms.losses(plan, given)
-
+    shared = _Hierarchy(
+        sharding, layout, embeddings, m, available, labels, numbers, which, learned, as_flag(op, "normalize", normalize)
+    )
     # Modalities against themselves come first: they take half the work.
     itself = m if intra_modal and way is sweep else 0
-    losses = of(edges[itself:], way)
+    losses = shared.losses(edges[itself:], way)
     if itself:
-        losses = torch.cat([of(edges[:itself], halves), losses])
+        losses = torch.cat([shared.losses(edges[:itself], halves), losses])
     zero = losses.new_zeros(())
     of_tiers = [[x for x, edge in zip(losses, edges, strict=True) if edge[0] == tier] for tier in range(len(numbers))]
     tiers = torch.stack([sum(found, zero) for found in of_tiers])

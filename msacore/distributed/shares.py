@@ -59,7 +59,11 @@ class _Gather(torch.autograd.Function):
 
 def gather(op: str, sharding: Sharding, layout: Layout, x: Tensor, whole: Tensor) -> Tensor:
     """``whole``, the rows of all ranks, as a function of this rank's rows ``x``."""
-    return _Gather.apply(x, whole, op, sharding, layout) if torch.is_grad_enabled() else whole
+    if not torch.is_grad_enabled():
+        return whole
+    # With their padding, whose number torch.compile knows.
+    padded = Layout(layout.counts, layout.rank, layout.counts[layout.rank])
+    return _Gather.apply(pad_rows(x, layout.padding), whole, op, sharding, padded)
 
 
 class _Total(torch.autograd.Function):
