@@ -134,8 +134,66 @@ def _propagation(argument: str, **more: Callable[[Sizes, torch.device], Any]) ->
     return _beside("propagate", argument, msacore.propagate, plain_form, _CONVERSATIONS, inputs, _steps, tuple(more))
 
 
+def _half_step(argument: str, **more: Callable[[Sizes, torch.device], Any]) -> Benchmark:
+    def make(sizes: Sizes, device: torch.device) -> Inputs:
+        given = _conversations(**more)(sizes, device)
+        return {"h": given.pop("x"), **given}
+
+    plain_form = reference.propagation.window_mean
+    call = msacore.window_mean
+    return _beside("window_mean", argument, call, plain_form, _CONVERSATIONS, make, _steps, tuple(more))
+
+
+def _senders(sizes: Sizes, device: torch.device) -> Tensor:
+    return torch.arange(3 * sizes["V"] * sizes["T"], device=device).view(-1, 3) % 4 != 0
+
+
+def _hierarchy(**more: Callable[[Sizes, torch.device], Any]) -> Make:
+    def make(sizes: Sizes, device: torch.device) -> Inputs:
+        embeddings = [_leaf(sizes["N"], sizes["d"], device=device) for _ in range(7)]
+        of = {"unimodal": embeddings[:3], "fused": embeddings[3], "high_level": embeddings[4:]}
+        return of | {name: value(sizes, device) for name, value in more.items()}
+
+    return make
+
+
+def _nine_terms(argument: str, **more: Callable[[Sizes, torch.device], Any]) -> Benchmark:
+    def work(sizes: Sizes) -> Work:
+        return Work(9 * _products(sizes).flops, 7 * 4.0 * sizes["N"] * sizes["d"])
+
+    plain_form = reference.hierarchical_contrastive.hierarchical_contrastive_loss
+    call = msacore.hierarchical_contrastive_loss
+    return _beside(call.__name__, argument, call, plain_form, _RANKED, _hierarchy(**more), work, tuple(more))
+
+
+def _sorted_edges(edge_index: Tensor, num_nodes: int, weight: Tensor) -> tuple[Tensor, ...]:
+    """The same in plain torch."""
+    order = edge_index[1].argsort(stable=True)
+    counts = torch.bincount(edge_index[1], minlength=num_nodes)
+    return torch.cat([counts.new_zeros(1), counts.cumsum(0)]), edge_index[0][order], weight[order], order
+
+
+def _edge_index(sizes: Sizes, device: torch.device) -> Inputs:
+    edges = 8 * sizes["n"]
+    return {
+        "edge_index": torch.randint(sizes["n"], (2, edges), device=device),
+        "num_nodes": sizes["n"],
+        "weight": torch.rand(edges, device=device),
+    }
+
+
+def _sorting(sizes: Sizes) -> tuple[Work, Work]:
+    """Every edge and its weight read once, and written with its place; counted once, one operation each."""
+    edges = 8.0 * sizes["n"]
+    once = Work(edges, edges * (16 + 4 + 8 + 4 + 8))
+    return once, once
+
+
 def _positions(sizes: Sizes, device: torch.device) -> Tensor:
     return torch.arange(sizes["V"] * sizes["T"], device=device) * 3 // 2
+
+
+_GRAPHS = (Shape("n=64 d=8", {"n": 64, "d": 8}, quick=True), Shape("n=20000 d=64", {"n": 20000, "d": 64}))
 
 
 def _attention(sizes: Sizes, device: torch.device) -> Inputs:
@@ -205,27 +263,45 @@ BENCHMARKS = [
         weights=lambda s, device: torch.rand(s["N"], s["N"], device=device, requires_grad=True),
     ),
     _loss("learned temperature", ["temperature"], temperature=_learned),
+    _nine_terms("learned temperatures", temperatures=lambda s, device: [_learned(s, device) for _ in range(3)]),
+    _nine_terms("normalize=False", normalize=lambda s, device: False, temperatures=lambda s, device: [s["d"]] * 3),
+    _nine_terms(
+        "tier1='intra_modal'",
+        tier1=lambda s, device: "intra_modal",
+        labels=lambda s, device: torch.arange(s["N"], device=device) % 7,
+    ),
     _beside(
         "rank_n_contrast",
         "learned temperature",
         msacore.rank_n_contrast,
         None,
-        (
-            Shape("N=64 d=128 (one batch)", {"N": 64, "d": 128}, quick=True),
-            Shape("N=1024 d=128", {"N": 1024, "d": 128}),
-        ),
+        _RANKED,
         _ranked,
         _products,
         ["temperature"],
     ),
     _propagation("positions", positions=_positions),
     _propagation("include_self=False", include_self=lambda s, device: False),
+    _half_step("positions", positions=_positions),
+    _half_step("include_self=False", include_self=lambda s, device: False),
+    _half_step("senders", senders=_senders),
+    Benchmark(
+        name="from_edge_index",
+        shapes=_GRAPHS,
+        inputs=_edge_index,
+        providers=(
+            plain("msacore", msacore.graph.from_edge_index),
+            plain("torch, argsort and bincount", _sorted_edges),
+        ),
+        work=_sorting,
+        differentiable=False,
+    ),
     _beside(
         "graph_propagate",
         "a weight per head",
         msacore.graph_propagate,
         None,
-        (Shape("n=64 d=8", {"n": 64, "d": 8}, quick=True), Shape("n=20000 d=64", {"n": 20000, "d": 64})),
+        _GRAPHS,
         _attention,
         _edges,
         ["weight"],
