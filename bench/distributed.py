@@ -28,6 +28,7 @@ from msacore.distributed import Sharding
 from msacore.distributed.tiles import ALL, Rows, Tile, finish, merge
 from msacore.selection.tree import DIGEST_ROWS
 
+TABLES = ("bytes", "compute", "selection")
 MODES = ("replicated", "sharded", "ring", "self-contrast")
 
 
@@ -217,6 +218,7 @@ def print_selection(worlds: Sequence[int], sizes: Sequence[int], width: int, bud
 
 def main() -> None:
     parser = argparse.ArgumentParser(prog="python -m bench.distributed", description=__doc__)
+    parser.add_argument("tables", nargs="*", metavar="table", help=f"any of: {', '.join(TABLES)}; default all")
     parser.add_argument("--rows", type=int, default=4096, help="rows N of the whole batch")
     parser.add_argument("--width", type=int, default=128, help="width d of an embedding")
     parser.add_argument("--worlds", type=int, nargs="+", default=[1, 2, 4, 8, 16, 64], help="numbers of ranks W")
@@ -226,10 +228,16 @@ def main() -> None:
     parser.add_argument("--pool", type=int, nargs="+", default=[16_384, 65_536], help="rows of its pools, two or more")
     parser.add_argument("--largest", type=int, default=10**8, help="rows of the pool that is extrapolated")
     options = parser.parse_args()
-    print_bytes(options.ranks, options.rows // options.ranks, options.width)
-    print_compute(options.rows, options.width, options.worlds, options.rounds)
-    shards = [world for world in options.worlds if world > 1]
-    print_selection(shards, options.pool, 32, options.budget, options.largest)
+    if unknown := set(options.tables) - set(TABLES):
+        parser.error(f"no table {', '.join(sorted(unknown))}; there are: {', '.join(TABLES)}")
+    chosen = options.tables or TABLES
+    if "bytes" in chosen:
+        print_bytes(options.ranks, options.rows // options.ranks, options.width)
+    if "compute" in chosen:
+        print_compute(options.rows, options.width, options.worlds, options.rounds)
+    if "selection" in chosen:
+        shards = [world for world in options.worlds if world > 1]
+        print_selection(shards, options.pool, 32, options.budget, options.largest)
 
 
 if __name__ == "__main__":

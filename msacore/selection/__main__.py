@@ -2,6 +2,7 @@
 
 import argparse
 import contextlib
+import faulthandler
 import json
 import math
 import os
@@ -231,7 +232,7 @@ class _Store:
             self.save(state())
         except OSError as error:
             if not self._warned:
-                print(f"warning: {self.state} could not be saved ({error}); going on", file=sys.stderr)
+                print(f"warning: {self.state} could not be saved ({error.strerror}); going on", file=sys.stderr)
             self._warned = True
         self._saved = time.monotonic()
 
@@ -249,10 +250,10 @@ def _run(args: argparse.Namespace, ranks: Alone, signals: _Signals) -> int:
     store = _Store(args.out, ranks)
     inputs: list[_Inputs] = []
 
-    def complain(message: str) -> int:
+    def complain(message: str, advice: str = "remove it to start afresh") -> int:
         if ranks.rank == 0:
             named = inputs[0].named(message, store.state) if inputs else message
-            hint = f" ({store.state} holds the state of an earlier run; remove it to start afresh)"
+            hint = f" ({store.state} holds the state of an earlier run; {advice})"
             print(f"error: {named}{hint if store.state.exists() else ''}", file=sys.stderr)
         return 1
 
@@ -276,7 +277,7 @@ def _run(args: argparse.Namespace, ranks: Alone, signals: _Signals) -> int:
             try:
                 store.save(stop.state)
             except OSError as error:
-                return complain(f"stopped after {count} picks, and {store.state} could not be saved ({error})")
+                return complain(f"stopped after {count} picks, and {store.state} could not be saved ({error.strerror})")
             if ranks.rank == 0:
                 print(f"stopped after {count} picks; the same command goes on from there", file=sys.stderr)
         return signals.status
@@ -285,7 +286,7 @@ def _run(args: argparse.Namespace, ranks: Alone, signals: _Signals) -> int:
         return signals.status
     except OSError as error:
         where = f"{error.filename}: " if error.filename else ""
-        return complain(f"{where}{error.strerror or error}")
+        return complain(f"{where}{error.strerror or error}", "the same command goes on from there")
     except (ValueError, ImportError, MemoryError) as error:
         return complain(str(error) or type(error).__name__)
     return 0
@@ -318,4 +319,5 @@ def main(argv: list[str] | None = None) -> int:
 
 
 if __name__ == "__main__":
+    faulthandler.enable()  # a pool that shrinks while a piece of it is read ends the process: say where
     raise SystemExit(main())

@@ -171,7 +171,7 @@ def write(path: Path, content: bytes) -> None:
     """Write a file whole or not at all.
 
     Raises:
-        OSError: It could not be written; what was there before still is.
+        OSError: It could not be written, with its name; what was there before still is.
     """
     part = _part(path)
     try:
@@ -180,6 +180,8 @@ def write(path: Path, content: bytes) -> None:
             file.flush()
             os.fsync(file.fileno())  # the name must not reach the disk before the content
         os.replace(part, path)
+    except OSError as error:  # a full disk names no file
+        raise OSError(error.errno, error.strerror or str(error), str(path)) from error
     finally:
         part.unlink(missing_ok=True)
 
