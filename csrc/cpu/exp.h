@@ -15,57 +15,9 @@ MSACORE_INLINE To bits_as(From from) {
   return to;
 }
 
-// e^x within 2 units in the last place where the result is a normal number, 0 below, +inf above; NaN stays NaN.
-// x = k ln 2 + r with |r| <= ln 2 / 2. Adding 1.5 · 2^(mantissa bits) rounds to an integer and leaves it in the low
-// bits.
-MSACORE_INLINE float exp_of(float x) {
-  const float clamped = x < -87.3f ? -87.3f : (x > 88.3f ? 88.3f : x);
-  const float shifted = clamped * 1.44269504f + 12582912.f;
-  const float k = shifted - 12582912.f;
-  const float r = (clamped - k * 0.693359375f) + k * 2.12194440e-4f;
-  float p = 1.9875691500e-4f;
-  p = p * r + 1.3981999507e-3f;
-  p = p * r + 8.3334519073e-3f;
-  p = p * r + 4.1665795894e-2f;
-  p = p * r + 1.6666665459e-1f;
-  p = p * r + 5.0000001201e-1f;
-  p = (p * r) * r + r + 1.f;
-  const uint32_t scale = (bits_as<uint32_t>(shifted) + 127u) << 23;
-  const float result = p * bits_as<float>(scale);
-  return x < -87.3f ? 0.f : (x > 88.3f ? x * 3e38f : result);
-}
-
-MSACORE_INLINE double exp_of(double x) {
-  const double clamped = x < -708. ? -708. : (x > 709. ? 709. : x);
-  const double shifted = clamped * 1.4426950408889634 + 6755399441055744.;
-  const double k = shifted - 6755399441055744.;
-  const double r = (clamped - k * 6.93145751953125e-1) - k * 1.42860682030941723212e-6;
-  double p = 1.6059043836821613e-10;  // Taylor: 1/13! … 1/2!; |r| <= 0.3466 leaves 4e-18
-  p = p * r + 2.0876756987868099e-9;
-  p = p * r + 2.5052108385441719e-8;
-  p = p * r + 2.7557319223985891e-7;
-  p = p * r + 2.7557319223985893e-6;
-  p = p * r + 2.4801587301587302e-5;
-  p = p * r + 1.9841269841269841e-4;
-  p = p * r + 1.3888888888888889e-3;
-  p = p * r + 8.3333333333333333e-3;
-  p = p * r + 4.1666666666666667e-2;
-  p = p * r + 1.6666666666666667e-1;
-  p = p * r + 0.5;
-  p = (p * r) * r + r + 1.;
-  const uint64_t scale = (bits_as<uint64_t>(shifted) + 1023u) << 52;
-  const double result = p * bits_as<double>(scale);
-  return x < -708. ? 0. : (x > 709. ? x * 1e308 : result);
-}
-
-// 2^x to about 1 ulp: 2^round(x) by the exponent bits, times a polynomial of the rest in [-1/2, 1/2] (Chebyshev
-// interpolation, relative error 2.5e-9). 0 below the smallest normal number: at -127 the exponent bits are those of
-// 0.0, so one comparison, which compiles to a maximum, is enough. NaN stays NaN. Not for x >= 127.5.
-MSACORE_INLINE float exp2_of(float x) {
-  constexpr float kRound = 12582912.0f;  // 1.5 · 2^23: adding it rounds to an integer, held in the low bits
-  const float kept = x < -127.0f ? -127.0f : x;
-  const float shifted = kept + kRound;
-  const float rest = kept - (shifted - kRound);
+// 2^(k + rest), where `shifted` is 1.5 · 2^(mantissa bits) + k, so that the integer k lies in the low bits, and rest is in
+// [-1/2, 1/2]: k by the exponent bits, times a polynomial of the rest (Chebyshev interpolation, relative error 2.5e-9).
+MSACORE_INLINE float power_of_two(float shifted, float rest) {
   float p = 1.54614446985691e-4f;
   p = p * rest + 1.34004281776158e-3f;
   p = p * rest + 9.61805667852464e-3f;
@@ -77,12 +29,8 @@ MSACORE_INLINE float exp2_of(float x) {
   return p * bits_as<float>(power);
 }
 
-// The same in double precision; polynomial error 4e-18. Not for x >= 1023.5.
-MSACORE_INLINE double exp2_of(double x) {
-  constexpr double kRound = 6755399441055744.0;  // 1.5 · 2^52
-  const double kept = x < -1023.0 ? -1023.0 : x;
-  const double shifted = kept + kRound;
-  const double rest = kept - (shifted - kRound);
+// The same in double precision; polynomial error 4e-18.
+MSACORE_INLINE double power_of_two(double shifted, double rest) {
   double p = 4.45581790833606449e-10;
   p = p * rest + 7.07419429728852101e-9;
   p = p * rest + 1.01780570877339411e-7;
@@ -97,6 +45,44 @@ MSACORE_INLINE double exp2_of(double x) {
   p = p * rest + 1.0;
   const uint64_t power = (bits_as<uint64_t>(shifted) + 1023u) << 52;
   return p * bits_as<double>(power);
+}
+
+constexpr float kRoundFloat = 12582912.f;            // 1.5 · 2^23
+constexpr double kRoundDouble = 6755399441055744.0;  // 1.5 · 2^52
+
+// 2^x to about 1 ulp. 0 below the smallest normal number: at -127 the exponent bits are those of 0.0, so one comparison,
+// which compiles to a maximum, is enough. NaN stays NaN. Not for x >= 127.5.
+MSACORE_INLINE float exp2_of(float x) {
+  const float kept = x < -127.0f ? -127.0f : x;
+  const float shifted = kept + kRoundFloat;
+  return power_of_two(shifted, kept - (shifted - kRoundFloat));
+}
+
+// The same in double precision. Not for x >= 1023.5.
+MSACORE_INLINE double exp2_of(double x) {
+  const double kept = x < -1023.0 ? -1023.0 : x;
+  const double shifted = kept + kRoundDouble;
+  return power_of_two(shifted, kept - (shifted - kRoundDouble));
+}
+
+// e^x within 2 units in the last place where the result is a normal number, 0 below, +inf above; NaN stays NaN.
+// x = k ln 2 + r with |r| <= ln 2 / 2; ln 2 in two parts, the first short enough for an exact product.
+MSACORE_INLINE float exp_of(float x) {
+  const float clamped = x < -87.3f ? -87.3f : (x > 88.3f ? 88.3f : x);
+  const float shifted = clamped * 1.44269504f + kRoundFloat;
+  const float k = shifted - kRoundFloat;
+  const float r = (clamped - k * 0.693359375f) + k * 2.12194440e-4f;
+  const float result = power_of_two(shifted, r * 1.44269504f);
+  return x < -87.3f ? 0.f : (x > 88.3f ? x * 3e38f : result);
+}
+
+MSACORE_INLINE double exp_of(double x) {
+  const double clamped = x < -708. ? -708. : (x > 709. ? 709. : x);
+  const double shifted = clamped * 1.4426950408889634 + kRoundDouble;
+  const double k = shifted - kRoundDouble;
+  const double r = (clamped - k * 6.93145751953125e-1) - k * 1.42860682030941723212e-6;
+  const double result = power_of_two(shifted, r * 1.4426950408889634);
+  return x < -708. ? 0. : (x > 709. ? x * 1e308 : result);
 }
 
 }  // namespace msacore::cpu

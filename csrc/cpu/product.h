@@ -1,5 +1,5 @@
 // Matrix products on blocks of memory inside CPU kernels: through torch (oneMKL behind it on x86) where the product is
-// large enough to pay for the call, through own loops below that.
+// large enough to pay for the call, in registers below that.
 #pragma once
 #include <torch/csrc/inductor/aoti_torch/generated/c_shim_cpu.h>
 #include <torch/csrc/stable/ops.h>
@@ -13,6 +13,7 @@
 
 #include "core/check.h"
 #include "core/round.h"
+#include "cpu/microkernel.h"
 #include "cpu/simd.h"
 
 namespace msacore::cpu {
@@ -122,7 +123,11 @@ void multiply(const Block<A>& out, const Block<const A>& a, const Block<const A>
                                ? aoti_torch_cpu_addmm_out(result.get(), result.get(), left.get(), right.get(), 1, 1)
                                : aoti_torch_cpu_mm_out(result.get(), left.get(), right.get()));
   } else if (b.col_stride == 1) {
-    multiply_by_rows(out, a, b, accumulate);
+    const int64_t whole = out.cols / kPanel * kPanel, rest = out.cols - whole;
+    if (whole)
+      small_product<A>({out.rows, whole, a.cols, a.data, a.row_stride, a.col_stride, b.data, kPanel, b.row_stride,
+                        out.data, out.row_stride, accumulate});
+    if (rest) multiply_by_rows(out.columns(whole, rest), a, b.columns(whole, rest), accumulate);
   } else {
     multiply_by_dots(out, a, b, accumulate);
   }

@@ -1,4 +1,4 @@
-// Working memory of an operator.
+// Scratch memory of an operator.
 #pragma once
 #include <vector>
 

@@ -1,4 +1,4 @@
-// Propagation over CSR graphs on CUDA: checks, workspace and launches.
+// Propagation over CSR graphs on CUDA: checks, scratch memory and launches.
 #include <map>
 #include <tuple>
 #include <vector>
@@ -175,8 +175,8 @@ void backward(const T* grad_out, const std::vector<const Input*>& graphs, const 
     k == 1 ? step(graph(0), x, x, state(1), s.width, alpha, stream)
            : step(graph(k - 1), static_cast<const A*>(state(k - 1)), x, state(k), s.width, alpha, stream);
   }
-  Tensor workspace = states_like<T>(grads[0], steps > 1 ? 3 : 0, s);
-  A* const sum = workspace.mutable_data_ptr<A>();
+  Tensor scratch = states_like<T>(grads[0], steps > 1 ? 3 : 0, s);
+  A* const sum = scratch.mutable_data_ptr<A>();
   A* const sums[2] = {sum + count, sum + 2 * count};
 
   // `grad` is Λ_k+1: of type T in the first step only, as is the state of k = 0.

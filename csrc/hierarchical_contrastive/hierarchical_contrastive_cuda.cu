@@ -1,5 +1,5 @@
-// Hierarchical contrastive loss on CUDA: checks, workspace and launches. Few samples are one launch forward and one
-// backward; of many, every launch takes as many terms or embeddings as fit.
+// Hierarchical contrastive loss on CUDA: checks, scratch memory and launches. Few samples are one launch forward and
+// one backward; of many, every launch takes as many terms or embeddings as fit.
 #include "core/round.h"
 #include "hierarchical_contrastive/hierarchical_contrastive.h"
 
@@ -49,7 +49,7 @@ std::vector<Need> needs_of(const Sizes& s) {
 
 // The terms and embeddings of the loss, and the memory these live in once normalised.
 template <typename T>
-struct Workspace {
+struct Pass {
   using A = acc_t<T>;
   const Options& options;
   std::vector<Plan> plans;
@@ -68,8 +68,8 @@ struct Workspace {
   Scratch scratch;
   std::optional<Classes> classes;  // where positives of equal label are sums over them
 
-  Workspace(const char* op, const Inputs& in, const Sizes& s, const Options& options, const A* stats,
-            const Upstream<A>& upstream, cudaStream_t stream)
+  Pass(const char* op, const Inputs& in, const Sizes& s, const Options& options, const A* stats,
+       const Upstream<A>& upstream, cudaStream_t stream)
       : options(options),
         plans(plan_terms(s, options.intra_modal)),
         needs(needs_of(s)),
@@ -180,21 +180,20 @@ struct Workspace {
 };
 
 template <typename T>
-void forward(Workspace<T>& workspace, const Sizes& s, Tensor& loss, Tensor& tiers, Tensor& stats, cudaStream_t stream) {
+void forward(Pass<T>& pass, const Sizes& s, Tensor& loss, Tensor& tiers, Tensor& stats, cudaStream_t stream) {
   using A = acc_t<T>;
   const int64_t n = s.samples;
   A* const stat = stats.mutable_data_ptr<A>();
-  double* const loss_of = workspace.losses;
-  workspace.for_groups(
-      stats_bytes<T>, kStatsBytes, [&](const Terms<T, kTermsAtOnce>& terms, int64_t first, unsigned count) {
-        A* const stats_of = stat + first * 8 * n;
-        double* const losses_of = loss_of + first * 2 * n;
-        const AnchorResults<A> rows{stats_of, 8, losses_of, 2}, columns{stats_of + 4 * n, 8, losses_of + n, 2};
-        if (workspace.classes) workspace.classes->sum_positives(terms, count, 2, rows, columns);
-        sum_statistics<false>(terms, count, 2, rows, columns, stats, stream);
-      });
+  double* const loss_of = pass.losses;
+  pass.for_groups(stats_bytes<T>, kStatsBytes, [&](const Terms<T, kTermsAtOnce>& terms, int64_t first, unsigned count) {
+    A* const stats_of = stat + first * 8 * n;
+    double* const losses_of = loss_of + first * 2 * n;
+    const AnchorResults<A> rows{stats_of, 8, losses_of, 2}, columns{stats_of + 4 * n, 8, losses_of + n, 2};
+    if (pass.classes) pass.classes->sum_positives(terms, count, 2, rows, columns);
+    sum_statistics<false>(terms, count, 2, rows, columns, stats, stream);
+  });
   launch(tiers_kernel<A>, dim3(1), dim3(kFinishThreads), 0, stream, loss_of, stat, n,
-         tiers_of(workspace.plans, workspace.options), loss.mutable_data_ptr<A>(), tiers.mutable_data_ptr<A>());
+         tiers_of(pass.plans, pass.options), loss.mutable_data_ptr<A>(), tiers.mutable_data_ptr<A>());
 }
 
 // Two bfloat16 are as exact as the sums need, and the products run at half of their full speed.
@@ -208,11 +207,10 @@ bool any_learned(const Inputs& in) {
 
 // The gradients of learned temperatures, from the slopes of the terms.
 template <typename T>
-void temperature_gradients(const Workspace<T>& workspace, const double* term_slopes, Gradients& grads,
-                           cudaStream_t stream) {
-  const Tiers tiers = tiers_of(workspace.plans, workspace.options);
+void temperature_gradients(const Pass<T>& pass, const double* term_slopes, Gradients& grads, cudaStream_t stream) {
+  const Tiers tiers = tiers_of(pass.plans, pass.options);
   for (int64_t k = 0; k < kTiers; ++k) {
-    const Temperature& temperature = workspace.temperatures[k];
+    const Temperature& temperature = pass.temperatures[k];
     if (temperature.kind == Temperature::kNumber) continue;
     const int64_t begin = k > 0 ? tiers.end[k - 1] : 0;
     launch(temperature_kernel, dim3(1), dim3(kSumThreads), 0, stream, term_slopes + begin, tiers.end[k] - begin,
@@ -221,34 +219,34 @@ void temperature_gradients(const Workspace<T>& workspace, const double* term_slo
 }
 
 template <typename T>
-void backward(Workspace<T>& workspace, const Inputs& in, Gradients& grads, cudaStream_t stream) {
+void backward(Pass<T>& pass, const Inputs& in, Gradients& grads, cudaStream_t stream) {
   std::vector<Output<acc_t<T>>> outputs;
-  for (const Side<T>& side : workspace.sides) outputs.push_back({side.gradient, side.rows, side.width});
-  const int64_t in_term = int64_t{tiles(workspace.rows)} * tiles(workspace.rows);
+  for (const Side<T>& side : pass.sides) outputs.push_back({side.gradient, side.rows, side.width});
+  const int64_t in_term = int64_t{tiles(pass.rows)} * tiles(pass.rows);
   const bool learned = any_learned(in);
   double *slopes = nullptr, *term_slopes = nullptr;
   const Scratch scratch(in.fused, [&](Scratch& memory) {
     if (learned) memory.take(slopes, kTermsAtOnce * in_term);
-    if (learned) memory.take(term_slopes, static_cast<int64_t>(workspace.plans.size()));
+    if (learned) memory.take(term_slopes, static_cast<int64_t>(pass.plans.size()));
   });
-  workspace.for_groups(gradient_bytes<T, KeptGradient<T>>, kGradientStripBytes,
-                       [&](const Terms<T, kTermsAtOnce>& terms, int64_t first, unsigned count) {
-                         sum_gradients<kSidesAtOnce, KeptGradient<T>, false>(
-                             terms, count, outputs, first > 0, static_cast<T*>(nullptr), slopes, in.fused, stream);
-                         if (learned)
-                           launch(sum_kernel, dim3(count), dim3(kSumThreads), 0, stream, slopes, in_term,
-                                  term_slopes + first);
-                         if (workspace.classes) workspace.classes->add_gradients(terms, count);
-                       });
-  if (learned) temperature_gradients(workspace, term_slopes, grads, stream);
+  pass.for_groups(gradient_bytes<T, KeptGradient<T>>, kGradientStripBytes,
+                  [&](const Terms<T, kTermsAtOnce>& terms, int64_t first, unsigned count) {
+                    sum_gradients<kSidesAtOnce, KeptGradient<T>, false>(
+                        terms, count, outputs, first > 0, static_cast<T*>(nullptr), slopes, in.fused, stream);
+                    if (learned)
+                      launch(sum_kernel, dim3(count), dim3(kSumThreads), 0, stream, slopes, in_term,
+                             term_slopes + first);
+                    if (pass.classes) pass.classes->add_gradients(terms, count);
+                  });
+  if (learned) temperature_gradients(pass, term_slopes, grads, stream);
   const std::vector<Tensor>& embeddings = grads.embeddings;
   for (size_t first = 0; first < embeddings.size(); first += kSidesAtOnce) {
     Projections<T, kSidesAtOnce> projections{};
     unsigned members = 0;
     for (size_t k = first; k < std::min(embeddings.size(), first + kSidesAtOnce); ++k)
-      projections.at[members++] = {workspace.sides[k], workspace.sides[k], false, embeddings[k].mutable_data_ptr<T>()};
-    launch(project_kernel<T, kSidesAtOnce, T>, dim3(grid_for(workspace.n, kRowThreads / kWarp).x, members),
-           dim3(kRowThreads), 0, stream, projections, workspace.options.normalize);
+      projections.at[members++] = {pass.sides[k], pass.sides[k], false, embeddings[k].mutable_data_ptr<T>()};
+    launch(project_kernel<T, kSidesAtOnce, T>, dim3(grid_for(pass.n, kRowThreads / kWarp).x, members),
+           dim3(kRowThreads), 0, stream, projections, pass.options.normalize);
   }
 }
 
@@ -357,8 +355,8 @@ void forward(const char* op, const Inputs& in, const Sizes& s, const Options& op
     if (are_few(s))
       return few_forward(few_inputs<T>(op, in, s, options), tiers_of(plan_terms(s, options.intra_modal), options),
                          results.loss, results.tiers, results.stats, device.stream);
-    Workspace<T> workspace(op, in, s, options, nullptr, {}, device.stream);
-    forward(workspace, s, results.loss, results.tiers, results.stats, device.stream);
+    Pass<T> pass(op, in, s, options, nullptr, {}, device.stream);
+    forward(pass, s, results.loss, results.tiers, results.stats, device.stream);
   });
 }
 
@@ -373,8 +371,8 @@ void backward(const char* op, const Inputs& in, const Sizes& s, const Options& o
       const FewInputs<T> few = few_inputs<T>(op, in, s, options);
       if (fits(few)) return few_backward(few, in, options, stats.const_data_ptr<A>(), upstream, grads, device.stream);
     }
-    Workspace<T> workspace(op, in, s, options, stats.const_data_ptr<A>(), upstream, device.stream);
-    backward(workspace, in, grads, device.stream);
+    Pass<T> pass(op, in, s, options, stats.const_data_ptr<A>(), upstream, device.stream);
+    backward(pass, in, grads, device.stream);
   });
 }
 

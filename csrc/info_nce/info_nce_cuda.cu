@@ -1,21 +1,21 @@
-// InfoNCE on CUDA: checks, workspace and launches.
+// InfoNCE on CUDA: checks, scratch memory and launches.
 #include "info_nce/info_nce.h"
 
-#include "info_nce/info_nce_workspace.cuh"
+#include "info_nce/info_nce_pass.cuh"
 
 namespace msacore::info_nce::cuda {
 using namespace contrastive::cuda;
 namespace {
 
 template <bool Apart, typename T>
-void sum_direction(const Workspace<T>& workspace, const AnchorResults<acc_t<T>>& rows,
-                   const AnchorResults<acc_t<T>>& columns, const Tensor& like, cudaStream_t stream) {
-  const Problem<T>& problem = workspace.terms.at[0];
+void sum_direction(const Pass<T>& pass, const AnchorResults<acc_t<T>>& rows, const AnchorResults<acc_t<T>>& columns,
+                   const Tensor& like, cudaStream_t stream) {
+  const Problem<T>& problem = pass.terms.at[0];
   const unsigned directions = problem.two_sided ? 2 : 1;
-  if (workspace.classes) workspace.classes->sum_positives(workspace.terms, 1, directions, rows, columns);
-  sum_statistics<Apart>(workspace.terms, 1, directions, rows, columns, like, stream);
+  if (pass.classes) pass.classes->sum_positives(pass.terms, 1, directions, rows, columns);
+  sum_statistics<Apart>(pass.terms, 1, directions, rows, columns, like, stream);
   if (problem.denominator == Denominator::kNegatives)
-    sum_against_negatives(workspace.terms, 1, directions, rows, columns, like, stream);
+    sum_against_negatives(pass.terms, 1, directions, rows, columns, like, stream);
 }
 
 void forward(const char* op, const InfoNceInputs& in, const InfoNceSizes& s, const InfoNceOptions& options,
@@ -24,17 +24,16 @@ void forward(const char* op, const InfoNceInputs& in, const InfoNceSizes& s, con
   dispatch_floating(in.anchors.scalar_type(), op, [&](auto tag) {
     using T = typename decltype(tag)::type;
     using A = acc_t<T>;
-    const Workspace<T> workspace(op, in, s, options, nullptr, nullptr, nullptr, device.stream);
-    const Problem<T>& problem = workspace.terms.at[0];
+    const Pass<T> pass(op, in, s, options, nullptr, nullptr, nullptr, device.stream);
+    const Problem<T>& problem = pass.terms.at[0];
     const int64_t n = problem.a.n, column_anchors = problem.two_sided ? problem.b.n : 0;
     const int64_t stats = stat_rows(options.denominator);
-    const AnchorResults<A> rows{results.anchor_stats.template mutable_data_ptr<A>(), stats, workspace.losses, 1};
-    const AnchorResults<A> columns{results.candidate_stats.template mutable_data_ptr<A>(), stats, workspace.losses + n,
-                                   1};
+    const AnchorResults<A> rows{results.anchor_stats.template mutable_data_ptr<A>(), stats, pass.losses, 1};
+    const AnchorResults<A> columns{results.candidate_stats.template mutable_data_ptr<A>(), stats, pass.losses + n, 1};
     if (problem.denominator == Denominator::kAll) {
-      sum_direction<false>(workspace, rows, columns, in.anchors, device.stream);
+      sum_direction<false>(pass, rows, columns, in.anchors, device.stream);
     } else {
-      sum_direction<true>(workspace, rows, columns, in.anchors, device.stream);
+      sum_direction<true>(pass, rows, columns, in.anchors, device.stream);
     }
     launch(finish_kernel<A>, dim3(1), dim3(kFinishThreads), 0, device.stream, rows.losses, rows.stats, n,
            columns.losses, columns.stats, column_anchors, problem.two_sided, problem.gradient.mean,
@@ -43,21 +42,20 @@ void forward(const char* op, const InfoNceInputs& in, const InfoNceSizes& s, con
 }
 
 template <typename T>
-void backward(const Workspace<T>& workspace, const InfoNceInputs& in, const InfoNceSizes& s, InfoNceGradients& grads,
+void backward(const Pass<T>& pass, const InfoNceInputs& in, const InfoNceSizes& s, InfoNceGradients& grads,
               cudaStream_t stream) {
   using A = acc_t<T>;
-  const Problem<T>& problem = workspace.terms.at[0];
+  const Problem<T>& problem = pass.terms.at[0];
   const Side<T>&a = problem.a, &b = problem.b;
   const std::vector<Output<A>> outputs{{a.gradient, a.rows, a.width}, {b.gradient, b.rows, b.width}};
   T* const weights = problem.weights ? grads.weights.template mutable_data_ptr<T>() : nullptr;
-  double* const slopes = in.learned_temperature ? workspace.slopes : nullptr;
+  double* const slopes = in.learned_temperature ? pass.slopes : nullptr;
   if (problem.denominator == Denominator::kAll) {
-    sum_gradients<2, KeptGradient<T>, false>(workspace.terms, 1, outputs, false, weights, slopes, grads.anchors,
-                                             stream);
+    sum_gradients<2, KeptGradient<T>, false>(pass.terms, 1, outputs, false, weights, slopes, grads.anchors, stream);
   } else {
-    sum_gradients<2, KeptGradient<T>, true>(workspace.terms, 1, outputs, false, weights, slopes, grads.anchors, stream);
+    sum_gradients<2, KeptGradient<T>, true>(pass.terms, 1, outputs, false, weights, slopes, grads.anchors, stream);
   }
-  if (workspace.classes) workspace.classes->add_gradients(workspace.terms, 1);
+  if (pass.classes) pass.classes->add_gradients(pass.terms, 1);
   const bool one_tensor = !in.candidates;
   Projections<T, 3> projections{};
   unsigned members = 0;
@@ -70,7 +68,7 @@ void backward(const Workspace<T>& workspace, const InfoNceInputs& in, const Info
   launch(project_kernel<T, 3, T>, dim3(grid_for(std::max({a.n, b.n, s.negatives}), kRowThreads / kWarp).x, members),
          dim3(kRowThreads), 0, stream, projections, problem.unit_rows);
   if (in.learned_temperature)  // the slopes of no tile may be at no address
-    launch(temperature_kernel, dim3(1), dim3(kSumThreads), 0, stream, workspace.slopes,
+    launch(temperature_kernel, dim3(1), dim3(kSumThreads), 0, stream, pass.slopes,
            int64_t{tiles(a.rows)} * tiles(b.rows), problem.temperature,
            gradient_of(problem.temperature, grads.temperature));
 }
@@ -82,10 +80,10 @@ InfoNceGradients backward(const char* op, const InfoNceInputs& in, const InfoNce
   dispatch_floating(in.anchors.scalar_type(), op, [&](auto tag) {
     using T = typename decltype(tag)::type;
     using A = acc_t<T>;
-    const Workspace<T> workspace(op, in, s, options, anchor_stats.const_data_ptr<A>(),
-                                 options.symmetric ? candidate_stats.const_data_ptr<A>() : nullptr,
-                                 grad_out.const_data_ptr<A>(), device.stream);
-    backward(workspace, in, s, grads, device.stream);
+    const Pass<T> pass(op, in, s, options, anchor_stats.const_data_ptr<A>(),
+                       options.symmetric ? candidate_stats.const_data_ptr<A>() : nullptr, grad_out.const_data_ptr<A>(),
+                       device.stream);
+    backward(pass, in, s, grads, device.stream);
   });
   return grads;
 }

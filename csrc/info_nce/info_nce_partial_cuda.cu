@@ -2,7 +2,7 @@
 #include "info_nce/info_nce_partial.h"
 
 #include "info_nce/info_nce_partial_kernels.cuh"
-#include "info_nce/info_nce_workspace.cuh"
+#include "info_nce/info_nce_pass.cuh"
 
 namespace msacore::info_nce::cuda {
 namespace {
@@ -14,18 +14,18 @@ AnchorResults<A> at_hand(const A* stats) {
 }
 
 template <bool Apart, typename T>
-void sweep(const Workspace<T>& workspace, PartialRows& out, const Tensor& like, cudaStream_t stream) {
+void sweep(const Pass<T>& pass, PartialRows& out, const Tensor& like, cudaStream_t stream) {
   using A = acc_t<T>;
   const auto results = [](Tensor& t) { return AnchorResults<A>{t.mutable_data_ptr<A>(), 0, nullptr, 0}; };
   const AnchorResults<A> rows = results(out.row), columns = results(out.column);
   sum_strips(
-      workspace.terms, 1, workspace.terms.at[0].two_sided ? 2 : 1, true, true, rows, columns, like,
+      pass.terms, 1, pass.terms.at[0].two_sided ? 2 : 1, true, true, rows, columns, like,
       [&](int64_t first, dim3 grid, const Parts<A>& of_rows, const Parts<A>& of_columns) {
-        launch(statistics_kernel<T, 1, Apart>, grid, dim3(kTileThreads), kSimilarityBytes<T>, stream, workspace.terms,
-               first, of_rows, of_columns, rows, columns);
+        launch(statistics_kernel<T, 1, Apart>, grid, dim3(kTileThreads), kSimilarityBytes<T>, stream, pass.terms, first,
+               of_rows, of_columns, rows, columns);
       },
       [&](const Merge<A>& of_rows, const Merge<A>& of_columns, dim3 grid) {
-        launch(write_sums_kernel<T>, grid, dim3(kRowThreads), 0, stream, workspace.terms, of_rows, of_columns);
+        launch(write_sums_kernel<T>, grid, dim3(kRowThreads), 0, stream, pass.terms, of_rows, of_columns);
       });
 }
 
@@ -35,11 +35,11 @@ void forward(const char* op, const InfoNceInputs& in, const InfoNceSizes& s, con
   dispatch_floating(in.anchors.scalar_type(), op, [&](auto tag) {
     using T = typename decltype(tag)::type;
     const PartOfBatch<acc_t<T>> part{diagonal, {}, {}, {}};
-    const Workspace<T> workspace(op, in, s, options, nullptr, nullptr, nullptr, device.stream, &part);
+    const Pass<T> pass(op, in, s, options, nullptr, nullptr, nullptr, device.stream, &part);
     if (options.denominator == info_nce::kAll) {
-      sweep<false>(workspace, rows, in.anchors, device.stream);
+      sweep<false>(pass, rows, in.anchors, device.stream);
     } else {
-      sweep<true>(workspace, rows, in.anchors, device.stream);
+      sweep<true>(pass, rows, in.anchors, device.stream);
     }
   });
 }
@@ -51,26 +51,26 @@ void positives(const char* op, const InfoNceInputs& in, const InfoNceSizes& s, c
     using T = typename decltype(tag)::type;
     using A = acc_t<T>;
     const PartOfBatch<A> part{diagonal, {}, {}, {}};
-    const Workspace<T> workspace(op, in, s, options, nullptr, nullptr, nullptr, device.stream, &part);
+    const Pass<T> pass(op, in, s, options, nullptr, nullptr, nullptr, device.stream, &part);
     const AnchorResults<A> rows = at_hand(row_negatives.const_data_ptr<A>()),
                            columns = at_hand(column_negatives.const_data_ptr<A>());
     sum_strips(
-        workspace.terms, 1, workspace.terms.at[0].two_sided ? 2 : 1, false, true, rows, columns, in.anchors,
+        pass.terms, 1, pass.terms.at[0].two_sided ? 2 : 1, false, true, rows, columns, in.anchors,
         [&](int64_t first, dim3 grid, const Parts<A>& of_rows, const Parts<A>& of_columns) {
           launch(against_negatives_kernel<T, 1>, grid, dim3(kTileThreads), kSimilarityBytes<T>, device.stream,
-                 workspace.terms, first, of_rows, of_columns, rows, columns);
+                 pass.terms, first, of_rows, of_columns, rows, columns);
         },
         [&](const Merge<A>& of_rows, const Merge<A>& of_columns, dim3 grid) {
-          launch(write_positives_kernel<T>, grid, dim3(kRowThreads), 0, device.stream, workspace.terms, of_rows,
-                 of_columns, out.row.template mutable_data_ptr<A>(), out.column.template mutable_data_ptr<A>());
+          launch(write_positives_kernel<T>, grid, dim3(kRowThreads), 0, device.stream, pass.terms, of_rows, of_columns,
+                 out.row.template mutable_data_ptr<A>(), out.column.template mutable_data_ptr<A>());
         });
   });
 }
 
 template <typename T>
-void project(const Workspace<T>& workspace, const InfoNceSizes& s, PartialGradients& grads, cudaStream_t stream) {
+void project(const Pass<T>& pass, const InfoNceSizes& s, PartialGradients& grads, cudaStream_t stream) {
   using A = acc_t<T>;
-  const Problem<T>& problem = workspace.terms.at[0];
+  const Problem<T>& problem = pass.terms.at[0];
   const Side<T>&a = problem.a, &b = problem.b, negatives = rows_from(b, b.n, s.negatives);
   const Projections<T, 1, T> of_anchors{{{a, a, false, grads.anchors.template mutable_data_ptr<T>()}}};
   const Projections<T, 2, A> of_candidates{
@@ -93,18 +93,18 @@ void backward(const char* op, const InfoNceInputs& in, const InfoNceSizes& s, co
         {saved.anchors_used.const_data_ptr<int64_t>(), saved.candidates_used.const_data_ptr<int64_t>()},
         {saved.row_scale.const_data_ptr<A>(), saved.column_scale.const_data_ptr<A>()},
         {saved.row_scale.dim() == 1, saved.column_scale.dim() == 1}};
-    const Workspace<T> workspace(op, in, s, options, saved.row_stats.const_data_ptr<A>(),
-                                 options.symmetric ? saved.column_stats.const_data_ptr<A>() : nullptr, part.scale[0],
-                                 device.stream, &part);
-    const Problem<T>& problem = workspace.terms.at[0];
+    const Pass<T> pass(op, in, s, options, saved.row_stats.const_data_ptr<A>(),
+                       options.symmetric ? saved.column_stats.const_data_ptr<A>() : nullptr, part.scale[0],
+                       device.stream, &part);
+    const Problem<T>& problem = pass.terms.at[0];
     const Side<T>&a = problem.a, &b = problem.b;
     const std::vector<Output<A>> outputs{{a.gradient, a.rows, a.width}, {b.gradient, b.rows, b.width}};
     T* const weights = problem.weights ? grads.weights.template mutable_data_ptr<T>() : nullptr;
-    sum_gradients<2, KeptGradient<T>, true>(workspace.terms, 1, outputs, false, weights, workspace.slopes,
-                                            grads.anchors, device.stream);
-    project(workspace, s, grads, device.stream);
+    sum_gradients<2, KeptGradient<T>, true>(pass.terms, 1, outputs, false, weights, pass.slopes, grads.anchors,
+                                            device.stream);
+    project(pass, s, grads, device.stream);
     constexpr Temperature::Kind kind = std::is_same_v<A, double> ? Temperature::kDouble : Temperature::kFloat;
-    launch(temperature_kernel, dim3(1), dim3(kSumThreads), 0, device.stream, workspace.slopes,
+    launch(temperature_kernel, dim3(1), dim3(kSumThreads), 0, device.stream, pass.slopes,
            int64_t{tiles(a.rows)} * tiles(b.rows), problem.temperature,
            TemperatureGradient{grads.temperature.template mutable_data_ptr<A>(), kind});
   });

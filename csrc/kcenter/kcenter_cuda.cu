@@ -1,4 +1,4 @@
-// The steps of greedy centre selection on CUDA: workspace and launches.
+// The steps of greedy centre selection on CUDA: scratch memory and launches.
 #include <algorithm>
 
 #include "cuda/registration.cuh"
@@ -12,7 +12,7 @@ using namespace msacore::cuda;
 namespace {
 
 #ifdef __CUDACC__
-constexpr int64_t kChunkRows = 131072;  // packed in one go: workspace for them is all that grows with the rows
+constexpr int64_t kChunkRows = 131072;  // packed in one go: scratch memory for them is all that grows with the rows
 #else
 constexpr int64_t kChunkRows = 1024;  // few, so that small pools already take several
 #endif
@@ -20,7 +20,7 @@ constexpr int64_t kMatrixLimit = 16384;  // candidates whose distances are all f
 
 int64_t tiles(int64_t n) { return ceil_div<int64_t>(n, kTile); }
 
-// Rows or centres in the filter's form, and the workspace they live in.
+// Rows or centres in the filter's form, and the scratch memory they live in.
 struct PackedTensor {
   Tensor rows, ball;
   Packed view;

@@ -1,4 +1,4 @@
-// Low-rank fusion on CUDA: checks, workspace and launches.
+// Low-rank fusion on CUDA: checks, scratch memory and launches.
 #include <algorithm>
 #include <tuple>
 #include <vector>
@@ -73,11 +73,11 @@ void backward(const Problem<T>& p, const Tensor& grad_out, const Tensor& project
   using A = acc_t<T>;
   const int64_t count = p.batch * p.width_stride;
   const int64_t widest = *std::max_element(p.features, p.features + p.modalities);
-  const auto workspace = [&](std::initializer_list<int64_t> sizes) {
+  const auto scratch = [&](std::initializer_list<int64_t> sizes) {
     return torch::stable::new_empty(projections, sizes);
   };
   const unsigned blocks = grid_for((count + 3) / 4, kThreads).x;
-  Tensor shares = workspace({blocks, p.rank}), grad_a = workspace({p.modalities, p.rank, p.batch, p.width_stride});
+  Tensor shares = scratch({blocks, p.rank}), grad_a = scratch({p.modalities, p.rank, p.batch, p.width_stride});
   const T* const grad = grad_out.const_data_ptr<T>();
   A* const grad_projections = grad_a.mutable_data_ptr<A>();
   launch(combine_backward_kernel<T>, dim3(blocks, p.rank), dim3(kThreads), 0, stream, p, grad,

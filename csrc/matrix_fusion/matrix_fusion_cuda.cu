@@ -1,4 +1,4 @@
-// Matrix fusion on CUDA: checks, workspace and launches.
+// Matrix fusion on CUDA: checks, scratch memory and launches.
 #include <algorithm>
 #include <tuple>
 #include <vector>
@@ -51,7 +51,7 @@ struct Operands {
     problem.aligned = s.features % kPer16<T> == 0;
     for (int64_t m = 0; m < s.modalities; ++m)
       problem.aligned = problem.aligned && reinterpret_cast<uintptr_t>(problem.x[m]) % 16 == 0;
-    Tensor scale = workspace({problem.tokens}), weights = like({s.rows, problem.width_stride});
+    Tensor scale = scratch({problem.tokens}), weights = like({s.rows, problem.width_stride});
     launch(prepare_kernel<T>, grid_for(std::max(s.batch * kWarp, weights.numel()), kThreads), dim3(kThreads), 0, stream,
            problem, scale.mutable_data_ptr<A>(), weights.mutable_data_ptr<T>());
     problem.scale = own<A>(scale);
@@ -63,7 +63,7 @@ struct Operands {
     return keep.back().template const_data_ptr<Value>();
   }
   Tensor like(std::initializer_list<int64_t> sizes) const { return torch::stable::new_empty(keep[0], sizes); }
-  Tensor workspace(std::initializer_list<int64_t> sizes) const {
+  Tensor scratch(std::initializer_list<int64_t> sizes) const {
     return torch::stable::new_empty(keep[0], sizes, acc_dtype(keep[0].scalar_type()));
   }
 };
@@ -98,7 +98,7 @@ void launch_forward(const Operands<T>& in, Tensor& fused, Tensor& pairs, cudaStr
   const Problem<T>& p = in.problem;
   const Tensor h = project(in, stream);
   const int together = channels_together(p);
-  Tensor sums = in.workspace({tiles_of(p.width), p.batch, p.pairs + p.channels, p.rows});
+  Tensor sums = in.scratch({tiles_of(p.width), p.batch, p.pairs + p.channels, p.rows});
   launch(means_kernel<T>, dim3(pair_blocks(p, p.batch)), dim3(kTileThreads), pair_bytes<T>(together), stream, p,
          h.const_data_ptr<T>(), sums.mutable_data_ptr<A>(), together);
   launch(finish_kernel<T>, grid_for(p.batch * (p.pairs + p.channels) * p.rows, kThreads), dim3(kThreads), 0, stream,
@@ -130,8 +130,8 @@ void launch_backward(const Operands<T>& in, const Tensor& grad_fused, const Tens
   T* const grad_h_data = grad_h.mutable_data_ptr<T>();
 
   const int64_t mixes = p.channels * p.pairs, warps = pair_blocks(p, p.batch) * (kTileThreads / kWarp);
-  Tensor mix_share = in.workspace({warps, mixes + p.channels});
-  Tensor bias_share = in.workspace({p.batch, tiles_of(p.width), p.rows});
+  Tensor mix_share = in.scratch({warps, mixes + p.channels});
+  Tensor bias_share = in.scratch({p.batch, tiles_of(p.width), p.rows});
   const RowGrads<T> row_grads{grad_fused.const_data_ptr<T>(),  grad_pairs.const_data_ptr<T>(),
                               rows.mutable_data_ptr<T>(),      chunk * p.pairs * p.rows * p.width_stride,
                               mix_share.mutable_data_ptr<A>(), bias_share.mutable_data_ptr<A>()};
@@ -154,7 +154,7 @@ void launch_backward(const Operands<T>& in, const Tensor& grad_fused, const Tens
 
   constexpr int64_t kTokensPerPart = 512, kMaxParts = 32;
   const int64_t parts = std::clamp<int64_t>(p.tokens / kTokensPerPart, 1, kMaxParts);
-  Tensor shares = in.workspace({parts, p.modalities - 1, p.rows, p.width});
+  Tensor shares = in.scratch({parts, p.modalities - 1, p.rows, p.width});
   launch(weight_grads_kernel<T>, dim3(tiles_of(p.rows) * tiles_of(p.width), p.modalities - 1, parts),
          dim3(kTileThreads), kWeightBytes<T>, stream, p, grad_h_data, shares.mutable_data_ptr<A>(),
          ceil_div(p.tokens, parts));

@@ -1,4 +1,4 @@
-// Propagation over conversations on CUDA: workspace and launches.
+// Propagation over conversations on CUDA: scratch memory and launches.
 #include "core/round.h"
 #include "cuda/registration.cuh"
 #include "propagation/propagation.h"

@@ -138,7 +138,7 @@ class Sweep {
   }
 
  private:
-  // on_anchor(self, its place in the tile, its row of the tile, working memory) for every anchor, in parallel;
+  // on_anchor(self, its place in the tile, its row of the tile, scratch memory) for every anchor, in parallel;
   // on_tile(first, count) after each tile.
   template <typename OnAnchor, typename OnTile>
   void for_anchors(OnAnchor&& on_anchor, OnTile&& on_tile) {
@@ -155,7 +155,7 @@ class Sweep {
     }
   }
 
-  // Turns products into distances and fills the working memory; nothing where a label gap is not a number.
+  // Turns products into distances and fills the scratch memory; nothing where a label gap is not a number.
   std::optional<Similarities> prepare(int64_t self, A* distance, Row<A>& row) const {
     const int64_t n = pool_.n;
     row.near.clear();

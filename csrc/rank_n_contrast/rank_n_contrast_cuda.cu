@@ -1,4 +1,4 @@
-// Rank-N-Contrast on CUDA: workspace and launches, in strips of anchors so that no N × N matrix exists.
+// Rank-N-Contrast on CUDA: scratch memory and launches, in strips of anchors so that no N × N matrix exists.
 #include <algorithm>
 
 #include "core/round.h"
@@ -20,7 +20,7 @@ unsigned tiles(int64_t count) { return static_cast<unsigned>(ceil_div(count, kTi
 // The samples in order, and room for a strip of anchors. Distances are of type A in both of two types, float32 and
 // float64, of which the device chooses one: they share their memory.
 template <typename T>
-struct Workspace {
+struct Pass {
   const char* op;
   const Problem& problem;
   cudaStream_t stream;
@@ -33,7 +33,7 @@ struct Workspace {
   int *order, *group;
   Scratch scratch;
 
-  Workspace(const char* op, const Problem& problem, bool backward, cudaStream_t stream)
+  Pass(const char* op, const Problem& problem, bool backward, cudaStream_t stream)
       : op(op),
         problem(problem),
         stream(stream),
@@ -186,16 +186,16 @@ void forward(const char* op, const Problem& problem, Tensor& out) {
   const OnDeviceOf device(problem.embeddings);
   dispatch_floating(problem.embeddings.scalar_type(), op, [&](auto tag) {
     using T = typename decltype(tag)::type;
-    const Workspace<T> workspace(op, problem, false, device.stream);
-    workspace.for_strips([&](int64_t first, int64_t size) {
-      workspace.sort(first, size);
-      Workspace<T>::with_types([&](auto type) {
+    const Pass<T> pass(op, problem, false, device.stream);
+    pass.for_strips([&](int64_t first, int64_t size) {
+      pass.sort(first, size);
+      Pass<T>::with_types([&](auto type) {
         using A = typename decltype(type)::type;
-        workspace.template anchors<false, A>(first, size, nullptr);
+        pass.template anchors<false, A>(first, size, nullptr);
       });
     });
-    launch(loss_kernel<acc_t<T>>, dim3(1), dim3(kThreads), 0, device.stream, workspace.losses,
-           workspace.to - workspace.from, workspace.ranked.state, out.mutable_data_ptr<acc_t<T>>());
+    launch(loss_kernel<acc_t<T>>, dim3(1), dim3(kThreads), 0, device.stream, pass.losses, pass.to - pass.from,
+           pass.ranked.state, out.mutable_data_ptr<acc_t<T>>());
   });
 }
 
@@ -204,25 +204,24 @@ void backward(const char* op, const Problem& problem, const Tensor& grad_out, Te
   const OnDeviceOf device(problem.embeddings);
   dispatch_floating(problem.embeddings.scalar_type(), op, [&](auto tag) {
     using T = typename decltype(tag)::type;
-    const Workspace<T> workspace(op, problem, true, device.stream);
+    const Pass<T> pass(op, problem, true, device.stream);
     const double* g = grad_out.const_data_ptr<double>();
-    workspace.for_strips([&](int64_t first, int64_t size) {
-      workspace.sort(first, size);
-      Workspace<T>::with_types([&](auto type) {
+    pass.for_strips([&](int64_t first, int64_t size) {
+      pass.sort(first, size);
+      Pass<T>::with_types([&](auto type) {
         using A = typename decltype(type)::type;
-        workspace.template anchors<true, A>(first, size, g);
-        workspace.template pull<A>(first, size);
+        pass.template anchors<true, A>(first, size, g);
+        pass.template pull<A>(first, size);
       });
     });
-    Workspace<T>::with_types([&](auto type) {
+    Pass<T>::with_types([&](auto type) {
       using A = typename decltype(type)::type;
       launch(scatter_kernel<T, A>, grid_for(problem.samples, kWarps), dim3(kThreads), 0, device.stream,
-             workspace.template pool<A>(), reinterpret_cast<const A*>(workspace.sums),
-             grad_embeddings.mutable_data_ptr<T>());
+             pass.template pool<A>(), reinterpret_cast<const A*>(pass.sums), grad_embeddings.mutable_data_ptr<T>());
     });
     if (problem.learned_temperature)
-      launch(temperature_kernel, dim3(1), dim3(kThreads), 0, device.stream, workspace.losses,
-             workspace.to - workspace.from, workspace.ranked.state, g, grad_temperature.mutable_data_ptr<double>());
+      launch(temperature_kernel, dim3(1), dim3(kThreads), 0, device.stream, pass.losses, pass.to - pass.from,
+             pass.ranked.state, g, grad_temperature.mutable_data_ptr<double>());
   });
 }
 

@@ -19,7 +19,7 @@ namespace msacore::rank_n_contrast::cpu {
 template <typename A>
 constexpr A kNear = A(1) / 64;
 
-// Working memory of one thread.
+// Scratch memory of one thread.
 template <typename A>
 struct Row {
   Order order;

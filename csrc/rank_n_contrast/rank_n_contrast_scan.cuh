@@ -172,7 +172,7 @@ template <typename A, typename View>
 struct Anchor {
   View view;
   const A* distance;             // [n], by place
-  Numbers numbers, denominator;  // working memory [n], by rank
+  Numbers numbers, denominator;  // scratch memory [n], by rank
   int n;
 
   template <typename Kind>
@@ -241,7 +241,7 @@ struct Anchor {
   }
 };
 
-// Working memory of a strip of anchors that begins at `first`. Anchors in [begin, end) take part.
+// Scratch memory of a strip of anchors that begins at `first`. Anchors in [begin, end) take part.
 template <typename A>
 struct Strip {
   int64_t first, begin, end, padded;

@@ -27,7 +27,7 @@ struct PartOfBatch {
 
 // The loss as one term, and the memory its two sides live in. The negatives of all anchors lie behind the candidates.
 template <typename T>
-struct Workspace {
+struct Pass {
   using A = acc_t<T>;
   T* units[2];
   A *factors[2], *gradients[2];
@@ -39,9 +39,9 @@ struct Workspace {
   std::optional<Classes> classes;  // where positives are sums over them
 
   // Backward, `row_stats` are those of the forward pass; `column_stats` is null where columns are not anchors.
-  Workspace(const char* op, const InfoNceInputs& in, const InfoNceSizes& s, const InfoNceOptions& options,
-            const A* row_stats, const A* column_stats, const A* grad_out, cudaStream_t stream,
-            const PartOfBatch<A>* part = nullptr)
+  Pass(const char* op, const InfoNceInputs& in, const InfoNceSizes& s, const InfoNceOptions& options,
+       const A* row_stats, const A* column_stats, const A* grad_out, cudaStream_t stream,
+       const PartOfBatch<A>* part = nullptr)
       : scratch(in.anchors, [&](Scratch& memory) {
           const int64_t width = padded(s.width, 32);
           const int64_t rows[2] = {padded(s.anchors, kTile), padded(s.candidates + s.negatives, kTile)};
