@@ -15,7 +15,8 @@ MSACORE_INLINE To bits_as(From from) {
   return to;
 }
 
-// 2^(k + rest), where `shifted` is 1.5 · 2^(mantissa bits) + k, so that the integer k lies in the low bits, and rest is in
+// 2^(k + rest), where `shifted` is 1.5 · 2^(mantissa bits) + k, so that the integer k lies in the low bits, and rest is
+// in
 // [-1/2, 1/2]: k by the exponent bits, times a polynomial of the rest (Chebyshev interpolation, relative error 2.5e-9).
 MSACORE_INLINE float power_of_two(float shifted, float rest) {
   float p = 1.54614446985691e-4f;
@@ -50,8 +51,8 @@ MSACORE_INLINE double power_of_two(double shifted, double rest) {
 constexpr float kRoundFloat = 12582912.f;            // 1.5 · 2^23
 constexpr double kRoundDouble = 6755399441055744.0;  // 1.5 · 2^52
 
-// 2^x to about 1 ulp. 0 below the smallest normal number: at -127 the exponent bits are those of 0.0, so one comparison,
-// which compiles to a maximum, is enough. NaN stays NaN. Not for x >= 127.5.
+// 2^x to about 1 ulp. 0 below the smallest normal number: at -127 the exponent bits are those of 0.0, so one
+// comparison, which compiles to a maximum, is enough. NaN stays NaN. Not for x >= 127.5.
 MSACORE_INLINE float exp2_of(float x) {
   const float kept = x < -127.0f ? -127.0f : x;
   const float shifted = kept + kRoundFloat;
