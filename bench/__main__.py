@@ -10,6 +10,7 @@ import torch
 
 import bench
 from bench import report
+from bench.contention import measure_contention
 from bench.device import open_device
 from bench.harness import PATIENCE, Benchmark, GrowthRow, Row, Shape, by_dtype, measure, measure_growth
 
@@ -41,6 +42,11 @@ def arguments(names: list[str], line: list[str] | None = None) -> argparse.Names
     parser.add_argument("--rounds", type=int, default=21, help="turns of each provider, at most (default 21)")
     parser.add_argument("--threads", type=int, default=torch.get_num_threads())
     parser.add_argument("--growth", action="store_true", help="measure our time over each size instead of the peers")
+    parser.add_argument(
+        "--contention",
+        action="store_true",
+        help="print how much longer each provider takes beside a process that keeps one core busy, and nothing else",
+    )
     for kind in ("csv", "json", "markdown", "plot"):
         parser.add_argument(f"--{kind}", type=Path, metavar="FILE")
     chosen = parser.parse_args(line)
@@ -48,6 +54,8 @@ def arguments(names: list[str], line: list[str] | None = None) -> argparse.Names
         parser.error(f"no benchmark for {', '.join(sorted(unknown))}; there are: {', '.join(names)}")
     if chosen.growth and chosen.csv:
         parser.error("--csv holds comparisons with peers; use --json, --markdown or --plot with --growth")
+    if chosen.contention and (chosen.growth or any((chosen.csv, chosen.json, chosen.markdown, chosen.plot))):
+        parser.error("--contention prints its figures; it takes neither --growth nor a file")
     return chosen
 
 
@@ -90,7 +98,11 @@ def main() -> None:
             print(f"\n{name} over {g.axis}: {times}; slope {g.slope:.2f}, expected {g.expected:.1f}", flush=True)
             write(options, rows, growth, about)
         without = providers_without(benchmark, options)
-        for shape in () if options.growth else shapes_of(benchmark, options):
+        for shape in shapes_of(benchmark, options) if options.contention else ():
+            print(f"\n{name}  {shape.name}, {options.threads} threads")
+            for found in measure_contention(benchmark, shape, device, options.rounds, without):
+                print(f"  {found}", flush=True)
+        for shape in () if options.growth or options.contention else shapes_of(benchmark, options):
             kinds = [benchmark]
             if (options.all or options.large) and shape.decisive and benchmark.differentiable:
                 kinds.append(by_dtype(benchmark))

@@ -2,6 +2,7 @@
 
 from collections.abc import Callable
 from dataclasses import replace
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -86,11 +87,51 @@ def two_cross_entropies(anchors: Tensor, candidates: Tensor) -> Tensor:
     return (cross_entropy(scores, target) + cross_entropy(scores.T, target)) / 2
 
 
+class _FlashLogSumExp(torch.autograd.Function):
+    """log Σ_j exp(q_i · k_j / τ) by flash attention on the CPU, whose log-sum-exp torch does not differentiate.
+
+    The derivative by q_i is Σ_j P_ij k_j / τ, the output where keys are the values; by k_j it is Σ_i P_ij g_i q_i / τ,
+    what its backward pass gives for the values when the output's gradient is g_i q_i.
+    """
+
+    @staticmethod
+    def forward(ctx: Any, q: Tensor, k: Tensor) -> Tensor:
+        q4, k4 = q[None, None], k[None, None]
+        flash = torch.ops.aten._scaled_dot_product_flash_attention_for_cpu
+        out, sums = flash(q4, k4, k4, scale=1 / TEMPERATURE)
+        ctx.save_for_backward(q4, k4, out, sums)
+        return sums.view(-1)
+
+    @staticmethod
+    def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor, Tensor]:
+        q, k, out, sums = ctx.saved_tensors
+        weighted = (grads[0][:, None].to(q.dtype) * q[0, 0])[None, None]
+        backward = torch.ops.aten._scaled_dot_product_flash_attention_for_cpu_backward
+        _, _, to_values = backward(weighted, q, k, k, out, sums, 0.0, False, scale=1 / TEMPERATURE)
+        return grads[0][:, None].to(q.dtype) * out[0, 0] / TEMPERATURE, to_values[0, 0] / TEMPERATURE
+
+
+def flash_cross_entropies(anchors: Tensor, candidates: Tensor, both: bool = True) -> Tensor:
+    """Positives on the diagonal, denominators by flash attention: no matrix of scores."""
+    a, c = normalize(anchors, dim=1), normalize(candidates, dim=1)
+    positive = (a * c).sum(1).float() / TEMPERATURE
+    rows = (_FlashLogSumExp.apply(a, c) - positive).mean()
+    return (rows + (_FlashLogSumExp.apply(c, a) - positive).mean()) / 2 if both else rows
+
+
+def _flash(inputs: Inputs) -> str:
+    return "" if inputs["anchors"].device.type == "cpu" else "is for CPUs"
+
+
 def _bf16_inputs(sizes: dict[str, int], device: torch.device) -> Inputs:
     shape = (sizes["N"], sizes["d"])
     names = ("anchors", "candidates")
     tensors = {n: torch.randn(*shape, device=device).bfloat16().requires_grad_() for n in names}
     return {**tensors, "both": bool(sizes["both"])}
+
+
+def _wide_inputs(sizes: dict[str, int], device: torch.device) -> Inputs:
+    return {**_pair_inputs(sizes, device), "both": bool(sizes["both"])}
 
 
 def one_or_both(anchors: Tensor, candidates: Tensor, both: bool) -> Tensor:
@@ -160,7 +201,24 @@ BENCHMARKS = [
             plain("msacore", symmetric),
             plain("reference", symmetric_reference, _scores(8)),
             plain("torch, two cross entropies", two_cross_entropies, _scores(4)),
+            plain("torch, flash attention as log-sum-exp", flash_cross_entropies, _flash),
             compiled("torch.compile of it", two_cross_entropies, _scores(4)),
+        ),
+        work=_symmetric_work,
+    ),
+    Benchmark(
+        name="info_nce_wide",
+        shapes=tuple(
+            Shape(f"{name} N={n} d={d}", {"N": n, "d": d, "both": both}, quick=(n, d) == (256, 768))
+            for n in (256, 512, 1024)
+            for d in (768, 1024)
+            for both, name in enumerate(("one direction", "two-sided"))
+        ),
+        inputs=_wide_inputs,
+        providers=(
+            plain("msacore", one_or_both),
+            plain("torch, cross entropy", cross_entropies, _scores(4)),
+            plain("torch, flash attention as log-sum-exp", flash_cross_entropies, _flash),
         ),
         work=_symmetric_work,
     ),
@@ -177,6 +235,7 @@ BENCHMARKS = [
         providers=(
             plain("msacore", one_or_both),
             replace(plain("torch, cross entropy in bfloat16", cross_entropies, _scores(4)), tolerance=0.1),
+            replace(plain("torch, flash attention as log-sum-exp", flash_cross_entropies, _flash), tolerance=0.1),
         ),
         work=_bf16_work,
     ),

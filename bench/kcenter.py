@@ -121,6 +121,13 @@ def _fpsample(inputs: Inputs) -> Call:
     return pick
 
 
+def _quickfps(inputs: Inputs) -> Call:
+    """torch_quickfps, for point clouds: buckets of points, of which a pick reads those that it can change."""
+    module = package("torch_quickfps", "torch_quickfps")
+    pool, budget = inputs["pool"], inputs["budget"]
+    return lambda: module.sample_idx(pool[None], budget + 1, start_idx=0)[0, 1:]
+
+
 def _work(sizes: dict[str, int]) -> tuple[Work, Work]:
     """Every pick's distance to the whole pool, as one product; the pool is read once at least."""
     n, d, budget = sizes["N"], sizes["d"], sizes["budget"]
@@ -160,6 +167,7 @@ BENCHMARKS = [
             plain("torch, pairwise_distance per pick (anomalib)", pairwise_distance_per_pick),
             Provider("scikit-learn, euclidean_distances per pick", _sklearn_per_pick),
             Provider("fpsample, plain scan", _fpsample),
+            Provider("torch_quickfps, buckets", _quickfps),
         ),
         work=_work,
         growth=(Growth("N", (5000, 10000, 20000, 40000), {"d": 128, "budget": 50}, slope=1),),

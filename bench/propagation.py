@@ -9,7 +9,7 @@ from torch import Tensor
 
 import msacore
 from bench.harness import Benchmark, Call, Growth, Inputs, Provider, Shape, Work
-from bench.peers import compiled, plain
+from bench.peers import compiled, package, plain
 from msacore import reference
 
 ALPHA = 0.1
@@ -96,6 +96,27 @@ def _index_add(graphs_of: Callable[[Inputs], list[Tensor]]) -> Callable[[Inputs]
     return bind
 
 
+def _geometric(graphs_of: Callable[[Inputs], list[Tensor]]) -> Callable[[Inputs], Call]:
+    """Message passing of torch-geometric: a sum of weighted neighbours per half-step."""
+
+    def bind(inputs: Inputs) -> Call:
+        step = package("torch_geometric.nn", "torch-geometric").SimpleConv(aggr="sum")
+        x, steps = inputs["x"], inputs["steps"]
+        edges = [(a.to_sparse_coo().coalesce().indices().flip(0), a.values()) for a in graphs_of(inputs)]
+
+        def run() -> Tensor:
+            flat = x.reshape(-1, x.shape[-1])
+            h = flat
+            for _ in range(steps):
+                for ends, weight in edges:
+                    h = (1 - ALPHA) * step(h, ends, weight) + ALPHA * flat
+            return h.view(x.shape)
+
+        return run
+
+    return bind
+
+
 def _conversations(sizes: dict[str, int], device: torch.device) -> Inputs:
     n = sizes["V"] * sizes["T"]
     return {
@@ -127,6 +148,7 @@ def sparse_peers(graphs_of: Callable[[Inputs], list[Tensor]]) -> tuple[Provider,
         Provider("torch.sparse addmm, transposes ready", _sparse_loop(graphs_of)),
         Provider('torch.sparse.mm(…, "sum")', _sparse_sum(graphs_of)),
         Provider("gather, index_add", _index_add(graphs_of)),
+        Provider("torch-geometric, SimpleConv", _geometric(graphs_of)),
     )
 
 

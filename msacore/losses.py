@@ -86,11 +86,12 @@ def info_nce(
         1 at its default temperature: do the same to move numbers over. "decoupled" is the loss of Yeh et al.,
         "Decoupled Contrastive Learning" (2022).
 
-        Forward and backward keep four or five numbers per row; the gradient of ``weights`` is ``[N, N']`` by nature.
-        Accumulates in float32 for 16-bit types and computes in float32 under autocast. A zero row has cosine 0 and
-        gradient 0. Rows of any length that is not zero are scaled without overflow or underflow. Deterministic;
-        differentiable once; no host synchronisation on CUDA. With ``group=`` the gradient that DistributedDataParallel
-        averages is that of one process, without a factor in user code.
+        Forward and backward keep four or five numbers per row and, on the CPU where a gradient is wanted, up to
+        2²¹ similarities of rows at least 64 wide, which are not computed again; the gradient of ``weights`` is
+        ``[N, N']`` by nature. Accumulates in float32 for 16-bit types and computes in float32 under autocast. A zero
+        row has cosine 0 and gradient 0. Rows of any length that is not zero are scaled without overflow or underflow.
+        Deterministic; differentiable once; no host synchronisation on CUDA. With ``group=`` the gradient that
+        DistributedDataParallel averages is that of one process, without a factor in user code.
 
     Example:
         >>> z = torch.eye(3)
@@ -215,11 +216,12 @@ def hierarchical_contrastive_loss(
     Note:
         ``Σ_t tier_weights[t] · tiers[t]``, the loss of "AL-HCL: Active Learning and Hierarchical Contrastive Learning
         for Multimodal Sentiment Analysis with Fusion Guidance" (2026). One operator call forward and one backward; each
-        embedding is normalised once, both directions of a term come from one sweep, and no similarity matrix is stored.
-        Where a gradient is wanted, the exponentials of up to 128 samples are kept for the backward pass: N² numbers a
-        term. Accumulates in float32 for 16-bit types and computes in float32 under autocast. Deterministic;
-        differentiable once; no host synchronisation on CUDA. With ``group=`` the gradient that DistributedDataParallel
-        averages is that of one process, without a factor in user code.
+        embedding is normalised once, and both directions of a term come from one sweep. Where a gradient is wanted, the
+        forward pass keeps the exponentials of up to 128 samples for the backward pass, on the CPU also similarities up
+        to 16 MiB: N² numbers a term; beyond that no similarity matrix is stored. Accumulates in float32 for 16-bit
+        types and computes in float32 under autocast. Deterministic; differentiable once; no host synchronisation on
+        CUDA. With ``group=`` the gradient that DistributedDataParallel averages is that of one process, without a
+        factor in user code.
 
     Example:
         >>> text, audio, fused = torch.eye(4), torch.eye(4).roll(1, 0), torch.ones(4, 4)

@@ -1,10 +1,13 @@
 """What `python -m bench` measures by default and with its options, and how it prints; nothing is timed here."""
 
+from dataclasses import replace
+
 import pytest
 
 from bench import report
 from bench.__main__ import arguments, benchmarks, operators_of, providers_without, shapes_of
-from bench.device import Canary
+from bench.contention import busy_loop, measure_contention
+from bench.device import Canary, Cpu
 from bench.harness import Measurement, Row
 
 KNOWN = benchmarks()
@@ -50,3 +53,26 @@ def test_a_row_fits_a_terminal() -> None:
     assert max(map(len, lines)) <= report.TERMINAL == 100
     assert sum("disagrees" in line for line in lines) >= len(measurements)
     assert any("a loaded machine" in line for line in lines)
+
+
+def test_contention_compares_every_provider_with_itself() -> None:
+    benchmark = KNOWN["info_nce_symmetric"]
+    shape = next(s for s in benchmark.shapes if "smallest" in s.name)
+    found = measure_contention(benchmark, shape, Cpu(), rounds=1, without=["reference"], turns=1)
+    assert [c.provider for c in found] == [
+        p.name for p in benchmark.providers if not p.compiled and p.name != "reference"
+    ]
+    assert all(c.alone_ms > 0 and c.beside_ms > 0 for c in found)
+    assert str(replace(found[0], alone_ms=2.0, beside_ms=3.0)).endswith("1.50 times as long")
+
+
+def test_the_busy_process_runs_and_ends() -> None:
+    with busy_loop() as process:
+        assert process.poll() is None
+    assert process.poll() is not None
+
+
+@pytest.mark.parametrize("line", [["--growth"], ["--csv", "x.csv"], ["--markdown", "x.md"]])
+def test_contention_takes_no_other_output(line: list[str]) -> None:
+    with pytest.raises(SystemExit):
+        arguments(list(KNOWN), ["--contention", *line])

@@ -12,7 +12,7 @@ import numpy as np
 import pytest
 import torch
 
-from bench import kcenter, report, summary
+from bench import info_nce, kcenter, report, summary
 from bench.__main__ import benchmarks
 from bench.device import Canary, Cpu, Cuda
 from bench.harness import (
@@ -337,6 +337,28 @@ def test_every_benchmark_agrees_with_its_peers_on_its_smallest_shape(name: str) 
     assert 0 < flops[0] <= flops[1]
 
 
+_FOR_POINTS = ("fpsample", "torch_quickfps")  # packages without wheels for some Pythons and systems
+
+
+def _package(provider: Provider) -> str:
+    return provider.name.split(",")[0]
+
+
+def _is_here(provider: Provider) -> bool:
+    return _package(provider) not in _FOR_POINTS or importlib.util.find_spec(_package(provider)) is not None
+
+
+@pytest.mark.parametrize("both", [False, True])
+def test_flash_attention_has_the_gradients_of_cross_entropies(both: bool) -> None:
+    torch.manual_seed(0)
+    rows = [torch.randn(40, 16, requires_grad=True) for _ in range(2)]
+    found, expected = (
+        torch.autograd.grad(loss(*rows, both), rows)
+        for loss in (info_nce.flash_cross_entropies, info_nce.cross_entropies)
+    )
+    torch.testing.assert_close(found, expected)
+
+
 @pytest.mark.parametrize("kind", range(3))
 def test_every_loop_of_selection_picks_the_same_samples(kind: int) -> None:
     benchmark = benchmarks()["kcenter"]
@@ -346,10 +368,10 @@ def test_every_loop_of_selection_picks_the_same_samples(kind: int) -> None:
     pool = inputs["pool"]
     expected, _ = reference.kcenter(pool, 60, centers=pool[:1], excluded=torch.arange(6000) == 0)
     for provider in benchmark.providers:
-        if provider.name.startswith("fpsample") and importlib.util.find_spec("fpsample") is None:
-            continue  # no wheel for this Python
+        if not _is_here(provider):
+            continue
         picks = provider.bind(inputs)()
-        if kind == 2 and provider.name.startswith("fpsample"):  # any of the copies of a row
+        if kind == 2 and _package(provider) in _FOR_POINTS:  # any of the copies of a row
             picks, wanted = pool[picks], pool[expected]
         else:
             wanted = expected
@@ -366,7 +388,7 @@ def test_every_loop_of_selection_picks_the_same_samples_of_a_real_corpus(
     pool, budget = inputs["pool"], inputs["budget"]
     expected, _ = reference.kcenter(pool, budget, centers=pool[:1], excluded=torch.arange(len(pool)) == 0)
     # The loops decide in float32, which the unnormalised audio features are too coarse for.
-    for provider in kcenter.BENCHMARKS[0].providers[: None if block == "text_minilm" else 1]:
+    for provider in filter(_is_here, kcenter.BENCHMARKS[0].providers[: None if block == "text_minilm" else 1]):
         assert torch.equal(provider.bind(inputs)(), expected), provider.name
 
 

@@ -32,7 +32,7 @@ struct Problem {
   std::vector<Side<A>> sides;
   std::vector<Term<A>> terms;
 
-  // `kept`: the exponentials are at hand, so that no similarity is computed.
+  // `kept`: the exponentials or similarities are at hand, so that no similarity is computed.
   Problem(const char* op, const Inputs& in, const Sizes& size, const Options& options, bool kept)
       : size(size),
         options(options),
@@ -77,9 +77,10 @@ struct Problem {
     sides.reserve(embeddings.size());
     using Right = typename Side<A>::Right;
     const auto bounded = [](const Term<A>& term) { return is_bounded<A>(term.scale); };
-    kept = kept && !learned && options.normalize && std::all_of(terms.begin(), terms.end(), bounded);
+    if (n <= kFewSamples)
+      kept = kept && !learned && options.normalize && std::all_of(terms.begin(), terms.end(), bounded);
     for (const Tensor& t : embeddings) {
-      const bool in_pairs = n > kBlock && takes_pairs<T>(n, t.size(1));
+      const bool in_pairs = n > kFewSamples && takes_pairs<T>(n, t.size(1));
       const Right right = in_pairs ? Right::kPairs : kept ? Right::kNone : Right::kPanels;
       sides.emplace_back(n, t.size(1), options.normalize, right);
     }
@@ -146,6 +147,7 @@ struct Problem {
       sum_few_exponentials(terms, kept, [&](int64_t t) { losses[t] = loss_of(t, stats); });
       return add_up(losses, tiers);
     }
+    keep_similarities(kept, false);
     sum_exponentials(terms, [](const auto&...) {}, [](const auto&...) {});
     for (size_t t = 0; t < terms.size(); ++t) {
       Term<A>& term = terms[t];
@@ -162,11 +164,12 @@ struct Problem {
   void backward(const double* grad_tiers, const A* stats, const A* kept, const std::vector<T*>& grads, double* slopes) {
     for (size_t t = 0; t < terms.size(); ++t) load(t, grad_tiers, stats);
     if (kept && !learned && are_few(terms)) return FewGradients<A>(terms, kept).project(sides, grads);
+    keep_similarities(const_cast<A*>(kept), true);
     for (Side<A>& side : sides) side.open_gradient();
     // Per term and row: Σ over pairs of similarity · its gradient.
     std::vector<Buffer<double>> pulls;
     for (const Term<A>& term : terms) pulls.emplace_back(learned ? term.a->rows : 0, 0.0);
-    const auto keep_similarities = [&](const Term<A>&, const Tile<A>& tile, int64_t, int64_t) {
+    const auto copy_similarities = [&](const Term<A>&, const Tile<A>& tile, int64_t, int64_t) {
       if (learned) std::copy(tile.s, tile.s + tile.m * kTileRow, similarities());
     };
     const auto add_pulls = [&](const Term<A>& term, const Tile<A>& tile, int64_t row, int64_t column) {
@@ -176,7 +179,7 @@ struct Problem {
       for (int64_t i = 0; i < tile.m; ++i)
         pull[row + i] += share * dot_rows(tile.s + i * kTileRow, similarities() + i * kTileRow, tile.n);
     };
-    add_gradients(terms, true, keep_similarities, add_pulls);
+    add_gradients(terms, true, copy_similarities, add_pulls);
     for (Term<A>& term : terms) {
       if (!term.self()) continue;
       const Labels classes = labels_of(term);
@@ -187,6 +190,16 @@ struct Problem {
   }
 
  private:
+  // Sweeps over more than a few samples leave their similarities at `kept`, unless it is null, or find them there.
+  void keep_similarities(A* kept, bool known) {
+    if (!kept || size.samples <= kFewSamples) return;
+    for (Term<A>& term : terms) {
+      term.kept = kept;
+      term.known = known;
+      kept += term.a->rows * term.b->rows;
+    }
+  }
+
   // Similarities of the tile that this thread works on.
   static A* similarities() {
     thread_local const Buffer<A> tile(kBlock * kTileRow);

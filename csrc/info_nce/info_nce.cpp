@@ -1,11 +1,12 @@
 // InfoNCE on the CPU: tiles of similarities are computed, used and forgotten, in the forward pass and again in the
-// backward pass; what is kept are a few numbers per row.
+// backward pass; what is kept are a few numbers per row and, where they are few, the similarities.
 #include "info_nce/info_nce.h"
 
 #include <torch/csrc/stable/library.h>
 
 #include <numeric>
 
+#include "cpu/huge_pages.h"
 #include "info_nce/info_nce_problem.h"
 
 namespace msacore::info_nce::cpu {
@@ -39,6 +40,7 @@ void forward(const char* op, const InfoNceInputs& in, const InfoNceSizes& s, con
     using T = typename decltype(tag)::type;
     using A = acc_t<T>;
     Problem<T> problem(op, in, s, options);
+    if (results.kept.numel()) problem.keep(on_huge_pages(results.kept).mutable_data_ptr<A>(), false);
     problem.sum(op, true);
     Term<A>& term = problem.term();
     PositiveSums row_sums, column_sums;
@@ -91,14 +93,17 @@ void load(Problem<T>& problem, const acc_t<T>* grad_out, const acc_t<T>* row_sta
 }
 
 InfoNceGradients backward(const char* op, const InfoNceInputs& in, const InfoNceSizes& s, const InfoNceOptions& options,
-                          const Tensor& grad_out, const Tensor& anchor_stats, const Tensor& candidate_stats) {
+                          const Tensor& grad_out, const Tensor& anchor_stats, const Tensor& candidate_stats,
+                          const Tensor& kept) {
   Tensor grad_weights =
       torch::stable::new_zeros(in.anchors, {in.weights ? s.anchors : 0, in.weights ? s.candidates : 0});
   std::optional<InfoNceGradients> grads;
   dispatch_floating(in.anchors.scalar_type(), op, [&](auto tag) {
     using T = typename decltype(tag)::type;
     using A = acc_t<T>;
-    Problem<T> problem(op, in, s, options);
+    const bool known = kept.numel() > 0;
+    Problem<T> problem(op, in, s, options, std::nullopt, known);
+    if (known) problem.keep(const_cast<A*>(kept.const_data_ptr<A>()), true);
     load(problem, grad_out.const_data_ptr<A>(), anchor_stats.const_data_ptr<A>(), candidate_stats.const_data_ptr<A>());
     problem.add_all_gradients(in.weights ? grad_weights.template mutable_data_ptr<T>() : nullptr);
     // After the sweep: the memory of the panels, no longer needed, serves the results.
@@ -131,9 +136,10 @@ using Operators = InfoNceOperators<forward, backward>;
   "int reduction"
 
 STABLE_TORCH_LIBRARY_FRAGMENT(msacore, m) {
-  m.def("info_nce(" MSACORE_INFO_NCE_ARGUMENTS ", " MSACORE_INFO_NCE_OPTIONS ") -> (Tensor, Tensor, Tensor)");
+  m.def("info_nce(" MSACORE_INFO_NCE_ARGUMENTS ", " MSACORE_INFO_NCE_OPTIONS
+        ", bool keep) -> (Tensor, Tensor, Tensor, Tensor)");
   m.def("info_nce_backward(Tensor grad_out, " MSACORE_INFO_NCE_ARGUMENTS
-        ", Tensor anchor_stats, Tensor candidate_stats, " MSACORE_INFO_NCE_OPTIONS
+        ", Tensor anchor_stats, Tensor candidate_stats, Tensor kept, " MSACORE_INFO_NCE_OPTIONS
         ") -> (Tensor, Tensor, Tensor, Tensor, Tensor)");
 }
 

@@ -3,9 +3,11 @@
 #include <torch/csrc/stable/ops.h>
 
 #include <tuple>
+#include <vector>
 
 #include "core/dtype.h"
 #include "core/optional.h"
+#include "core/round.h"
 
 namespace msacore::info_nce {
 using msacore::contiguous;
@@ -43,6 +45,16 @@ enum Stat : int64_t {
   kRest = 4       // with `kNegatives` alone: Σ_p Ŵ_p Z / (exp s_p + Z), with Z the sum over the negatives
 };
 inline int64_t stat_rows(int64_t denominator) { return denominator == kNegatives ? 5 : 4; }
+
+// Wide rows, few of them: the forward pass leaves their similarities [R, R'] to the backward pass, with both numbers of
+// rows padded to 16, as to compute them again would take a quarter of the products. On the CPU alone.
+constexpr int64_t kMostKept = int64_t{1} << 21;  // numbers
+constexpr int64_t kWide = 64;
+inline std::vector<int64_t> kept_shape(const Tensor& like, const InfoNceSizes& s, bool keep) {
+  const int64_t rows = round_up<int64_t>(s.anchors, 16), columns = round_up<int64_t>(s.candidates + s.negatives, 16);
+  if (!keep || !like.is_cpu() || s.width < kWide || rows * columns > kMostKept) return {0};
+  return {rows, columns};
+}
 
 // `is_part`: the anchors are a part of a batch, and the caller checks which candidates they are.
 inline InfoNceSizes check_inputs(const char* op, const InfoNceInputs& in, const InfoNceOptions& options,
@@ -100,7 +112,8 @@ inline InfoNceSizes check_inputs(const char* op, const InfoNceInputs& in, const 
 
 // The gradient of the loss, and what the forward pass saved.
 inline void check_saved(const char* op, const InfoNceSizes& s, const InfoNceOptions& options, const Tensor& like,
-                        const Tensor& grad_out, const Tensor& anchor_stats, const Tensor& candidate_stats) {
+                        const Tensor& grad_out, const Tensor& anchor_stats, const Tensor& candidate_stats,
+                        const Tensor& kept) {
   const ScalarType dtype = acc_dtype(like.scalar_type());
   check_dtype(grad_out, op, "grad_out", dtype);
   check_device(grad_out, op, "grad_out", like);
@@ -116,6 +129,13 @@ inline void check_saved(const char* op, const InfoNceSizes& s, const InfoNceOpti
   check_shape(candidate_stats, op, "candidate_stats", {rows, options.symmetric ? s.candidates : 0},
               "[S, N'] or [S, 0]");
   check_device(candidate_stats, op, "candidate_stats", like);
+  check_dtype(kept, op, "kept", dtype);
+  check_device(kept, op, "kept", like);
+  const std::vector<int64_t> full = kept_shape(like, s, true);
+  if (kept.dim() == 1 || full.size() == 1)
+    check_shape(kept, op, "kept", {0}, "[0]");
+  else
+    check_shape(kept, op, "kept", {full[0], full[1]}, "[R, R']");
 }
 
 inline InfoNceInputs contiguous(const InfoNceInputs& in) {
@@ -132,15 +152,16 @@ inline InfoNceInputs contiguous(const InfoNceInputs& in) {
 }
 
 struct InfoNceResults {
-  Tensor loss, anchor_stats, candidate_stats;
+  Tensor loss, anchor_stats, candidate_stats, kept;
 
-  InfoNceResults(const Tensor& like, const InfoNceSizes& s, const InfoNceOptions& options) {
+  InfoNceResults(const Tensor& like, const InfoNceSizes& s, const InfoNceOptions& options, bool keep) {
     const ScalarType dtype = acc_dtype(like.scalar_type());
     const int64_t rows = stat_rows(options.denominator);
     loss = options.reduction == kNone ? torch::stable::new_empty(like, {s.anchors}, dtype)
                                       : torch::stable::new_empty(like, {}, dtype);
     anchor_stats = torch::stable::new_empty(like, {rows, s.anchors}, dtype);
     candidate_stats = torch::stable::new_empty(like, {rows, options.symmetric ? s.candidates : 0}, dtype);
+    kept = torch::stable::new_empty(like, kept_shape(like, s, keep), dtype);
   }
 };
 
@@ -163,25 +184,26 @@ struct InfoNceGradients {
 
 // The operators of a device. `forward` fills its results; `backward` makes the gradients when it has the memory for
 // them. Both get contiguous arguments that were checked.
-template <
-    void (*forward)(const char* op, const InfoNceInputs&, const InfoNceSizes&, const InfoNceOptions&, InfoNceResults&),
-    InfoNceGradients (*backward)(const char* op, const InfoNceInputs&, const InfoNceSizes&, const InfoNceOptions&,
-                                 const Tensor& grad_out, const Tensor& anchor_stats, const Tensor& candidate_stats)>
+template <void (*forward)(const char* op, const InfoNceInputs&, const InfoNceSizes&, const InfoNceOptions&,
+                          InfoNceResults&),
+          InfoNceGradients (*backward)(const char* op, const InfoNceInputs&, const InfoNceSizes&, const InfoNceOptions&,
+                                       const Tensor& grad_out, const Tensor& anchor_stats,
+                                       const Tensor& candidate_stats, const Tensor& kept)>
 struct InfoNceOperators {
-  static std::tuple<Tensor, Tensor, Tensor> info_nce(
+  static std::tuple<Tensor, Tensor, Tensor, Tensor> info_nce(
       const Tensor& anchors, const OptionalTensor& candidates, const OptionalTensor& learned_temperature,
       const OptionalTensor& anchor_labels, const OptionalTensor& candidate_labels, const OptionalTensor& weights,
       const OptionalTensor& negatives, const OptionalTensor& negative_mask, const OptionalTensor& anchor_mask,
       const OptionalTensor& candidate_mask, double temperature, bool symmetric, bool exclude_self, bool normalize,
-      int64_t denominator, int64_t reduction) {
+      int64_t denominator, int64_t reduction, bool keep) {
     constexpr const char* op = "info_nce";
     const InfoNceInputs in{anchors, candidates, learned_temperature, anchor_labels, candidate_labels,
                            weights, negatives,  negative_mask,       anchor_mask,   candidate_mask};
     const InfoNceOptions options{temperature, symmetric, exclude_self, normalize, denominator, reduction};
     const InfoNceSizes s = check_inputs(op, in, options);
-    InfoNceResults results(anchors, s, options);
+    InfoNceResults results(anchors, s, options, keep);
     forward(op, contiguous(in), s, options, results);
-    return {results.loss, results.anchor_stats, results.candidate_stats};
+    return {results.loss, results.anchor_stats, results.candidate_stats, results.kept};
   }
 
   static std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor> info_nce_backward(
@@ -189,17 +211,17 @@ struct InfoNceOperators {
       const OptionalTensor& learned_temperature, const OptionalTensor& anchor_labels,
       const OptionalTensor& candidate_labels, const OptionalTensor& weights, const OptionalTensor& negatives,
       const OptionalTensor& negative_mask, const OptionalTensor& anchor_mask, const OptionalTensor& candidate_mask,
-      const Tensor& anchor_stats, const Tensor& candidate_stats, double temperature, bool symmetric, bool exclude_self,
-      bool normalize, int64_t denominator, int64_t reduction) {
+      const Tensor& anchor_stats, const Tensor& candidate_stats, const Tensor& kept, double temperature, bool symmetric,
+      bool exclude_self, bool normalize, int64_t denominator, int64_t reduction) {
     constexpr const char* op = "info_nce_backward";
     const InfoNceInputs in{anchors, candidates, learned_temperature, anchor_labels, candidate_labels,
                            weights, negatives,  negative_mask,       anchor_mask,   candidate_mask};
     const InfoNceOptions options{temperature, symmetric, exclude_self, normalize, denominator, reduction};
     const InfoNceSizes s = check_inputs(op, in, options);
-    check_saved(op, s, options, anchors, grad_out, anchor_stats, candidate_stats);
-    const InfoNceGradients grads =
-        backward(op, contiguous(in), s, options, torch::stable::contiguous(grad_out),
-                 torch::stable::contiguous(anchor_stats), torch::stable::contiguous(candidate_stats));
+    check_saved(op, s, options, anchors, grad_out, anchor_stats, candidate_stats, kept);
+    const InfoNceGradients grads = backward(
+        op, contiguous(in), s, options, torch::stable::contiguous(grad_out), torch::stable::contiguous(anchor_stats),
+        torch::stable::contiguous(candidate_stats), torch::stable::contiguous(kept));
     return {grads.anchors, grads.candidates, grads.temperature, grads.weights, grads.negatives};
   }
 };

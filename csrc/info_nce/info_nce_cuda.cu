@@ -74,7 +74,8 @@ void backward(const Pass<T>& pass, const InfoNceInputs& in, const InfoNceSizes& 
 }
 
 InfoNceGradients backward(const char* op, const InfoNceInputs& in, const InfoNceSizes& s, const InfoNceOptions& options,
-                          const Tensor& grad_out, const Tensor& anchor_stats, const Tensor& candidate_stats) {
+                          const Tensor& grad_out, const Tensor& anchor_stats, const Tensor& candidate_stats,
+                          const Tensor&) {
   const OnDeviceOf device(in.anchors);
   InfoNceGradients grads(in, s);
   dispatch_floating(in.anchors.scalar_type(), op, [&](auto tag) {

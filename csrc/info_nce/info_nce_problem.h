@@ -45,9 +45,10 @@ struct Problem {
   std::vector<Side<A>> sides;  // anchors; candidates, then negatives
   std::vector<Term<A>> terms;
 
-  // `offset`: the candidate that is anchor 0 itself; then the two sides are never one.
+  // `offset`: the candidate that is anchor 0 itself; then the two sides are never one. `known`: the similarities are at
+  // hand, see `keep`, so that none is computed.
   Problem(const char* op, const InfoNceInputs& in, const InfoNceSizes& size, const InfoNceOptions& options,
-          std::optional<int64_t> offset = std::nullopt)
+          std::optional<int64_t> offset = std::nullopt, bool known = false)
       : size(size),
         options(options),
         temperature(read_temperature(op, in, options)),
@@ -71,7 +72,8 @@ struct Problem {
     sides.reserve(2);
     const Source<T> anchors{in.anchors.const_data_ptr<T>(), size.anchors, nullptr};
     using Right = typename Side<A>::Right;
-    const Right right = takes_pairs<T>(std::min(size.anchors, all), size.width) ? Right::kPairs : Right::kPanels;
+    const bool in_pairs = takes_pairs<T>(std::min(size.anchors, all), size.width);
+    const Right right = in_pairs ? Right::kPairs : known ? Right::kNone : Right::kPanels;
     sides.emplace_back(anchors, term.rows.used.get(), size.anchors, size.width, options.normalize, right);
     if (!self)
       sides.emplace_back(Source<T>{in.candidates ? in.candidates->template const_data_ptr<T>() : anchors.first,
@@ -97,6 +99,12 @@ struct Problem {
     const auto of_row = partner(t.columns, size.candidates), of_column = partner(t.rows, size.anchors);
     count_candidates(t.rows, size.anchors, candidates, [&](int64_t i) { return of_row(i + t.offset); });
     count_candidates(t.columns, size.candidates, anchors, [&](int64_t j) { return of_column(j - t.offset); });
+  }
+
+  // Sweeps leave their similarities at `kept`, or find them there.
+  void keep(A* kept, bool known) {
+    term().kept = kept;
+    term().known = known;
   }
 
   Term<A>& term() { return terms.front(); }
@@ -164,6 +172,7 @@ struct Problem {
           if (!disjoint()) return;
           visit_positives(tile, row, column, [](int64_t, int64_t, A& similarity, double) { hide(similarity); });
         });
+    t.known = t.kept != nullptr;
     check(!negative, op, "expected `weights` to be at least 0, got a negative one");
     if (weights && mean) {
       for (int64_t i = 0; i < size.anchors; ++i)

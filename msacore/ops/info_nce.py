@@ -7,7 +7,7 @@ import torch
 from torch import Tensor
 
 from msacore.ops._autocast import compute_in_float32
-from msacore.ops._autograd import differentiable, refuse_second_derivative
+from msacore.ops._autograd import differentiable, refuse_second_derivative, will_differentiate
 from msacore.ops._check import (
     as_choice,
     as_flag,
@@ -27,6 +27,7 @@ _info_nce = torch.ops.msacore.info_nce.default
 _info_nce_backward = torch.ops.msacore.info_nce_backward.default
 _REDUCTIONS = {"none": 0, "mean": 1, "sum": 2}
 _DENOMINATORS = {"all": 0, "negatives": 1, "decoupled": 2}
+_MOST_KEPT, _WIDE = 2**21, 64  # csrc/info_nce/info_nce.h
 
 
 def check_temperature(op: str, name: str, value: float) -> None:
@@ -123,30 +124,43 @@ def stat_rows(denominator: int) -> int:
     return 5 if denominator == _DENOMINATORS["negatives"] else 4
 
 
+def _kept_shape(anchors: Tensor, columns: Any, keep: bool) -> tuple[Any, ...]:
+    rows, columns = (anchors.shape[0] + 15) // 16 * 16, (columns + 15) // 16 * 16
+    few = keep and anchors.device.type == "cpu" and anchors.shape[1] >= _WIDE and rows * columns <= _MOST_KEPT
+    return (rows, columns) if few else (0,)
+
+
+def _all_candidates(candidates: Any, negatives: Tensor | None) -> Any:
+    return candidates if negatives is None else candidates + negatives.shape[0]
+
+
 @torch.library.register_fake("msacore::info_nce")
-def _(*inputs: Any, **options: Any) -> tuple[Tensor, Tensor, Tensor]:
+def _(*inputs: Any, keep: bool, **options: Any) -> tuple[Tensor, Tensor, Tensor, Tensor]:
     n, m = check_info_nce("info_nce", *inputs, **options)
     anchors, dtype, rows = inputs[0], loss_dtype(inputs[0].dtype), stat_rows(options["denominator"])
     return (
         anchors.new_empty((n,) if options["reduction"] == _REDUCTIONS["none"] else (), dtype=dtype),
         anchors.new_empty((rows, n), dtype=dtype),
         anchors.new_empty((rows, m if options["symmetric"] else 0), dtype=dtype),
+        anchors.new_empty(_kept_shape(anchors, _all_candidates(m, inputs[6]), keep), dtype=dtype),
     )
 
 
 @torch.library.register_fake("msacore::info_nce_backward")
 def _(grad_out: Tensor, *saved: Any, **options: Any) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
-    *inputs, anchor_stats, candidate_stats = saved
+    *inputs, anchor_stats, candidate_stats, kept = saved
     op = "info_nce_backward"
     n, m = check_info_nce(op, *inputs, **options)
     anchors, candidates, learned_temperature, _, _, weights, negatives, *_ = inputs
     dtype = loss_dtype(anchors.dtype)
     per_anchor, rows = options["reduction"] == _REDUCTIONS["none"], stat_rows(options["denominator"])
     columns = m if options["symmetric"] else 0
+    full = _kept_shape(anchors, _all_candidates(m, negatives), True)
     for name, tensor, shape, meaning in (
         ("grad_out", grad_out, (n,) if per_anchor else (), "[N]" if per_anchor else "[]"),
         ("anchor_stats", anchor_stats, (rows, n), "[S, N]"),
         ("candidate_stats", candidate_stats, (rows, columns), "[S, N'] or [S, 0]"),
+        ("kept", kept, (0,) if kept.dim() == 1 else full, "[0]" if kept.dim() == 1 else "[R, R']"),
     ):
         check_dtype(op, name, tensor, dtype)
         check_shape(op, name, tensor, shape, meaning)
@@ -162,11 +176,11 @@ def _(grad_out: Tensor, *saved: Any, **options: Any) -> tuple[Tensor, Tensor, Te
 
 
 def _setup_context(ctx: Any, inputs: tuple[Any, ...], keyword_only_inputs: dict[str, Any], output: Any) -> None:
-    _, anchor_stats, candidate_stats = output
-    ctx.mark_non_differentiable(anchor_stats, candidate_stats)
+    _, *saved = output
+    ctx.mark_non_differentiable(*saved)
     ctx.set_materialize_grads(False)
-    ctx.save_for_backward(*inputs, anchor_stats, candidate_stats)
-    ctx.options = keyword_only_inputs
+    ctx.save_for_backward(*inputs, *saved)
+    ctx.options = {name: value for name, value in keyword_only_inputs.items() if name != "keep"}
 
 
 def _backward(ctx: Any, grad_out: Tensor | None, *_: Any) -> tuple[Tensor | None, ...]:
@@ -233,14 +247,17 @@ def info_nce(
     code = as_choice(op, "denominator", denominator, _DENOMINATORS)
     if code == _DENOMINATORS["negatives"] and labels is None and weights is None:
         code = _DENOMINATORS["all"]  # of one positive a row the two are the same, and this is one sweep
-    loss, _, _ = _eager(
+    tensors = {"weights": weights, "negatives": negatives}
+    weights, negatives = (as_optional_tensor(op, name, tensor) for name, tensor in tensors.items())
+    wanted = (anchors, candidates, learned, weights, negatives)
+    loss, *_ = _eager(
         anchors,
         None if candidates is anchors else candidates,
         learned,
         anchor_labels,
         candidate_labels,
-        as_optional_tensor(op, "weights", weights),
-        as_optional_tensor(op, "negatives", negatives),
+        weights,
+        negatives,
         as_optional_tensor(op, "negative_mask", negative_mask),
         as_optional_tensor(op, "anchor_mask", anchor_mask),
         as_optional_tensor(op, "candidate_mask", candidate_mask),
@@ -250,5 +267,6 @@ def info_nce(
         normalize=as_flag(op, "normalize", normalize),
         denominator=code,
         reduction=as_choice(op, "reduction", reduction, _REDUCTIONS),
+        keep=will_differentiate(*(t for t in wanted if t is not None)),
     )
     return loss

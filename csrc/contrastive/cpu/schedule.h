@@ -54,6 +54,8 @@ struct Term {
   bool diagonal;   // positives are the pairs (i, i + offset)
   bool exclude_self;
   int64_t offset = 0;          // the partner of row i is column i + offset
+  A* kept = nullptr;           // [rows of a, rows of b]: similarities that one sweep leaves to the next; null: to none
+  bool known = false;          // has it
   Direction<A> rows, columns;  // of a self term, only rows
 
   bool self() const { return a == b; }

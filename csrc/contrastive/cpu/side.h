@@ -26,13 +26,13 @@ struct Source {
 };
 
 // |x|² of a row times lift⁴, where the power of two `lift` keeps it in the range of double.
-template <typename A, typename T>
-MSACORE_INLINE double square_of(const T* __restrict__ x, int64_t d, double& lift) {
+template <typename A>
+MSACORE_INLINE double square_of(const A* __restrict__ x, int64_t d, double& lift) {
   const auto sum_of_squares = [&] {
     double square = 0;
 #pragma omp simd reduction(+ : square)
     for (int64_t k = 0; k < d; ++k) {
-      const double value = static_cast<double>(static_cast<A>(x[k])) * lift * lift;
+      const double value = static_cast<double>(x[k]) * lift * lift;
       square += value * value;
     }
     return square;
@@ -41,13 +41,13 @@ MSACORE_INLINE double square_of(const T* __restrict__ x, int64_t d, double& lift
   double square = 0;
 #pragma omp simd reduction(+ : square)
   for (int64_t k = 0; k < d; ++k) {
-    const double value = static_cast<double>(static_cast<A>(x[k]));
+    const double value = static_cast<double>(x[k]);
     square += value * value;
   }
   if constexpr (std::is_same_v<A, double>) {
     if (square > 1e-280 && square < 1e280) return square;
     double largest = 0;
-    for (int64_t k = 0; k < d; ++k) largest = std::max(largest, std::abs(static_cast<double>(x[k])));
+    for (int64_t k = 0; k < d; ++k) largest = std::max(largest, std::abs(x[k]));
     if (largest == 0 || !std::isfinite(largest)) return square;
     lift = std::ldexp(1.0, -std::ilogb(largest) / 2);
     return sum_of_squares();
@@ -70,18 +70,18 @@ MSACORE_SIMD void normalise_rows(const Source<T>& x, const uint8_t* __restrict__
     if (lifts) lifts[i] = 1;
     if (i >= n || !used[i]) continue;
     const T* __restrict__ from = x.row(i, d);
+    for (int64_t k = 0; k < d; ++k) row[k] = static_cast<A>(from[k]);  // sums over a 16-bit row would not be vectorised
     double lift = 1, inverse = 1;
     if (normalize) {
-      const double square = square_of<A>(from, d, lift);
+      const double square = square_of(row, d, lift);
       inverse = square == 0 ? 0 : 1 / std::sqrt(square);
     }
     inverse_norm[i] = inverse;
     if (lift == 1) {
-      for (int64_t k = 0; k < d; ++k) row[k] = static_cast<A>(static_cast<A>(from[k]) * inverse);
+      for (int64_t k = 0; k < d; ++k) row[k] = static_cast<A>(row[k] * inverse);
     } else {
       lifts[i] = lift;
-      for (int64_t k = 0; k < d; ++k)
-        row[k] = static_cast<A>(static_cast<double>(static_cast<A>(from[k])) * lift * lift * inverse);
+      for (int64_t k = 0; k < d; ++k) row[k] = static_cast<A>(static_cast<double>(row[k]) * lift * lift * inverse);
     }
   }
   for (int64_t i = begin; panels && i < end; i += kPanel)

@@ -3,6 +3,7 @@
 #pragma once
 #include <algorithm>
 #include <cmath>
+#include <cstring>
 #include <vector>
 
 #include "contrastive/cpu/schedule.h"
@@ -18,6 +19,22 @@ void similarities(const Side<A>& a, const Side<A>& b, int64_t i, int64_t j, int6
     if (a.pairs) return PairRows::similarities(a.pairs, b.pairs, i, j, m, n, s);
   small_product<A>(
       {m, n, a.d, a.row(i), a.stride, 1, b.panels.get() + j * b.width, kPanel * b.width, kPanel, s, kTileRow, false});
+}
+
+// Between the memory that keeps similarities, rows `stride` apart, and a tile.
+template <typename A>
+void copy_tile(const A* from, int64_t from_stride, A* to, int64_t to_stride, int64_t m, int64_t n) {
+  for (int64_t i = 0; i < m; ++i) std::memcpy(to + i * to_stride, from + i * from_stride, n * sizeof(A));
+}
+
+// s [m, kTileRow] ← similarities of a tile of a term, computed unless an earlier sweep has kept them.
+template <typename A>
+void tile_similarities(const Term<A>& term, int64_t i, int64_t j, int64_t m, int64_t n, A* s) {
+  const int64_t stride = term.b->rows;
+  A* const kept = term.kept ? term.kept + i * stride + j : nullptr;
+  if (term.known) return copy_tile(kept, stride, s, kTileRow, m, n);
+  similarities(*term.a, *term.b, i, j, m, n, s);
+  if (kept) copy_tile(s, kTileRow, kept, stride, m, n);
 }
 
 // Adds to the gradients of both sides, from those of the tile; to that of b only with `both`.
@@ -43,7 +60,7 @@ void sweep(const std::vector<Term<A>>& terms, Work&& work) {
       const Side<A>&a = *term.a, &b = *term.b;
       const int64_t i = index.row * block, j = index.column * block;
       const int64_t m = std::min(block, a.rows - i), n = std::min(block, b.rows - j);
-      similarities(a, b, i, j, m, n, scratch.get());
+      tile_similarities(term, i, j, m, n, scratch.get());
       const Tile<A> tile{m,
                          n,
                          scratch.get(),

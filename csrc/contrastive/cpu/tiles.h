@@ -49,13 +49,16 @@ inline void exclude_diagonal(const Tile<A>& t) {
 template <typename A>
 MSACORE_SIMD void add_exponentials(const Tile<A>& t, double* __restrict__ sum_a, double* __restrict__ sum_b) {
   A columns[kBlock] = {};
+  // Read once: the compiler takes the stores below for possible changes of the tile, and would not vectorise.
+  const A scale = t.scale;
+  const A* __restrict__ bias = t.exponent_bias_b;
   for (int64_t i = 0; i < t.m; ++i) {
     if (!takes_part(t.exponent_bias_a[i])) continue;
-    const A* s = t.s + i * kTileRow;
+    const A* __restrict__ s = t.s + i * kTileRow;
     A row = 0;
 #pragma omp simd reduction(+ : row)
     for (int64_t j = 0; j < t.n; ++j) {
-      const A e = exp2_of(s[j] * t.scale + t.exponent_bias_b[j]);
+      const A e = exp2_of(s[j] * scale + bias[j]);
       row += e;
       columns[j] += e;
     }
