@@ -83,6 +83,24 @@ def test_resume_equals_an_uninterrupted_run_bit_by_bit(corpus, data, tmp_path, k
     assert bool(rest.weights) == keep_training
 
 
+def test_a_share_of_a_round_is_drawn_from_what_the_strategy_left():
+    n, config = 40, SelectionConfig("topk", budget=9, explore=1 / 3)
+    passes = torch.linspace(0, 1, n).expand(2, n)
+    pool = Prediction(passes, torch.ones(2, n), passes, passes, torch.randn(n, 3))
+    available, labelled = torch.ones(n, 2, dtype=torch.bool), torch.zeros(1, 3)
+    drawn = [acquire(pool, available, labelled, config, seed) for seed in (0, 0, 1)]
+    # The nearest to neutral first.
+    assert all(picks.positions[:6].tolist() == [0, 1, 2, 3, 4, 5] for picks in drawn)
+    assert all(len(set(picks.positions.tolist())) == 9 for picks in drawn)
+    assert torch.equal(drawn[0].positions, drawn[1].positions)
+    assert not torch.equal(drawn[0].positions, drawn[2].positions)
+    assert torch.equal(drawn[0].uncertainty, MEASURES["margin"](pool, available)[drawn[0].positions])
+    everything = acquire(pool, available, labelled, replace(config, explore=1.0, budget=n), 0)
+    assert sorted(everything.positions.tolist()) == list(range(n))
+    alone = acquire(pool, available, labelled, replace(config, explore=0.0), 0)
+    assert alone.positions.tolist() == list(range(9))
+
+
 def test_a_finished_run_is_not_repeated_and_the_seed_matters(corpus, data, tmp_path):
     first = finish(Run(ARM, corpus, data, 0, tmp_path / "a.pt"))
     assert list(Run(ARM, corpus, data, 0, tmp_path / "a.pt", resume=True).rounds()) == []

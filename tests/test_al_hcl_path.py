@@ -92,7 +92,7 @@ def test_a_correction_counts_only_if_it_helps_beyond_chance():
 def test_the_whole_is_judged_by_networks_that_did_not_see_the_video(corpus, data):
     labelled = data.train[:60]
     learned = pretrain(new_model(corpus), data, TRAINING, 0)
-    trained = train(new_models(corpus), data, labelled, learned, replace(TRAINING, steps=9), 0)
+    trained = train(new_models(corpus), data, labelled, learned, replace(TRAINING, steps=9, patience=9), 0)
     y = data.labels[labelled].double().numpy()
     assert trained.facts["left_out_rmse"] == pytest.approx(np.sqrt(np.square(trained.left_out - y).mean()))
     assert trained.facts["left_out_rmse"] <= trained.facts["path_left_out_rmse"] + 1e-12
@@ -101,6 +101,22 @@ def test_the_whole_is_judged_by_networks_that_did_not_see_the_video(corpus, data
     assert tested.passes.shape == (4, len(data.test))
     if trained.weight == 0:
         assert torch.equal(tested.mean, trained.everywhere[data.test].float())
+
+
+def test_training_ends_where_the_correction_keeps_deserving_no_weight(corpus, data):
+    labelled = data.train[:60]
+    learned = pretrain(new_model(corpus), data, TRAINING, 0)
+
+    def history(patience):
+        return train(
+            new_models(corpus), data, labelled, learned, replace(TRAINING, steps=12, patience=patience), 0
+        ).history
+
+    whole, short = history(9), history(2)
+    idle = [h["weight"] == 0 for h in whole]
+    ends = next((i for i in range(2, len(idle)) if idle[i] and idle[i - 1]), len(idle) - 1)
+    assert ends < len(idle) - 1
+    assert short == whole[: ends + 1]
 
 
 def test_labels_of_the_validation_part_are_used_and_counted_when_asked(corpus, data, tmp_path):

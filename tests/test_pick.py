@@ -118,7 +118,9 @@ def test_the_choice_depends_on_strategy_and_labels(
     picked = {}
     for strategy in ("topk", "kcenter", "random"):
         out = tmp_path / strategy
-        assert run(monkeypatch, pool, f"--labels {labels} --strategy {strategy} --budget 8 --out {out}") == 0
+        assert (
+            run(monkeypatch, pool, f"--labels {labels} --strategy {strategy} --explore 0 --budget 8 --out {out}") == 0
+        )
         picked[strategy] = table(out)
     assert len({tuple(r["id"] for r in rows) for rows in picked.values()}) == 3
     doubts = [float(r["uncertainty"]) for r in picked["topk"]]

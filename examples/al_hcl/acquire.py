@@ -28,10 +28,11 @@ class SelectionConfig:
         keep_training: Go on from the last round's weights instead of new ones.
         members: Models trained per round; their passes are averaged.
         gamma: Exponent of the uncertainty in "uncertainty_kcenter".
+        explore: Share of each round's budget that is drawn at random, so that what a model is sure of is labelled too.
         options: Options of the strategy, as ``msacore.select`` takes them.
     """
 
-    strategy: str = "uncertainty_kcenter"
+    strategy: str = "topk"
     uncertainty: str = "margin"
     initial: float = 0.1
     budget: int = 40
@@ -39,6 +40,7 @@ class SelectionConfig:
     keep_training: bool = False
     members: int = 1
     gamma: float = 1.0
+    explore: float = 0.5
     options: dict[str, float] = field(default_factory=dict)
 
 
@@ -81,9 +83,10 @@ def acquire(pool: Prediction, available: Tensor, labelled: Tensor, config: Selec
         seed: For the strategies that draw.
     """
     value = MEASURES[config.uncertainty](pool, available)
+    asked = config.budget - round(config.explore * config.budget)
     chosen = select(
         pool.embedding,
-        config.budget,
+        asked,
         strategy=config.strategy,
         uncertainty=value,
         labeled=labelled,
@@ -91,5 +94,13 @@ def acquire(pool: Prediction, available: Tensor, labelled: Tensor, config: Selec
         seed=seed,
         options=config.options or None,
     )
-    positions = chosen.indices.to(value.device)
-    return Picks(positions, value[positions], chosen.scores)
+    positions, scores = chosen.indices.to(value.device), chosen.scores
+    if asked < config.budget:
+        rest = torch.ones(len(value), dtype=torch.bool, device=value.device)
+        rest[positions] = False
+        rest = rest.nonzero()[:, 0]
+        generator = torch.Generator().manual_seed(seed)
+        drawn = torch.randperm(len(rest), generator=generator)[: config.budget - asked]
+        positions = torch.cat([positions, rest[drawn.to(rest.device)]])
+        scores = torch.cat([scores, scores.new_zeros(len(drawn))])
+    return Picks(positions, value[positions], scores)

@@ -290,6 +290,8 @@ def score_per_metric(members: list[Trained], data: Data, truth: np.ndarray) -> d
 
 
 def _test_with(member: Trained, data: Data, kept: dict[str, Any]) -> np.ndarray:
+    if not kept["weight"]:
+        return member.everywhere[data.test].float().double().cpu().numpy()
     for model, weights in zip(member.models, kept["networks"], strict=True):
         set_parameters(model, weights)
     judged = replace(member, weight=kept["weight"])

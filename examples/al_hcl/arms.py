@@ -16,7 +16,7 @@ def comparison(base: Arm) -> list[Arm]:
     """The reference, random selection, a ridge regression that buys what is nearest to neutral, and the model trained
     on every label of the train part."""
     everything = replace(base.selection, initial=1.0, rounds=0)
-    by_margin = replace(base.selection, strategy="topk", uncertainty="margin", members=1)
+    by_margin = replace(base.selection, strategy="topk", uncertainty="margin", explore=0.0, members=1)
     alone = replace(base.training, steps=0, pretrain_steps=0, folds=1, passes=1, view="first")
     return [
         base,
@@ -45,8 +45,12 @@ def ablations(base: Arm, modalities: int) -> list[Arm]:
     arms.append(_model_arm(base, "without matrix fusion", high_level="none"))
     arms.append(_model_arm(base, "MLP for matrix fusion", high_level="mlp"))
     arms.append(_model_arm(base, "without fusion guidance", guidance=False))
-    for name, strategy in (("uncertainty only", "topk"), ("diversity only", "kcenter")):
-        arms.append(replace(base, name=name, selection=replace(base.selection, strategy=strategy)))
+    for name, strategy in (
+        ("uncertainty only", "topk"),
+        ("diversity only", "kcenter"),
+        ("uncertainty and diversity", "uncertainty_kcenter"),
+    ):
+        arms.append(replace(base, name=name, selection=replace(base.selection, strategy=strategy, explore=0.0)))
     return arms
 
 

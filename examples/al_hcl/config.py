@@ -20,6 +20,7 @@ class TrainConfig:
         contrast_weight: λ of the contrastive loss; 0 leaves it out.
         folds: Networks of a model, each trained without a fold of the labelled videos, which judges it.
         check_every: Steps between looks at the error out of fold; the best weights count.
+        patience: Training ends after so many looks in a row at which the correction deserves no weight.
         average: Share kept per step by the running average of the weights, which is what is judged and used.
         passes: Monte-Carlo passes of a prediction.
         view: What the closed-form path is confined to, a name in ``path.VIEWS``; a stack of everything when omitted.
@@ -35,6 +36,7 @@ class TrainConfig:
     contrast_weight: float = 0.1
     folds: int = 3
     check_every: int = 10
+    patience: int = 2
     average: float = 0.9
     passes: int = 6
     view: str | None = None

@@ -25,6 +25,12 @@ def add_selection_arguments(parser: argparse.ArgumentParser) -> None:
         "--budget", type=int, default=SelectionConfig.budget, metavar="B", help="labels per round (%(default)s)"
     )
     al.add_argument(
+        "--explore",
+        type=float,
+        default=SelectionConfig.explore,
+        help="share of a round's labels that is drawn at random (%(default)s)",
+    )
+    al.add_argument(
         "--gamma", type=float, default=SelectionConfig.gamma, help="exponent of the uncertainty (%(default)s)"
     )
     al.add_argument(
@@ -105,8 +111,10 @@ def base_arm(args: argparse.Namespace) -> Arm:
     )
     if args.members < 1:
         raise ValueError(f"--members must be at least 1, got {args.members}")
+    if not 0 <= getattr(args, "explore", 0.0) <= 1:
+        raise ValueError(f"--explore is a share and must lie in [0, 1], got {args.explore}")
     # Commands that choose nothing, or simulate no campaign, lack those options.
-    names = ("strategy", "uncertainty", "initial", "budget", "rounds", "keep_training", "members", "gamma")
+    names = ("strategy", "uncertainty", "initial", "budget", "rounds", "keep_training", "members", "gamma", "explore")
     given = {name: getattr(args, name) for name in names if hasattr(args, name)}
     selection = SelectionConfig(**given, options=_options(getattr(args, "option", [])))
     return Arm(REFERENCE, model, training, selection)

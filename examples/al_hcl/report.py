@@ -224,7 +224,8 @@ def _selected(section: Section, experiment: Experiment) -> None:
     state = experiment.states[REFERENCE][0]
     strategy = experiment.arms[0].selection
     section.note(
-        f"Seed {experiment.seeds[0]}, strategy {strategy.strategy}, uncertainty {strategy.uncertainty}: the first "
+        f"Seed {experiment.seeds[0]}, strategy {strategy.strategy}, uncertainty {strategy.uncertainty}, "
+        f"a share of {strategy.explore:g} drawn at random: the first "
         "picks of each round, and what the whole round bought."
     )
     rows = []

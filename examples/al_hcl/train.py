@@ -82,33 +82,39 @@ def train(
     base[labelled] = ((path.left_out - centre) / scale).float()
     target = (data.labels - centre) / scale
     fold = torch.from_numpy(fold_of(data.video[labelled].cpu().numpy(), len(models))).to(labelled.device)
-    looks = [
+    groups = data.video[labelled].cpu().numpy()
+    truth, rest = known.cpu().numpy(), (known - path.left_out).cpu().numpy()
+    path_error = float(np.square(rest).mean())
+    per_metric = BestPerMetric(data.family, truth)
+    best_off, best_error, best, best_weight = math.inf, path_error, [], 0.0
+    best_step, best_left_out, history, idle = 0, path.left_out.cpu().numpy(), [], 0
+    # The networks train in turn, from look to look: one stream of random numbers serves all.
+    torch.manual_seed(seed)
+    networks = [
         _train_fold(model, data, labelled, fold != k, base, target, config, seed + k) for k, model in enumerate(models)
     ]
-    steps, groups = [look.step for look in looks[0]], data.video[labelled].cpu().numpy()
-    rest = (known - path.left_out).cpu().numpy()
-    path_error = float(np.square(rest).mean())
-    per_metric = BestPerMetric(data.family, known.cpu().numpy())
-    best_off, best_error, best, best_weight, history = math.inf, path_error, 0, 0.0, []
-    best_left_out = path.left_out.cpu().numpy()
-    for i, step in enumerate(steps):
+    for looks in zip(*networks, strict=True):
         correction = torch.zeros(len(labelled), dtype=torch.float64)
         for k, seen in enumerate(looks):
             held = (fold == k).cpu()
-            correction[held] = seen[i].correction[held].double().cpu() * scale
+            correction[held] = seen.correction[held].double().cpu() * scale
         weight = correction_weight(correction.numpy(), rest, groups)
         left_out = path.left_out.cpu().numpy() + weight * correction.numpy()
-        error = float(np.square(known.cpu().numpy() - left_out).mean())
-        losses = [seen[i].loss for seen in looks]
+        error = float(np.square(truth - left_out).mean())
+        step, losses = looks[0].step, [seen.loss for seen in looks]
         history.append({"step": step, "loss": float(np.mean(losses)), "left_out_mse": error, "weight": weight})
-        per_metric.offer(left_out, step, partial(_kept, looks, i, weight, left_out))
-        off = float(np.abs(known.cpu().numpy() - left_out).mean())
+        per_metric.offer(left_out, step, partial(_kept, looks, weight, left_out))
+        off = float(np.abs(truth - left_out).mean())
         if off < best_off:
-            best_off, best_error, best, best_weight, best_left_out = off, error, i, weight, left_out
-    for model, seen in zip(models, looks, strict=True):
-        set_parameters(model, seen[best].weights)
+            best_off, best_error, best_step, best_weight, best_left_out = off, error, step, weight, left_out
+            best = [seen.weights for seen in looks]
+        idle = 0 if weight or not step else idle + 1
+        if idle >= config.patience:
+            break
+    for model, weights in zip(models, best, strict=True):
+        set_parameters(model, weights)
     facts = {
-        "best_step": steps[best],
+        "best_step": best_step,
         "labels": len(labelled),
         "left_out_rmse": math.sqrt(best_error),
         "path_left_out_rmse": math.sqrt(path_error),
@@ -141,8 +147,8 @@ class _Look:
     correction: Tensor
 
 
-def _kept(looks: Sequence[Sequence[_Look]], i: int, weight: float, left_out: np.ndarray) -> dict[str, Any]:
-    return {"networks": [seen[i].weights for seen in looks], "weight": weight, "left_out": left_out}
+def _kept(looks: Sequence[_Look], weight: float, left_out: np.ndarray) -> dict[str, Any]:
+    return {"networks": [seen.weights for seen in looks], "weight": weight, "left_out": left_out}
 
 
 def best_in(trained: Trained, metric: str) -> Trained:
@@ -188,9 +194,8 @@ def _train_fold(
     target: Tensor,
     config: TrainConfig,
     seed: int,
-) -> list[_Look]:
-    """Train one network on the labelled rows ``inside`` the training folds; looks at it on the way."""
-    torch.manual_seed(seed)
+) -> Iterator[_Look]:
+    """Train one network on the labelled rows ``inside`` the training folds; yields looks at it on the way."""
     order = torch.Generator().manual_seed(seed)
     rows_in = labelled[inside] if bool(inside.any()) else labelled
     classes = -1 - torch.arange(len(target), device=target.device)
@@ -208,11 +213,11 @@ def _train_fold(
     )
     schedule = torch.optim.lr_scheduler.CosineAnnealingLR(optimiser, max(1, config.steps))
     average = _copies(parameters)
-    looks, total, count = [], 0.0, 0
+    total, count = 0.0, 0
     for step in range(config.steps + 1):
         if step % config.check_every == 0:
             correction = _correct(model, average, data.inputs[labelled])
-            looks.append(_Look(step, total / max(1, count), _copies(average), correction))
+            yield _Look(step, total / max(1, count), _copies(average), correction)
             total, count = 0.0, 0
         if step == config.steps:
             break
@@ -232,7 +237,6 @@ def _train_fold(
         schedule.step()
         total, count = total + float(loss.detach()), count + 1
         torch._foreach_lerp_(average, [p.detach() for p in parameters], 1 - min(config.average, step / (step + 9)))
-    return looks
 
 
 def task_loss(out: Outputs, residual: Tensor, target: Tensor, config: ModelConfig) -> Tensor:

@@ -18,6 +18,7 @@ WINDOW = 2
 # Of two sides longer than this, a decomposition takes the directions that a random sketch finds.
 LIMIT = 2000
 FOLDS = 5
+BATCH = 2**22
 # Regressions shrink; this much of it may be undone.
 STRETCH = 1.5
 FLOOR = 0.1
@@ -167,7 +168,26 @@ class Decomposition:
         if len(np.unique(groups)) < 2:
             groups = np.arange(n)
         order = np.argsort(groups, kind="stable")
-        self.groups = np.split(order, np.flatnonzero(np.diff(groups[order])) + 1)
+        split = np.split(order, np.flatnonzero(np.diff(groups[order])) + 1)
+        sizes = np.array([len(g) for g in split])
+        # Videos of one length are left out in one batch, of at most so many numbers.
+        self.groups: list[np.ndarray] = []
+        for size in np.unique(sizes):
+            same = np.stack([split[i] for i in np.flatnonzero(sizes == size)])
+            step = max(1, BATCH // (size * max(1, self.u.shape[1])))
+            self.groups += [same[i : i + step] for i in range(0, len(same), step)]
+        self.left: dict[float, list[np.ndarray]] = {}
+
+    def _without(self, strength: float) -> list[np.ndarray]:
+        """``(I - H_gg)⁻¹`` of every video, in the order of ``groups``; found once for each strength."""
+        if strength not in self.left:
+            shrink, inverses = self.power / (self.power + strength), []
+            for g in self.groups:
+                u = self.u[g]
+                rest = np.eye(g.shape[1]) * (1 + 1e-9) - (u * shrink) @ u.transpose(0, 2, 1) - 1 / len(self.u)
+                inverses.append(np.linalg.inv(rest))
+            self.left[strength] = inverses
+        return self.left[strength]
 
     def fit(self, y: np.ndarray, strengths: Sequence[float] = STRENGTHS) -> tuple[np.ndarray, float, np.ndarray, float]:
         """Ridge regression of ``y`` ``[n]``, the intercept not penalised; the strength errs least on videos left out.
@@ -180,15 +200,14 @@ class Decomposition:
             ``(I - H_gg)⁻¹ (y - H y)_g``.
         """
         s = np.asarray(strengths)[:, None]
-        level, n = y.mean(), len(y)
+        level = y.mean()
         along = self.u.T @ (y - level)
         shrink = self.power / (self.power + s)
         residual = (y - level) - (shrink * along) @ self.u.T
         errors = np.empty_like(residual)
-        for g in self.groups:
-            u = self.u[g]
-            rest = np.eye(len(g)) * (1 + 1e-9) - (u * shrink[:, None]) @ u.T - 1 / n
-            errors[:, g] = np.linalg.solve(rest, residual[:, g, None])[..., 0]
+        for i, strength in enumerate(strengths):
+            for g, inverse in zip(self.groups, self._without(float(strength)), strict=True):
+                errors[i, g] = (inverse @ residual[i][g][..., None])[..., 0]
         best = int(np.argmin(np.square(errors).mean(1)))
         coefficient = self.v @ (along * np.sqrt(self.power) / (self.power + s[best]))
         return coefficient, level - self.mean @ coefficient, y - errors[best], float(s[best, 0])

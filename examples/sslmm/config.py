@@ -23,7 +23,8 @@ class Config:
         dropout: Of encoders and head.
         learning_rate: Of Adam, both stages.
         weight_decay: Of Adam, both stages.
-        conversations: Conversations in a batch.
+        conversations: Conversations in a batch, at least.
+        utterances: Where conversations are short, a batch holds as many more as make up so many utterances.
         pretrain_epochs: Stage A; 0 leaves it out.
         finetune_epochs: Stage B, at most.
         patience: Stage B stops after so many epochs without a better validation error.
@@ -59,6 +60,7 @@ class Config:
     learning_rate: float = 2e-3
     weight_decay: float = 1e-4
     conversations: int = 16
+    utterances: int = 384
     pretrain_epochs: int = 30
     finetune_epochs: int = 60
     patience: int = 10

@@ -73,6 +73,8 @@ class Trainer:
         self.conversations = {
             name: conversations_of(corpus, code, config.transductive) for name, code in SPLITS.items()
         }
+        lengths = [len(rows) for rows in self.conversations["train"]]
+        self.batch = max(config.conversations, round(config.utterances / (sum(lengths) / len(lengths))))
         self.valid = torch.cat(self.conversations["valid"]).to(self.device)
         self.known = self.labels[self.valid].isfinite() & (self.split[self.valid] == SPLITS["valid"])
         self.model = SSLMM(corpus.dims, config).to(self.device)
@@ -156,8 +158,7 @@ class Trainer:
         self.model.train()
         order = torch.randperm(len(self.conversations["train"])).tolist()
         totals: dict[str, float] = {}
-        size = self.config.conversations
-        chunks = [order[i : i + size] for i in range(0, len(order), size)]
+        chunks = [order[i : i + self.batch] for i in range(0, len(order), self.batch)]
         for chunk in chunks:
             chosen = [self.conversations["train"][i] for i in chunk]
             batch, rows = batch_of(self.features, self.observed, self.positions, chosen)
