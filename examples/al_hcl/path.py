@@ -13,10 +13,11 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from examples.msa.closed_form import NEARBY, Decomposition, Design, Linear, stack_weights
+from examples.msa.closed_form import FOLDS, NEARBY, Decomposition, Design, Linear, stack_weights
 
 from .model import Inputs, SentimentModel
 from .pretrain import embed
+from .stack import drawn_weights
 
 KERNEL_STRENGTHS = tuple(float(s) for s in 10.0 ** np.arange(-2, 1.5, 0.5))
 # In units of a feature's deviation; the second is so long that the kernel is almost linear.
@@ -152,7 +153,12 @@ def fit_path(
         for length in LENGTHS:
             parts[f"kernel, learned embedding, length {length:g}"] = _fit_kernel((), inputs, z, y, groups, length)
     left_out = np.column_stack([p.left_out for p in parts.values()])
-    weights, added = stack_weights(left_out, y, groups)
+    kernels_on_features = [i for i, p in enumerate(parts.values()) if isinstance(p, _FittedKernel) and p.blocks]
+    if kernels_on_features and len(y) >= FOLDS:
+        home = min(kernels_on_features, key=lambda i: float(np.square(left_out[:, i] - y).mean()))
+        weights, added = drawn_weights(left_out, y, groups, home)
+    else:
+        weights, added = stack_weights(left_out, y, groups)
     device = learned.device
     width = next(iter(ridges.values())).coefficient.shape[0]
     offset, coefficient, kernels = added, np.zeros(width), []
