@@ -1,7 +1,9 @@
 # `make demo`, `make test` and the others do all their set-up: a fresh machine needs Python >= 3.10, a C++ compiler and this folder.
 VENV := .venv
 PYTHON := $(VENV)/bin/python
-# Modules are compiled when they are first imported: most of what is installed never is.
+# Modules are compiled when they are first imported: most of what is installed never is. An environment that forbids to
+# write what was compiled would have every process compile torch anew, some seconds each.
+unexport PYTHONDONTWRITEBYTECODE
 PIP := $(PYTHON) -m pip install --quiet --no-compile --disable-pip-version-check
 TORCH ?= torch==2.13.0
 OUT ?= runs/demo
