@@ -14,10 +14,11 @@ from torch.distributed.device_mesh import DeviceMesh
 from torch.distributed.fsdp import fully_shard
 from torch.nn.parallel import DistributedDataParallel
 from torch.utils._python_dispatch import TorchDispatchMode
-from torch.utils._pytree import tree_leaves
+from torch.utils._pytree import tree_leaves, tree_map
 
 import msacore
 from msacore.distributed import Sharding, join, tiles
+from tests.distributed_cases import BY_NAME
 from tests.workers import split
 
 # Meshes make groups, which all processes make together, and once.
@@ -44,6 +45,20 @@ def meshes(group: Any, rank: int) -> list[tuple[float, float]]:
     else:
         raise AssertionError("a mesh of two dimensions was taken")
     return found
+
+
+def at_place(group: Any, rank: int, name: str, mode: str, order: Sequence[int]) -> list[Tensor]:
+    """Loss and gradients of a rank that has the rows of the rank ``order[rank]``."""
+    case, sizes = BY_NAME[name], (7, 0, 12, 1)
+    whole = case.make(sum(sizes), torch.Generator().manual_seed(6), torch.float64)
+    mine = {key: split(value, sizes, order[rank]) for key, value in whole.items()}
+    for key in case.towers:
+        mine[key] = tree_map(lambda x: x.clone().requires_grad_(), mine[key])
+    mode, _, padded = mode.partition(", ")
+    sharding = Sharding(group, capacity=12 if padded else None, mode=mode)
+    loss = getattr(msacore, case.loss)(**mine, **case.options, group=sharding)
+    loss.backward()
+    return [loss.detach(), *(x.grad for key in case.towers for x in tree_leaves(mine[key]))]
 
 
 def bits(group: Any, rank: int, name: str, mode: str, step: Callable[..., Any]) -> bool:

@@ -45,7 +45,7 @@ def compare(group: Any, rank: int, name: str, sizes: Sequence[int], mode: str, d
     function = getattr(msacore, case.loss)
     differentiable = (*case.towers, "weights", "negatives")
     mode, _, padded = mode.partition(", ")
-    capacity = max(*sizes, 1) + 2 if padded else None
+    capacity = max(*sizes, 1) if padded else None  # one rank is full
     sharding = Sharding(group, capacity=capacity, mode=mode)
     if capacity is not None and "negatives" in whole:  # then every rank has as many entries of the queue
         drawn = whole["negatives"]
@@ -240,6 +240,7 @@ def different_gradients(group: Any, rank: int) -> str:
 
 def compiled(group: Any, rank: int, mode: str, name: str) -> list[float]:
     """Largest differences of compiled from eager losses and gradients, two batch sizes."""
+    torch.compiler.reset()  # what earlier cases were specialised to counts as recompilations
     case, sharding = BY_NAME[name], Sharding(group, capacity=9, mode=mode)
     given = {"temperature": torch.tensor(0.5)} if case.learn_temperature else {}
 

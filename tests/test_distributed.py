@@ -193,6 +193,36 @@ def test_any_split_gives_the_loss_of_one_process(workers: Workers, name: str, mo
     _check_split(workers, name, mode, sizes)
 
 
+@each_case
+def test_float32_is_as_near_as_one_process(workers: Workers, name: str) -> None:
+    for mode in ("sharded", "ring"):
+        if mode == "ring" and BY_NAME[name].loss == "rank_n_contrast":
+            continue
+        for result in workers.run(jobs.compare, 4, name, (7, 0, 12, 1), mode, torch.float32):
+            pairs = [(result["loss"], result["expected"])]
+            for key, wanted in result["wanted"].items():
+                pairs += zip(result["grads"][key], wanted, strict=True)
+            for ours, ref in pairs:
+                scale = max(float(ref.abs().max()) if ref.numel() else 0.0, 1e-2)
+                assert not ref.numel() or float((ours - ref).abs().max()) <= 1e-5 * scale, f"{name}, {mode}"
+
+
+@given(
+    name=st.sampled_from(["labels, self excluded", "labels", "nine terms", "intra-modal", "ranks"]),
+    mode=st.sampled_from(MODES),
+    order=st.permutations(range(4)),
+)
+@settings(max_examples=15, suppress_health_check=[HealthCheck.function_scoped_fixture])
+def test_ranks_may_change_places(workers: Workers, name: str, mode: str, order: list[int]) -> None:
+    if mode.startswith("ring") and BY_NAME[name].loss == "rank_n_contrast":
+        mode = "sharded"
+    first = workers.run(groups.at_place, 4, name, mode, (0, 1, 2, 3))
+    found = workers.run(groups.at_place, 4, name, mode, order)
+    for rank, place in enumerate(order):
+        for ours, ref in zip(found[rank], first[place], strict=True):
+            torch.testing.assert_close(ours, ref, rtol=1e-12, atol=1e-13, msg=f"{name}, {mode}, {order}")
+
+
 def test_memory_of_the_ring_is_that_of_a_ranks_own_rows(workers: Workers) -> None:
     def most(world: int, mode: str, rows: int) -> int:
         return max(workers.run(groups.most_bytes, world, mode, rows))

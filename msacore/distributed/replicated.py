@@ -38,9 +38,9 @@ def _check_capacity(op: str, sharding: Sharding, count: int) -> None:
         raise ValueError(f"msacore::{op}: expected at most `capacity` = {sharding.capacity} rows, got {count}")
 
 
-def _valid(mask: Tensor | None, layout: Layout, like: Tensor) -> Tensor | None:
-    """The mask of this rank's rows; it must exist where rows are padded."""
-    if mask is None and layout.padding:
+def _valid(mask: Tensor | None, sharding: Sharding, layout: Layout, like: Tensor) -> Tensor | None:
+    """The mask of this rank's rows; with a capacity it must exist, also on a rank that is full: others pad."""
+    if mask is None and sharding.capacity is not None:
         return torch.ones(layout.rows, dtype=torch.bool, device=like.device)
     return mask
 
@@ -158,8 +158,8 @@ def contrast(
         weights = weights.reshape(n, of_candidates.total)
     given_labels = labels if isinstance(labels, (tuple, list)) else (labels, None)
     anchor_labels, candidate_labels = (as_optional_indices(op, "labels", x) for x in given_labels)
-    if not own or candidate_mask is not None or of_anchors.padding:
-        candidate_mask = _valid(candidate_mask, of_candidates, anchors)
+    if not own or candidate_mask is not None or sharding.capacity is not None:
+        candidate_mask = _valid(candidate_mask, sharding, of_candidates, anchors)
     return Contrast(
         anchors,
         None if own else given_candidates,  # type: ignore[arg-type]
@@ -169,7 +169,7 @@ def contrast(
         weights,
         negatives,
         negative_mask,
-        _valid(anchor_mask, of_anchors, anchors),
+        _valid(anchor_mask, sharding, of_anchors, anchors),
         candidate_mask,
         of_anchors,
         of_candidates,
@@ -276,7 +276,7 @@ def hierarchy_layout(
     gradient = needs_gradient(unimodal, fused, high_level, temperatures)
     everywhere = sizes(op, sharding, [n, gradient], described, check)
     layout = _layout(sharding, [s[0] for s in everywhere], n)
-    if available is None and layout.padding:
+    if available is None and sharding.capacity is not None:
         available = torch.ones(n, len(unimodal), dtype=torch.bool, device=fused.device)
     return layout, available, tuple(bool(s[1]) for s in everywhere)
 
@@ -333,7 +333,7 @@ def rank_layout(
 
     everywhere = sizes(op, sharding, [n, needs_gradient(embeddings, temperature)], described, check)
     layout = _layout(sharding, [s[0] for s in everywhere], n)
-    return layout, _valid(mask, layout, embeddings), tuple(bool(s[1]) for s in everywhere)
+    return layout, _valid(mask, sharding, layout, embeddings), tuple(bool(s[1]) for s in everywhere)
 
 
 def rank_n_contrast(
