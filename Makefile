@@ -24,7 +24,7 @@ test: lint
 	$(PYTHON) -m tests.cuda_on_host
 	$(PYTEST) -m "not slow" --doctest-modules msacore examples/msa tests
 
-# The rest: sanitizers, every order of threads, nvcc, every sample in every dtype, fuzzing. With `test` before it, everything.
+# The rest: sanitizers, every order of threads, nvcc, PTX, every sample in every dtype, fuzzing. With `test` before it, everything.
 test-all: lint
 	$(PYTHON) -m tests.cuda_on_host --all
 	$(PYTEST) -m slow tests

@@ -13,7 +13,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 
 from tests import cases, test_info_nce_partial
 from tests.cases import kcenter
-from tests.cuda_on_host.build import HERE, ROOT, compiler, content_hash
+from tests.cuda_on_host.build import HERE, ROOT, SMALL_SIZES, compiler, content_hash
 from tests.cuda_on_host.dispatch import operators_with_cuda_code
 from tests.opcase import map_tensors, run
 
@@ -53,7 +53,7 @@ for name, args, kwargs in torch.load(sys.argv[2], weights_only=False):
 
 
 def _compile(source: Path) -> Path:
-    command = [compiler(), *_COMPILE, "-fopenmp-simd", "-DTORCH_TARGET_VERSION=0x020b000000000000"]
+    command = [compiler(), *_COMPILE, "-fopenmp-simd", SMALL_SIZES, "-DTORCH_TARGET_VERSION=0x020b000000000000"]
     command += [f"-I{HERE}", f"-I{ROOT / 'csrc'}", "-isystem", str(TORCH / "include"), "-c", str(source)]
     compiled = CACHE / f"{source.stem}.{content_hash(source, command)}.o"
     if not compiled.exists():

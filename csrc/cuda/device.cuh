@@ -1,4 +1,5 @@
-// All a kernel may use. Under nvcc this is CUDA; under a host compiler it is tests/cuda_on_host.
+// All a kernel may use. Under nvcc this is CUDA; under a host compiler it is tests/cuda_on_host. Tests define
+// MSACORE_SMALL_SIZES, with which pieces, strips and limits are small and small inputs already reach every branch.
 #pragma once
 #include <cstdint>
 #include <type_traits>

@@ -28,8 +28,6 @@ inline size_t shared_limit() { return static_cast<size_t>(device_attribute(cudaD
 
 inline int multiprocessors() { return device_attribute(cudaDevAttrMultiProcessorCount); }
 
-constexpr int64_t kMaxBlocks = 1 << 16;
-
 // Takes what a launch returned: CUDA's last error may be an earlier one of somebody else. An error of ours is cleared,
 // so that it is reported here and not by the caller's next CUDA call.
 inline void check_launch(cudaError_t error) {
@@ -46,9 +44,14 @@ inline void check_launch(cudaError_t error) {
 #else
 
 inline size_t shared_limit() { return cuda_on_host::kSharedLimit; }
-inline int multiprocessors() { return 3; }
-constexpr int64_t kMaxBlocks = 7;  // few, so that small inputs already make a thread own several elements
+inline int multiprocessors() { return cuda_on_host::kMultiprocessors; }
 
+#endif
+
+#ifndef MSACORE_SMALL_SIZES
+constexpr int64_t kMaxBlocks = 1 << 16;
+#else
+constexpr int64_t kMaxBlocks = 7;  // few, so that small inputs already make a thread own several elements
 #endif
 
 // Zeros on the stream, as a memset: no kernel.

@@ -250,7 +250,7 @@ void backward(Pass<T>& pass, const Inputs& in, Gradients& grads, cudaStream_t st
   }
 }
 
-#ifdef __CUDACC__
+#ifndef MSACORE_SMALL_SIZES
 constexpr int64_t kFewSamples = 512;  // a block meets all rows of a side: beyond, prepared rows and larger tiles pay
 #else
 constexpr int64_t kFewSamples = 144;  // little, so that small inputs already are many

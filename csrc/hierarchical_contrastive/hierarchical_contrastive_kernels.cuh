@@ -6,7 +6,7 @@
 namespace msacore::hierarchical_contrastive::cuda {
 using namespace contrastive::cuda;
 
-#ifdef __CUDACC__
+#ifndef MSACORE_SMALL_SIZES
 constexpr int kTermsAtOnce = 11, kSidesAtOnce = 16;  // what the 4 KiB of a kernel's parameters hold
 #else
 constexpr int kTermsAtOnce = 4, kSidesAtOnce = 5;  // little, so that three modalities already are several groups

@@ -9,7 +9,7 @@ using namespace msacore::cuda;
 namespace {
 
 // Shared memory of a block where the mean conversation does not need more: four blocks on a multiprocessor of 228 KiB.
-#ifdef __CUDACC__
+#ifndef MSACORE_SMALL_SIZES
 constexpr int64_t kShare = 56 * 1024;
 #else
 constexpr int64_t kShare = 2048;  // so that short conversations already go every way

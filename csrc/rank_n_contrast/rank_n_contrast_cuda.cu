@@ -9,7 +9,7 @@
 namespace msacore::rank_n_contrast::cuda {
 namespace {
 
-#ifdef __CUDACC__
+#ifndef MSACORE_SMALL_SIZES
 constexpr int64_t kStripBytes = int64_t{256} << 20;
 #else
 constexpr int64_t kStripBytes = 64 << 10;  // little, so that small inputs already take several strips

@@ -1,8 +1,8 @@
 """Compiles the CUDA sources for the host; with `--all` in every way the tests need, with a table of the kernels.
 
-MAX_JOBS (all cores) at a time: for the host, and with `--all` for the host under sanitizers and with nvcc where it is
-installed. The tests take the results from their caches; what fails to compile here fails there, with the compiler's
-words.
+MAX_JOBS (all cores) at a time: for the host, and with `--all` for the host under sanitizers and, where nvcc is
+installed, with nvcc and for the interpreter of PTX. The tests take the results from their caches; what
+fails to compile here fails there, with the compiler's words.
 """
 
 import os
@@ -15,6 +15,7 @@ from typing import Any
 
 from tests.cuda_on_host.build import HERE, build
 from tests.nvcc import SOURCES, kernels_of, report
+from tests.ptx.build import host_of, ptx_of
 
 
 def main() -> None:
@@ -23,6 +24,11 @@ def main() -> None:
     by_size = sorted(SOURCES, key=lambda source: -source.stat().st_size)
     shim = HERE / "shim_kernels.cpp"
     jobs: list[Callable[[], Any]] = [partial(report, source) for source in by_size if nvcc]
+    if nvcc:
+        jobs += [
+            partial(made, source, small) for source in by_size for made in (ptx_of, host_of) for small in (True, False)
+        ]
+        jobs += [partial(made, shim) for made in (ptx_of, host_of)]
     if everything:
         jobs += [partial(build, source, sanitize=True) for source in (*by_size, shim)]
     jobs += [partial(build, source) for source in (*by_size, shim)]

@@ -3,6 +3,7 @@
 import functools
 import hashlib
 import os
+import re
 import subprocess
 from pathlib import Path
 
@@ -15,53 +16,91 @@ SANITIZE = os.environ.get("CUDA_ON_HOST_SANITIZE") == "1"
 
 _TORCH = Path(torch.__file__).parent
 SANITIZERS = ["-fsanitize=address,undefined", "-fno-sanitize=vptr", "-fno-sanitize-recover=all"]
+# What a CUDA source needs of any compiler.
+INCLUDES = [
+    "-DTORCH_TARGET_VERSION=0x020b000000000000",
+    f"-I{ROOT / 'csrc'}",
+    *("-isystem", f"{_TORCH / 'include'}"),
+]
+SMALL_SIZES = "-DMSACORE_SMALL_SIZES"  # see csrc/cuda/device.cuh
 
 
 def compiler() -> str:
     return os.environ.get("CXX", "g++")
 
 
+@functools.cache
+def _included(path: Path) -> frozenset[Path]:
+    """The files of this project that a file names in its `#include` lines, whatever surrounds those."""
+    names = re.findall(r'^\s*#include "([^"]+)"', path.read_text(), re.MULTILINE)
+    places = [folder / name for name in names for folder in (path.parent, ROOT / "csrc", HERE)]
+    return frozenset(place.resolve() for place in places if place.is_file())
+
+
+def files_of(source: Path) -> list[Path]:
+    """A source and every header of this project that it may include."""
+    files, new = {source}, {source}
+    while new:
+        new = {path for file in new for path in _included(file)} - files
+        files |= new
+    return sorted(files)
+
+
 def content_hash(source: Path, command: list[str]) -> str:
-    """Hash of everything a build of ``source`` depends on: itself, every header it may include, the command."""
+    """Hash of everything a build of ``source`` depends on: its files and the command."""
     digest = hashlib.sha256("\0".join(command).encode() + torch.__version__.encode())
-    headers = [p for folder in (ROOT / "csrc", HERE) for p in folder.rglob("*") if p.suffix in (".h", ".cuh")]
-    for path in sorted([source, *headers]):
+    for path in files_of(source):
         digest.update(path.read_bytes())
     return digest.hexdigest()[:16]
 
 
-def build(source: Path, *options: str, sanitize: bool = SANITIZE) -> Path:
-    """Path of the shared object made from ``source``, from the cache when nothing changed."""
-    library, error = _compile(source, *options, sanitize=sanitize)
+def cached(folder: Path, kind: str, suffix: str, source: Path, command: list[str]) -> tuple[Path, str]:
+    """What a command writes that ends with `-o`: path, and what the compiler said if it failed.
+
+    Made once for each content of what it depends on; the `kind` names it among all that is made of the source.
+    """
+    path = folder / f"{kind}.{content_hash(source, command)}.{suffix}"
+    if not path.exists():
+        folder.mkdir(parents=True, exist_ok=True)
+        for stale in folder.glob(f"{kind}.????????????????.{suffix}"):
+            stale.unlink(missing_ok=True)
+        unfinished = path.with_suffix(f".{os.getpid()}")
+        done = subprocess.run([*command, str(unfinished)], capture_output=True, text=True)
+        if done.returncode != 0:
+            return path, done.stderr
+        unfinished.rename(path)
+    return path, ""
+
+
+def build(source: Path, *options: str, sanitize: bool = SANITIZE, small: bool = True) -> Path:
+    """Path of the shared object made from ``source``, from the cache when nothing changed.
+
+    Args:
+        source: A CUDA source, or one of the shim's own tests.
+        options: Further options of the compiler; they go into the file's name.
+        sanitize: With AddressSanitizer and UBSan.
+        small: With sizes of tests, not those of a CUDA build.
+    """
+    library, error = _compile(source, *options, sanitize=sanitize, small=small)
     if error:
         raise RuntimeError(f"{source.name} does not compile for the host:\n{error[:4000]}")
     return library
 
 
 @functools.cache  # of failures too: hundreds of tests may ask for the same library
-def _compile(source: Path, *options: str, sanitize: bool) -> tuple[Path, str]:
+def _compile(source: Path, *options: str, sanitize: bool, small: bool) -> tuple[Path, str]:
     command = [
         *(compiler(), "-x", "c++", "-std=c++17", "-O1", "-g1", "-fPIC", "-shared", "-fvisibility=hidden", "-pthread"),
         *("-Wall", "-Wextra", "-Werror", "-Wno-unknown-pragmas", "-Wno-unused-function"),
-        "-DTORCH_TARGET_VERSION=0x020b000000000000",
-        *(f"-I{HERE}", f"-I{ROOT / 'csrc'}", "-isystem", f"{_TORCH / 'include'}"),
+        *(f"-I{HERE}", *INCLUDES),
         *(SANITIZERS if sanitize else []),
+        *([SMALL_SIZES] if small else []),
         *options,
         str(source),
-        *(f"-L{_TORCH / 'lib'}", "-ltorch", "-ltorch_cpu", "-lc10"),
+        *(f"-L{_TORCH / 'lib'}", "-ltorch", "-ltorch_cpu", "-lc10", "-o"),
     ]
-    kind = "".join([source.stem, ".sanitized" if sanitize else "", *options])
-    library = CACHE / f"{kind}.{content_hash(source, command)}.so"
-    if not library.exists():
-        CACHE.mkdir(parents=True, exist_ok=True)
-        for stale in CACHE.glob(f"{kind}.????????????????.so"):
-            stale.unlink()
-        unfinished = library.with_suffix(f".{os.getpid()}")
-        done = subprocess.run([*command, "-o", str(unfinished)], capture_output=True, text=True)
-        if done.returncode != 0:
-            return library, done.stderr
-        unfinished.rename(library)
-    return library, ""
+    kind = "".join([source.stem, ".sanitized" if sanitize else "", "" if small else ".production", *options])
+    return cached(CACHE, kind, "so", source, command)
 
 
 def _runtime(name: str) -> str:

@@ -38,8 +38,16 @@ inline dim3 blockDim, gridDim;
 
 namespace cuda_on_host {
 
-// The baseline, sm_80: a kernel that may use more asks shared_limit() in launch.cuh.
+// The chip that launches see.
+#ifdef MSACORE_SMALL_SIZES
+// The baseline, sm_80: a kernel that may use more asks shared_limit() in launch.cuh. Few multiprocessors, so that small
+// inputs fill them.
 constexpr size_t kSharedLimit = 163 * 1024;
+constexpr int kMultiprocessors = 3;
+#else
+constexpr size_t kSharedLimit = 227 * 1024;  // sm_90
+constexpr int kMultiprocessors = 132;
+#endif
 constexpr size_t kStaticSharedLimit = 48 * 1024;
 constexpr int kWarp = 32;
 
@@ -314,13 +322,19 @@ inline void Machine::enter() {
   std::abort();
 }
 
+#ifndef CUDA_ON_HOST_PTX
 template <typename... P, typename... A>
 void launch(void (*kernel)(P...), dim3 grid, dim3 block, size_t shared_bytes, A... args) {
   const std::tuple<P...> parameters(static_cast<P>(args)...);
   machine().launch(grid, block, shared_bytes, [&] { std::apply(kernel, parameters); });
 }
+#endif
 
 }  // namespace cuda_on_host
+
+#ifdef CUDA_ON_HOST_PTX
+#include "../ptx/launch.h"
+#endif
 
 // Kernels launched so far by the library this is built into.
 extern "C" __attribute__((visibility("default"), used)) inline int64_t cuda_on_host_launches() {

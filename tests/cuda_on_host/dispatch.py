@@ -3,6 +3,7 @@
 import ctypes
 import functools
 import re
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -19,7 +20,7 @@ SOURCES = sorted((ROOT / "csrc").glob("*/*_cuda.cu"))
 @functools.cache
 def _library() -> torch.library.Library:
     """The library `msacore_host`: every schema of `msacore`, implemented by the CUDA code built for the host."""
-    binaries = [build(source) for source in SOURCES]
+    binaries = [CudaOnHost.binary_of(source) for source in CudaOnHost.sources]
     library = torch.library.Library("msacore_host", "FRAGMENT")
     for schema in torch._C._jit_get_all_schemas():
         if schema.name.startswith("msacore::"):
@@ -46,7 +47,13 @@ def operators_with_cuda_code() -> frozenset[str]:
 
 
 class CudaOnHost(TorchDispatchMode):
-    """While active, calls of `torch.ops.msacore`, forward and backward, run the CUDA code on the CPU."""
+    """While active, calls of `torch.ops.msacore`, forward and backward, run the CUDA code on the CPU.
+
+    A process may choose other sources, and another way to their binaries, before the first use.
+    """
+
+    sources: Sequence[Path] = SOURCES
+    binary_of: Callable[[Path], Path] = staticmethod(build)
 
     def __init__(self) -> None:
         super().__init__()

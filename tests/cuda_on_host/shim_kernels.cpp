@@ -1,4 +1,5 @@
-// Kernels that prove the shim: right ones, and ones with a planted fault. Bound by ctypes; an error comes back as text.
+// Kernels that prove the shim and the interpreter of PTX (tests/ptx): right ones, and ones with a planted fault. Bound
+// by ctypes; an error comes back as text.
 #include "cuda/launch.cuh"
 #include "cuda/tile_product.cuh"
 
@@ -135,7 +136,7 @@ __global__ void stray_lane_kernel(int* out) {
 
 __global__ void shared_overrun_kernel(float* out) {
   MSACORE_SHARED(tile, float[32]);
-  float* slot = tile + threadIdx.x + 1;
+  volatile float* slot = tile + threadIdx.x + 1;  // that no compiler leaves it out
   *slot = 1;
   out[threadIdx.x] = *slot;
 }
@@ -151,6 +152,24 @@ __global__ void global_overrun_kernel(float* out, int n) {
 }
 
 __global__ void misaligned_kernel(const float* in, float* out) { store(out, load<4>(in + 1)); }
+
+// What another lane of the warp stored is read with nothing between, or with a __syncwarp.
+template <bool Sync>
+__global__ void neighbour_kernel(int* __restrict__ out) {
+  MSACORE_SHARED(values, int[32]);
+  volatile int* const slots = values;
+  slots[threadIdx.x] = static_cast<int>(threadIdx.x);
+  if constexpr (Sync) __syncwarp();
+  out[threadIdx.x] = slots[31 - threadIdx.x];
+}
+
+__global__ void unwritten_kernel(int* __restrict__ out) {
+  MSACORE_SHARED(values, int[64]);
+  volatile int* const slots = values;
+  slots[threadIdx.x] = 1;
+  __syncthreads();
+  out[threadIdx.x] = slots[threadIdx.x + 1];
+}
 
 char message[4096];
 
@@ -208,5 +227,9 @@ EXPORT shared_overrun(float* out) { return attempt(shared_overrun_kernel, 1, 32,
 EXPORT dynamic_overrun(float* out) { return attempt(dynamic_overrun_kernel, 1, 32, 32 * sizeof(float), out); }
 EXPORT global_overrun(float* out, int n) { return attempt(global_overrun_kernel, 1, n + 1, 0, out, n); }
 EXPORT misaligned(const float* in, float* out) { return attempt(misaligned_kernel, 1, 1, 0, in, out); }
+EXPORT neighbour(int* out, int sync) {
+  return attempt(sync ? neighbour_kernel<true> : neighbour_kernel<false>, 1, 32, 0, out);
+}
+EXPORT unwritten(int* out) { return attempt(unwritten_kernel, 1, 32, 0, out); }
 EXPORT too_much_shared(float* out) { return attempt(dynamic_overrun_kernel, 1, 32, 200 * 1024, out); }
 EXPORT too_many_threads(float* out) { return attempt(dynamic_overrun_kernel, 1, dim3(32, 33), 0, out); }

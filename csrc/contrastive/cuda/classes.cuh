@@ -12,7 +12,7 @@ namespace msacore::contrastive::cuda {
 using namespace msacore::cuda;
 
 // Up to so many rows pairs of labels are compared in the tiles, by an estimate that costs less than these launches.
-#ifdef __CUDACC__
+#ifndef MSACORE_SMALL_SIZES
 constexpr int64_t kPairwiseRows = 4096;
 #else
 constexpr int64_t kPairwiseRows = 8;  // little, so that small inputs already have sums over classes

@@ -8,7 +8,7 @@
 namespace msacore::contrastive::cuda {
 using namespace msacore::cuda;
 
-#ifdef __CUDACC__
+#ifndef MSACORE_SMALL_SIZES
 constexpr int kChunk = 256;
 #else
 constexpr int kChunk = 8;  // few, so that small inputs already have classes of several pieces

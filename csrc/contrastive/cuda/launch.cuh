@@ -12,7 +12,7 @@
 namespace msacore::contrastive::cuda {
 using namespace msacore::cuda;
 
-#ifdef __CUDACC__
+#ifndef MSACORE_SMALL_SIZES
 constexpr int64_t kStatsBytes = int64_t{128} << 20, kGradientStripBytes = int64_t{512} << 20;
 #else
 constexpr int64_t kStatsBytes = 24 << 10,

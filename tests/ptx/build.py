@@ -1,0 +1,56 @@
+"""Builds what a run needs: the interpreter, the PTX of a CUDA source, and the source's launch code for the host."""
+
+import os
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+
+from tests.cuda_on_host.build import INCLUDES, ROOT, SMALL_SIZES, build, cached, compiler, files_of
+
+HERE = Path(__file__).parent
+CACHE = ROOT / "build" / "ptx"
+
+
+def _made(kind: str, suffix: str, source: Path, command: list[str]) -> Path:
+    path, error = cached(CACHE, kind, suffix, source, command)
+    if error:
+        raise RuntimeError(f"{' '.join(command)} failed:\n{error[-6000:]}")
+    return path
+
+
+def interpreter() -> Path:
+    """The interpreter, a library."""
+    flags = ["-std=c++20", "-O2", "-g1", "-fPIC", "-shared", "-pthread", "-Wall", "-Wextra", "-ffp-contract=off"]
+    return _made("libptx", "so", HERE / "interpreter.cpp", [compiler(), *flags, str(HERE / "interpreter.cpp"), "-o"])
+
+
+def _kernels_know_sizes(source: Path) -> bool:
+    """Most sizes are of launch code alone: then one PTX serves both, and nvcc takes its time once."""
+    return any("MSACORE_SMALL_SIZES" in path.read_text() for path in files_of(source) if "kernels" in path.name)
+
+
+def ptx_of(source: Path, small: bool = True, arch: str = "90") -> Path:
+    """The PTX that nvcc makes of a source for a compute capability."""
+    small = small and _kernels_know_sizes(source)
+    command = ["nvcc", "-x", "cu", "-std=c++17", "-O3", "--ptx", "-lineinfo", f"-arch=compute_{arch}", "-DUSE_CUDA"]
+    command += [*INCLUDES, *([SMALL_SIZES] if small else []), str(source), "-o"]
+    return _made(f"{source.stem}{'.small' if small else ''}.sm_{arch}", "ptx", source, command)
+
+
+def host_of(source: Path, small: bool = True) -> Path:
+    """The launch code of a source, built for the host: its launches go to the interpreter."""
+    return build(source, "-DCUDA_ON_HOST_PTX", "-O0", sanitize=False, small=small)
+
+
+def preloaded() -> dict[str, str]:
+    """Environment of a Python process with the interpreter before libc: there it sees what torch allocates."""
+    return {**os.environ, "LD_PRELOAD": str(interpreter())}
+
+
+@contextmanager
+def compilers_alone() -> Iterator[None]:
+    """Keep the interpreter out of the processes that this one starts."""
+    preload = os.environ.pop("LD_PRELOAD", None)
+    yield
+    if preload is not None:
+        os.environ["LD_PRELOAD"] = preload

@@ -1,0 +1,115 @@
+"""The operators on the PTX that nvcc makes of their kernels, executed by the interpreter in tests/ptx.
+
+It is a process of its own: the interpreter has to stand before libc to see what torch allocates.
+"""
+
+import json
+import re
+import shutil
+import subprocess
+import sys
+
+import pytest
+
+from tests.cuda_on_host.build import ROOT
+from tests.nvcc import SOURCES
+from tests.ptx.build import preloaded
+from tests.ptx.run import families
+
+pytestmark = [
+    pytest.mark.skipif(shutil.which("nvcc") is None, reason="nvcc is not installed"),
+    pytest.mark.skipif(shutil.which("nm") is None, reason="binutils' nm is not installed"),
+    pytest.mark.slow,  # nvcc takes minutes, and the interpreter some 50 million instructions a second
+]
+
+# Products on tensor cores, whose way to add matters in float32.
+PRODUCTS = ("hierarchical_contrastive", "info_nce", "low_rank_fusion", "matrix_fusion", "rank_n_contrast")
+
+
+def passes(*arguments: str) -> str:
+    """Run `python -m tests.ptx`; every case has to pass. Returns what it prints."""
+    done = subprocess.run([sys.executable, "-m", "tests.ptx", *arguments], cwd=ROOT, capture_output=True, text=True)
+    failed = "\n".join(line for line in done.stdout.splitlines() if not line.startswith("ok"))
+    assert done.returncode == 0, failed[-6000:] + done.stderr[-3000:]
+    return done.stdout
+
+
+# As many as two cores do in some minutes; the command runs everything.
+@pytest.mark.parametrize("family", families())
+def test_every_sample_in_one_dtype_and_every_dtype(family: str) -> None:
+    printed = passes(family, *([] if family == "kcenter" else ["--in-turn"]))  # selection has a sample an operator
+    assert int(re.search(r"(\d+) passed, 0 failed", printed)[1]) >= 10  # type: ignore[index]
+
+
+@pytest.mark.parametrize("mma", ["h100", "a100"])
+@pytest.mark.parametrize("family", PRODUCTS)
+def test_products_are_accurate_as_chips_add(family: str, mma: str) -> None:
+    """Tensor cores cut their sums off: the rule of accuracy holds for that. All samples in float32."""
+    passes(family, "--dtypes", "float32", "--mma", mma)
+
+
+# Of a family whose samples are many, some.
+SOME = {
+    "hierarchical_contrastive": "two tiles",
+    "info_nce": "labels",
+    "matrix_fusion": "complete",
+    "propagation": "odd",
+    "rank_n_contrast": "labels",
+}
+
+
+@pytest.mark.parametrize("family", families())
+def test_with_the_sizes_of_a_cuda_build(family: str) -> None:
+    """In another order of threads, too."""
+    chosen = ["--samples", SOME[family]] if family in SOME else []
+    passes(family, "--in-turn", "--production-sizes", "--schedule", "reverse", *chosen)
+
+
+@pytest.mark.parametrize(
+    ("folders", "arguments"),
+    [
+        ("kcenter", ["tests/test_kcenter_cuda.py", "-k", "lacks or tree or any_double or labelled or probcover"]),
+        ("info_nce", ["tests/test_info_nce_partial_cuda.py"]),
+    ],
+    ids=["selections", "parts of info_nce"],
+)
+def test_what_has_no_case_of_its_own(folders: str, arguments: list[str]) -> None:
+    pytest_alone = [sys.executable, "-m", "pytest", "-q", "-x", "-p", "no:cacheprovider", "-p", "tests.ptx.plugin"]
+    environment = {**preloaded(), "MSACORE_PTX_SOURCES": folders}
+    done = subprocess.run([*pytest_alone, *arguments], cwd=ROOT, env=environment, capture_output=True, text=True)
+    assert done.returncode == 0, done.stdout[-6000:] + done.stderr[-3000:]
+    assert int(re.search(r"(\d+) launches of PTX", done.stdout)[1]) > 0  # type: ignore[index]
+
+
+def test_every_source_has_a_test() -> None:
+    assert {source.parent.name for source in SOURCES} == set(families())
+
+
+RIGHT = ("transpose 64 1", "mma_half 80 1", "neighbour 1", "block_reduction 1001")
+WRONG = {
+    "transpose 64 0": ("race: read after write", "st.shared", "shim_kernels.cpp"),
+    "mma_half 80 0": ("race: read while a cp.async is in flight", "ldmatrix", "mma.cuh"),
+    "neighbour 0": ("race: read after write", "race: write after read"),
+    "unwritten": ("uninitialised", "4 bytes", "ld.volatile.shared"),
+    "shared_overrun": ("[out of bounds] shared access at 128 of 128 bytes", "thread 31"),
+    "dynamic_overrun": ("[out of bounds] shared access at 128 of 128 bytes", "thread 31"),
+    "global_overrun 32": ("[out of bounds] global access of 4 bytes at byte 128 of an array of 128", "thread 32"),
+    "misaligned": ("[misaligned] global access of 16 bytes, 4 beyond a multiple",),
+    "early_return": ("[barrier] waits for a thread that has returned", "bar.sync"),
+    "wrong_mask": ("[warp] the mask names a lane that has returned", "shfl.sync.bfly"),
+    "stray_lane": ("[warp] a shuffle reads a lane outside its mask",),
+}
+
+
+def test_planted_faults_are_found_and_right_kernels_pass() -> None:
+    done = subprocess.run(
+        [sys.executable, "-m", "tests.ptx.planted"], cwd=ROOT, env=preloaded(), capture_output=True, text=True
+    )
+    assert done.returncode == 0, done.stderr[-3000:]
+    said = json.loads(done.stdout)
+    assert set(said) == {*RIGHT, *WRONG}
+    for name in RIGHT:
+        assert said[name] == [], name
+    for name, words in WRONG.items():
+        for word in words:
+            assert any(word in line for line in said[name]), f"{name}: no {word!r} in {said[name]}"
