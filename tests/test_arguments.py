@@ -8,6 +8,7 @@ import numpy as np
 import pytest
 import torch
 
+import msacore
 from msacore.ops import _check
 from tests import cases
 from tests.opcase import OpCase
@@ -80,6 +81,16 @@ def test_options_are_listed(value: Any) -> None:
 def test_windows_of_another_form_are_refused(value: Any) -> None:
     with pytest.raises(RuntimeError, match="operator: expected `window"):
         _check.as_window("operator", value)
+
+
+@pytest.mark.parametrize(
+    "dtype",
+    [torch.uint8, torch.int8, torch.int16, torch.int32, torch.int64, torch.bool, torch.complex64, torch.complex128],
+)
+def test_dtypes_have_the_names_of_torch(dtype: torch.dtype) -> None:
+    x = torch.zeros(4, 3, dtype=dtype)
+    with pytest.raises(RuntimeError, match=f"got {str(dtype).removeprefix('torch.')}$"):
+        msacore.info_nce(x, x)
 
 
 def test_what_is_accepted() -> None:
