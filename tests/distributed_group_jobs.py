@@ -1,9 +1,11 @@
 """What the ranks of tests/test_distributed.py run besides comparing losses: groups, memory, selection, ends."""
 
 import os
+import re
 import signal
 import weakref
 from collections.abc import Callable, Sequence
+from pathlib import Path
 from typing import Any
 
 import pytest
@@ -106,6 +108,20 @@ def most_bytes(group: Any, rank: int, mode: str, rows: int) -> int:
         loss = msacore.info_nce(x, y, labels=(labels, labels), symmetric=True, group=Sharding(group, mode=mode))
         loss.backward()
     return live.most
+
+
+def most_resident(group: Any, rank: int, rows: int, width: int) -> int:
+    """Bytes of memory that a step in ring mode took at its height, beyond what the process had before it."""
+    x, y = (torch.randn(rows, width, requires_grad=True) for _ in range(2))
+    own = Path("/proc/self")
+
+    def kilobytes(key: str) -> int:
+        return int(re.search(rf"{key}:\s+(\d+) kB", (own / "status").read_text())[1])  # type: ignore[index]
+
+    (own / "clear_refs").write_text("5")  # the highest mark starts anew
+    before = kilobytes("VmRSS")
+    msacore.info_nce(x, y, symmetric=True, group=Sharding(group, mode="ring")).backward()
+    return 1024 * (kilobytes("VmHWM") - before)
 
 
 class Step(nn.Module):

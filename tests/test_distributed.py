@@ -2,6 +2,7 @@
 
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import nullcontext
+from pathlib import Path
 from typing import Any
 
 import pytest
@@ -232,6 +233,18 @@ def test_memory_of_the_ring_is_that_of_a_ranks_own_rows(workers: Workers) -> Non
     assert most(4, "ring", 256) <= 1.01 * own, "a larger batch, as many rows on a rank"
     assert most(3, "ring", 512) <= 2.01 * own
     assert most(4, "sharded", 256) >= 1.2 * most(3, "sharded", 256), "what the ring avoids"
+
+
+@pytest.mark.slow  # 4.3 billion pairs
+@pytest.mark.skipif(
+    not Path("/proc/self/clear_refs").exists(), reason="reads the memory of a process from Linux's /proc"
+)
+def test_a_large_batch_in_the_ring_takes_some_copies_of_a_ranks_rows(workers: Workers) -> None:
+    rows, width = 65_536 // 4, 16
+    copies, tiles = 64 * rows * width * 4, 16 << 20
+    assert copies + tiles < 65_536 * rows * 4 / 20, "far less than a rank's strip of similarities"
+    taken = workers.run(groups.most_resident, 4, rows, width)
+    assert rows * width * 4 < max(taken) <= copies + tiles, f"{taken} bytes"
 
 
 @pytest.mark.parametrize("world", [2, 3, 4])

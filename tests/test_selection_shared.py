@@ -8,6 +8,7 @@ import torch
 from hypothesis import given
 from hypothesis import strategies as st
 
+from bench import shards
 from msacore import select
 from msacore.selection import STRATEGIES, SelectionInterrupted, gradient_embeddings, greedy
 from msacore.selection import determinant as maxdet
@@ -184,6 +185,24 @@ def test_one_bad_argument_on_one_rank_is_the_same_error_on_all(label: str) -> No
     assert len({str(one) for one in results}) == 1
     with pytest.raises(ValueError, match=f"select: .*{words}"):
         raise results[0]
+
+
+@pytest.mark.parametrize("pool", ["normal", "clusters", "line"])
+def test_every_exchange_makes_a_pick_and_most_make_many(pool: str) -> None:
+    n, generator = 40_000, torch.Generator().manual_seed(0)
+    noise = torch.randn(n, 16, generator=generator)
+    centres = 50 * torch.randn(50, 16, generator=generator)[torch.randint(0, 50, (n,), generator=generator)]
+    embeddings = {"normal": noise, "clusters": centres + noise, "line": torch.arange(float(n))[:, None]}[pool]
+
+    def exchanges(budget: int) -> int:
+        arguments = {"embeddings": embeddings, "budget": budget, "strategy": "kcenter"}
+        shared = shards.together(split([n // 4, n // 2, 3 * n // 4], arguments))
+        assert all(len(result.indices) == budget for result in shared.results)
+        return shared.exchanges
+
+    first = exchanges(1)
+    assert exchanges(5) <= first + 5
+    assert exchanges(400) <= first + 40
 
 
 def test_what_cannot_be_shared_says_so() -> None:
