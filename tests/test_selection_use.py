@@ -354,7 +354,8 @@ def test_the_command_line_reports_a_full_disk(
     monkeypatch.setattr(os, "replace", full)
     command = [str(tmp_path / "pool.npy"), "--budget", "3", "--strategy", "kcenter", "--out", str(tmp_path / "picks")]
     assert cli.main(command) == 1
-    assert "error: no space left" in capsys.readouterr().err
+    printed = capsys.readouterr().err
+    assert re.search(rf"error: {re.escape(str(tmp_path / 'picks'))}\S*: no space left", printed), printed
     assert [path.name for path in tmp_path.iterdir()] == ["pool.npy"]
 
 

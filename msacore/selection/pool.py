@@ -4,6 +4,7 @@ import math
 from collections.abc import Callable, Iterator
 from typing import Any
 
+import numpy as np
 import torch
 from torch import Tensor
 
@@ -156,18 +157,21 @@ class Pool:
         """A power of two, so that chunks are nodes of the tree."""
         return 1 << max(1, _CHUNK_BYTES // max(1, self.width * self.dtype.itemsize)).bit_length() - 1
 
-    def _read(self, begin: int, end: int) -> Tensor:
+    def _read(self, begin: int, end: int, room: np.ndarray | None = None) -> Tensor:
         assert self._parts is not None
         self.rows_read += end - begin
-        return self._parts.read(begin, end)
+        return self._parts.read(begin, end, room)
 
-    def _take(self, rows: Tensor) -> Tensor:
+    def _take(self, rows: Tensor, room: np.ndarray | None = None) -> Tensor:
         assert self._parts is not None
         self.rows_read += len(rows)
-        return self._parts.take(rows.numpy())
+        return self._parts.take(rows.numpy(), room)
 
     def _blocks(self, rows: Tensor, centers: int) -> Iterator[tuple[slice, Tensor, Tensor]]:
-        """Parts of ``rows`` as (which ones, values, their rows in the values), to be compared with so many centres."""
+        """Parts of ``rows`` as (which ones, values, their rows in the values), to be compared with so many centres.
+
+        From files, the values are there until the next part is asked for.
+        """
         if self._values is not None:
             step = max(1, _PAIRS // max(1, centers))
             for begin in range(0, len(rows), step):
@@ -177,10 +181,12 @@ class Pool:
                 self.rows_read += part.stop - begin
                 yield part, self._values, rows[part]
             return
+        assert self._parts is not None
+        room = self._parts.room(min(self._chunk_rows(), self.n))  # each part is read over the one before
         for part, dense in self._parts_of(rows):
             here = rows[part]
             first = int(here[0]) if dense else 0
-            values = self._read(first, int(here[-1]) + 1) if dense else self._take(here)
+            values = self._read(first, int(here[-1]) + 1, room) if dense else self._take(here, room)
             yield part, values, here - first if dense else torch.arange(len(here))
 
     def _parts_of(self, rows: Tensor) -> Iterator[tuple[slice, bool]]:

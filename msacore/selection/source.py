@@ -79,8 +79,12 @@ class Parts:
         self.dtype = as_tensor(np.empty((0, 1), arrays[0][1].dtype)).dtype
         self._raw = arrays[0][1].dtype
 
-    def read(self, begin: int, end: int) -> Tensor:
-        chunk = np.empty((end - begin, self.shape[1]), self._raw)
+    def room(self, rows: int) -> np.ndarray:
+        """Memory for so many rows, for parts that are read one after another."""
+        return np.empty((rows, self.shape[1]), self._raw)
+
+    def read(self, begin: int, end: int, room: np.ndarray | None = None) -> Tensor:
+        chunk = self.room(end - begin) if room is None else room[: end - begin]
         first = 0
         for part, last in zip(self._parts, self._ends.tolist(), strict=True):
             low, high = max(begin, first), min(end, last)
@@ -91,8 +95,8 @@ class Parts:
             first = last
         return as_tensor(chunk)
 
-    def take(self, rows: np.ndarray) -> Tensor:
-        chunk = np.empty((len(rows), self.shape[1]), self._raw)
+    def take(self, rows: np.ndarray, room: np.ndarray | None = None) -> Tensor:
+        chunk = self.room(len(rows)) if room is None else room[: len(rows)]
         which = np.searchsorted(self._ends, rows, side="right")
         for number, part in enumerate(self._parts):
             here = np.flatnonzero(which == number) if len(self._parts) > 1 else np.arange(len(rows))

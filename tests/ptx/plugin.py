@@ -12,17 +12,21 @@ import pytest
 from tests.nvcc import SOURCES
 from tests.ptx.machine import Machine
 
-_folders = os.environ.get("MSACORE_PTX_SOURCES", "").split()
-_machine = Machine()
-_machine.run_instead([source for source in SOURCES if not _folders or source.parent.name in _folders])
+_machine: list[Machine] = []  # one; none where the module is only looked at
+
+
+def pytest_configure() -> None:
+    folders = os.environ.get("MSACORE_PTX_SOURCES", "").split()
+    _machine.append(Machine())
+    _machine[0].run_instead([source for source in SOURCES if not folders or source.parent.name in folders])
 
 
 @pytest.fixture(autouse=True)
 def _nothing_is_found() -> Iterator[None]:
-    _machine.findings()
+    _machine[0].findings()
     yield
-    assert _machine.findings() == []
+    assert _machine[0].findings() == []
 
 
 def pytest_terminal_summary(terminalreporter: pytest.TerminalReporter) -> None:
-    terminalreporter.write_line(f"{_machine.launches} launches of PTX")
+    terminalreporter.write_line(f"{_machine[0].launches} launches of PTX")
