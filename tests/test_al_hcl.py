@@ -338,6 +338,16 @@ def test_report_holds_every_number(report):
             assert scores["mae"]["area"]["mean"] == pytest.approx(np.mean(maes))
             ahead = np.mean(maes) - summary["AL-HCL"]["area"]["mae"]["mean"]
             assert scores["mae"]["reference_minus"]["mean"] == pytest.approx(ahead)
+    accuracies = {
+        (buyer, name): np.mean(
+            [np.trapezoid([r["baselines"][name]["acc2_has0"] for r in run["rounds"]]) / 2 for run in runs[buyer]]
+        )
+        for buyer, found in baselines.items()
+        for name in found
+    }
+    best = content["data"]["against_best"][0]
+    assert best["mean"] == pytest.approx(np.mean(areas) - max(accuracies.values()))
+    assert best["among"] == len(accuracies) and f"Acc-2 has0 {best['mean']:+.3f} [" in content["headline"]
     assert content["data"]["labels_given"] == 0 and np.isfinite(content["data"]["gradient_boosting"]["mae"])
     card = content["run"]
     assert len(card["corpus"]["sha256"]) == 64 and card["seeds"] == [0, 1] and card["seconds"]["experiment"] > 0

@@ -12,6 +12,7 @@ import torch
 
 from examples.msa import files
 from examples.msa.data import load
+from examples.msa.headline import against_best, headline
 from examples.msa.metrics import mean_interval
 from examples.msa.plots import bars, curves, embedding_map, heat_map
 from examples.msa.report import Report, figure_uri, format_cell, run_card, to_json, versions
@@ -117,6 +118,33 @@ def test_cells_are_readable():
     assert format_cell(mean_interval([0.25])) == "0.250"
     with pytest.raises(ValueError, match="a row has 1 cells, expected 2"):
         Report("t", "l").section("x").table(["a", "b"], [["only"]])
+
+
+def test_the_best_baseline_by_hand():
+    baselines = {"a": [1.5, 1.2], "b": [1.3, 1.3], "undefined": [0.1, float("nan")], "short": [0.0]}
+    found = against_best("mae", [1.1, 1.0], baselines)
+    # Of an error the least mean is best, and less is better: b, ahead of it by .2 and .3.
+    assert (found["baseline"], found["among"], found["metric"]) == ("b", 2, "mae")
+    assert found["mean"] == pytest.approx(0.25) and found["sd"] == pytest.approx(0.05 * 2**0.5)
+    assert found["low"] == pytest.approx(0.25 - 12.7062 * 0.05, abs=1e-4) and not found["excludes_zero"]
+    assert against_best("mae", [1.1, float("nan")], baselines) is None
+    assert against_best("mae", [], {"a": []}) is None and against_best("mae", [1.0], {}) is None
+
+
+def test_the_headline_says_what_the_numbers_say(tmp_path):
+    apart = against_best("acc2_non0", [0.7, 0.8, 0.75], {"a": [0.5, 0.61, 0.56]})
+    level = against_best("mae", [1.0, 1.2, 1.1], {"a": [1.3, 1.1, 1.2]})
+    text = headline("X", "test part", [apart, level, None])
+    assert "Acc-2 neg/pos +0.193 [+0.179, +0.208], which excludes zero (best: a)" in text
+    assert "MAE +0.100 [-0.397, +0.597], which does not exclude zero" in text and "3 seeds" in text
+    alone = headline("X", "test part", [against_best("mae", [1.0], {"a": [1.3]})])
+    assert alone.endswith("1 seed and therefore no interval, positive where X is better: MAE +0.300 (best: a).")
+    assert headline("X", "test part", [None]) == ""
+    report = Report("t", "What was run.", headline=text)
+    page_path, numbers = report.write(tmp_path)
+    page = Page(page_path.read_text()).text
+    assert page.index(text) < page.index("What was run.") and json.loads(numbers.read_text())["headline"] == text
+    assert 'class="headline"' not in Report("t", "l").html()
 
 
 def test_json_refuses_what_it_cannot_hold():

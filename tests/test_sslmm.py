@@ -16,7 +16,7 @@ from examples.msa.synthetic import synthetic
 from examples.sslmm.__main__ import main
 from examples.sslmm.closed import BOOSTING, RIDGES, blend
 from examples.sslmm.config import ABLATIONS, Config, ablated
-from examples.sslmm.evaluate import METHODS, Cell, Grid, run_cell
+from examples.sslmm.evaluate import BASELINES, METHODS, Cell, Grid, run_cell
 from examples.sslmm.losses import drop_one_modality, ramp_up, supervised_loss
 from examples.sslmm.model import Dropout
 from examples.sslmm.train import Trainer
@@ -326,7 +326,7 @@ ARGUMENTS = [
 def test_the_command_writes_a_report_with_every_number(tmp_path: Path, capsys: pytest.CaptureFixture) -> None:
     grid = ["--grid", "--rates", "0", "0.5", "--shares", "0.5", "1", "--seeds", "0", "1", "--no-progress"]
     assert main([*ARGUMENTS, *grid, "--out", str(tmp_path)]) == 0
-    assert "report.html" in capsys.readouterr().out
+    said = capsys.readouterr().out
     page = (tmp_path / "report.html").read_text()
     for words in (
         "re-implemented from the paper",
@@ -359,6 +359,13 @@ def test_the_command_writes_a_report_with_every_number(tmp_path: Path, capsys: p
     added = [at["SSLMM", 0.5, s]["test"]["mae"] - at["SSLMM", 0.0, s]["test"]["mae"] for s in (0, 1)]
     assert stored["data"]["cost_of_missing"]["SSLMM"]["mae"] == pytest.approx(added)
     assert all(cell["missing"]["kind"] == "exact" for cell in stored["data"]["cells"])
+    # The sentence at the end of the run and on top of the page: the best baseline at the main point, in each metric.
+    mean = {
+        m: np.mean([at[m, 0.5, s]["test"]["mae"] for s in (0, 1)]) for m in ("SSLMM", *BASELINES, *RIDGES, BOOSTING)
+    }
+    best = stored["data"]["against_best"][1]
+    assert best["mean"] == pytest.approx(min(v for m, v in mean.items() if m != "SSLMM") - mean["SSLMM"])
+    assert f"MAE {best['mean']:+.3f} [" in stored["headline"] and stored["headline"] in said and "report.html" in said
 
 
 @pytest.mark.parametrize(

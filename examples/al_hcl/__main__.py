@@ -23,7 +23,7 @@ from examples.msa.data import add_data_arguments, load_from
 from examples.msa.missing import KINDS
 from examples.msa.patterns import add_test_arguments, test_patterns
 from examples.msa.predictions import add_labels_argument
-from examples.msa.report import run_card
+from examples.msa.report import Report, run_card
 from examples.msa.timing import StageTimer, add_progress_argument, progress
 from examples.msa.tokens import add_token_arguments
 from examples.msa.tool import (
@@ -131,8 +131,8 @@ def chosen_ablations(arms: list[Arm], names: list[str]) -> list[Arm]:
     return [arm for arm in arms if not names or arm.name in names]
 
 
-def run(args: argparse.Namespace) -> tuple[Path, Path]:
-    """Run everything and write the report; returns its two files."""
+def run(args: argparse.Namespace) -> Report:
+    """Run everything; returns the report."""
     if args.rounds < 1 or args.budget < 1:
         raise ValueError(f"--rounds and --budget must be at least 1, got {args.rounds} and {args.budget}")
     if args.uncertainty == "ensemble_variance" and args.members < 2:
@@ -167,12 +167,15 @@ def run(args: argparse.Namespace) -> tuple[Path, Path]:
             pass
     if writer is not None:
         experiment.write_curves(writer)
-    return build_report(experiment, run_card(corpus, vars(args), args.seeds, timer)).write(args.out)
+    return build_report(experiment, run_card(corpus, vars(args), args.seeds, timer))
 
 
 def run_command(args: argparse.Namespace) -> int:
-    """``run``: the experiment, and where its report is."""
-    html, numbers = run(args)
+    """``run``: the experiment, where its report is, and the result in a sentence."""
+    report = run(args)
+    html, numbers = report.write(args.out)
+    if report.headline:
+        print(report.headline)
     print(f"report: {html}\nnumbers: {numbers}")
     return 0
 

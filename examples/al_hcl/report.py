@@ -11,6 +11,7 @@ import torch
 
 from examples.msa import plots
 from examples.msa.baselines import fit_boosting
+from examples.msa.headline import against_best, headline
 from examples.msa.metrics import HIGHER_IS_BETTER, NAMES, evaluate, limits, mean_interval
 from examples.msa.protocols import add_checkpoints, add_patterns
 from examples.msa.report import Report, Section
@@ -30,17 +31,23 @@ LEAD = (
 
 def build_report(experiment: Experiment, run: dict[str, Any]) -> Report:
     """Sections, figures and the JSON numbers of a finished experiment."""
-    summary = experiment.summary()
+    summary, main = experiment.summary(), experiment.metrics[0]
     baselines = experiment.baselines()
     boosting = gradient_boosting(experiment)
+    ahead = [against_best(m, experiment.areas(m)[REFERENCE], _every_baseline(experiment, m)) for m in (main, "mae")]
     data = {
         "summary": summary,
         "baselines": baselines,
         "gradient_boosting": boosting,
         "labels_given": len(experiment.data.given),
+        "against_best": ahead,
         "runs": experiment.runs(),
     }
     report = Report(f"AL-HCL on {experiment.corpus.name}", LEAD, data, run)
+    counts = summary[REFERENCE]["labels"]
+    report.headline = headline(
+        "AL-HCL", f"area under the curve on the test part from {counts[0]} to {counts[-1]} labels", ahead
+    )
     _result(report.section("Result"), experiment, summary, boosting)
     _baselines(report.section("Against baselines with the same labels"), experiment, baselines)
     _curves(report.section("Learning curves"), experiment)
@@ -187,6 +194,15 @@ def _curves(section: Section, experiment: Experiment) -> None:
             f"{NAMES[metric]} on the test part over the number of labels, and of the best ridge regression on each "
             "buyer's labels; bands: 95 % intervals, from three seeds on.",
         )
+
+
+def _every_baseline(experiment: Experiment, metric: str) -> dict[str, list[float]]:
+    """Areas of every ridge regression on every buyer's labels, per seed: as many labels as AL-HCL has."""
+    return {
+        f"{name}; labels: {buyer}": areas
+        for buyer in (REFERENCE, RANDOM, MARGIN)
+        for name, areas in experiment.baseline_areas(metric, buyer).items()
+    }
 
 
 def best_baseline(experiment: Experiment, metric: str, buyer: str) -> str:

@@ -79,6 +79,7 @@ class Report:
     Args:
         title: Heading of the page.
         lead: One paragraph: what was run, and what the numbers are and are not.
+        headline: The result in a sentence, above all else; left out where it is empty.
         data: Every number behind the page, for the JSON file.
         run: The run card, see :func:`run_card`.
     """
@@ -88,6 +89,7 @@ class Report:
     data: dict[str, Any] = field(default_factory=dict)
     run: dict[str, Any] = field(default_factory=dict)
     sections: list[Section] = field(default_factory=list)
+    headline: str = ""
 
     def section(self, title: str) -> Section:
         """Start a section."""
@@ -109,7 +111,15 @@ class Report:
     def write(self, folder: str | Path) -> tuple[Path, Path]:
         """Write ``report.html`` and ``report.json``: both are built first, and each appears whole or not at all."""
         html = self.html()
-        numbers = to_json({"title": self.title, "lead": self.lead, "run": self.run, "data": self.data})
+        numbers = to_json(
+            {
+                "title": self.title,
+                "headline": self.headline,
+                "lead": self.lead,
+                "run": self.run,
+                "data": self.data,
+            }
+        )
         return write_atomic(Path(folder) / "report.html", html), write_atomic(Path(folder) / "report.json", numbers)
 
 

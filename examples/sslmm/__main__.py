@@ -113,11 +113,14 @@ def run_command(args: argparse.Namespace) -> int:
     shares = sorted({r["cell"]["share"] for r in results if r["cell"]["method"] == "SSLMM"})
     rate = pattern_of(corpus, args)[1]
     card = run_card(corpus, vars(args), args.seeds, timer, missing=results[0]["missing"], labels=results[0]["labels"])
-    page, _ = build(corpus, results, rates, shares, (rate, args.share), card).write(args.out)
+    report = build(corpus, results, rates, shares, (rate, args.share), card)
+    page, _ = report.write(args.out)
     for method in args.methods:
         accuracy = column(results, "acc2_non0", method, rate, args.share)
         error = column(results, "mae", method, rate, args.share)
         print(f"{method:22} neg/pos accuracy {sum(accuracy) / len(accuracy):.3f}  MAE {sum(error) / len(error):.3f}")
+    if report.headline:
+        print(report.headline)
     print(f"report: {page}")
     return 0
 

@@ -9,10 +9,12 @@ import numpy as np
 
 from examples.msa import plots
 from examples.msa.corpus import Corpus
+from examples.msa.headline import against_best, headline
 from examples.msa.metrics import NAMES, REPORTED, limits, mean_interval
 from examples.msa.protocols import add_checkpoints, add_patterns
 from examples.msa.report import Report, format_cell
 
+from .config import ABLATIONS
 from .evaluate import METHODS, area_over_rates, column, compare
 
 LEAD = (
@@ -41,6 +43,14 @@ def build(
     report = Report(f"SSLMM on {corpus.name}", LEAD, {"cells": list(results)}, card)
     rate, share = point
     methods = [m for m in METHODS if column(results, "mae", m, rate, share)]
+    found = {
+        k: {m: column(results, k, m, rate, share) for m in methods if m not in ABLATIONS} for k in ("acc2_non0", "mae")
+    }
+    ahead = [against_best(k, column(results, k, "SSLMM", rate, share), rows) for k, rows in found.items()]
+    report.data["against_best"] = ahead
+    report.headline = headline(
+        "SSLMM", f"same hidden entries and labels, missing rate {rate:g}, labelled share {share:g}, test part", ahead
+    )
     metrics = main_metrics(corpus.family)
 
     main = report.section(f"Missing rate {rate:g}, labelled share {share:g}")
