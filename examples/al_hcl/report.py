@@ -199,7 +199,7 @@ def _curves(section: Section, experiment: Experiment) -> None:
 def _every_baseline(experiment: Experiment, metric: str) -> dict[str, list[float]]:
     """Areas of every ridge regression on every buyer's labels, per seed: as many labels as AL-HCL has."""
     return {
-        f"{name}; labels: {buyer}": areas
+        f"{name}, on the labels of {buyer}": areas
         for buyer in (REFERENCE, RANDOM, MARGIN)
         for name, areas in experiment.baseline_areas(metric, buyer).items()
     }
