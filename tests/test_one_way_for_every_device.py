@@ -6,6 +6,7 @@ from typing import Any
 import pytest
 import torch
 from torch.utils._python_dispatch import TorchDispatchMode
+from torch.utils._pytree import tree_leaves
 
 from tests import cases
 from tests.cuda_on_host.dispatch import CudaOnHost
@@ -15,23 +16,25 @@ CPU = torch.device("cpu")
 _CASES = [case for case in cases.ALL if case.gradients]
 
 
-class _Counter(TorchDispatchMode):
-    """Counts the operators of msacore that reach a device."""
+class _Recorder(TorchDispatchMode):
+    """Records the operators of msacore that reach a device, and the shapes of what they return."""
 
     def __init__(self) -> None:
         super().__init__()
-        self.names: Counter[str] = Counter()
+        self.calls: list[tuple[str, list[torch.Size]]] = []
 
     def __torch_dispatch__(self, func: Any, types: Any, args: tuple[Any, ...] = (), kwargs: Any = None) -> Any:
+        result = func(*args, **(kwargs or {}))
         if func.namespace == "msacore":
-            self.names[func._schema.name.removeprefix("msacore::")] += 1
-        return func(*args, **(kwargs or {}))
+            name = func._schema.name.removeprefix("msacore::")
+            self.calls.append((name, [t.shape for t in tree_leaves(result) if isinstance(t, torch.Tensor)]))
+        return result
 
 
-def _operators_of(case: OpCase, arguments: dict[str, Any]) -> Counter[str]:
-    with _Counter() as counter:
+def _calls_of(case: OpCase, arguments: dict[str, Any]) -> list[tuple[str, list[torch.Size]]]:
+    with _Recorder() as recorder:
         run(case, case.op, arguments)
-    return counter.names
+    return recorder.calls
 
 
 @pytest.mark.parametrize("key", ["cpu", "cuda on the host"])
@@ -39,13 +42,25 @@ def _operators_of(case: OpCase, arguments: dict[str, Any]) -> Counter[str]:
 def test_a_gradient_is_one_call_of_the_backward_operator(case: OpCase, key: str) -> None:
     for sample in case.samples(CPU, FLOAT32):
         if key == "cpu":
-            names = _operators_of(case, sample.arguments)
+            calls = _calls_of(case, sample.arguments)
         elif sample.on_host:
             with CudaOnHost():
-                names = _operators_of(case, sample.arguments)
+                calls = _calls_of(case, sample.arguments)
         else:
             continue
+        names = Counter(name for name, _ in calls)
         forward = {name: count for name, count in names.items() if not name.endswith("_backward")}
         backward = {name: count for name, count in names.items() if name.endswith("_backward")}
         assert forward, sample.id
         assert backward == {f"{name}_backward": count for name, count in forward.items()}, sample.id
+
+
+@pytest.mark.parametrize("case", cases.ALL, ids=lambda case: case.name)
+def test_operators_return_the_same_shapes_on_every_device(case: OpCase) -> None:
+    """What a forward pass leaves to its backward pass too: fake kernels know no device."""
+    for sample in case.samples(CPU, FLOAT32):
+        if not sample.on_host:
+            continue
+        with CudaOnHost():
+            calls = _calls_of(case, sample.arguments)
+        assert calls and calls == _calls_of(case, sample.arguments), sample.id

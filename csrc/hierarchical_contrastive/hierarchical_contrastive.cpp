@@ -27,6 +27,7 @@ struct Problem {
   Sizes size;
   Options options;
   bool learned = false;  // is a temperature
+  bool few;              // terms are single tiles, whose exponentials are kept instead of similarities (few.h)
   const int64_t* labels;
   std::vector<Plan> plans;
   std::vector<Side<A>> sides;
@@ -76,11 +77,12 @@ struct Problem {
     }
     sides.reserve(embeddings.size());
     using Right = typename Side<A>::Right;
+    const bool one_tile = padded(n) <= kBlock;
     const auto bounded = [](const Term<A>& term) { return is_bounded<A>(term.scale); };
-    if (n <= kFewSamples)
-      kept = kept && !learned && options.normalize && std::all_of(terms.begin(), terms.end(), bounded);
+    few = one_tile && !options.intra_modal && options.normalize && std::all_of(terms.begin(), terms.end(), bounded);
+    kept = kept && !(few && learned);
     for (const Tensor& t : embeddings) {
-      const bool in_pairs = n > kFewSamples && takes_pairs<T>(n, t.size(1));
+      const bool in_pairs = !one_tile && takes_pairs<T>(n, t.size(1));
       const Right right = in_pairs ? Right::kPairs : kept ? Right::kNone : Right::kPanels;
       sides.emplace_back(n, t.size(1), options.normalize, right);
     }
@@ -143,7 +145,7 @@ struct Problem {
   // Fills tiers [3] and stats [T, 2, 4, N]; `kept` as in kept_shape, or null.
   void forward(A* tiers, A* stats, A* kept) {
     std::vector<double> losses(terms.size());
-    if (are_few(terms)) {
+    if (few) {
       sum_few_exponentials(terms, kept, [&](int64_t t) { losses[t] = loss_of(t, stats); });
       return add_up(losses, tiers);
     }
@@ -163,7 +165,7 @@ struct Problem {
   // Fills the gradients of the embeddings, and `slopes` [3] where temperatures are learned.
   void backward(const double* grad_tiers, const A* stats, const A* kept, const std::vector<T*>& grads, double* slopes) {
     for (size_t t = 0; t < terms.size(); ++t) load(t, grad_tiers, stats);
-    if (kept && !learned && are_few(terms)) return FewGradients<A>(terms, kept).project(sides, grads);
+    if (kept && !learned && few) return FewGradients<A>(terms, kept).project(sides, grads);
     keep_similarities(const_cast<A*>(kept), true);
     for (Side<A>& side : sides) side.open_gradient();
     // Per term and row: Σ over pairs of similarity · its gradient.
@@ -190,9 +192,9 @@ struct Problem {
   }
 
  private:
-  // Sweeps over more than a few samples leave their similarities at `kept`, unless it is null, or find them there.
+  // Sweeps leave their similarities at `kept`, unless it is null or has the exponentials, or find them there.
   void keep_similarities(A* kept, bool known) {
-    if (!kept || size.samples <= kFewSamples) return;
+    if (!kept || few) return;
     for (Term<A>& term : terms) {
       term.kept = kept;
       term.known = known;

@@ -91,14 +91,12 @@ inline Sizes check_inputs(const char* op, const Inputs& in, const Options& optio
 // kHighest, kLog, kPositive and kTotal.
 constexpr int64_t kStats = 4;
 
-// Few samples: the forward pass leaves the exponentials of the terms to the backward pass, [R, R] with R samples padded
-// to 16; of more than kFewSamples, on the CPU alone, the similarities. A device that computes them again leaves zeros.
-constexpr int64_t kFewSamples = 128;
+// Few samples: the forward pass leaves the similarities of the terms, or their exponentials, to the backward pass, [R,
+// R] with R samples padded to 16.
 constexpr int64_t kMostKept = int64_t{1} << 22;  // numbers
-inline std::vector<int64_t> kept_shape(const Tensor& like, const Sizes& s, const Options& options, bool keep) {
+inline std::vector<int64_t> kept_shape(const Sizes& s, const Options& options, bool keep) {
   const int64_t rows = round_up<int64_t>(s.samples, 16);
-  const bool few = s.samples <= kFewSamples || like.is_cpu();
-  if (!keep || options.intra_modal || !few || s.terms * rows * rows > kMostKept) return {0};
+  if (!keep || options.intra_modal || s.terms * rows * rows > kMostKept) return {0};
   return {s.terms, rows, rows};
 }
 
@@ -122,7 +120,7 @@ inline void check_saved(const char* op, const Sizes& s, const Options& options, 
   check_device(stats, op, "stats", like);
   check_dtype(kept, op, "kept", dtype);
   check_device(kept, op, "kept", like);
-  const std::vector<int64_t> full = kept_shape(like, s, options, true);
+  const std::vector<int64_t> full = kept_shape(s, options, true);
   if (kept.dim() == 1 || full.size() == 1)
     check_shape(kept, op, "kept", {0}, "[0]");
   else
@@ -153,7 +151,7 @@ struct Results {
     loss = torch::stable::new_empty(like, {}, dtype);
     tiers = torch::stable::new_empty(like, {kTiers}, dtype);
     stats = torch::stable::new_empty(like, {s.terms, 2, kStats, s.samples}, dtype);
-    kept = torch::stable::new_empty(like, kept_shape(like, s, options, keep), dtype);
+    kept = torch::stable::new_empty(like, kept_shape(s, options, keep), dtype);
   }
 };
 

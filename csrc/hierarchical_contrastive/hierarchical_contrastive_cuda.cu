@@ -47,6 +47,12 @@ std::vector<Need> needs_of(const Sizes& s) {
   return needs;
 }
 
+// Where the forward pass leaves similarities to the backward pass; null where it does not.
+template <typename A>
+A* if_kept(const Tensor& kept) {
+  return kept.numel() ? const_cast<A*>(kept.const_data_ptr<A>()) : nullptr;
+}
+
 // The terms and embeddings of the loss, and the memory these live in once normalised.
 template <typename T>
 struct Pass {
@@ -58,6 +64,8 @@ struct Pass {
   Temperature temperatures[kTiers];
   const int64_t* labels;
   const A* stats;  // null forward
+  A* kept;  // similarities [terms, kept_rows, kept_rows] that the forward pass leaves to the backward pass, or null
+  int64_t kept_rows;
   Upstream<A> upstream;
   int64_t n, rows;
   T* units;
@@ -68,13 +76,15 @@ struct Pass {
   Scratch scratch;
   std::optional<Classes> classes;  // where positives of equal label are sums over them
 
-  Pass(const char* op, const Inputs& in, const Sizes& s, const Options& options, const A* stats,
+  Pass(const char* op, const Inputs& in, const Sizes& s, const Options& options, const A* stats, const Tensor& kept,
        const Upstream<A>& upstream, cudaStream_t stream)
       : options(options),
         plans(plan_terms(s, options.intra_modal)),
         needs(needs_of(s)),
         labels(in.labels ? in.labels->const_data_ptr<int64_t>() : nullptr),
         stats(stats),
+        kept(if_kept<A>(kept)),
+        kept_rows(round_up<int64_t>(s.samples, 16)),
         upstream(upstream),
         n(s.samples),
         rows(padded(s.samples, kTile)),
@@ -160,6 +170,8 @@ struct Pass {
     problem.exclude_self = self;
     problem.pairwise = self && !classes;
     problem.gradient = upstream.of_tier(options, plan.tier, problem.two_sided);
+    if (kept) problem.kept = kept + term * kept_rows * kept_rows;
+    problem.kept_rows = problem.kept_columns = kept_rows;
     return problem;
   }
 
@@ -307,16 +319,16 @@ unsigned few_tiles(const FewInputs<T>& few) {
 }
 
 template <typename T>
-void few_forward(const FewInputs<T>& few, const Tiers& tiers, Tensor& loss, Tensor& of_tiers, Tensor& stats,
-                 cudaStream_t stream) {
+void few_forward(const FewInputs<T>& few, const Tiers& tiers, Results& results, cudaStream_t stream) {
   using A = acc_t<T>;
   FewForward<A> to{};
   to.tiers = tiers;
-  to.stats = stats.mutable_data_ptr<A>();
-  to.loss = loss.mutable_data_ptr<A>();
-  to.of_tiers = of_tiers.mutable_data_ptr<A>();
+  to.stats = results.stats.mutable_data_ptr<A>();
+  to.kept = if_kept<A>(results.kept);
+  to.loss = results.loss.mutable_data_ptr<A>();
+  to.of_tiers = results.tiers.mutable_data_ptr<A>();
   const dim3 grid(std::max(1u, few_tiles(few)), 2 * few.term_count);
-  const Scratch scratch(loss, [&](Scratch& memory) {
+  const Scratch scratch(results.loss, [&](Scratch& memory) {
     memory.take(to.sums, int64_t{grid.x} * grid.y);
     memory.take(to.done, 1);
   });
@@ -325,10 +337,11 @@ void few_forward(const FewInputs<T>& few, const Tiers& tiers, Tensor& loss, Tens
 }
 
 template <typename T>
-void few_backward(const FewInputs<T>& few, const Inputs& in, const Options& options, const acc_t<T>* stats,
-                  const Upstream<acc_t<T>>& upstream, Gradients& grads, cudaStream_t stream) {
+void few_backward(const FewInputs<T>& few, const Inputs& in, const Options& options, const Tensor& stats,
+                  const Tensor& kept, const Upstream<acc_t<T>>& upstream, Gradients& grads, cudaStream_t stream) {
   FewBackward<T> to{};
-  to.stats = stats;
+  to.stats = stats.const_data_ptr<acc_t<T>>();
+  to.kept = if_kept<acc_t<T>>(kept);
   for (int64_t k = 0; k < kTiers; ++k) {
     to.gradient[k] = upstream.of_tier(options, k, k > 0 || !options.intra_modal);
     to.temperature_gradient[k] = gradient_of(few.temperature[k], grads.temperatures[k]);
@@ -349,19 +362,16 @@ void forward(const char* op, const Inputs& in, const Sizes& s, const Options& op
   const OnDeviceOf device(in.fused);
   dispatch_floating(in.fused.scalar_type(), op, [&](auto tag) {
     using T = typename decltype(tag)::type;
-    if (results.kept.numel())
-      clear_memory(results.kept.template mutable_data_ptr<acc_t<T>>(), results.kept.numel() * sizeof(acc_t<T>),
-                   device.stream);
     if (are_few(s))
       return few_forward(few_inputs<T>(op, in, s, options), tiers_of(plan_terms(s, options.intra_modal), options),
-                         results.loss, results.tiers, results.stats, device.stream);
-    Pass<T> pass(op, in, s, options, nullptr, {}, device.stream);
+                         results, device.stream);
+    Pass<T> pass(op, in, s, options, nullptr, results.kept, {}, device.stream);
     forward(pass, s, results.loss, results.tiers, results.stats, device.stream);
   });
 }
 
 void backward(const char* op, const Inputs& in, const Sizes& s, const Options& options, const OptionalTensor& grad_loss,
-              const OptionalTensor& grad_tiers, const Tensor& stats, const Tensor&, Gradients& grads) {
+              const OptionalTensor& grad_tiers, const Tensor& stats, const Tensor& kept, Gradients& grads) {
   const OnDeviceOf device(in.fused);
   dispatch_floating(in.fused.scalar_type(), op, [&](auto tag) {
     using T = typename decltype(tag)::type;
@@ -369,9 +379,9 @@ void backward(const char* op, const Inputs& in, const Sizes& s, const Options& o
     const Upstream<A> upstream{data_or_null<A>(grad_loss), data_or_null<A>(grad_tiers)};
     if (are_few(s)) {
       const FewInputs<T> few = few_inputs<T>(op, in, s, options);
-      if (fits(few)) return few_backward(few, in, options, stats.const_data_ptr<A>(), upstream, grads, device.stream);
+      if (fits(few)) return few_backward(few, in, options, stats, kept, upstream, grads, device.stream);
     }
-    Pass<T> pass(op, in, s, options, stats.const_data_ptr<A>(), upstream, device.stream);
+    Pass<T> pass(op, in, s, options, stats.const_data_ptr<A>(), kept, upstream, device.stream);
     backward(pass, in, grads, device.stream);
   });
 }

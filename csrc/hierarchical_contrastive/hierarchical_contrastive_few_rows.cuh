@@ -37,6 +37,7 @@ struct FewInputs {
   FewTerm terms[kFewTerms];
   Temperature temperature[Tiers::kCount];
 
+  __device__ int kept_rows() const { return round_up(n, 16); }
   __host__ __device__ int width_of(int side) const { return side < pairs ? width : pair_width; }
   __device__ bool takes_part(const FewTerm& term, int i) const {
     const Need need{needs[term.side[0]].modalities | needs[term.side[1]].modalities, 0};
@@ -177,6 +178,29 @@ struct FewStages {
 // A warp's similarities: of rows mma_row(i) with candidates candidate(tile, i) of the tile.
 __device__ __forceinline__ int few_candidate(int tile, int i) { return warp_id() * 16 + tile * 8 + mma_column(i); }
 
+template <typename A>
+__device__ __forceinline__ void clear_few(A (&c)[2][4]) {
+#pragma unroll
+  for (int tile = 0; tile < 2; ++tile)
+#pragma unroll
+    for (int i = 0; i < 4; ++i) c[tile][i] = 0;
+}
+
+// Calls body(place, similarity) for a warp's similarities of a term that are kept [terms, size, size]; `transposed`:
+// the block's rows are of the term's second side.
+template <typename A, typename Kept, typename Body>
+__device__ __forceinline__ void for_few_kept(A (&c)[2][4], int size, Kept* kept, int term, int own_first,
+                                             int other_first, bool transposed, const Body& body) {
+#pragma unroll
+  for (int tile = 0; tile < 2; ++tile)
+#pragma unroll
+    for (int i = 0; i < 4; ++i) {
+      const int own = own_first + mma_row(i), other = other_first + few_candidate(tile, i);
+      const int row = transposed ? other : own, column = transposed ? own : other;
+      if (other < size) body(kept[(int64_t{term} * size + row) * size + column], c[tile][i]);
+    }
+}
+
 // c ← similarities; leaves the last columns staged. Called by a block, the rows loaded.
 template <typename T>
 __device__ __forceinline__ void few_similarities(acc_t<T> (&c)[2][4], const FewStages<T>& stages,
@@ -187,10 +211,7 @@ __device__ __forceinline__ void few_similarities(acc_t<T> (&c)[2][4], const FewS
   using A = acc_t<T>;
   const int d = in.width_of(own_side);
   const bool any = other_first + warp_id() * 16 < in.n;
-#pragma unroll
-  for (int tile = 0; tile < 2; ++tile)
-#pragma unroll
-    for (int i = 0; i < 4; ++i) c[tile][i] = 0;
+  clear_few(c);
   for (int column = 0; column < d; column += kFewColumns) {
     if (column > 0) __syncthreads();
     stage_rows(stages.own, own, in, own_side, own_first, column);

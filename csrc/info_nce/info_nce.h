@@ -47,12 +47,12 @@ enum Stat : int64_t {
 inline int64_t stat_rows(int64_t denominator) { return denominator == kNegatives ? 5 : 4; }
 
 // Wide rows, few of them: the forward pass leaves their similarities [R, R'] to the backward pass, with both numbers of
-// rows padded to 16, as to compute them again would take a quarter of the products. On the CPU alone.
+// rows padded to 16, as to compute them again would take a quarter of the products.
 constexpr int64_t kMostKept = int64_t{1} << 21;  // numbers
 constexpr int64_t kWide = 64;
-inline std::vector<int64_t> kept_shape(const Tensor& like, const InfoNceSizes& s, bool keep) {
+inline std::vector<int64_t> kept_shape(const InfoNceSizes& s, bool keep) {
   const int64_t rows = round_up<int64_t>(s.anchors, 16), columns = round_up<int64_t>(s.candidates + s.negatives, 16);
-  if (!keep || !like.is_cpu() || s.width < kWide || rows * columns > kMostKept) return {0};
+  if (!keep || s.width < kWide || rows * columns > kMostKept) return {0};
   return {rows, columns};
 }
 
@@ -131,7 +131,7 @@ inline void check_saved(const char* op, const InfoNceSizes& s, const InfoNceOpti
   check_device(candidate_stats, op, "candidate_stats", like);
   check_dtype(kept, op, "kept", dtype);
   check_device(kept, op, "kept", like);
-  const std::vector<int64_t> full = kept_shape(like, s, true);
+  const std::vector<int64_t> full = kept_shape(s, true);
   if (kept.dim() == 1 || full.size() == 1)
     check_shape(kept, op, "kept", {0}, "[0]");
   else
@@ -161,7 +161,7 @@ struct InfoNceResults {
                                       : torch::stable::new_empty(like, {}, dtype);
     anchor_stats = torch::stable::new_empty(like, {rows, s.anchors}, dtype);
     candidate_stats = torch::stable::new_empty(like, {rows, options.symmetric ? s.candidates : 0}, dtype);
-    kept = torch::stable::new_empty(like, kept_shape(like, s, keep), dtype);
+    kept = torch::stable::new_empty(like, kept_shape(s, keep), dtype);
   }
 };
 

@@ -24,7 +24,8 @@ void forward(const char* op, const InfoNceInputs& in, const InfoNceSizes& s, con
   dispatch_floating(in.anchors.scalar_type(), op, [&](auto tag) {
     using T = typename decltype(tag)::type;
     using A = acc_t<T>;
-    const Pass<T> pass(op, in, s, options, nullptr, nullptr, nullptr, device.stream);
+    Pass<T> pass(op, in, s, options, nullptr, nullptr, nullptr, device.stream);
+    pass.keep(results.kept);
     const Problem<T>& problem = pass.terms.at[0];
     const int64_t n = problem.a.n, column_anchors = problem.two_sided ? problem.b.n : 0;
     const int64_t stats = stat_rows(options.denominator);
@@ -75,15 +76,16 @@ void backward(const Pass<T>& pass, const InfoNceInputs& in, const InfoNceSizes& 
 
 InfoNceGradients backward(const char* op, const InfoNceInputs& in, const InfoNceSizes& s, const InfoNceOptions& options,
                           const Tensor& grad_out, const Tensor& anchor_stats, const Tensor& candidate_stats,
-                          const Tensor&) {
+                          const Tensor& kept) {
   const OnDeviceOf device(in.anchors);
   InfoNceGradients grads(in, s);
   dispatch_floating(in.anchors.scalar_type(), op, [&](auto tag) {
     using T = typename decltype(tag)::type;
     using A = acc_t<T>;
-    const Pass<T> pass(op, in, s, options, anchor_stats.const_data_ptr<A>(),
-                       options.symmetric ? candidate_stats.const_data_ptr<A>() : nullptr, grad_out.const_data_ptr<A>(),
-                       device.stream);
+    Pass<T> pass(op, in, s, options, anchor_stats.const_data_ptr<A>(),
+                 options.symmetric ? candidate_stats.const_data_ptr<A>() : nullptr, grad_out.const_data_ptr<A>(),
+                 device.stream);
+    pass.keep(kept);
     backward(pass, in, s, grads, device.stream);
   });
   return grads;

@@ -110,6 +110,15 @@ struct Pass {
     const unsigned blocks = grid_for(std::max(problem.a.rows, problem.b.rows), kRowThreads / kWarp).x;
     launch(prepare_kernel<T>, dim3(blocks + 1, 2), dim3(kRowThreads), 0, stream, roles);
   }
+
+  // The first sweep leaves the similarities to the others in `kept` [R, R'], unless that has no place for them.
+  void keep(const Tensor& kept) {
+    if (!kept.numel()) return;
+    Problem<T>& problem = terms.at[0];
+    problem.kept = const_cast<A*>(kept.const_data_ptr<A>());
+    problem.kept_rows = kept.size(0);
+    problem.kept_columns = kept.size(1);
+  }
 };
 
 // Gradients of similarities in memory: bfloat16 where the rows are, so that the products run at full speed; float32 for

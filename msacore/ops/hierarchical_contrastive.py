@@ -31,7 +31,7 @@ _loss_backward = torch.ops.msacore.hierarchical_contrastive_loss_backward.defaul
 _TIERS = 3
 _TIER1 = {"cross_modal": 0, "intra_modal": 1}
 _MOST_MODALITIES = 64
-_FEW_SAMPLES, _MOST_KEPT = 128, 2**22  # csrc/hierarchical_contrastive/hierarchical_contrastive.h
+_MOST_KEPT = 2**22  # csrc/hierarchical_contrastive/hierarchical_contrastive.h
 
 
 def _check_inputs(
@@ -89,10 +89,9 @@ def _check_inputs(
     return (modalities if intra_modal else pairs) + modalities + pairs * (pairs - 1) // 2
 
 
-def _kept_shape(like: Tensor, terms: int, intra_modal: bool, keep: bool) -> tuple[Any, ...]:
-    rows = (like.shape[0] + 15) // 16 * 16
-    few = like.shape[0] <= _FEW_SAMPLES or like.device.type == "cpu"
-    if not keep or intra_modal or not few or terms * rows * rows > _MOST_KEPT:
+def _kept_shape(samples: Any, terms: int, intra_modal: bool, keep: bool) -> tuple[Any, ...]:
+    rows = (samples + 15) // 16 * 16
+    if not keep or intra_modal or terms * rows * rows > _MOST_KEPT:
         return (0,)
     return terms, rows, rows
 
@@ -102,7 +101,7 @@ def _(*inputs: Any, keep: bool, **options: Any) -> tuple[Tensor, Tensor, Tensor,
     terms = _check_inputs("hierarchical_contrastive_loss", *inputs, **options)
     fused = inputs[1]
     n, dtype = fused.shape[0], loss_dtype(fused.dtype)
-    shapes = ((), (_TIERS,), (terms, 2, 4, n), _kept_shape(fused, terms, options["intra_modal"], keep))
+    shapes = ((), (_TIERS,), (terms, 2, 4, n), _kept_shape(n, terms, options["intra_modal"], keep))
     loss, tiers, stats, kept = (fused.new_empty(shape, dtype=dtype) for shape in shapes)
     return loss, tiers, stats, kept
 
@@ -116,7 +115,7 @@ def _(
     terms = _check_inputs(op, *inputs, **options)
     unimodal, fused, high_level, _, _, *learned = inputs
     n = fused.shape[0]
-    full = _kept_shape(fused, terms, options["intra_modal"], True)
+    full = _kept_shape(n, terms, options["intra_modal"], True)
     for name, tensor, shape, meaning in (
         ("grad_loss", grad_loss, (), "[]"),
         ("grad_tiers", grad_tiers, (_TIERS,), "[3]"),

@@ -126,7 +126,7 @@ def stat_rows(denominator: int) -> int:
 
 def _kept_shape(anchors: Tensor, columns: Any, keep: bool) -> tuple[Any, ...]:
     rows, columns = (anchors.shape[0] + 15) // 16 * 16, (columns + 15) // 16 * 16
-    few = keep and anchors.device.type == "cpu" and anchors.shape[1] >= _WIDE and rows * columns <= _MOST_KEPT
+    few = keep and anchors.shape[1] >= _WIDE and rows * columns <= _MOST_KEPT
     return (rows, columns) if few else (0,)
 
 

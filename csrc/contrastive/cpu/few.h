@@ -9,14 +9,6 @@
 
 namespace msacore::contrastive::cpu {
 
-template <typename A>
-bool are_few(const std::vector<Term<A>>& terms) {
-  return std::all_of(terms.begin(), terms.end(), [](const Term<A>& term) {
-    return !term.self() && term.two_sided && term.diagonal && term.bounded() && term.a->rows <= kBlock &&
-           term.b->rows <= kBlock;
-  });
-}
-
 // e[i][j] ← 2^(s·scale - scale), zero where a row or column takes no part; adds to the sums of rows and columns.
 template <typename A>
 MSACORE_SIMD void exponentials_of(const Tile<A>& t, A* __restrict__ exponentials, double* __restrict__ sum_a,

@@ -134,7 +134,7 @@ __global__ void __launch_bounds__(kTileThreads, sizeof(T) == 8 ? 1 : 3)
   }
   TileSums<A> c;
   const SimilarityTile<T> tile = load_tile(problem, row, column, a, b);
-  find_similarities(tile, c);
+  find_similarities_again(tile, c);
   if (grad_weights) weight_gradients(tile, rows, columns, scale, c, grad_weights);
   A softmax_slope = 0;
   if constexpr (Apart) {

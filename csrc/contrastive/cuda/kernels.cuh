@@ -131,7 +131,7 @@ __global__ void __launch_bounds__(kTileThreads, sizeof(T) == 8 ? 2 : 3)
   const int64_t row = first + int64_t{blockIdx.y} * kTile, column = int64_t{blockIdx.x} * kTile;
   TileSums<A> c;
   const SimilarityTile<T> tile = load_tile(problem, row, column, a, b);
-  find_similarities(tile, c);
+  find_first_similarities(tile, c);
   if (problem.pairwise) {
     weigh_pairs(tile, c, row_positives, column_positives);
   } else if (problem.diagonal() && tile.on_diagonal()) {

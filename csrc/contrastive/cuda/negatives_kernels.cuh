@@ -46,7 +46,7 @@ __global__ void __launch_bounds__(kTileThreads, sizeof(T) == 8 ? 2 : 3)
   for_pairs(c, [&](A&, int i, int j) { positive = positive || weight_of(i, j) != A(0); });
   const bool any = __syncthreads_or(positive);  // most tiles of labelled rows have none
   if (any) {
-    find_similarities(tile, c);
+    find_similarities_again(tile, c);
     const A scale = problem.temperature.template scale<A>();
     reduce_tile(tile, c, row_sums, column_sums, [&](auto lanes, const auto& similarity, const auto& pair_of) {
       constexpr int kCount = std::extent_v<std::remove_reference_t<decltype(similarity)>>;

@@ -48,6 +48,10 @@ struct Problem {
   bool unit_rows;
   Denominator denominator;
   LossGradient<A> gradient;
+  // Similarities that the first sweep leaves to the others [kept_rows, kept_columns], whose sizes are even; null: they
+  // are computed again.
+  A* kept;
+  int64_t kept_rows, kept_columns;
   int64_t offset;  // row i of a is row i + offset of b: not 0 where a is a part of a batch, whose terms are pairwise
 
   // Exponents are those of cosines and stay in range.
@@ -145,6 +149,43 @@ __device__ __forceinline__ void find_similarities(const SimilarityTile<T>& tile,
   add_tile_product<true, true>(c, Matrix<T>{problem.a.unit + tile.row * width, width, kTile, width},
                                Matrix<T>{problem.b.unit + tile.column * width, width, kTile, width}, width);
   for_pairs(c, [&](acc_t<T>& similarity, int i, int j) { similarity *= tile.a.factor[i] * tile.b.factor[j]; });
+}
+
+// Calls body(place, neighbours) for what is kept of the pairs of this thread.
+template <typename T, typename Body>
+__device__ __forceinline__ void for_kept(const SimilarityTile<T>& tile, TileSums<acc_t<T>>& c, const Body& body) {
+  const Problem<T>& problem = tile.problem;
+#pragma unroll
+  for (int down = 0; down < 2; ++down)
+#pragma unroll
+    for (int across = 0; across < 4; ++across)
+#pragma unroll
+      for (int i = 0; i < 4; i += 2) {
+        const int64_t row = tile.row + tile_row(down, i), column = tile.column + tile_column(across, i);
+        if (row < problem.kept_rows && column < problem.kept_columns)
+          body(problem.kept + row * problem.kept_columns + column, c[down][across][i], c[down][across][i + 1]);
+      }
+}
+
+// c ← the tile's similarities, of which a first sweep leaves a copy where they are kept. Called by all threads.
+template <typename T>
+__device__ __forceinline__ void find_first_similarities(const SimilarityTile<T>& tile, TileSums<acc_t<T>>& c) {
+  using A = acc_t<T>;
+  find_similarities(tile, c);
+  if (tile.problem.kept) for_kept(tile, c, [](A* to, A first, A second) { store(to, Vector<A, 2>{first, second}); });
+}
+
+// c ← the tile's similarities: those that were kept, or computed again. Called by all threads.
+template <typename T>
+__device__ __forceinline__ void find_similarities_again(const SimilarityTile<T>& tile, TileSums<acc_t<T>>& c) {
+  using A = acc_t<T>;
+  if (!tile.problem.kept) return find_similarities(tile, c);
+  clear(c);
+  for_kept(tile, c, [](const A* from, A& first, A& second) {
+    const Vector<A, 2> pair = load<2>(from);
+    first = pair.at[0];
+    second = pair.at[1];
+  });
 }
 
 // In shared memory: what the warps of a tile find of its rows, or of its columns.
