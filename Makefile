@@ -14,6 +14,8 @@ NATIVE := $(shell find csrc -type f)
 demo: $(VENV)/.built
 	$(PYTHON) -m examples.al_hcl --demo --out $(OUT)/al_hcl
 	$(PYTHON) -m examples.sslmm --demo --out $(OUT)/sslmm
+	@$(PYTHON) -c 'import json, sys; print(*(json.load(open(f))["headline"] for f in sys.argv[1:]), sep="\n")' \
+	  $(OUT)/al_hcl/report.json $(OUT)/sslmm/report.json
 	@echo "Reports:"
 	@ls $(OUT)/*/report.html
 
