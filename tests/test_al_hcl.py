@@ -135,6 +135,7 @@ def test_labels_that_are_not_there_are_neither_bought_nor_scored(corpus, tmp_pat
     assert all(np.isfinite(r["test"]["mae"]) for r in state.records)
 
 
+@pytest.mark.slow  # seven trainings
 def test_replaying_arms_train_on_the_labels_of_the_reference(corpus, data, tmp_path):
     reference = finish(Run(ARM, corpus, data, 0, tmp_path / "a.pt"))
     arms = ablations(ARM, 3)
@@ -312,6 +313,7 @@ def report(tmp_path_factory):
     return folder
 
 
+@pytest.mark.slow  # its run trains every arm
 def test_report_holds_every_number(report):
     content = json.loads((report / "report.json").read_text())
     summary, runs = content["data"]["summary"], content["data"]["runs"]
@@ -374,6 +376,7 @@ def test_report_holds_every_number(report):
     ]
 
 
+@pytest.mark.slow  # as above
 def test_report_in_a_browser(report, tmp_path):
     browser = shutil.which("chromium") or shutil.which("google-chrome")
     if browser is None:
@@ -395,7 +398,10 @@ def test_report_in_a_browser(report, tmp_path):
 
 @pytest.mark.parametrize(("aligned", "family", "metrics"), [
     (True, "sims", {"acc2", "acc2_non0", "f1", "acc5", "acc3", "mae", "corr"}),
-    (False, "mosi", {"acc2_has0", "acc2_non0", "f1_has0", "f1_non0", "acc7", "mae", "corr"}),
+    pytest.param(
+        *(False, "mosi", {"acc2_has0", "acc2_non0", "f1_has0", "f1_non0", "acc7", "mae", "corr"}),
+        marks=pytest.mark.slow,  # a whole run with its report
+    ),
 ])  # fmt: skip
 def test_mmsa_pickles_run_to_the_report_in_the_metrics_of_their_set(tmp_path, aligned, family, metrics):
     path = write(tmp_path, mmsa(n=(40, 12, 12), aligned=aligned, sims=family == "sims"))

@@ -21,6 +21,8 @@ QUICK = {
     "sslmm": "--width 8 --steps 2 --pretrain-epochs 1 --finetune-epochs 2 --seeds 0 --jobs 1 --methods SSLMM",
 }
 SYSTEMS = {"al_hcl": al_hcl, "sslmm": sslmm}
+# Of whole runs with their reports the first tier has the shorter one.
+each_system = pytest.mark.parametrize("system", [pytest.param("al_hcl", marks=pytest.mark.slow), "sslmm"])
 
 
 def run(system: str, *arguments: str) -> int:
@@ -121,7 +123,7 @@ def test_devices_are_counted(monkeypatch: pytest.MonkeyPatch) -> None:
         check_device("cuda:2")
 
 
-@pytest.mark.parametrize("system", sorted(SYSTEMS))
+@each_system
 def test_commands_are_named_and_run_is_the_default(system: str, tmp_path: Path, capsys: pytest.CaptureFixture) -> None:
     assert run(system, "learn --size 60") == 2
     assert "there is no command 'learn'; the commands are run, " in capsys.readouterr().err
@@ -138,7 +140,7 @@ def test_commands_are_named_and_run_is_the_default(system: str, tmp_path: Path, 
     assert first == second and first
 
 
-@pytest.mark.parametrize(("system", "lines"), [("al_hcl", 7), ("sslmm", 1)])
+@pytest.mark.parametrize(("system", "lines"), [pytest.param("al_hcl", 7, marks=pytest.mark.slow), ("sslmm", 1)])
 def test_a_log_has_a_line_for_everything_that_is_finished(
     system: str, lines: int, tmp_path: Path, capsys: pytest.CaptureFixture
 ) -> None:
@@ -156,7 +158,7 @@ def test_lines_appear_as_soon_as_things_are_done(capsys: pytest.CaptureFixture) 
     assert list(steps) == ["b"]
 
 
-@pytest.mark.parametrize("system", sorted(SYSTEMS))
+@each_system
 def test_a_demo_on_data_takes_the_data_and_flags_win(system: str, tmp_path: Path) -> None:
     data = write(tmp_path, mmsa(n=(80, 12, 14)))
     quick = "--steps 2 --width 8 --no-progress --seeds 5"
@@ -173,6 +175,7 @@ def test_a_demo_on_data_takes_the_data_and_flags_win(system: str, tmp_path: Path
     assert arguments.get("finetune_epochs", 2) == 2
 
 
+@pytest.mark.slow  # a whole run with its report
 def test_a_demo_on_few_data_buys_what_is_there(tmp_path: Path) -> None:
     data = write(tmp_path, mmsa(n=(24, 8, 8)))
     assert (

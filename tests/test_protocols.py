@@ -126,6 +126,7 @@ def test_both_kinds_of_checkpoint_agree_where_they_must(corpus: Corpus) -> None:
         assert sign * found["valid"] >= sign * graph[metric] - 1e-6
 
 
+@pytest.mark.slow  # a whole run with its report
 def test_a_run_reports_subsets_and_checkpoints(data: Path, tmp_path: Path) -> None:
     sslmm(f"run --data {data} --out {tmp_path} --rate 0 --share 1 --test-subsets {FLAGS}".split())
     content = json.loads((tmp_path / "report.json").read_text())["data"]
@@ -176,6 +177,7 @@ def test_protocols_that_contradict_themselves_are_refused(
     assert stopped.value.code == 2 and message in capsys.readouterr().err
 
 
+@pytest.mark.slow  # a whole run with its report
 def test_al_hcl_tests_its_last_models_under_patterns_too(data: Path, tmp_path: Path) -> None:
     flags = "--seeds 0 --rounds 1 --budget 4 --steps 4 --pretrain-steps 2 --width 8 --view learned --no-progress"
     mask = tmp_path / "mask.json"

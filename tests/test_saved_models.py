@@ -216,6 +216,7 @@ def test_a_validation_part_is_made_where_there_is_none() -> None:
         with_validation(replace(few, labels=labels))
 
 
+@pytest.mark.slow  # whole runs with their reports
 def test_runs_export_their_test_predictions(tmp_path: Path, data: Path) -> None:
     assert run("sslmm", f"run --data {data} --out {tmp_path} --seeds 0 --jobs 1 --no-progress {QUICK['sslmm']}") == 0
     files = sorted((tmp_path / "predictions").iterdir())
@@ -232,6 +233,7 @@ def test_runs_export_their_test_predictions(tmp_path: Path, data: Path) -> None:
     assert error == pytest.approx(cell["test"]["mae"], rel=1e-4)
 
 
+@pytest.mark.slow  # a whole fit
 @pytest.mark.parametrize("aligned", [True, False])
 def test_models_of_sequences_read_sequences(aligned: bool, tmp_path: Path, capsys: pytest.CaptureFixture) -> None:
     data = write(tmp_path, mmsa(n=(30, 10, 12), aligned=aligned))

@@ -290,6 +290,7 @@ def test_methods_of_a_seed_share_masks_and_labels(corpus: Corpus) -> None:
     assert ours["missing"]["realised"] == pytest.approx(0.4, abs=0.01)
 
 
+@pytest.mark.slow  # starts processes
 def test_processes_that_share_the_cells_give_the_same_bits(corpus: Corpus, tmp_path: Path) -> None:
     cells = [Cell(m, 0.5, 0.5, 0) for m in ("SSLMM", "mean-filled MLP", "supervised graph")]
     alone = list(Grid(corpus, QUICK, tmp_path / "a").run(cells))

@@ -27,7 +27,7 @@ def test_the_first_tier_runs_every_generic_test_of_every_operator(case: OpCase) 
     for on_host, rules in ((False, tiers.EVERY_NTH), (True, tiers.ON_HOST)):
         for test in rules:
             assert any(
-                not tiers.waits(on_host, test, number, {})
+                not tiers.waits(on_host, test, number, {"sample": sample.id})
                 for number, sample in enumerate(samples)
                 if sample.on_host or not on_host
             )
