@@ -63,7 +63,7 @@ def test_loss_and_gradients_are_those_of_one_process(workers: Workers, name: str
             _check_split(workers, name, mode, sizes)
 
 
-@pytest.mark.parametrize("wrapper", ["ddp", "fsdp2"])
+@pytest.mark.parametrize("wrapper", ["ddp", pytest.param("fsdp2", marks=pytest.mark.slow)])  # half a minute
 def test_a_shared_encoder_gets_the_gradient_of_one_process(workers: Workers, wrapper: str) -> None:
     for mode in ("replicated", "sharded", "ring"):
         for name in BY_NAME:

@@ -52,7 +52,13 @@ _CALLS |= {
 }
 
 
-@pytest.mark.parametrize("call", _CALLS.values(), ids=_CALLS)
+@pytest.mark.parametrize(
+    "call",
+    [
+        pytest.param(call, id=name, marks=pytest.mark.slow if name.startswith("gradient") else ())  # seconds each
+        for name, call in _CALLS.items()
+    ],
+)
 def test_many_steps_hear_ctrl_c(call: str) -> None:
     program = subprocess.Popen(
         [sys.executable, "-c", _PROGRAM.format(call=call)],

@@ -104,6 +104,7 @@ class Doubled:
         return found, found.numpy()
 
 
+@pytest.mark.slow  # starts processes
 def test_work_and_results_are_copies_whose_arrays_hold_what_their_tensors_hold(tmp_path: Path) -> None:
     tensor = torch.arange(300_000.0)
     work = Doubled(tensor, tensor.numpy())

@@ -37,30 +37,16 @@ def _calls_of(case: OpCase, arguments: dict[str, Any]) -> list[tuple[str, list[t
     return recorder.calls
 
 
-@pytest.mark.parametrize("key", ["cpu", "cuda on the host"])
 @pytest.mark.parametrize("case", _CASES, ids=lambda case: case.name)
-def test_a_gradient_is_one_call_of_the_backward_operator(case: OpCase, key: str) -> None:
+def test_a_gradient_is_one_call_of_the_backward_operator(case: OpCase) -> None:
+    """And what the operators return has the same shapes everywhere: their fake kernels know no device."""
     for sample in case.samples(CPU, FLOAT32):
-        if key == "cpu":
-            calls = _calls_of(case, sample.arguments)
-        elif sample.on_host:
-            with CudaOnHost():
-                calls = _calls_of(case, sample.arguments)
-        else:
-            continue
+        calls = _calls_of(case, sample.arguments)
         names = Counter(name for name, _ in calls)
         forward = {name: count for name, count in names.items() if not name.endswith("_backward")}
         backward = {name: count for name, count in names.items() if name.endswith("_backward")}
         assert forward, sample.id
         assert backward == {f"{name}_backward": count for name, count in forward.items()}, sample.id
-
-
-@pytest.mark.parametrize("case", cases.ALL, ids=lambda case: case.name)
-def test_operators_return_the_same_shapes_on_every_device(case: OpCase) -> None:
-    """What a forward pass leaves to its backward pass too: fake kernels know no device."""
-    for sample in case.samples(CPU, FLOAT32):
-        if not sample.on_host:
-            continue
-        with CudaOnHost():
-            calls = _calls_of(case, sample.arguments)
-        assert calls and calls == _calls_of(case, sample.arguments), sample.id
+        if sample.on_host:
+            with CudaOnHost():
+                assert calls == _calls_of(case, sample.arguments), sample.id
