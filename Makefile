@@ -9,7 +9,7 @@ TORCH ?= torch==2.13.0
 OUT ?= runs/demo
 NATIVE := $(shell find csrc -type f)
 
-.PHONY: demo test test-all lint bench docs wheel clean
+.PHONY: demo test test-all cuda-on-host lint bench docs wheel clean
 
 demo: $(VENV)/.built
 	$(PYTHON) -m examples.al_hcl --demo --out $(OUT)/al_hcl
@@ -19,17 +19,20 @@ demo: $(VENV)/.built
 	@echo "Reports:"
 	@ls $(OUT)/*/report.html
 
-# What a contributor runs: minutes. The CUDA sources are compiled for the host first, so that the tests' processes need
-# not wait for each other; one thread for each process.
+# What a contributor runs: minutes. The CUDA sources are compiled for the host first, beside the linters, so that the
+# tests' processes need not wait for each other; one thread for each process.
 PYTEST := OMP_NUM_THREADS=1 $(PYTHON) -m pytest -n auto --dist worksteal
-test: lint
-	$(PYTHON) -m tests.cuda_on_host
+test: $(VENV)/.built
+	$(MAKE) --no-print-directory -j2 lint cuda-on-host
 	$(PYTEST) -m "not slow" --doctest-modules msacore examples/msa tests
 
 # The rest: sanitizers, every order of threads, nvcc, PTX, every sample in every dtype, fuzzing. With `test` before it, everything.
 test-all: lint
 	$(PYTHON) -m tests.cuda_on_host --all
 	$(PYTEST) -m slow tests
+
+cuda-on-host: $(VENV)/.built
+	$(PYTHON) -m tests.cuda_on_host
 
 lint: $(VENV)/.built
 	$(VENV)/bin/ruff check .

@@ -57,6 +57,8 @@ def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
                 continue
             if tiers.waits(runs_cuda_code, item.originalname, number, params):
                 item.add_marker(pytest.mark.slow)
+        if item.path.name == "test_kcenter_cuda.py" and tiers.is_large_selection(item.originalname, params):
+            item.add_marker(pytest.mark.slow)
         kept.append(item)
     kept.sort(key=lambda item: not _is_long(item))  # no worker ends alone with a long one
     items[:] = kept

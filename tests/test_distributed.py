@@ -54,7 +54,10 @@ def _check_split(workers: Workers, name: str, mode: str, sizes: Sequence[int]) -
         assert len({float(r["loss"]) for r in results}) == 1, "ranks differ"
 
 
-@each_case
+# Of the cases, which take a second each, the first tier has every other one.
+@pytest.mark.parametrize(
+    "name", [pytest.param(name, marks=pytest.mark.slow if k % 2 else ()) for k, name in enumerate(BY_NAME)]
+)
 def test_loss_and_gradients_are_those_of_one_process(workers: Workers, name: str) -> None:
     for mode in MODES:
         if mode.startswith("ring") and BY_NAME[name].loss == "rank_n_contrast":

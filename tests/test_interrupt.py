@@ -55,7 +55,9 @@ _CALLS |= {
 @pytest.mark.parametrize(
     "call",
     [
-        pytest.param(call, id=name, marks=pytest.mark.slow if name.startswith("gradient") else ())  # seconds each
+        pytest.param(
+            call, id=name, marks=pytest.mark.slow if name.startswith(("gradient", "without")) else ()
+        )  # seconds each
         for name, call in _CALLS.items()
     ],
 )

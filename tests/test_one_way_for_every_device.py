@@ -47,6 +47,6 @@ def test_a_gradient_is_one_call_of_the_backward_operator(case: OpCase) -> None:
         backward = {name: count for name, count in names.items() if name.endswith("_backward")}
         assert forward, sample.id
         assert backward == {f"{name}_backward": count for name, count in forward.items()}, sample.id
-        if sample.on_host:
+        if sample.on_host and not sample.id.startswith("large"):
             with CudaOnHost():
                 assert calls == _calls_of(case, sample.arguments), sample.id

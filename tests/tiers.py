@@ -50,3 +50,8 @@ def waits(on_host: bool, test: str, number: int, params: dict[str, Any]) -> bool
     if dtype is not None:
         return dtype != (FLOATS[0], FLOATS[3])[number % 2]
     return "layout" in params and params["layout"] != ("contiguous", "transposed")[number // 2 % 2]
+
+
+def is_large_selection(test: str, params: dict[str, Any]) -> bool:
+    """Whether a test of selection takes too many centres or rows for CUDA code on the host."""
+    return params.get("count") == 300 or (test.startswith("test_distances_closer") and params["metric"] == "cosine")
