@@ -52,12 +52,13 @@ _CALLS |= {
 }
 
 
+_IN_THE_FIRST_TIER = ("propagate", "graph_propagate", "a handler that returns first")  # a call takes seconds
+
+
 @pytest.mark.parametrize(
     "call",
     [
-        pytest.param(
-            call, id=name, marks=pytest.mark.slow if name.startswith(("gradient", "without")) else ()
-        )  # seconds each
+        pytest.param(call, id=name, marks=() if name in _IN_THE_FIRST_TIER else pytest.mark.slow)
         for name, call in _CALLS.items()
     ],
 )
