@@ -27,7 +27,7 @@ test: $(VENV)/.built
 	$(PYTEST) -m "not slow" --doctest-modules msacore examples/msa tests
 
 # The rest: sanitizers, every order of threads, nvcc, PTX, every sample in every dtype, fuzzing. With `test` before it, everything.
-test-all: lint
+test-all: $(VENV)/.built
 	$(PYTHON) -m tests.cuda_on_host --all
 	$(PYTEST) -m slow tests
 
