@@ -15,7 +15,7 @@ from typing import Any
 
 from tests.cuda_on_host.build import HERE, build
 from tests.nvcc import SOURCES, kernels_of, report
-from tests.ptx.build import host_of, ptx_of
+from tests.ptx.build import host_of, kernels_know_sizes, ptx_of
 
 
 def main() -> None:
@@ -25,9 +25,11 @@ def main() -> None:
     shim = HERE / "shim_kernels.cpp"
     jobs: list[Callable[[], Any]] = [partial(report, source) for source in by_size if nvcc]
     if nvcc:
-        jobs += [
-            partial(made, source, small) for source in by_size for made in (ptx_of, host_of) for small in (True, False)
-        ]
+        for source in by_size:
+            jobs += [
+                partial(ptx_of, source, small) for small in ((True, False) if kernels_know_sizes(source) else (False,))
+            ]
+            jobs += [partial(host_of, source, small) for small in (True, False)]
         jobs += [partial(made, shim) for made in (ptx_of, host_of)]
     if everything:
         jobs += [partial(build, source, sanitize=True) for source in (*by_size, shim)]

@@ -1,7 +1,9 @@
 """`python -m tests.ptx.bounds [NAME …]` prints the table of bench/results/ptx.md: bounds by counted instructions.
 
 A benchmark of bench/ runs in the interpreter at a size it can do; its instructions grow to a real size as the
-benchmark's own count of flops does. Rough bounds by arithmetic, no measurement and no prediction: tests/ptx/README.md.
+benchmark's own count of flops does. Where it runs at two sizes they are a sum of two parts, of which one grows as the
+flops and one as the bytes: what is done once a row must not be scaled as what is done once a pair. Rough bounds by
+arithmetic, no measurement and no prediction: tests/ptx/README.md.
 """
 
 import csv
@@ -16,7 +18,7 @@ from typing import Any
 
 import torch
 
-from bench.harness import Benchmark
+from bench.harness import Benchmark, Work
 from tests.cuda_on_host.dispatch import CudaOnHost
 from tests.nvcc import SOURCES
 from tests.opcase import map_tensors, tensors_of
@@ -32,45 +34,44 @@ FLOPS = {torch.bfloat16: 790e12, torch.float32: 395e12 / 3}
 class Row:
     name: str  # of a benchmark
     module: str  # in bench/, and the folder in csrc
-    run: dict[str, int]
+    run: tuple[dict[str, int], ...]  # one size, or two
     real: dict[str, int]
     dtype: torch.dtype = torch.float32
 
 
 BF16 = torch.bfloat16
+# Above the sizes whose similarities are kept for the backward pass, where the real size is: N * N > 2 ** 21 for
+# info_nce, 9 * N * N > 2 ** 22 for the hierarchical loss.
+LARGE = (1472, 1728)
+PAIRS = [({"N": LARGE[0], "d": d}, {"N": LARGE[1], "d": d}) for d in (128, 256)]
+FUSED = {"B": 4, "L": 50, "k": 512, "q": 64}
 ROWS = [
-    Row("info_nce_symmetric", "info_nce", {"N": 512, "d": 128}, {"N": 65536, "d": 128}, BF16),
-    Row("info_nce_symmetric", "info_nce", {"N": 512, "d": 256}, {"N": 65536, "d": 256}, BF16),
-    Row("info_nce", "info_nce", {"N": 512, "d": 128}, {"N": 4096, "d": 128}),
-    Row("hierarchical_contrastive_loss", "hierarchical_contrastive", {"N": 128, "d": 128}, {"N": 128, "d": 128}),
-    Row("hierarchical_contrastive_loss", "hierarchical_contrastive", {"N": 576, "d": 128}, {"N": 2048, "d": 128}),
-    Row("rank_n_contrast", "rank_n_contrast", {"N": 512, "d": 128}, {"N": 4096, "d": 128}),
+    Row("info_nce_symmetric", "info_nce", PAIRS[0], {"N": 65536, "d": 128}, BF16),
+    Row("info_nce_symmetric", "info_nce", PAIRS[1], {"N": 65536, "d": 256}, BF16),
+    Row("info_nce", "info_nce", PAIRS[0], {"N": 4096, "d": 128}),
+    Row("hierarchical_contrastive_loss", "hierarchical_contrastive", ({"N": 128, "d": 128},), {"N": 128, "d": 128}),
     Row(
-        "matrix_fusion",
-        "matrix_fusion",
-        {"B": 4, "L": 50, "k": 512, "q": 64},
-        {"B": 64, "L": 50, "k": 512, "q": 64},
-        BF16,
+        "hierarchical_contrastive_loss",
+        "hierarchical_contrastive",
+        ({"N": 704, "d": 128}, {"N": 832, "d": 128}),
+        {"N": 2048, "d": 128},
     ),
-    Row("matrix_fusion", "matrix_fusion", {"B": 4, "L": 50, "k": 512, "q": 64}, {"B": 64, "L": 50, "k": 512, "q": 64}),
+    Row("rank_n_contrast", "rank_n_contrast", ({"N": 384, "d": 128}, {"N": 512, "d": 128}), {"N": 4096, "d": 128}),
+    Row("matrix_fusion", "matrix_fusion", (FUSED,), FUSED | {"B": 64}, BF16),
+    Row("matrix_fusion", "matrix_fusion", (FUSED,), FUSED | {"B": 64}),
     Row(
         "low_rank_fusion",
         "low_rank_fusion",
-        {"B": 128, "d": 128, "h": 128, "r": 4},
+        ({"B": 128, "d": 128, "h": 128, "r": 4},),
         {"B": 1024, "d": 128, "h": 128, "r": 16},
     ),
     Row(
         "graph_propagate",
         "graph_propagation",
-        {"n": 512, "E": 10240, "d": 128, "K": 1},
+        ({"n": 512, "E": 10240, "d": 128, "K": 1},),
         {"n": 20000, "E": 400000, "d": 128, "K": 1},
     ),
-    Row(
-        "kcenter",
-        "kcenter",
-        {"N": 3000, "d": 256, "budget": 32},
-        {"N": 1000000, "d": 256, "budget": 10000},
-    ),
+    Row("kcenter", "kcenter", ({"N": 3000, "d": 256, "budget": 32},), {"N": 1000000, "d": 256, "budget": 10000}),
 ]
 
 
@@ -79,11 +80,11 @@ def benchmark_of(row: Row) -> Benchmark:
     return next(benchmark for benchmark in found if benchmark.name == row.name)
 
 
-def run(row: Row, machine: Machine) -> None:
+def run(row: Row, sizes: dict[str, int], machine: Machine) -> None:
     """Forward, and backward where there is one, under the names "forward" and "backward" of the statistics."""
     benchmark = benchmark_of(row)
     torch.manual_seed(0)
-    inputs: dict[str, Any] = benchmark.inputs(row.run, torch.device("cpu"))
+    inputs: dict[str, Any] = benchmark.inputs(sizes, torch.device("cpu"))
     inputs = map_tensors(
         inputs, lambda t: t.detach().to(row.dtype).requires_grad_(t.requires_grad) if t.is_floating_point() else t
     )
@@ -101,26 +102,39 @@ def run(row: Row, machine: Machine) -> None:
     assert not found, found[0]
 
 
-def issued(launches: list[dict[str, str]]) -> float:
+Launches = list[dict[str, str]]
+
+
+def issued(launches: Launches) -> float:
     return sum(float(x["warp_instructions"]) - float(x["move"]) - float(x["parameter"]) for x in launches)
 
 
-def lines_of(row: Row, launches: list[dict[str, str]]) -> Iterator[str]:
+def at_real_size(counts: list[float], work: list[Work], real: Work) -> float:
+    """Instructions at the real size, from one or two counts."""
+    if len(counts) == 1:
+        return counts[0] * real.flops / work[0].flops
+    (x, y), (first, second) = counts, work
+    determinant = first.flops * second.bytes - second.flops * first.bytes
+    by_flops = (x * second.bytes - y * first.bytes) / determinant
+    by_bytes = (first.flops * y - second.flops * x) / determinant
+    return by_flops * real.flops + by_bytes * real.bytes
+
+
+def lines_of(row: Row, runs: list[Launches]) -> Iterator[str]:
     benchmark = benchmark_of(row)
-    forward, total = benchmark.work(row.run)
-    real_forward, real_total = benchmark.work(row.real)
-    parts = [("forward", forward, real_forward, [x for x in launches if x["case"] == "forward"])]
-    if benchmark.differentiable:
-        parts.append(("both", total, real_total, launches))
-    for words, small, real, those in parts:
-        seconds = issued(those) / ISSUE * real.flops / small.flops
+    for both in (False, True) if benchmark.differentiable else (False,):
+        work, real = [benchmark.work(sizes)[both] for sizes in row.run], benchmark.work(row.real)[both]
+        launches = [[x for x in run if both or x["case"] == "forward"] for run in runs]
+        counts = [issued(those) for those in launches]
+        seconds = at_real_size(counts, work, real) / ISSUE
         roof = max(real.flops / FLOPS[row.dtype], real.bytes / BYTES)
-        mma = sum(float(x["mma"]) for x in those)
-        sizes, ran = (", ".join(f"{k} = {v:,}" for k, v in s.items()) for s in (row.real, row.run))
+        mma = sum(float(x["mma"]) for x in launches[-1])
+        sizes = ", ".join(f"{k} = {v:,}" for k, v in row.real.items())
+        ran = ", ".join(f"{k} = {' and '.join(f'{v:,}' for v in sorted({r[k] for r in row.run}))}" for k in row.real)
         yield (
-            f"| {row.name} | {sizes} | {str(row.dtype).removeprefix('torch.')} | {words} | {ran} "
-            f"| {issued(those) / 1e3:,.0f} | {100 * mma / issued(those):.1f} | {1e3 * seconds:.3g} | {1e3 * roof:.3g} "
-            f"| {100 * roof / max(roof, seconds):.0f} % |"
+            f"| {row.name} | {sizes} | {str(row.dtype).removeprefix('torch.')} | {'both' if both else 'forward'} "
+            f"| {ran} | {' and '.join(f'{count / 1e3:,.0f}' for count in counts)} | {100 * mma / counts[-1]:.1f} "
+            f"| {1e3 * seconds:.3g} | {1e3 * roof:.3g} | {100 * roof / max(roof, seconds):.0f} % |"
         )
 
 
@@ -141,11 +155,14 @@ def main() -> None:
         machine.run_instead([s for s in SOURCES if s.parent.name in folders], small=False)
         before = 0
         for row in rows:
-            run(row, machine)
-            launches = list(csv.DictReader(stats.open()))
-            for line in lines_of(row, launches[before:]):
+            runs = []
+            for sizes in row.run:
+                run(row, sizes, machine)
+                launches = list(csv.DictReader(stats.open()))
+                runs.append(launches[before:])
+                before = len(launches)
+            for line in lines_of(row, runs):
                 print(line, flush=True)
-            before = len(launches)
 
 
 if __name__ == "__main__":

@@ -24,14 +24,14 @@ def interpreter() -> Path:
     return _made("libptx", "so", HERE / "interpreter.cpp", [compiler(), *flags, str(HERE / "interpreter.cpp"), "-o"])
 
 
-def _kernels_know_sizes(source: Path) -> bool:
+def kernels_know_sizes(source: Path) -> bool:
     """Most sizes are of launch code alone: then one PTX serves both, and nvcc takes its time once."""
     return any("MSACORE_SMALL_SIZES" in path.read_text() for path in files_of(source) if "kernels" in path.name)
 
 
 def ptx_of(source: Path, small: bool = True, arch: str = "90") -> Path:
     """The PTX that nvcc makes of a source for a compute capability."""
-    small = small and _kernels_know_sizes(source)
+    small = small and kernels_know_sizes(source)
     command = ["nvcc", "-x", "cu", "-std=c++17", "-O3", "--ptx", "-lineinfo", f"-arch=compute_{arch}", "-DUSE_CUDA"]
     command += [*INCLUDES, *([SMALL_SIZES] if small else []), str(source), "-o"]
     return _made(f"{source.stem}{'.small' if small else ''}.sm_{arch}", "ptx", source, command)
