@@ -26,9 +26,8 @@ def main() -> None:
     jobs: list[Callable[[], Any]] = [partial(report, source) for source in by_size if nvcc]
     if nvcc:
         for source in by_size:
-            jobs += [
-                partial(ptx_of, source, small) for small in ((True, False) if kernels_know_sizes(source) else (False,))
-            ]
+            sizes = (True, False) if kernels_know_sizes(source) else (False,)
+            jobs += [partial(ptx_of, source, small) for small in sizes]
             jobs += [partial(host_of, source, small) for small in (True, False)]
         jobs += [partial(made, shim) for made in (ptx_of, host_of)]
     if everything:
