@@ -171,7 +171,7 @@ struct Pass {
     problem.pairwise = self && !classes;
     problem.gradient = upstream.of_tier(options, plan.tier, problem.two_sided);
     if (kept) problem.kept = kept + term * kept_rows * kept_rows;
-    problem.kept_rows = problem.kept_columns = kept_rows;
+    problem.kept_rows = problem.kept_columns = static_cast<int>(kept_rows);
     return problem;
   }
 

@@ -116,8 +116,8 @@ struct Pass {
     if (!kept.numel()) return;
     Problem<T>& problem = terms.at[0];
     problem.kept = const_cast<A*>(kept.const_data_ptr<A>());
-    problem.kept_rows = kept.size(0);
-    problem.kept_columns = kept.size(1);
+    problem.kept_rows = static_cast<int>(kept.size(0));
+    problem.kept_columns = static_cast<int>(kept.size(1));
   }
 };
 

@@ -51,7 +51,7 @@ struct Problem {
   // Similarities that the first sweep leaves to the others [kept_rows, kept_columns], whose sizes are even; null: they
   // are computed again.
   A* kept;
-  int64_t kept_rows, kept_columns;
+  int kept_rows, kept_columns;
   int64_t offset;  // row i of a is row i + offset of b: not 0 where a is a part of a batch, whose terms are pairwise
 
   // Exponents are those of cosines and stay in range.
