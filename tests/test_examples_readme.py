@@ -54,6 +54,7 @@ def annotate(round_folder: Path, labels: Path) -> None:
         labels.write_text(before + "".join(f"{r['id']},{truth[r['id']]:.1f}\n" for r in csv.DictReader(file)))
 
 
+@pytest.mark.slow  # two fits and what follows them
 def test_every_command_of_the_readme_runs(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture
 ) -> None:

@@ -10,10 +10,22 @@ from torch.utils._pytree import tree_leaves
 
 from tests import cases
 from tests.cuda_on_host.dispatch import CudaOnHost
-from tests.opcase import FLOAT32, OpCase, run
+from tests.opcase import FLOAT32, OpCase, Sample, run
 
 CPU = torch.device("cpu")
-_CASES = [case for case in cases.ALL if case.gradients]
+
+
+def _is_large(sample: Sample) -> bool:
+    return sample.id.startswith("large")
+
+
+# Large samples take seconds on the host.
+_CASES = [
+    pytest.param(case, large, id=f"{case.name}{', large' if large else ''}", marks=pytest.mark.slow if large else ())
+    for case in cases.ALL
+    for large in (False, True)
+    if case.gradients and any(_is_large(sample) == large for sample in case.samples(CPU, FLOAT32))
+]
 
 
 class _Recorder(TorchDispatchMode):
@@ -37,16 +49,18 @@ def _calls_of(case: OpCase, arguments: dict[str, Any]) -> list[tuple[str, list[t
     return recorder.calls
 
 
-@pytest.mark.parametrize("case", _CASES, ids=lambda case: case.name)
-def test_a_gradient_is_one_call_of_the_backward_operator(case: OpCase) -> None:
+@pytest.mark.parametrize(("case", "large"), _CASES)
+def test_a_gradient_is_one_call_of_the_backward_operator(case: OpCase, large: bool) -> None:
     """And what the operators return has the same shapes everywhere: their fake kernels know no device."""
     for sample in case.samples(CPU, FLOAT32):
+        if _is_large(sample) != large:
+            continue
         calls = _calls_of(case, sample.arguments)
         names = Counter(name for name, _ in calls)
         forward = {name: count for name, count in names.items() if not name.endswith("_backward")}
         backward = {name: count for name, count in names.items() if name.endswith("_backward")}
         assert forward, sample.id
         assert backward == {f"{name}_backward": count for name, count in forward.items()}, sample.id
-        if sample.on_host and not sample.id.startswith("large"):
+        if sample.on_host:
             with CudaOnHost():
                 assert calls == _calls_of(case, sample.arguments), sample.id

@@ -365,6 +365,7 @@ def _launch(folder: Path, *arguments: Any, processes: int = 2) -> subprocess.Pop
     )
 
 
+@pytest.mark.slow  # starts processes that import torch
 def test_two_processes_share_a_folder_and_give_the_picks_of_one(folder: Path) -> None:
     x = draw(N, 4)
     (folder / "parts").mkdir()

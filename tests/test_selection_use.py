@@ -360,6 +360,7 @@ def test_the_command_line_reports_a_full_disk(
 
 
 @pytest.mark.skipif(os.name != "posix", reason="signals as POSIX has them")
+@pytest.mark.slow  # 1,500 picks of a slow strategy
 def test_the_command_line_goes_on_after_an_interrupt(tmp_path: Path) -> None:
     np.save(tmp_path / "pool.npy", pool_of("gaussian", 2000, 8).numpy())
     given = [str(tmp_path / "pool.npy"), "--strategy", "lcmd", "--budget", "1500"]

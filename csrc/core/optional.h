@@ -42,4 +42,10 @@ const V* data_or_null(const OptionalTensor& t) {
   return data ? data : &no_entry;
 }
 
+// What a forward pass keeps for the backward pass: it writes there, or reads; null where nothing is kept.
+template <typename V>
+V* kept_data(const Tensor& kept) {
+  return kept.numel() ? const_cast<V*>(kept.const_data_ptr<V>()) : nullptr;
+}
+
 }  // namespace msacore

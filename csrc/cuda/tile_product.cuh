@@ -87,8 +87,8 @@ __device__ __forceinline__ int tile_column(int across, int i) {
 }
 
 // Calls body(row, column, first, second) with every two sums of this thread that are neighbours in a row.
-template <typename C, typename Body>
-__device__ __forceinline__ void for_neighbours(const TileSums<C>& c, const Body& body) {
+template <typename Sums, typename Body>
+__device__ __forceinline__ void for_neighbours(Sums& c, const Body& body) {
 #pragma unroll
   for (int down = 0; down < 2; ++down)
 #pragma unroll

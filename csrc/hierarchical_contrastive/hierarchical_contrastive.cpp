@@ -238,18 +238,13 @@ std::vector<T*> data_of(std::vector<Tensor>& tensors) {
   return data;
 }
 
-template <typename A>
-A* data_if_any(const Tensor& t) {
-  return t.numel() ? const_cast<A*>(t.const_data_ptr<A>()) : nullptr;
-}
-
 void forward(const char* op, const Inputs& in, const Sizes& s, const Options& options, Results& results) {
   dispatch_floating(in.fused.scalar_type(), op, [&](auto tag) {
     using T = typename decltype(tag)::type;
     using A = acc_t<T>;
     A* sums = results.tiers.template mutable_data_ptr<A>();
     Problem<T>(op, in, s, options, false)
-        .forward(sums, results.stats.template mutable_data_ptr<A>(), data_if_any<A>(results.kept));
+        .forward(sums, results.stats.template mutable_data_ptr<A>(), kept_data<A>(results.kept));
     *results.loss.template mutable_data_ptr<A>() = weighted(options.tier_weights, sums);
   });
 }
@@ -264,7 +259,7 @@ void backward(const char* op, const Inputs& in, const Sizes& s, const Options& o
       gradient[k] = (grad_loss ? options.tier_weights[k] * static_cast<double>(*grad_loss->const_data_ptr<A>()) : 0.0) +
                     (grad_tiers ? static_cast<double>(grad_tiers->const_data_ptr<A>()[k]) : 0.0);
     Problem<T>(op, in, s, options, kept.numel() > 0)
-        .backward(gradient, stats.const_data_ptr<A>(), data_if_any<A>(kept), data_of<T>(grads.embeddings), slopes);
+        .backward(gradient, stats.const_data_ptr<A>(), kept_data<A>(kept), data_of<T>(grads.embeddings), slopes);
     for (int64_t k = 0; k < kTiers; ++k) {
       if (!in.learned_temperatures[k]) continue;
       dispatch_floating(grads.temperatures[k].scalar_type(), op, [&](auto other) {

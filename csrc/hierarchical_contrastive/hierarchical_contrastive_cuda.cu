@@ -47,12 +47,6 @@ std::vector<Need> needs_of(const Sizes& s) {
   return needs;
 }
 
-// Where the forward pass leaves similarities to the backward pass; null where it does not.
-template <typename A>
-A* if_kept(const Tensor& kept) {
-  return kept.numel() ? const_cast<A*>(kept.const_data_ptr<A>()) : nullptr;
-}
-
 // The terms and embeddings of the loss, and the memory these live in once normalised.
 template <typename T>
 struct Pass {
@@ -64,8 +58,7 @@ struct Pass {
   Temperature temperatures[kTiers];
   const int64_t* labels;
   const A* stats;  // null forward
-  A* kept;  // similarities [terms, kept_rows, kept_rows] that the forward pass leaves to the backward pass, or null
-  int64_t kept_rows;
+  KeptSimilarities<A> kept;
   Upstream<A> upstream;
   int64_t n, rows;
   T* units;
@@ -83,8 +76,7 @@ struct Pass {
         needs(needs_of(s)),
         labels(in.labels ? in.labels->const_data_ptr<int64_t>() : nullptr),
         stats(stats),
-        kept(if_kept<A>(kept)),
-        kept_rows(round_up<int64_t>(s.samples, 16)),
+        kept(kept_similarities<A>(kept)),
         upstream(upstream),
         n(s.samples),
         rows(padded(s.samples, kTile)),
@@ -170,8 +162,8 @@ struct Pass {
     problem.exclude_self = self;
     problem.pairwise = self && !classes;
     problem.gradient = upstream.of_tier(options, plan.tier, problem.two_sided);
-    if (kept) problem.kept = kept + term * kept_rows * kept_rows;
-    problem.kept_rows = problem.kept_columns = static_cast<int>(kept_rows);
+    problem.kept = kept.of_term(term);
+    problem.kept_rows = problem.kept_columns = kept.rows;
     return problem;
   }
 
@@ -324,7 +316,7 @@ void few_forward(const FewInputs<T>& few, const Tiers& tiers, Results& results, 
   FewForward<A> to{};
   to.tiers = tiers;
   to.stats = results.stats.mutable_data_ptr<A>();
-  to.kept = if_kept<A>(results.kept);
+  to.kept = kept_similarities<A>(results.kept);
   to.loss = results.loss.mutable_data_ptr<A>();
   to.of_tiers = results.tiers.mutable_data_ptr<A>();
   const dim3 grid(std::max(1u, few_tiles(few)), 2 * few.term_count);
@@ -341,7 +333,7 @@ void few_backward(const FewInputs<T>& few, const Inputs& in, const Options& opti
                   const Tensor& kept, const Upstream<acc_t<T>>& upstream, Gradients& grads, cudaStream_t stream) {
   FewBackward<T> to{};
   to.stats = stats.const_data_ptr<acc_t<T>>();
-  to.kept = if_kept<acc_t<T>>(kept);
+  to.kept = kept_similarities<acc_t<T>>(kept);
   for (int64_t k = 0; k < kTiers; ++k) {
     to.gradient[k] = upstream.of_tier(options, k, k > 0 || !options.intra_modal);
     to.temperature_gradient[k] = gradient_of(few.temperature[k], grads.temperatures[k]);

@@ -8,8 +8,8 @@ namespace msacore::hierarchical_contrastive::cuda {
 template <typename A>
 struct FewForward {
   Tiers tiers;
-  A* stats;            // [terms, 2, 4, n]
-  A* kept;             // [terms, kept_rows, kept_rows]: similarities that are left to the backward pass; or null
+  A* stats;  // [terms, 2, 4, n]
+  KeptSimilarities<A> kept;
   LossSum* sums;       // [terms, 2, row tiles]
   unsigned* done;      // blocks, zero at the start
   A *loss, *of_tiers;  // [], [3]
@@ -39,9 +39,8 @@ __global__ void __launch_bounds__(kRowThreads, 2)
     load_rows(other, in, other_side, column, takes_part, nothing);
     A c[2][4];
     few_similarities(c, stages, in, own, own_side, first, other, other_side, column);
-    if (to.kept && direction % 2 == 0)
-      for_few_kept(c, in.kept_rows(), to.kept, direction / 2, first, column, false,
-                   [](A& at, A similarity) { at = similarity; });
+    if (to.kept.at && direction % 2 == 0)
+      for_few_kept(c, to.kept, direction / 2, first, column, false, [](A& at, A similarity) { at = similarity; });
     const FewPairs<A> pairs{term, own, other, first, column};
 #pragma unroll
     for (int half = 0; half < 2; ++half) {
@@ -100,8 +99,8 @@ __global__ void __launch_bounds__(kRowThreads, 2)
 
 template <typename T>
 struct FewBackward {
-  const acc_t<T>* stats;                           // [terms, 2, 4, n]
-  const acc_t<T>* kept;                            // as in FewForward
+  const acc_t<T>* stats;  // [terms, 2, 4, n]
+  KeptSimilarities<acc_t<T>> kept;
   LossGradient<acc_t<T>> gradient[Tiers::kCount];  // of both directions' mean; of a term of a side with itself, of it
   T* grads[kFewSides];                             // [n, width_of(side)]
   int stride;                                      // of the gradients in shared memory
@@ -179,10 +178,9 @@ __global__ void __launch_bounds__(kRowThreads, 2)
       load_rows(other, in, other_side, column, takes_part,
                 [&](int r, int i, bool part) { other_gradients[r] = gradient_of(other_stats, counts[1], i, part); });
       A c[2][4];
-      if (to.kept) {
+      if (to.kept.at) {
         clear_few(c);
-        for_few_kept(c, in.kept_rows(), to.kept, t, first, column, second,
-                     [](const A& at, A& similarity) { similarity = at; });
+        for_few_kept(c, to.kept, t, first, column, second, [](const A& at, A& similarity) { similarity = at; });
       } else {
         few_similarities(c, stages, in, own, own_side, first, other, other_side, column);
       }
@@ -207,7 +205,7 @@ __global__ void __launch_bounds__(kRowThreads, 2)
       __syncthreads();
       const int last = (d - 1) / kFewColumns * kFewColumns;  // staged already where similarities were computed
       for (int from = last; from >= 0; from -= kFewColumns) {
-        if (from != last || to.kept) {
+        if (from != last || to.kept.at) {
           __syncthreads();
           stage_rows(stages.other, other, in, other_side, column, from);
           __syncthreads();

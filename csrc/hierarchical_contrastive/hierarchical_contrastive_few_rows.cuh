@@ -37,7 +37,6 @@ struct FewInputs {
   FewTerm terms[kFewTerms];
   Temperature temperature[Tiers::kCount];
 
-  __device__ int kept_rows() const { return round_up(n, 16); }
   __host__ __device__ int width_of(int side) const { return side < pairs ? width : pair_width; }
   __device__ bool takes_part(const FewTerm& term, int i) const {
     const Need need{needs[term.side[0]].modalities | needs[term.side[1]].modalities, 0};
@@ -186,18 +185,19 @@ __device__ __forceinline__ void clear_few(A (&c)[2][4]) {
     for (int i = 0; i < 4; ++i) c[tile][i] = 0;
 }
 
-// Calls body(place, similarity) for a warp's similarities of a term that are kept [terms, size, size]; `transposed`:
-// the block's rows are of the term's second side.
-template <typename A, typename Kept, typename Body>
-__device__ __forceinline__ void for_few_kept(A (&c)[2][4], int size, Kept* kept, int term, int own_first,
+// Calls body(place, similarity) for a warp's similarities that have a place in what is kept; `transposed`: the block's
+// rows are of the term's second side.
+template <typename A, typename Body>
+__device__ __forceinline__ void for_few_kept(A (&c)[2][4], const KeptSimilarities<A>& kept, int term, int own_first,
                                              int other_first, bool transposed, const Body& body) {
+  A* const of_term = kept.of_term(term);
 #pragma unroll
   for (int tile = 0; tile < 2; ++tile)
 #pragma unroll
     for (int i = 0; i < 4; ++i) {
       const int own = own_first + mma_row(i), other = other_first + few_candidate(tile, i);
       const int row = transposed ? other : own, column = transposed ? own : other;
-      if (other < size) body(kept[(int64_t{term} * size + row) * size + column], c[tile][i]);
+      if (other < kept.rows) body(of_term[int64_t{row} * kept.rows + column], c[tile][i]);
     }
 }
 

@@ -2,6 +2,7 @@
 // part where, and the tiers.
 #pragma once
 #include "contrastive/cuda/kernels.cuh"
+#include "core/optional.h"
 
 namespace msacore::hierarchical_contrastive::cuda {
 using namespace contrastive::cuda;
@@ -34,6 +35,21 @@ struct Availability {
     return (missing & need.modalities) == 0 && count >= need.least;
   }
 };
+
+// The similarities [terms, rows, rows] that the forward pass leaves to the backward pass; at no address it leaves none.
+template <typename A>
+struct KeptSimilarities {
+  A* at;
+  int rows;
+
+  __host__ __device__ A* of_term(int64_t term) const { return at ? at + term * rows * rows : nullptr; }
+};
+
+template <typename A>
+KeptSimilarities<A> kept_similarities(const Tensor& kept) {
+  A* const at = kept_data<A>(kept);
+  return {at, at ? static_cast<int>(kept.size(1)) : 0};
+}
 
 // Sides to prepare and terms to count.
 template <typename T>

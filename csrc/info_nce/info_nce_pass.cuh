@@ -113,9 +113,9 @@ struct Pass {
 
   // The first sweep leaves the similarities to the others in `kept` [R, R'], unless that has no place for them.
   void keep(const Tensor& kept) {
-    if (!kept.numel()) return;
     Problem<T>& problem = terms.at[0];
-    problem.kept = const_cast<A*>(kept.const_data_ptr<A>());
+    problem.kept = kept_data<A>(kept);
+    if (!problem.kept) return;
     problem.kept_rows = static_cast<int>(kept.size(0));
     problem.kept_columns = static_cast<int>(kept.size(1));
   }

@@ -147,12 +147,6 @@ void add_parts(A* parts, int64_t count, int64_t size, int64_t begin, int64_t end
   for (int64_t i = 1; i < count; ++i) add(parts + i * size + begin, parts + begin, end - begin);
 }
 
-// `projections` or null
-template <typename A>
-A* if_kept(const Tensor& projections) {
-  return projections.numel() > 0 ? projections.mutable_data_ptr<A>() : nullptr;
-}
-
 template <typename T>
 void forward(const Operands<T>& in, const Sizes& s, T* out, acc_t<T>* kept) {
   using A = acc_t<T>;
@@ -184,7 +178,7 @@ void forward(const Operands<T>& in, const Sizes& s, T* out, acc_t<T>* kept) {
 void forward(const char* op, const Inputs& in, const Sizes& s, Tensor& out, Tensor& projections) {
   dispatch_floating(out.scalar_type(), op, [&](auto tag) {
     using T = typename decltype(tag)::type;
-    forward(Operands<T>(in, s), s, out.mutable_data_ptr<T>(), if_kept<acc_t<T>>(on_huge_pages(projections)));
+    forward(Operands<T>(in, s), s, out.mutable_data_ptr<T>(), kept_data<acc_t<T>>(on_huge_pages(projections)));
   });
 }
 
@@ -287,7 +281,7 @@ void backward(const char* op, const Inputs& in, const Sizes& s, const Tensor& gr
       grads.factors.push_back(results.factors[m].mutable_data_ptr<T>());
     }
     Operands<T> operands(in, s);
-    backward(operands, s, grad_out.const_data_ptr<T>(), if_kept<acc_t<T>>(projections), grads);
+    backward(operands, s, grad_out.const_data_ptr<T>(), kept_data<acc_t<T>>(projections), grads);
   });
 }
 

@@ -12,6 +12,7 @@ from collections.abc import Sequence
 
 import numpy as np
 from scipy import stats
+from sklearn.metrics import accuracy_score, f1_score
 
 SIMS_BINS = {"acc3": (-0.1, 0.1), "acc5": (-0.7, -0.1, 0.1, 0.7)}
 HIGHER_IS_BETTER = {"mae": False}
@@ -97,12 +98,10 @@ def _sims(pred: np.ndarray, y: np.ndarray) -> dict[str, float | bool | int]:
 
 
 def _binary(pred: np.ndarray, truth: np.ndarray, suffix: str) -> dict[str, float | bool | int]:
-    """Accuracy, and F1 of both classes weighted by how often they are true; curves score hundreds of predictions, for
-    which scikit-learn's functions check their arguments too long."""
-    hits = np.array([np.sum(~pred & ~truth), np.sum(pred & truth)])
-    named, true = (np.array([len(v) - v.sum(), v.sum()]) for v in (pred, truth))
-    f1 = 2 * hits / np.maximum(named + true, 1)
-    return {f"acc2{suffix}": float(np.mean(pred == truth)), f"f1{suffix}": float(np.average(f1, weights=true))}
+    return {
+        f"acc2{suffix}": float(accuracy_score(truth, pred)),
+        f"f1{suffix}": float(f1_score(truth, pred, average="weighted", zero_division=0)),
+    }
 
 
 def _non0(pred: np.ndarray, y: np.ndarray) -> dict[str, float | bool | int]:

@@ -151,20 +151,16 @@ __device__ __forceinline__ void find_similarities(const SimilarityTile<T>& tile,
   for_pairs(c, [&](acc_t<T>& similarity, int i, int j) { similarity *= tile.a.factor[i] * tile.b.factor[j]; });
 }
 
-// Calls body(place, neighbours) for what is kept of the pairs of this thread.
+// Calls body(place, first, second) for neighbours among this thread's pairs that have a place in what is kept.
 template <typename T, typename Body>
 __device__ __forceinline__ void for_kept(const SimilarityTile<T>& tile, TileSums<acc_t<T>>& c, const Body& body) {
+  using A = acc_t<T>;
   const Problem<T>& problem = tile.problem;
-#pragma unroll
-  for (int down = 0; down < 2; ++down)
-#pragma unroll
-    for (int across = 0; across < 4; ++across)
-#pragma unroll
-      for (int i = 0; i < 4; i += 2) {
-        const int64_t row = tile.row + tile_row(down, i), column = tile.column + tile_column(across, i);
-        if (row < problem.kept_rows && column < problem.kept_columns)
-          body(problem.kept + row * problem.kept_columns + column, c[down][across][i], c[down][across][i + 1]);
-      }
+  for_neighbours(c, [&](int i, int j, A& first, A& second) {
+    const int64_t row = tile.row + i, column = tile.column + j;
+    if (row < problem.kept_rows && column < problem.kept_columns)
+      body(problem.kept + row * problem.kept_columns + column, first, second);
+  });
 }
 
 // c ← the tile's similarities, of which a first sweep leaves a copy where they are kept. Called by all threads.
