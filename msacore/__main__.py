@@ -52,13 +52,11 @@ def main() -> None:
         or "none",
     }
     width = max(map(len, rows))
-    for label, value in rows.items():
-        print(f"{label:<{width}}  {value}")
-    print("operators")
-    for name, devices in table.items():
-        print(f"  {name:<{width + 30}}  {', '.join(devices)}")
+    lines = [f"{label:<{width}}  {value}" for label, value in rows.items()]
+    lines += ["operators", *(f"  {name:<{width + 30}}  {', '.join(devices)}" for name, devices in table.items())]
     if build["cuda"] and not any("cuda" in devices for devices in table.values()):
-        print("warning: CUDA is in this build, but no operator is registered for it; build msacore again")
+        lines.append("warning: CUDA is in this build, but no operator is registered for it; build msacore again")
+    sys.stdout.write("\n".join([*lines, ""]))  # at once: `| head` closes the pipe after the first of them
 
 
 if __name__ == "__main__":

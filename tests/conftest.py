@@ -37,7 +37,8 @@ def _seeded() -> None:
 
 def _is_long(item: pytest.Item) -> bool:
     """Whether a test compiles or runs for minutes."""
-    return item.name.startswith("test_sanitizers") or item.path.stem in ("test_cpu_sanitizers", "test_one_definition")
+    long = ("test_sanitizers", "test_killed_runs_end")
+    return item.name.startswith(long) or item.path.stem in ("test_cpu_sanitizers", "test_one_definition")
 
 
 @pytest.hookimpl(tryfirst=True)

@@ -1,4 +1,4 @@
-"""Compiles every `_cuda.cu` with nvcc and reads what it says of each kernel. `python -m tests.nvcc` prints it."""
+"""Compiles every `_cuda.cu` for all architectures and reads what ptxas says of each kernel. `python -m tests.nvcc` prints it."""
 
 import functools
 import os
@@ -6,13 +6,13 @@ import re
 import subprocess
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 
-import torch
+from tests.cuda_on_host.build import ROOT
+from tests.ptx.build import ptx_of
 
-from tests.cuda_on_host.build import ROOT, content_hash
-
-ARCHITECTURES = ("80", "90")
+ARCHITECTURES = ("80", "86", "89", "90", "100", "120")
 SOURCES = sorted((ROOT / "csrc").glob("*/*_cuda.cu"))
 CACHE = ROOT / "build" / "nvcc"
 
@@ -32,36 +32,27 @@ class Kernel:
     spilled: int  # bytes stored and loaded
 
 
-def report(source: Path) -> str:
-    command = ["nvcc", "-std=c++17", "-O3", "-c", str(source), "-o", "/dev/null", "-Xptxas", "-v"]
-    # Nothing in csrc asks for more than compute_80: one pass of the compiler, machine code for each.
-    command.append(f"-gencode=arch=compute_80,code=[{','.join(f'sm_{a}' for a in ARCHITECTURES)}]")
-    command += ["-DUSE_CUDA", "-DTORCH_TARGET_VERSION=0x020b000000000000", f"-I{ROOT / 'csrc'}"]
-    command += ["-isystem", str(Path(torch.__file__).parent / "include")]
-    cached = CACHE / f"{source.stem}.{content_hash(source, command)}.txt"
-    if not cached.exists():
+def report(source: Path, architecture: str) -> str:
+    """What ptxas says as it makes machine code of nvcc's PTX: that is one for all, as csrc asks for compute_80 at most."""
+    ptx = ptx_of(source, small=False)
+    said = CACHE / f"{ptx.stem}.sm_{architecture}.txt"
+    if not said.exists():
+        command = ["ptxas", "-v", f"-arch=sm_{architecture}", str(ptx), "-o", os.devnull]
         done = subprocess.run(command, capture_output=True, text=True)
         if done.returncode != 0:
-            return f"error:\n{done.stderr[-4000:]}"
+            raise RuntimeError(f"{source.name} does not compile for sm_{architecture}: {done.stderr[-4000:]}")
         CACHE.mkdir(parents=True, exist_ok=True)
-        unfinished = cached.with_suffix(f".{os.getpid()}")
+        unfinished = said.with_suffix(f".{os.getpid()}")
         unfinished.write_text(done.stderr)
-        unfinished.rename(cached)
-    return cached.read_text()
+        unfinished.rename(said)
+    return said.read_text()
 
 
 @functools.cache
-def _reports() -> dict[Path, str]:
-    with ThreadPoolExecutor(2) as pool:
-        return dict(zip(SOURCES, pool.map(report, SOURCES), strict=True))
-
-
 def kernels_of(source: Path) -> list[Kernel]:
-    """The kernels of a source file on every architecture; raises with nvcc's words where it does not compile."""
-    report = _reports()[source]
-    if report.startswith("error:"):
-        raise RuntimeError(f"{source.name} does not compile for the device: {report}")
-    found = _KERNEL.findall(report)
+    """The kernels of a source file on every architecture; raises with the compiler's words where it does not compile."""
+    with ThreadPoolExecutor(2) as pool:
+        found = _KERNEL.findall("".join(pool.map(partial(report, source), ARCHITECTURES)))
     names = subprocess.run(
         ["c++filt"], input="\n".join(k[0] for k in found), capture_output=True, text=True, check=True
     )

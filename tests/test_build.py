@@ -2,6 +2,7 @@
 
 import ast
 import re
+import shlex
 import shutil
 import subprocess
 import sys
@@ -118,6 +119,12 @@ def test_the_report_for_bug_reports_names_what_matters() -> None:
     for word in ("torch", "faiss", "compiler", "instruction sets", "CUDA", "msacore::graph_propagate"):
         assert word in done.stdout
     assert torch.__version__ in done.stdout
+
+
+def test_the_report_may_be_read_to_its_first_line_alone() -> None:
+    command = f"{shlex.quote(sys.executable)} -u -m msacore | head -n 1"
+    done = subprocess.run(command, shell=True, capture_output=True, text=True, check=True, cwd=ROOT)
+    assert done.stdout.startswith("msacore") and done.stderr == ""
 
 
 @pytest.mark.parametrize("old", ["7.5", "7.0+PTX", "Turing", "Volta"])

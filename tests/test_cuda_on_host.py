@@ -79,8 +79,6 @@ def _under_sanitizers(source: Path) -> list[str]:
     if source.stem == "kcenter_cuda":
         chosen = "every_order or bad_input or lacks or more_ or scan"
         return [str(ROOT / "tests" / "test_kcenter_cuda.py"), "-k", chosen]
-    if source.stem == "info_nce_partial_cuda":
-        return [str(ROOT / "tests" / "test_info_nce_partial_cuda.py")]
     nodes = []
     for case in cases.ALL:
         if case.name not in operators_of(source):
@@ -97,7 +95,8 @@ def _under_sanitizers(source: Path) -> list[str]:
             if bad.values
         ]
     assert nodes, f"no tests of {source.name}: without one pytest would take all there are"
-    return [f"{__file__}::{node}" for node in nodes]
+    nodes = [f"{__file__}::{node}" for node in nodes]
+    return [*nodes, str(ROOT / "tests" / "test_info_nce_partial_cuda.py")] if source.stem == "info_nce_cuda" else nodes
 
 
 @pytest.mark.slow  # sanitized builds and runs take minutes

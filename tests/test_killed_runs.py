@@ -33,7 +33,8 @@ LIMIT = 300
 @pytest.fixture(scope="module", autouse=True)
 def preloaded() -> None:
     """Processes fork from one that has imported everything: a kill hits work, not the import of torch."""
-    CONTEXT.set_forkserver_preload(["examples.al_hcl.__main__", "examples.sslmm.__main__"])
+    lazy = ["matplotlib.backends.backend_agg", "scipy.stats", "sklearn.metrics", "torch._inductor"]
+    CONTEXT.set_forkserver_preload(["examples.al_hcl.__main__", "examples.sslmm.__main__", *lazy])
 
 
 def start(system: str, out: Path, jobs: int) -> Any:

@@ -1,6 +1,7 @@
 // InfoNCE on CUDA: checks, scratch memory and launches.
 #include "info_nce/info_nce.h"
 
+#include "info_nce/info_nce_partial_cuda.cuh"
 #include "info_nce/info_nce_pass.cuh"
 
 namespace msacore::info_nce::cuda {
@@ -99,4 +100,8 @@ using Operators = InfoNceOperators<forward, backward>;
 MSACORE_CUDA_LIBRARY(m) {
   m.impl("info_nce", TORCH_BOX(&msacore::info_nce::cuda::Operators::info_nce));
   m.impl("info_nce_backward", TORCH_BOX(&msacore::info_nce::cuda::Operators::info_nce_backward));
+  using Partial = msacore::info_nce::cuda::partial::Operators;
+  m.impl("info_nce_partial", TORCH_BOX(&Partial::info_nce_partial));
+  m.impl("info_nce_partial_positives", TORCH_BOX(&Partial::info_nce_partial_positives));
+  m.impl("info_nce_partial_backward", TORCH_BOX(&Partial::info_nce_partial_backward));
 }

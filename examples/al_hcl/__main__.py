@@ -44,7 +44,7 @@ from .pick import add_pick_arguments, pick_command
 from .report import build_report
 
 DESCRIPTION = "AL-HCL: active learning and hierarchical contrastive learning for multimodal sentiment."
-# Small enough for two minutes on two cores, which share the seeds; whatever is given on the command line wins. On the
+# Small enough for three minutes on two cores, which share the seeds; whatever is given on the command line wins. On the
 # embedded corpus eight seeds: what is planted then shows beyond the spread of first labels.
 DEMO = {"seeds": [0, 1, 2, 3, 4], "jobs": 2, "rounds": 2, "budget": 30, "width": 32, "pretrain_steps": 120, "steps": 20}
 DEMO_EMBEDDED = {"size": 900, "seeds": list(range(8)), "ablate": ["without contrast"]}

@@ -13,23 +13,24 @@ from concurrent.futures import ThreadPoolExecutor
 from functools import partial
 from typing import Any
 
-from tests.cuda_on_host.build import HERE, build
-from tests.nvcc import SOURCES, kernels_of, report
+from tests.cuda_on_host.build import HERE, build, files_of
+from tests.nvcc import ARCHITECTURES, SOURCES, kernels_of, report
 from tests.ptx.build import host_of, kernels_know_sizes, ptx_of
 
 
 def main() -> None:
     everything = "--all" in sys.argv[1:]
     nvcc = everything and shutil.which("nvcc") is not None
-    by_size = sorted(SOURCES, key=lambda source: -source.stat().st_size)
+    by_size = sorted(SOURCES, key=lambda source: -sum(file.stat().st_size for file in files_of(source)))
     shim = HERE / "shim_kernels.cpp"
-    jobs: list[Callable[[], Any]] = [partial(report, source) for source in by_size if nvcc]
+    jobs: list[Callable[[], Any]] = []
     if nvcc:
         for source in by_size:
             sizes = (True, False) if kernels_know_sizes(source) else (False,)
             jobs += [partial(ptx_of, source, small) for small in sizes]
             jobs += [partial(host_of, source, small) for small in (True, False)]
         jobs += [partial(made, shim) for made in (ptx_of, host_of)]
+        jobs += [partial(report, source, arch) for arch in ARCHITECTURES for source in by_size]
     if everything:
         jobs += [partial(build, source, sanitize=True) for source in (*by_size, shim)]
     jobs += [partial(build, source) for source in (*by_size, shim)]

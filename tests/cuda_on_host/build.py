@@ -5,6 +5,7 @@ import hashlib
 import os
 import re
 import subprocess
+import threading
 from pathlib import Path
 
 import torch
@@ -64,7 +65,7 @@ def cached(folder: Path, kind: str, suffix: str, source: Path, command: list[str
         folder.mkdir(parents=True, exist_ok=True)
         for stale in folder.glob(f"{kind}.????????????????.{suffix}"):
             stale.unlink(missing_ok=True)
-        unfinished = path.with_suffix(f".{os.getpid()}")
+        unfinished = path.with_suffix(f".{os.getpid()}.{threading.get_ident()}")
         done = subprocess.run([*command, str(unfinished)], capture_output=True, text=True)
         if done.returncode != 0:
             return path, done.stderr

@@ -31,7 +31,6 @@ def arguments() -> argparse.Namespace:
         help="part of the samples' names; those too large for a host run (on_host=False) need their whole name",
     )
     parser.add_argument("--mma", choices=MMA_MODELS, default="exact", help="how tensor cores add; see README.md")
-    parser.add_argument("--arch", default="90", help="compute capability of the PTX")
     parser.add_argument("--production-sizes", action="store_true", help="sizes of a CUDA build, not of tests")
     parser.add_argument("--schedule", default="forward", help="order of threads: forward, reverse or random:SEED")
     parser.add_argument("--stats", metavar="FILE", type=Path, help="write what each launch issues and moves, as CSV")
@@ -66,7 +65,7 @@ def main() -> int:
     started = time.time()
     sources = sorted({source_of(case) for case in found}, key=lambda source: -source.stat().st_size)
     machine = Machine(options.mma, options.schedule, options.stats)
-    machine.run_instead(sources, small=not options.production_sizes, arch=options.arch)
+    machine.run_instead(sources, small=not options.production_sizes)
     print(f"built or found {len(sources)} sources in {time.time() - started:.0f} s", flush=True)
     run = Run(machine, options.verbose)
     dtypes = options.dtypes.split(",")

@@ -38,11 +38,11 @@ class Machine:
         if stats:
             library.ptx_statistics(str(stats.absolute()).encode())
 
-    def run_instead(self, sources: Sequence[Path], small: bool = True, arch: str = "90") -> None:
+    def run_instead(self, sources: Sequence[Path], small: bool = True) -> None:
         """Build sources, MAX_JOBS (all cores) at a time: `CudaOnHost` then runs their PTX in this process."""
         host = partial(host_of, small=small)
         with compilers_alone(), ThreadPoolExecutor(int(os.environ.get("MAX_JOBS") or os.cpu_count() or 1)) as pool:
-            texts = pool.map(partial(ptx_of, small=small, arch=arch), sources)
+            texts = pool.map(partial(ptx_of, small=small), sources)
             libraries = pool.map(host, sources)
             for library, text in zip(libraries, texts, strict=True):
                 self.load(library, text)

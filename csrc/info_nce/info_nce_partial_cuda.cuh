@@ -1,10 +1,11 @@
-// InfoNCE of a part of the anchors on CUDA.
+// InfoNCE of a part of the anchors on CUDA, in one source with that of all anchors: their kernels are compiled once.
+#pragma once
 #include "info_nce/info_nce_partial.h"
 
 #include "info_nce/info_nce_partial_kernels.cuh"
 #include "info_nce/info_nce_pass.cuh"
 
-namespace msacore::info_nce::cuda {
+namespace msacore::info_nce::cuda::partial {
 namespace {
 
 // The statistics of rows and columns at hand, as sweeps take them.
@@ -113,10 +114,4 @@ void backward(const char* op, const InfoNceInputs& in, const InfoNceSizes& s, co
 using Operators = InfoNcePartialOperators<forward, positives, backward>;
 
 }  // namespace
-}  // namespace msacore::info_nce::cuda
-
-MSACORE_CUDA_LIBRARY(m) {
-  m.impl("info_nce_partial", TORCH_BOX(&msacore::info_nce::cuda::Operators::info_nce_partial));
-  m.impl("info_nce_partial_positives", TORCH_BOX(&msacore::info_nce::cuda::Operators::info_nce_partial_positives));
-  m.impl("info_nce_partial_backward", TORCH_BOX(&msacore::info_nce::cuda::Operators::info_nce_partial_backward));
-}
+}  // namespace msacore::info_nce::cuda::partial
