@@ -107,12 +107,10 @@ def test_report_in_a_browser(report, tmp_path):
     assert (pixels < 0.5).any(-1).mean() > 0.002 and pixels.std() > 0.02
 
 
+@pytest.mark.slow  # two whole runs with their reports
 @pytest.mark.parametrize(("aligned", "family", "metrics"), [
     (True, "sims", {"acc2", "acc2_non0", "f1", "acc5", "acc3", "mae", "corr"}),
-    pytest.param(
-        *(False, "mosi", {"acc2_has0", "acc2_non0", "f1_has0", "f1_non0", "acc7", "mae", "corr"}),
-        marks=pytest.mark.slow,  # a whole run with its report
-    ),
+    (False, "mosi", {"acc2_has0", "acc2_non0", "f1_has0", "f1_non0", "acc7", "mae", "corr"}),
 ])  # fmt: skip
 def test_mmsa_pickles_run_to_the_report_in_the_metrics_of_their_set(tmp_path, aligned, family, metrics):
     path = write(tmp_path, mmsa(n=(40, 12, 12), aligned=aligned, sims=family == "sims"))

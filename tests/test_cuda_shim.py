@@ -118,7 +118,7 @@ def test_votes_and_atomics(call: Callable[..., str], schedule: str) -> None:
         ("early_return", ("wait for ever", "threads 0-31 wait at __syncthreads", "threads 32-63 have returned")),
         ("wrong_mask", ("wait for ever", "__shfl_xor_sync with mask 0xffffffff", "threads 16-31 have returned")),
         ("stray_lane", ("__shfl_sync", "reads a lane outside its mask")),
-        ("too_much_shared", ("204800 bytes of shared memory", "this GPU has 166912")),
+        ("too_much_shared", ("204800 bytes of shared memory", "this GPU has 101376")),
         ("too_many_threads", ("cannot launch", "1056 threads")),
     ],
 )

@@ -27,6 +27,7 @@ ON_HOST = {
 LONG = {
     "test_threads_share_the_work": ("statistics, whole window",),
     "test_every_output_is_written": ("large, labels", "rows too wide to keep"),
+    "test_hidden_inputs_are_never_read": ("large", "large, labels"),
 }
 
 
