@@ -1,4 +1,7 @@
-"""Compiles every `_cuda.cu` for all architectures and reads what ptxas says of each kernel. `python -m tests.nvcc` prints it."""
+"""Compiles every `_cuda.cu` for all architectures and reads what ptxas says of each kernel.
+
+`python -m tests.nvcc` prints it.
+"""
 
 import functools
 import os
@@ -33,7 +36,7 @@ class Kernel:
 
 
 def report(source: Path, architecture: str) -> str:
-    """What ptxas says as it makes machine code of nvcc's PTX: that is one for all, as csrc asks for compute_80 at most."""
+    """What ptxas says as it makes machine code of nvcc's PTX, which is one for all architectures."""
     ptx = ptx_of(source, small=False)
     said = CACHE / f"{ptx.stem}.sm_{architecture}.txt"
     if not said.exists():
@@ -50,7 +53,7 @@ def report(source: Path, architecture: str) -> str:
 
 @functools.cache
 def kernels_of(source: Path) -> list[Kernel]:
-    """The kernels of a source file on every architecture; raises with the compiler's words where it does not compile."""
+    """The kernels of a source on every architecture; raises with the compiler's words where it does not compile."""
     with ThreadPoolExecutor(2) as pool:
         found = _KERNEL.findall("".join(pool.map(partial(report, source), ARCHITECTURES)))
     names = subprocess.run(

@@ -29,8 +29,8 @@ TORCH = Path(torch.__file__).parent
 _COMPILE = ["-x", "c++", "-std=c++20", "-O0", "-g0", "-fPIC", "-flto", "-ffat-lto-objects", "-pthread", "-w"]
 _COMPARE = ["-r", "-flinker-output=rel", "-flto", "-O0", "-Wodr", "-Werror=odr"]  # merged, and no machine code made
 
-# Runs recorded calls on both sides; the library's CUDA code registers itself under the name `msacore_host`. A result that
-# goes into a later call goes there as its own side found it: what a device keeps for its backward pass is its own.
+# Runs recorded calls on both sides; the library's CUDA code registers itself under the name `msacore_host`. A result
+# that goes into a later call goes there as its own side found it: what a device keeps for its backward pass is its own.
 _RUN_BOTH = """
 import sys, torch
 from torch.utils import _pytree
