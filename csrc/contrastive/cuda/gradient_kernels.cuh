@@ -123,7 +123,9 @@ __global__ void __launch_bounds__(kTileThreads, sizeof(T) == 8 ? 1 : 3)
   const bool bounded = !Apart && problem.bounded(scale);
   double slope = 0;  // an anchor's positives count in the first tile of its row or column
   const auto load_anchor = [&](AnchorGradient<A>& to, const AnchorGradient<A>& anchor, bool first_tile) {
-    if (!Apart && first_tile) slope -= static_cast<double>(anchor.softmax_weight) * (anchor.positive - anchor.highest);
+    // Relative to what the softmax's part is: statistics of few samples have their highest also where it is bounded.
+    if (!Apart && first_tile)
+      slope -= static_cast<double>(anchor.softmax_weight) * (anchor.positive - (bounded ? A(1) : anchor.highest));
     to = anchor;
     if (bounded) to.softmax_weight *= power2((1 - anchor.highest) * scale - anchor.log);
   };
@@ -149,7 +151,7 @@ __global__ void __launch_bounds__(kTileThreads, sizeof(T) == 8 ? 1 : 3)
         });
       }
     };
-    if (bounded) {  // highest is 1
+    if (bounded) {  // relative to 1
       add_softmax([&](const AnchorGradient<A>& a, const AnchorGradient<A>& b, A similarity) {
         const A gradient = (a.softmax_weight + b.softmax_weight) * power2((similarity - 1) * scale);
         softmax_slope += gradient * (similarity - 1);
