@@ -54,6 +54,7 @@ def report(source: Path, architecture: str) -> str:
 @functools.cache
 def kernels_of(source: Path) -> list[Kernel]:
     """The kernels of a source on every architecture; raises with the compiler's words where it does not compile."""
+    ptx_of(source, small=False)  # once, before two threads ask for it
     with ThreadPoolExecutor(2) as pool:
         found = _KERNEL.findall("".join(pool.map(partial(report, source), ARCHITECTURES)))
     names = subprocess.run(

@@ -71,7 +71,7 @@ def test_killed_runs_end_with_the_same_report(system: str, tmp_path: Path) -> No
     moments = random.Random(system)
     finish(start(system, tmp_path / "whole", 1))
     expected = numbers(tmp_path / "whole")
-    for jobs, kills in ((1, 13), (2, 2)):
+    for jobs, kills in ((1, 11), (2, 4)):
         begun = time.monotonic()
         finish(start(system, tmp_path / f"{jobs}-jobs", jobs))
         duration = time.monotonic() - begun
