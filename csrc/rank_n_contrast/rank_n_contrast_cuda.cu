@@ -30,7 +30,7 @@ struct Pass {
   Near near;
   void* target;
   double *rows, *square, *distances, *offsets, *numbers, *losses, *sums;
-  int *order, *group;
+  Order order;
   Scratch scratch;
 
   Pass(const char* op, const Problem& problem, bool backward, cudaStream_t stream)
@@ -43,6 +43,7 @@ struct Pass {
         to(round_up(problem.anchor_end, kTile)),
         strip(strip_of(ranked, to - from)),
         near(near_of(ranked.padded, strip)),
+        order{nullptr, nullptr, ranked.padded},
         scratch(problem.embeddings, [&](Scratch& memory) {
           memory.take(ranked.sample, ranked.count);
           memory.take(ranked.norm, ranked.count);
@@ -59,16 +60,16 @@ struct Pass {
           memory.take(numbers, strip * ranked.padded * 4);
           memory.take(losses, to - from);
           memory.take(sums, backward ? elements : 0);
-          memory.take(order, is_space ? strip * ranked.padded : 0);
-          memory.take(group, is_space ? strip * ranked.padded : 0);
+          memory.take(order.place, strip * ranked.padded);
+          memory.take(order.group, strip * ranked.padded);
           memory.take(near.by_anchor, strip * near.samples);
           memory.take(near.by_sample, ranked.padded * near.anchors);
         }) {
     with_targets([&](auto tag) {
       using Target = typename decltype(tag)::type;
-      launch(rank_kernel<T, Target>, grid_for(ranked.count, kThreads), dim3(kThreads), 0, stream,
+      launch(rank_kernel<Target>, grid_for(ranked.count, kThreads), dim3(kThreads), 0, stream,
              is_space ? nullptr : problem.targets.template const_data_ptr<Target>(), data_or_null<bool>(problem.mask),
-             ranked, static_cast<Value<Target>*>(target));
+             ranked.count, ranked.sample, ranked.state, static_cast<Value<Target>*>(target));
     });
     for (const bool last : {false, true}) {
       launch(norm_kernel<T>, grid_for(ranked.count, kWarps), dim3(kThreads), 0, stream, ranked);
@@ -100,7 +101,7 @@ struct Pass {
   }
 
   static int64_t strip_of(const Ranked<T>& ranked, int64_t anchors) {
-    const int64_t bytes_per_tile = ranked.padded * kTile * 6 * static_cast<int64_t>(sizeof(double));
+    const int64_t bytes_per_tile = ranked.padded * kTile * 7 * static_cast<int64_t>(sizeof(double));
     return std::min(anchors, kTile * std::max<int64_t>(1, kStripBytes / bytes_per_tile));
   }
 
@@ -142,28 +143,27 @@ struct Pass {
                               reinterpret_cast<A*>(distances),
                               offsets,
                               numbers,
+                              order,
                               near};
-    const auto launch_anchors = [&](const auto& labels) {
-      launch(anchor_kernel<Backward, A, std::decay_t<decltype(labels)>>, dim3(static_cast<unsigned>(size)),
-             dim3(kThreads), 0, stream, labels, ranked.state, ranked.norm, of_anchors, grad_out, losses - from);
-    };
-    if (is_space) return launch_anchors(Space{order, group, ranked.padded});
-    with_targets([&](auto tag) {
-      using Target = typename decltype(tag)::type;
-      launch_anchors(Line<Target>{static_cast<const Value<Target>*>(target)});
-    });
+    launch(anchor_kernel<Backward, A>, dim3(static_cast<unsigned>(size)), dim3(kThreads), 0, stream, ranked.state,
+           ranked.norm, of_anchors, grad_out, losses - from);
   }
 
-  // The order that each anchor of a strip sees the others in. Gaps lie where `anchors` then puts numbers.
+  // The order that each anchor of a strip sees the others in. Gaps of several labels lie where `anchors` then puts
+  // numbers.
   void sort(int64_t first, int64_t size) const {
-    if (!is_space) return;
     with_targets([&](auto tag) {
       using Target = typename decltype(tag)::type;
       using Sum = typename LabelTypes<Target>::SumOfGaps;
       static_assert(sizeof(Sum) <= 4 * sizeof(double), "gaps must fit where numbers will lie");
-      launch(order_kernel<T, Target>, dim3(static_cast<unsigned>(size)), dim3(kThreads), 0, stream,
-             problem.targets.template const_data_ptr<Target>(), problem.labels, ranked, first,
-             reinterpret_cast<Sum*>(numbers), order, group);
+      const dim3 grid(static_cast<unsigned>(size));
+      if (is_space)
+        launch(space_order_kernel<Target>, grid, dim3(kThreads), 0, stream,
+               problem.targets.template const_data_ptr<Target>(), problem.labels, ranked.sample, ranked.state, first,
+               reinterpret_cast<Sum*>(numbers), order);
+      else
+        launch(line_order_kernel<Target>, grid, dim3(kThreads), 0, stream, static_cast<const Value<Target>*>(target),
+               ranked.state, first, order);
     });
   }
 

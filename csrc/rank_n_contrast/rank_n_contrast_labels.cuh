@@ -47,10 +47,10 @@ __device__ __forceinline__ typename LabelTypes<Target>::Gap gap_between(Value<Ta
 
 // Blocks of 256 samples count those before each. `targets` [count] or null, which sorts by the mask alone; target
 // [count]: the targets in order.
-template <typename T, typename Target>
+template <typename Target>
 __global__ void __launch_bounds__(kThreads, 4)
-    rank_kernel(const Target* __restrict__ targets, const bool* __restrict__ mask,
-                const __grid_constant__ Ranked<T> ranked, Value<Target>* __restrict__ target) {
+    rank_kernel(const Target* __restrict__ targets, const bool* __restrict__ mask, int64_t count,
+                int64_t* __restrict__ sample, State* __restrict__ state, Value<Target>* __restrict__ target) {
   using Y = Value<Target>;
   enum Kind : int { kNumber, kNaN, kMasked };
   MSACORE_SHARED(value, Y[kThreads]);
@@ -61,17 +61,17 @@ __global__ void __launch_bounds__(kThreads, 4)
     if (targets) y = static_cast<Y>(targets[i]);
     return y == y ? kNumber : kNaN;
   };
-  for (int64_t first = int64_t{blockIdx.x} * kThreads; first < ranked.count; first += grid_threads()) {
+  for (int64_t first = int64_t{blockIdx.x} * kThreads; first < count; first += grid_threads()) {
     const int64_t i = first + threadIdx.x;
     Y own = 0;
-    const int own_kind = i < ranked.count ? kind_of(i, own) : kMasked;
+    const int own_kind = i < count ? kind_of(i, own) : kMasked;
     int64_t before = 0, unmasked = 0;
-    for (int64_t start = 0; start < ranked.count; start += kThreads) {
+    for (int64_t start = 0; start < count; start += kThreads) {
       __syncthreads();
       const int64_t j = start + threadIdx.x;
-      if (j < ranked.count) kind[threadIdx.x] = kind_of(j, value[threadIdx.x]);
+      if (j < count) kind[threadIdx.x] = kind_of(j, value[threadIdx.x]);
       __syncthreads();
-      const int size = static_cast<int>(min(ranked.count - start, int64_t{kThreads}));
+      const int size = static_cast<int>(min(count - start, int64_t{kThreads}));
       for (int k = 0; k < size; ++k) {
         const bool same = kind[k] == own_kind && (own_kind != kNumber || value[k] == own);
         const bool less = kind[k] < own_kind || (kind[k] == own_kind && own_kind == kNumber && value[k] < own);
@@ -79,13 +79,13 @@ __global__ void __launch_bounds__(kThreads, 4)
         unmasked += kind[k] != kMasked;
       }
     }
-    if (i < ranked.count) {
-      ranked.sample[before] = i;
+    if (i < count) {
+      sample[before] = i;
       if (targets) target[before] = own;
     }
     if (i == 0) {
-      ranked.state->unmasked = unmasked;
-      ranked.state->middle = 0;
+      state->unmasked = unmasked;
+      state->middle = 0;
     }
   }
 }
@@ -104,60 +104,99 @@ __device__ __forceinline__ int first_place(int begin, int end, Is is) {
   return begin;
 }
 
-// One label a sample: ranks are places.
-template <typename Target>
-struct Line {
-  const Value<Target>* target;  // [count], in order
+// first_place where it is likely near `begin`, and near `end`: equal gaps are few more often than not.
+template <typename Is>
+__device__ __forceinline__ int first_place_after(int begin, int end, Is is) {
+  int step = 1;
+  while (begin + step <= end && !is(begin + step - 1)) {
+    begin += step;
+    step *= 2;
+  }
+  return first_place(begin, min(end, begin + step - 1), is);
+}
+template <typename Is>
+__device__ __forceinline__ int first_place_before(int begin, int end, Is is) {
+  int step = 1;
+  while (end - step >= begin && is(end - step)) {
+    end -= step;
+    step *= 2;
+  }
+  return first_place(max(begin, end - step + 1), end, is);
+}
 
-  struct View {
-    const Value<Target>* target;
-    Value<Target> own;
-    int self;
-
-    __device__ int place(int rank) const { return rank; }
-    __device__ typename LabelTypes<Target>::Gap gap(int rank) const { return gap_between<Target>(own, target[rank]); }
-    __device__ bool is_bad(int place) const { return gap(place) != gap(place); }
-  };
-  __device__ View view(int64_t, int self, int) const { return {target, target[self], self}; }
-};
-
-// Several labels a sample: every anchor has sorted the others, and is last.
-struct Space {
-  const int *order,
-      *group;  // [strip, padded]: the place of a rank, and the rank at which its group of equal gaps begins
+// The others of each anchor of a strip, in the order of falling gaps: the place of a rank, and the rank at which its
+// group of equal gaps begins; `group` begins with -1 where a gap is not a number.
+struct Order {
+  int *place, *group;  // [strip, padded]
   int64_t padded;
 
-  struct View {
-    const int *order, *group;
-    int self, n;
-
-    __device__ int place(int rank) const { return order[rank]; }
-    __device__ int gap(int rank) const { return n - group[rank]; }
-    __device__ bool is_bad(int) const { return group[0] < 0; }
-  };
-  __device__ View view(int64_t anchor, int, int n) const {
-    return {order + anchor * padded, group + anchor * padded, n - 1, n};
-  }
+  __device__ Order of(int64_t anchor) const { return {place + anchor * padded, group + anchor * padded, padded}; }
 };
 
 constexpr int kMergeItems = 8;  // of a thread
 
-// A block per anchor of the strip that begins at `first`: gaps [n], by place, and a stable merge sort of the others by
-// falling gap. gaps, order and group are [strip, padded]; `group` begins with -1 where a gap is not a number.
-template <typename T, typename Target>
+// One label a sample, so that gaps fall by places from both ends towards the anchor: the two sides are merged. A block
+// per anchor of the strip that begins at `first`. target [count]: the labels, by place.
+template <typename Target>
 __global__ void __launch_bounds__(kThreads, 4)
-    order_kernel(const Target* __restrict__ targets, int64_t labels, const __grid_constant__ Ranked<T> ranked,
-                 int64_t first, typename LabelTypes<Target>::SumOfGaps* __restrict__ all_gaps,
-                 int* __restrict__ all_order, int* __restrict__ all_group) {
-  using Sum = typename LabelTypes<Target>::SumOfGaps;
-  const int self = static_cast<int>(first + blockIdx.x), n = static_cast<int>(ranked.state->unmasked), others = n - 1;
+    line_order_kernel(const Value<Target>* __restrict__ target, const State* __restrict__ state, int64_t first,
+                      const __grid_constant__ Order orders) {
+  const int self = static_cast<int>(first + blockIdx.x), n = static_cast<int>(state->unmasked);
   if (self >= n) return;
-  Sum* const gaps = all_gaps + int64_t{blockIdx.x} * ranked.padded;
-  int *from = all_order + int64_t{blockIdx.x} * ranked.padded, *to = all_group + int64_t{blockIdx.x} * ranked.padded;
-  const Target* const own = targets + ranked.sample[self] * labels;
+  const Order order = orders.of(blockIdx.x);
+  const Value<Target> own = target[self];
+  const int below = self, above = n - 1 - self;  // how many are on either side
+  const auto low_gap = [&](int i) { return gap_between<Target>(own, target[i]); };
+  const auto high_gap = [&](int i) { return gap_between<Target>(own, target[n - 1 - i]); };
+  bool bad = low_gap(self) != low_gap(self);
+  for (int begin = threadIdx.x * kMergeItems; begin < n - 1; begin += kThreads * kMergeItems) {
+    int i = first_place(max(0, begin - above), min(begin, below),
+                        [&](int k) { return low_gap(k) < high_gap(begin - 1 - k); });
+    int j = begin - i, group = 0;
+    auto low = low_gap(i), high = high_gap(j);  // of the anchor itself where a side has ended
+    auto last = low;
+    for (int r = begin; r < min(begin + kMergeItems, n - 1); ++r) {
+      const bool take_high = i >= below || (j < above && low < high);
+      const auto gap = take_high ? high : low;
+      bad = bad || gap != gap;
+      if (r == begin) {
+        group = first_place_before(0, i, [&](int k) { return low_gap(k) <= gap; }) +
+                first_place_before(0, j, [&](int k) { return high_gap(k) <= gap; });
+      } else if (gap != last) {
+        group = r;
+      }
+      last = gap;
+      order.place[r] = take_high ? n - 1 - j : i;
+      order.group[r] = group;
+      if (take_high) {
+        high = high_gap(++j);
+      } else {
+        low = low_gap(++i);
+      }
+    }
+  }
+  bad = __syncthreads_or(bad);
+  if (bad && threadIdx.x == 0) order.group[0] = -1;
+}
+
+// Several labels a sample: a stable merge sort of the others by gap. A block per anchor of the strip that begins at
+// `first`. all_gaps: scratch memory [strip, padded], by place.
+template <typename Target>
+__global__ void __launch_bounds__(kThreads, 4)
+    space_order_kernel(const Target* __restrict__ targets, int64_t labels, const int64_t* __restrict__ sample,
+                       const State* __restrict__ state, int64_t first,
+                       typename LabelTypes<Target>::SumOfGaps* __restrict__ all_gaps,
+                       const __grid_constant__ Order orders) {
+  using Sum = typename LabelTypes<Target>::SumOfGaps;
+  const int self = static_cast<int>(first + blockIdx.x), n = static_cast<int>(state->unmasked), others = n - 1;
+  if (self >= n) return;
+  Sum* const gaps = all_gaps + int64_t{blockIdx.x} * orders.padded;
+  const Order order = orders.of(blockIdx.x);
+  int *from = order.place, *to = order.group;
+  const Target* const own = targets + sample[self] * labels;
   bool bad = false;
   for (int j = threadIdx.x; j < n; j += kThreads) {
-    const Target* const other = targets + ranked.sample[j] * labels;
+    const Target* const other = targets + sample[j] * labels;
     Sum gap{};
     for (int64_t c = 0; c < labels; ++c) {
       const auto one = gap_between<Target>(static_cast<Value<Target>>(own[c]), static_cast<Value<Target>>(other[c]));
@@ -206,13 +245,12 @@ __global__ void __launch_bounds__(kThreads, 4)
     from = done;
   }
   __syncthreads();
-  int *const order = all_order + int64_t{blockIdx.x} * ranked.padded, *const group = all_group + (order - all_order);
-  for (int r = threadIdx.x; r < others && from != order; r += kThreads) order[r] = from[r];
+  for (int r = threadIdx.x; r < others && from != order.place; r += kThreads) order.place[r] = from[r];
   __syncthreads();
   for (int r = threadIdx.x; r < others; r += kThreads)
-    group[r] = first_place(0, r, [&](int k) { return !before(order[k], order[r]); });
+    order.group[r] = first_place(0, r, [&](int k) { return !before(order.place[k], order.place[r]); });
   __syncthreads();
-  if (bad && threadIdx.x == 0) group[0] = -1;
+  if (bad && threadIdx.x == 0) order.group[0] = -1;
 }
 
 }  // namespace msacore::rank_n_contrast::cuda

@@ -1,7 +1,6 @@
-// Rank-N-Contrast on CUDA: an anchor's loss, and the factors of its gradient, from its distances. With the samples in
-// ranks where the label gap falls from both ends towards the anchor, the others with a gap of at least g are a prefix
-// and a suffix: a sum over them is read off two scans from outside in, at ranks found by bisection. The gradient takes
-// two more from inside out.
+// Rank-N-Contrast on CUDA: an anchor's loss, and the factors of its gradient, from its distances. With the others in
+// the order of falling gaps, the sum over those with at least the gap of one is read off a scan, where its group of
+// equal gaps ends. The gradient takes one more scan, from the last to the first.
 #pragma once
 #include "rank_n_contrast/rank_n_contrast_kernels.cuh"
 #include "rank_n_contrast/rank_n_contrast_labels.cuh"
@@ -106,21 +105,21 @@ struct Loss {
   __device__ double total() const { return sum + log(product); }
 };
 
-// numbers[j] ← the sum of value over the ranks before j and j itself, of the `count` ranks that go up (`rising`) or
-// down from `begin` on; called by a block.
+// numbers[r] ← the sum of value over the ranks before r and r itself, of `count` that rise from 0 or (`falling`) fall
+// to it; called by a block.
 template <typename Kind, typename Value>
-__device__ __forceinline__ void scan(int count, int begin, bool rising, Value value, const Numbers& numbers) {
+__device__ __forceinline__ void scan(int count, bool falling, Value value, const Numbers& numbers) {
   using S = typename Kind::Sum;
   MSACORE_SHARED(partial, S[kWarps]);
   S before = Kind::nothing();
   for (int start = 0; start < count; start += kThreads * kScanItems) {
     const int first = start + threadIdx.x * kScanItems;
-    const auto place = [&](int k) { return rising ? begin + first + k : begin - first - k; };
+    const auto rank = [&](int k) { return falling ? count - 1 - first - k : first + k; };
     S values[kScanItems];
     S inclusive = Kind::nothing();
 #pragma unroll
     for (int k = 0; k < kScanItems; ++k) {
-      values[k] = first + k < count ? value(place(k)) : Kind::nothing();
+      values[k] = first + k < count ? value(rank(k)) : Kind::nothing();
       inclusive = merge(inclusive, values[k]);
     }
 #pragma unroll
@@ -141,102 +140,63 @@ __device__ __forceinline__ void scan(int count, int begin, bool rising, Value va
 #pragma unroll
     for (int k = 0; k < kScanItems; ++k) {
       running = merge(running, values[k]);
-      if (first + k < count) numbers.put(place(k), running);
+      if (first + k < count) numbers.put(rank(k), running);
     }
     before = of_warps;
   }
 }
 
-// first_place where it is likely near `begin`, and near `end`: equal gaps are few more often than not.
-template <typename Is>
-__device__ __forceinline__ int first_place_after(int begin, int end, Is is) {
-  int step = 1;
-  while (begin + step <= end && !is(begin + step - 1)) {
-    begin += step;
-    step *= 2;
-  }
-  return first_place(begin, min(end, begin + step - 1), is);
-}
-template <typename Is>
-__device__ __forceinline__ int first_place_before(int begin, int end, Is is) {
-  int step = 1;
-  while (end - step >= begin && is(end - step)) {
-    end -= step;
-    step *= 2;
-  }
-  return first_place(max(begin, end - step + 1), end, is);
-}
-
-// An anchor among the n unmasked samples, as a block sees it.
-template <typename A, typename View>
+// An anchor and the others, as a block sees them.
+template <typename A>
 struct Anchor {
-  View view;
-  const A* distance;             // [n], by place
-  Numbers numbers, denominator;  // scratch memory [n], by rank
-  int n;
+  const A* distance;             // [others + 1], by place
+  Order order;                   // of the others
+  Numbers numbers, denominator;  // scratch memory [others], by rank
+  int others;
 
+  // The sum over all with at least the gap of rank r, where `numbers` holds the scan from the first rank.
   template <typename Kind>
-  __device__ typename Kind::Sum both(bool any_left, int left, bool any_right, int right) const {
-    typename Kind::Sum a = Kind::nothing(), b = Kind::nothing();
-    if (any_left) numbers.get(left, a);
-    if (any_right) numbers.get(right, b);
-    return merge(a, b);
+  __device__ typename Kind::Sum outside(int r) const {
+    const int group = order.group[r];
+    typename Kind::Sum sum;
+    numbers.get(first_place_after(r + 1, others, [&](int k) { return order.group[k] > group; }) - 1, sum);
+    return sum;
   }
-  // The sum over all with at least the gap of rank j, where `numbers` holds scans from outside in.
+  // Over all with at most that gap, where `numbers` holds the scan from the last rank.
   template <typename Kind>
-  __device__ typename Kind::Sum outside(int j) const {
-    const auto wanted = view.gap(j);
-    const int self = view.self;
-    const auto closer = [&](int k) { return view.gap(k) < wanted; };
-    const auto as_far = [&](int k) { return view.gap(k) >= wanted; };
-    const int left = j < self ? first_place_after(j + 1, self, closer) : first_place(0, self, closer);
-    const int right = j > self ? first_place_before(self + 1, j, as_far) : first_place(self + 1, n, as_far);
-    return both<Kind>(left > 0, left - 1, right < n, right);
-  }
-  // Over all with at most the gap of rank j, where `numbers` holds scans from inside out.
-  template <typename Kind>
-  __device__ typename Kind::Sum inside(int j) const {
-    const auto wanted = view.gap(j);
-    const int self = view.self;
-    const auto as_close = [&](int k) { return view.gap(k) <= wanted; };
-    const auto farther = [&](int k) { return view.gap(k) > wanted; };
-    const int left = j < self ? first_place_before(0, j, as_close) : first_place(0, self, as_close);
-    const int right = (j > self ? first_place_after(j + 1, n, farther) : first_place(self + 1, n, farther)) - 1;
-    return both<Kind>(left<self, left, right> self, right);
+  __device__ typename Kind::Sum inside(int r) const {
+    typename Kind::Sum sum;
+    numbers.get(order.group[r], sum);
+    return sum;
   }
   // This thread's share of the loss, or, with `Backward`, the sum of put(place, d(loss of the anchor) / ds).
   template <bool Backward, typename Kind, typename Put>
   __device__ double work(const Kind& kind, Put put) const {
-    const int self = view.self;
-    const auto exponential = [&](int j) { return kind.exponential(distance[view.place(j)]); };
-    const auto inverse = [&](int j) {
-      typename Kind::Sum sum;
-      denominator.get(j, sum);
-      return Kind::inverse(sum);
-    };
-#pragma unroll 1
-    for (int side = 0; side < 2; ++side)
-      scan<Kind>(side ? n - 1 - self : self, side ? n - 1 : 0, side == 0, exponential, numbers);
+    scan<Kind>(others, false, [&](int r) { return kind.exponential(distance[order.place[r]]); }, numbers);
     __syncthreads();
     Loss<A> loss;
-    for (int j = threadIdx.x; j < n; j += kThreads) {
-      if (j == self) continue;
-      const typename Kind::Sum sum = outside<Kind>(j);
+    for (int r = threadIdx.x; r < others; r += kThreads) {
+      const typename Kind::Sum sum = outside<Kind>(r);
       if (Backward) {
-        denominator.put(j, sum);
+        denominator.put(r, Kind::inverse(sum));
       } else {
-        loss.add(kind, distance[view.place(j)], sum);
+        loss.add(kind, distance[order.place[r]], sum);
       }
     }
     if (!Backward) return loss.total();
     __syncthreads();
-#pragma unroll 1
-    for (int side = 0; side < 2; ++side)
-      scan<Kind>(side ? n - 1 - self : self, side ? self + 1 : self - 1, side == 1, inverse, numbers);
+    const auto inverse = [&](int r) {
+      typename Kind::Sum sum;
+      denominator.get(r, sum);
+      return sum;
+    };
+    scan<Kind>(others, true, inverse, numbers);
     __syncthreads();
     double sum = 0;
-    for (int j = threadIdx.x; j < n; j += kThreads)
-      if (j != self) sum += put(view.place(j), kind.slope(distance[view.place(j)], inside<Kind>(j)));
+    for (int r = threadIdx.x; r < others; r += kThreads) {
+      const int place = order.place[r];
+      sum += put(place, kind.slope(distance[place], inside<Kind>(r)));
+    }
     return sum;
   }
 };
@@ -248,19 +208,19 @@ struct Strip {
   A* distances;     // [strip, padded], by place
   double* offsets;  // [strip, padded], of far anchors
   double* numbers;  // [strip, 4, padded]
+  Order order;
   Near near;
 };
 
 // An anchor per block. Writes its loss or, with `Backward`, its Σ slope · distance, and replaces its distances by the
 // factors a_j with which e_self - e_j enters the gradient: 0 for near pairs, whose factors go to the second row of
 // `numbers`.
-template <bool Backward, typename A, typename Labels>
+template <bool Backward, typename A>
 __global__ void __launch_bounds__(kThreads, 2)
-    anchor_kernel(const Labels labels, const State* __restrict__ state, const double* __restrict__ norm,
+    anchor_kernel(const State* __restrict__ state, const double* __restrict__ norm,
                   const __grid_constant__ Strip<A> strip, const double* __restrict__ grad_out,
                   double* __restrict__ losses) {
   if (state->precise != std::is_same_v<A, double>) return;
-  using View = typename Labels::View;
   const int self = static_cast<int>(strip.first + blockIdx.x), n = static_cast<int>(state->unmasked);
   const int64_t row = int64_t{blockIdx.x} * strip.padded;
   A* const distance = strip.distances + row;
@@ -270,20 +230,15 @@ __global__ void __launch_bounds__(kThreads, 2)
   if constexpr (std::is_same_v<A, double>) {
     if (any && is_far(norm[self], *state)) relative = strip.offsets + row;
   }
-  const Anchor<A, View> anchor{any ? labels.view(blockIdx.x, self, n) : View{},
-                               relative,
-                               {numbers, 2 * strip.padded},
-                               {denominator, 2 * strip.padded},
-                               n};
-  bool bad = false;
+  const Anchor<A> anchor{
+      relative, strip.order.of(blockIdx.x), {numbers, 2 * strip.padded}, {denominator, 2 * strip.padded}, n - 1};
+  const bool bad = any && anchor.order.group[0] < 0;
   A nearest = INFINITY, farthest = -nearest;
   for (int j = threadIdx.x; any && j < n; j += kThreads) {
-    bad = bad || anchor.view.is_bad(j);
     if (j == self) continue;
     nearest = Min{}(nearest, relative[j]);
     farthest = Max{}(farthest, relative[j]);
   }
-  bad = __syncthreads_or(bad);
   nearest = block_reduce(nearest, Min{}, A(INFINITY));
   farthest = block_reduce(farthest, Max{}, A(-INFINITY));
   const double top = static_cast<double>(nearest), slope_of_distance = state->slope;
