@@ -37,7 +37,7 @@ class Kernel:
 
 def report(source: Path, architecture: str) -> str:
     """What ptxas says as it makes machine code of nvcc's PTX, which is one for all architectures."""
-    ptx = ptx_of(source, small=False)
+    ptx = ptx_of(source)
     said = CACHE / f"{ptx.stem}.sm_{architecture}.txt"
     if not said.exists():
         command = ["ptxas", "-v", f"-arch=sm_{architecture}", str(ptx), "-o", os.devnull]
@@ -54,7 +54,7 @@ def report(source: Path, architecture: str) -> str:
 @functools.cache
 def kernels_of(source: Path) -> list[Kernel]:
     """The kernels of a source on every architecture; raises with the compiler's words where it does not compile."""
-    ptx_of(source, small=False)  # once, before two threads ask for it
+    ptx_of(source)  # once, before two threads ask for it
     with ThreadPoolExecutor(2) as pool:
         found = _KERNEL.findall("".join(pool.map(partial(report, source), ARCHITECTURES)))
     names = subprocess.run(

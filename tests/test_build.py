@@ -16,6 +16,7 @@ import msacore
 from msacore import _C
 from msacore.__main__ import operators
 from tests import cases
+from tests.cuda_on_host.build import files_of
 
 ROOT = Path(__file__).resolve().parent.parent
 
@@ -99,6 +100,15 @@ def test_kernels_are_launched_in_one_place() -> None:
         if source.name.endswith("_kernels.cuh"):
             headers = re.findall(r'#include [<"](torch/[^">]+)', text)
             assert all(h.startswith("torch/headeronly/") for h in headers), f"{source} includes {headers}"
+
+
+def test_kernels_are_the_same_with_the_sizes_of_tests() -> None:
+    """One PTX serves both: only launch code asks for the sizes."""
+    asks = {file for file in (ROOT / "csrc").rglob("*.cu*") if re.search(r"#if.*MSACORE_SMALL_SIZES", file.read_text())}
+    assert asks
+    for source in (ROOT / "csrc").rglob("*.cu*"):
+        if re.search(r"__(global|device)__", source.read_text()):
+            assert not asks & set(files_of(source)), f"{source.relative_to(ROOT)} sees sizes of tests"
 
 
 def test_importing_msacore_imports_no_optional_package() -> None:

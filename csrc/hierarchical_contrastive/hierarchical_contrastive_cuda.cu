@@ -121,7 +121,7 @@ struct Pass {
     while (side < side_count || term < term_count) {
       Preparation<T> p{};
       p.available = available;
-      p.side_count = static_cast<int>(std::min<int64_t>(kSidesAtOnce, side_count - side));
+      p.side_count = static_cast<int>(std::min<int64_t>(group_size(kSidesAtOnce), side_count - side));
       p.n = n;
       p.normalize = options.normalize;
       p.stats = stats ? stats + term * 8 * n : nullptr;
@@ -130,7 +130,7 @@ struct Pass {
         p.sides[k] = sides[side];
         p.side_needs[k] = needs[side];
       }
-      const int terms = static_cast<int>(std::min<int64_t>(kTermsAtOnce, term_count - term));
+      const int terms = static_cast<int>(std::min<int64_t>(group_size(kTermsAtOnce), term_count - term));
       for (int t = 0; t < terms; ++t, ++term) {
         const Plan& plan = plans[term];
         p.term_needs[t] = {needs[plan.first].modalities | needs[plan.second].modalities, 0};
@@ -175,7 +175,7 @@ struct Pass {
       Terms<T, kTermsAtOnce> terms;
       terms.at[0] = problem(first);
       const int64_t fitting = memory / std::max<int64_t>(1, bytes(terms.at[0]) * (rows / kTile));
-      const int64_t count = std::min(most - first, std::clamp<int64_t>(fitting, 1, kTermsAtOnce));
+      const int64_t count = std::min(most - first, std::clamp<int64_t>(fitting, 1, group_size(kTermsAtOnce)));
       for (int64_t t = 1; t < count; ++t) terms.at[t] = problem(first + t);
       body(terms, first, static_cast<unsigned>(count));
       first += count;
@@ -244,10 +244,10 @@ void backward(Pass<T>& pass, const Inputs& in, Gradients& grads, cudaStream_t st
                   });
   if (learned) temperature_gradients(pass, term_slopes, grads, stream);
   const std::vector<Tensor>& embeddings = grads.embeddings;
-  for (size_t first = 0; first < embeddings.size(); first += kSidesAtOnce) {
+  for (size_t first = 0; first < embeddings.size(); first += group_size(kSidesAtOnce)) {
     Projections<T, kSidesAtOnce> projections{};
     unsigned members = 0;
-    for (size_t k = first; k < std::min(embeddings.size(), first + kSidesAtOnce); ++k)
+    for (size_t k = first; k < std::min(embeddings.size(), first + group_size(kSidesAtOnce)); ++k)
       projections.at[members++] = {pass.sides[k], pass.sides[k], false, embeddings[k].mutable_data_ptr<T>()};
     launch(project_kernel<T, kSidesAtOnce, T>, dim3(grid_for(pass.n, kRowThreads / kWarp).x, members),
            dim3(kRowThreads), 0, stream, projections, pass.options.normalize);

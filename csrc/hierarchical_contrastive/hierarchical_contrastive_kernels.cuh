@@ -7,12 +7,8 @@
 namespace msacore::hierarchical_contrastive::cuda {
 using namespace contrastive::cuda;
 
-#ifndef MSACORE_SMALL_SIZES
 constexpr int kTermsAtOnce = 11, kSidesAtOnce = 16;  // what the 4 KiB of a kernel's parameters hold
-#else
-constexpr int kTermsAtOnce = 4, kSidesAtOnce = 5;  // little, so that three modalities already are several groups
-#endif
-constexpr int kFinishThreads = 1024;  // the one block that adds everything up
+constexpr int kFinishThreads = 1024;                 // the one block that adds everything up
 
 // The samples of a side or of a term: those with all `modalities` (bits) and at least `least` of any.
 struct Need {

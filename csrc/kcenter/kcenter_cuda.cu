@@ -11,7 +11,7 @@ namespace msacore::kcenter::cuda {
 using namespace msacore::cuda;
 namespace {
 
-#ifdef __CUDACC__
+#ifndef MSACORE_SMALL_SIZES
 constexpr int64_t kChunkRows = 131072;  // packed in one go: scratch memory for them is all that grows with the rows
 #else
 constexpr int64_t kChunkRows = 1024;  // few, so that small pools already take several

@@ -15,7 +15,7 @@ from typing import Any
 
 from tests.cuda_on_host.build import HERE, build, files_of
 from tests.nvcc import ARCHITECTURES, SOURCES, kernels_of, report
-from tests.ptx.build import host_of, kernels_know_sizes, ptx_of
+from tests.ptx.build import host_of, ptx_of
 
 
 def main() -> None:
@@ -26,8 +26,7 @@ def main() -> None:
     jobs: list[Callable[[], Any]] = []
     if nvcc:
         for source in by_size:
-            sizes = (True, False) if kernels_know_sizes(source) else (False,)
-            jobs += [partial(ptx_of, source, small) for small in sizes]
+            jobs.append(partial(ptx_of, source))
             jobs += [partial(host_of, source, small) for small in (True, False)]
         jobs += [partial(made, shim) for made in (ptx_of, host_of)]
         jobs += [partial(report, source, arch) for arch in ARCHITECTURES for source in by_size]

@@ -5,7 +5,7 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
 
-from tests.cuda_on_host.build import INCLUDES, ROOT, SMALL_SIZES, build, cached, compiler, files_of
+from tests.cuda_on_host.build import INCLUDES, ROOT, build, cached, compiler
 
 HERE = Path(__file__).parent
 CACHE = ROOT / "build" / "ptx"
@@ -24,20 +24,15 @@ def interpreter() -> Path:
     return _made("libptx", "so", HERE / "interpreter.cpp", [compiler(), *flags, str(HERE / "interpreter.cpp"), "-o"])
 
 
-def kernels_know_sizes(source: Path) -> bool:
-    """Most sizes are of launch code alone: then one PTX serves both, and nvcc takes its time once."""
-    return any("MSACORE_SMALL_SIZES" in path.read_text() for path in files_of(source) if "kernels" in path.name)
-
-
-def ptx_of(source: Path, small: bool = True) -> Path:
+def ptx_of(source: Path) -> Path:
     """The PTX that nvcc makes of a source for compute_80, which serves all architectures.
 
     csrc asks for nothing beyond. For compute_90 nvcc converts bfloat16 by another instruction; nothing else differs.
+    Sizes of tests are of launch code alone (`tests/test_build.py` sees to it), so that it serves those, too.
     """
-    small = small and kernels_know_sizes(source)
     command = ["nvcc", "-x", "cu", "-std=c++17", "-O3", "--ptx", "-lineinfo", "-arch=compute_80", "-DUSE_CUDA"]
-    command += [*INCLUDES, *([SMALL_SIZES] if small else []), str(source), "-o"]
-    return _made(f"{source.stem}{'.small' if small else ''}", "ptx", source, command)
+    command += [*INCLUDES, str(source), "-o"]
+    return _made(source.stem, "ptx", source, command)
 
 
 def host_of(source: Path, small: bool = True) -> Path:

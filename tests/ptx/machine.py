@@ -42,7 +42,7 @@ class Machine:
         """Build sources, MAX_JOBS (all cores) at a time: `CudaOnHost` then runs their PTX in this process."""
         host = partial(host_of, small=small)
         with compilers_alone(), ThreadPoolExecutor(int(os.environ.get("MAX_JOBS") or os.cpu_count() or 1)) as pool:
-            texts = pool.map(partial(ptx_of, small=small), sources)
+            texts = pool.map(ptx_of, sources)
             libraries = pool.map(host, sources)
             for library, text in zip(libraries, texts, strict=True):
                 self.load(library, text)

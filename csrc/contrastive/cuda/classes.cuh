@@ -14,9 +14,12 @@ using namespace msacore::cuda;
 // Up to so many rows pairs of labels are compared in the tiles, by an estimate that costs less than these launches.
 #ifndef MSACORE_SMALL_SIZES
 constexpr int64_t kPairwiseRows = 4096;
+constexpr int kChunk = kMostChunk;
 #else
 constexpr int64_t kPairwiseRows = 8;  // little, so that small inputs already have sums over classes
+constexpr int kChunk = 8;             // and classes of several pieces
 #endif
+static_assert(kChunk % kAhead == 0 && kChunk <= kMostChunk);
 
 // The classes of the labels of a loss: ordered once, for all terms that have these labels.
 class Classes {
@@ -86,6 +89,7 @@ class Classes {
     const int64_t most = std::max(problem.a.n, problem.b.n), width = problem.a.width;
     ClassProblem<T> p{};
     p.problem = problem;
+    p.chunk = kChunk;
     const Scratch scratch(like_, [&](Scratch& memory) {
       for (int s = 0; s < 2; ++s) {
         const int64_t n = s == 0 ? problem.a.n : problem.b.n;

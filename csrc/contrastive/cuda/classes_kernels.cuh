@@ -8,13 +8,8 @@
 namespace msacore::contrastive::cuda {
 using namespace msacore::cuda;
 
-#ifndef MSACORE_SMALL_SIZES
-constexpr int kChunk = 256;
-#else
-constexpr int kChunk = 8;  // few, so that small inputs already have classes of several pieces
-#endif
+constexpr int kMostChunk = 256;
 constexpr int kAhead = 8;  // loads in flight
-static_assert(kChunk % kAhead == 0);
 
 // The labels of one or two sides; rows of the second are counted from n[0] on.
 struct Labels {
@@ -100,6 +95,7 @@ struct ClassSums {
 template <typename T>
 struct ClassProblem {
   Problem<T> problem;
+  int chunk;  // rows of a piece: a multiple of kAhead, at most kMostChunk
   ClassOrder order[2];
   ClassSums<acc_t<T>> sums[2];
 
@@ -124,19 +120,19 @@ __global__ void __launch_bounds__(kRowThreads) sum_pieces_kernel(const __grid_co
   const Side<T>& side = p.side(s);
   const ClassOrder& order = p.order[s];
   const ClassSums<A>& sums = p.sums[s];
-  MSACORE_SHARED(row, int64_t[kChunk]);
-  MSACORE_SHARED(factor, A[kChunk]);
-  MSACORE_SHARED(attract, A[kChunk]);
-  MSACORE_SHARED(ends, bool[kChunk]);
-  const int64_t begin = int64_t{blockIdx.x} * kChunk;
-  for (int r = thread_in_block(); r < kChunk; r += kRowThreads) {
+  MSACORE_SHARED(row, int64_t[kMostChunk]);
+  MSACORE_SHARED(factor, A[kMostChunk]);
+  MSACORE_SHARED(attract, A[kMostChunk]);
+  MSACORE_SHARED(ends, bool[kMostChunk]);
+  const int64_t begin = int64_t{blockIdx.x} * p.chunk;
+  for (int r = thread_in_block(); r < p.chunk; r += kRowThreads) {
     const int64_t position = begin + r;
     const bool inside = position < order.n;
     row[r] = inside ? order.row[position] : 0;
     factor[r] = inside ? side.factor_of(row[r]) : A(-1);
     attract[r] = inside && sums.weighted ? p.gradient(s, row[r]).attract : A(0);
     ends[r] = inside &&
-              (r + 1 == kChunk || position + 1 == order.n || order.class_at(position + 1) != order.class_at(position));
+              (r + 1 == p.chunk || position + 1 == order.n || order.class_at(position + 1) != order.class_at(position));
     if (inside && blockIdx.y == 0) {
       const int64_t c = order.class_at(position);
       if (c < order.classes && (position == 0 || order.class_at(position - 1) != c)) order.begin[c] = position + 1;
@@ -147,7 +143,7 @@ __global__ void __launch_bounds__(kRowThreads) sum_pieces_kernel(const __grid_co
   double plain = 0, weighted = 0;
   int members = 0;
   int64_t piece = begin;
-  for (int from = 0; from < kChunk; from += kAhead) {
+  for (int from = 0; from < p.chunk; from += kAhead) {
     T unit[kAhead];
 #pragma unroll
     for (int r = 0; r < kAhead; ++r)
@@ -180,16 +176,16 @@ __global__ void __launch_bounds__(kRowThreads) merge_pieces_kernel(const __grid_
   const int s = static_cast<int>(blockIdx.z);
   const ClassOrder& order = p.order[s];
   const ClassSums<A>& sums = p.sums[s];
-  const int64_t border = (int64_t{blockIdx.x} + 1) * kChunk, width = p.side(s).width;
+  const int64_t border = (int64_t{blockIdx.x} + 1) * p.chunk, width = p.side(s).width;
   if (border >= order.n) return;
   const int64_t c = order.class_at(border), begin = order.begin_of(c);
-  if (begin < 0 || begin >= border || begin < border - kChunk) return;
+  if (begin < 0 || begin >= border || begin < border - p.chunk) return;
   const int64_t end = lower_bound(order.n, c + 1, [&](int64_t position) { return order.class_at(position); });
   const int64_t k = int64_t{blockIdx.y} * kRowThreads + thread_in_block();
   const auto add_up = [&](A* sum) {
     double all = sum[begin * width + k];
 #pragma unroll 8
-    for (int64_t piece = border; piece < end; piece += kChunk) all += sum[piece * width + k];
+    for (int64_t piece = border; piece < end; piece += p.chunk) all += sum[piece * width + k];
     sum[begin * width + k] = static_cast<A>(all);
   };
   if (k < width) {
@@ -197,7 +193,7 @@ __global__ void __launch_bounds__(kRowThreads) merge_pieces_kernel(const __grid_
     if (sums.weighted) add_up(sums.weighted);
   }
   if (k == 0)
-    for (int64_t piece = border; piece < end; piece += kChunk) sums.members[begin] += sums.members[piece];
+    for (int64_t piece = border; piece < end; piece += p.chunk) sums.members[begin] += sums.members[piece];
 }
 
 // Grid [blocks, directions]: number and mean similarity of the positives of each row, a warp each. Where columns are no

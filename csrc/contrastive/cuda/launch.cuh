@@ -19,6 +19,15 @@ constexpr int64_t kStatsBytes = 24 << 10,
                   kGradientStripBytes = 96 << 10;  // little, so that small inputs already take several strips
 #endif
 
+// How many of the `most` members that its parameters hold a launch takes.
+constexpr int group_size(int most) {
+#ifndef MSACORE_SMALL_SIZES
+  return most;
+#else
+  return std::min(most, 4);  // few, so that the terms of three modalities already are several groups
+#endif
+}
+
 inline int64_t padded(int64_t count, int64_t to) { return round_up(count, to); }
 
 inline unsigned tiles(int64_t count) { return static_cast<unsigned>(ceil_div(count, kTile)); }
@@ -144,11 +153,11 @@ void sum_gradients(const Terms<T, MostTerms>& terms, unsigned count, const std::
   typename K::Number* strips;
   const Scratch scratch(like, [&](Scratch& memory) { memory.take(strips, count * K::kParts * strip * b.rows); });
   const auto products = [&](unsigned contributing, int64_t first, int64_t size) {
-    for (size_t begin = 0; begin < outputs.size(); begin += MostOutputs) {
+    for (size_t begin = 0; begin < outputs.size(); begin += group_size(MostOutputs)) {
       Outputs<A, MostOutputs> group{};
       int64_t rows = 0, width = 0;
       unsigned members = 0;
-      for (size_t k = begin; k < std::min(outputs.size(), begin + MostOutputs); ++k) {
+      for (size_t k = begin; k < std::min(outputs.size(), begin + group_size(MostOutputs)); ++k) {
         group.at[members++] = outputs[k];
         rows = std::max(rows, outputs[k].rows);
         width = std::max(width, outputs[k].width);
