@@ -11,6 +11,7 @@
 #include "core/dtype.h"
 #include "cpu/huge_pages.h"
 #include "cpu/interrupt.h"
+#include "cpu/parallel.h"
 #include "cpu/simd.h"
 #include "graph_propagation/graph_propagation.h"
 
@@ -127,8 +128,8 @@ void for_rows(const Csr<A>& graph, Body&& body) {
     return low;
   };
   const int64_t units = graph.rows + graph.edges;
-  torch::stable::parallel_for(0, units, std::max<int64_t>(1, kGrain / std::max<int64_t>(1, graph.width())),
-                              [&](int64_t b, int64_t e) { body(row_at(b), e == units ? graph.rows : row_at(e)); });
+  parallel_for(0, units, std::max<int64_t>(1, kGrain / std::max<int64_t>(1, graph.width())),
+               [&](int64_t b, int64_t e) { body(row_at(b), e == units ? graph.rows : row_at(e)); });
 }
 
 // The transposed graph: gradients gather along it too, so that they need no atomics.
@@ -248,8 +249,7 @@ void backward(const A* grad_out, const std::vector<const Input*>& graphs, const 
       for_rows(graph, [&](int64_t b, int64_t e) { edge_dots(graph, grad, state(k), found->second, b, e, keep); });
     }
     if (!sum.empty())
-      torch::stable::parallel_for(0, count, kGrain,
-                                  [&](int64_t b, int64_t e) { add_scaled(sum.data(), grad, alpha, b, e); });
+      parallel_for(0, count, kGrain, [&](int64_t b, int64_t e) { add_scaled(sum.data(), grad, alpha, b, e); });
     A* next = k == 0 ? grad_x : buffers[k % 2].get();
     const A* kept = sum.empty() ? grad : sum.data();
     const A share = k > 0 ? A(0) : (sum.empty() ? alpha : A(1));

@@ -87,14 +87,14 @@ struct Problem {
       sides.emplace_back(n, t.size(1), options.normalize, right);
     }
     const int64_t panels = padded(n) / kPanel;
-    torch::stable::parallel_for(0, panels * static_cast<int64_t>(sides.size()),
-                                Side<A>::grain(kPanel * sides.front().width), [&](int64_t begin, int64_t end) {
-                                  for (int64_t i = begin; i < end; ++i) {
-                                    const int64_t k = i / panels, panel = i % panels;
-                                    const Source<T> x{embeddings[k].template const_data_ptr<T>(), n, nullptr};
-                                    sides[k].fill(x, used[k].get(), panel, panel + 1);
-                                  }
-                                });
+    parallel_for(0, panels * static_cast<int64_t>(sides.size()), Side<A>::grain(kPanel * sides.front().width),
+                 [&](int64_t begin, int64_t end) {
+                   for (int64_t i = begin; i < end; ++i) {
+                     const int64_t k = i / panels, panel = i % panels;
+                     const Source<T> x{embeddings[k].template const_data_ptr<T>(), n, nullptr};
+                     sides[k].fill(x, used[k].get(), panel, panel + 1);
+                   }
+                 });
     for (size_t t = 0; t < plans.size(); ++t) {
       terms[t].a = &sides[plans[t].first];
       terms[t].b = &sides[plans[t].second];

@@ -322,7 +322,7 @@ struct Problem {
   template <typename Out>
   void project_both(Out* grad_x, A scale) const {
     const Side<A>&a = *term().a, &b = *term().b;
-    torch::stable::parallel_for(0, a.n, Side<A>::grain(a.width), [&](int64_t begin, int64_t end) {
+    parallel_for(0, a.n, Side<A>::grain(a.width), [&](int64_t begin, int64_t end) {
       const Buffer<A> sum(a.width);
       double pull;
       for (int64_t i = begin; i < end; ++i) {

@@ -2,10 +2,10 @@
 #include "kcenter/kcenter.h"
 
 #include <torch/csrc/stable/library.h>
-#include <torch/csrc/stable/ops.h>
 
 #include <vector>
 
+#include "cpu/parallel.h"
 #include "kcenter/kcenter_fold.h"
 #include "kcenter/kcenter_steps.h"
 
@@ -59,7 +59,7 @@ struct Cpu {
       const T* pool = in.pool.const_data_ptr<T>();
       const double *shift = in.shift.const_data_ptr<double>(), *centers = in.centers.const_data_ptr<double>();
       double* to = out.mutable_data_ptr<double>();
-      torch::stable::parallel_for(0, s.rows, 16, [&](int64_t begin, int64_t end) {
+      parallel_for(0, s.rows, 16, [&](int64_t begin, int64_t end) {
         for (int64_t i = begin; i < end; ++i)
           cpu::products(pool + rows[i] * s.width, shift, centers, s.centers, s.width, to + i * s.centers);
       });

@@ -2,13 +2,13 @@
 // float64 distances decide the rest.
 #pragma once
 #include <torch/csrc/stable/library.h>
-#include <torch/csrc/stable/ops.h>
 
 #include <algorithm>
 #include <vector>
 
 #include "core/round.h"
 #include "cpu/microkernel.h"
+#include "cpu/parallel.h"
 #include "kcenter/kcenter_distance.h"
 
 namespace msacore::kcenter::cpu {
@@ -24,7 +24,7 @@ struct PackedCenters {
 
   PackedCenters(const double* centers, int64_t count, const double* shift, const Filter& f)
       : panels(padded(count) * f.d), half_norm(count) {
-    torch::stable::parallel_for(0, padded(count) / kPanel, 16, [&](int64_t first, int64_t last) {
+    parallel_for(0, padded(count) / kPanel, 16, [&](int64_t first, int64_t last) {
       std::vector<float> rows(kPanel * f.d);
       for (int64_t p = first; p < last; ++p) {
         const int64_t begin = p * kPanel, here = std::min(kPanel, count - begin);
@@ -43,7 +43,7 @@ template <typename T, typename First, typename Visit>
 void for_each_tile(const T* pool, const int64_t* rows, const Sizes& s, const double* shift, const Filter& f,
                    const PackedCenters& centers, const First& first_center, const Visit& visit) {
   const int64_t tiles = ceil_div(s.rows, kTileRows);
-  torch::stable::parallel_for(0, tiles, 1, [&](int64_t b, int64_t e) {
+  parallel_for(0, tiles, 1, [&](int64_t b, int64_t e) {
     std::vector<float> tile(kTileRows * s.width), products(kTileRows * kTileCenters);
     std::vector<double> half_norm(kTileRows);
     for (int64_t t = b; t < e; ++t) {

@@ -1,7 +1,6 @@
 // Scanning and ranking the pool, and the greedy steps among candidates, on the CPU.
 #pragma once
 #include <torch/csrc/stable/library.h>
-#include <torch/csrc/stable/ops.h>
 
 #include <algorithm>
 #include <limits>
@@ -10,6 +9,7 @@
 #include <vector>
 
 #include "core/round.h"
+#include "cpu/parallel.h"
 #include "kcenter/kcenter_buckets.h"
 #include "kcenter/kcenter_distance.h"
 
@@ -115,7 +115,7 @@ void scan(const T* pool, int64_t n, int64_t d, double* sums, int64_t* checksum, 
   const int64_t blocks = ceil_div(n, kScanBlock);
   std::vector<double> block_largest(blocks);
   std::vector<int64_t> block_bad(blocks);
-  torch::stable::parallel_for(0, blocks, 1, [&](int64_t first, int64_t last) {
+  parallel_for(0, blocks, 1, [&](int64_t first, int64_t last) {
     std::vector<double> level(kLevels * d);
     for (int64_t b = first; b < last; ++b) {
       const int64_t begin = b * kScanBlock, rows = std::min(kScanBlock, n - begin);

@@ -14,6 +14,7 @@
 #include <vector>
 
 #include "cpu/huge_pages.h"
+#include "cpu/parallel.h"
 #include "cpu/product.h"
 #include "low_rank_fusion/low_rank_fusion_rows.h"
 
@@ -27,24 +28,26 @@ struct Range {
   int64_t begin, end;
 };
 
-// The parts of the ranks and of the rows that threads work on.
+// The parts of the ranks and of the rows that threads take, several each: one whose core is busy takes fewer.
 struct Parts {
   int64_t ranks, rows;
   int64_t rank, batch;
 
   explicit Parts(const Sizes& s) : ranks(1), rows(1), rank(s.rank), batch(s.batch) {
-    constexpr int64_t kThreadPays = int64_t{1} << 19, kFewRows = 32;  // multiplications and rows for each thread
+    constexpr int64_t kThreadPays = int64_t{1} << 19, kFewRows = 32;  // multiplications and rows of a part, at least
+    constexpr int64_t kPartsOfAThread = 4;
     const int64_t widths = std::accumulate(s.features.begin(), s.features.end(), s.modalities);
-    const int64_t threads = std::clamp<int64_t>(batch * rank * s.width * widths / kThreadPays, 1,
-                                                static_cast<int64_t>(torch::stable::get_num_threads()));
-    ranks = std::gcd(std::max<int64_t>(1, rank), threads);
-    rows = std::clamp<int64_t>(batch / kFewRows, 1, threads / ranks);
+    const int64_t threads = torch::stable::get_num_threads();
+    const int64_t most = std::clamp<int64_t>(batch * rank * s.width * widths / kThreadPays, 1,
+                                             threads > 1 ? threads * kPartsOfAThread : 1);
+    for (ranks = std::clamp<int64_t>(rank, 1, most); rank % ranks != 0;) --ranks;
+    rows = std::clamp<int64_t>(batch / kFewRows, 1, most / ranks);
   }
 
   // Calls body(rank_part, ranks, row_part, rows) for every part.
   template <typename Body>
   void each(Body&& body) const {
-    torch::stable::parallel_for(0, ranks * rows, 1, [&](int64_t begin, int64_t end) {
+    parallel_for(0, ranks * rows, 1, [&](int64_t begin, int64_t end) {
       for (int64_t part = begin; part < end; ++part) {
         const int64_t i = part / rows, j = part % rows;
         body(i, Range{rank * i / ranks, rank * (i + 1) / ranks}, j, Range{batch * j / rows, batch * (j + 1) / rows});
@@ -103,7 +106,7 @@ struct Operands {
     if constexpr (std::is_same_v<Value, A>)
       if (width == columns) return rows;
     A* packed = scratch.take<A>(count * width);
-    torch::stable::parallel_for(0, count, grain(width), [&](int64_t begin, int64_t end) {
+    parallel_for(0, count, grain(width), [&](int64_t begin, int64_t end) {
       for (int64_t i = begin; i < end; ++i) {
         convert(rows + i * columns, packed + i * width, columns);
         std::fill(packed + i * width + columns, packed + (i + 1) * width, A(0));
@@ -121,7 +124,7 @@ struct Operands {
   Block<const A> with_one(const T* feature, int64_t m, const Sizes& s) {
     const int64_t d = s.features[m];
     A* packed = scratch.take<A>(s.batch * (d + 1));
-    torch::stable::parallel_for(0, s.batch, grain(d), [&](int64_t begin, int64_t end) {
+    parallel_for(0, s.batch, grain(d), [&](int64_t begin, int64_t end) {
       for (int64_t b = begin; b < end; ++b) {
         A* row = packed + b * (d + 1);
         if (has(b, m, s))
@@ -166,7 +169,7 @@ void forward(const Operands<T>& in, const Sizes& s, T* out, acc_t<T>* kept) {
         combine(a, in.rank_weight[r], sum + b * width);
       });
   });
-  torch::stable::parallel_for(0, s.batch, grain(parts.ranks * width), [&](int64_t begin, int64_t end) {
+  parallel_for(0, s.batch, grain(parts.ranks * width), [&](int64_t begin, int64_t end) {
     add_parts(sums, parts.ranks, s.batch * width, begin * width, end * width);
     for (int64_t b = begin; b < end; ++b) {
       add(in.bias, sums + b * width, s.width);
@@ -203,7 +206,7 @@ void backward(Operands<T>& in, const Sizes& s, const T* grad_out_, acc_t<T>* kep
   for (int64_t m = 0; m < s.modalities; ++m) {
     const int64_t d = s.features[m];
     A* panels = scratch.take<A>(s.rank * padded(d) * s.width);
-    torch::stable::parallel_for(0, s.rank, grain(d * s.width), [&](int64_t begin, int64_t end) {
+    parallel_for(0, s.rank, grain(d * s.width), [&](int64_t begin, int64_t end) {
       for (int64_t r = begin; r < end; ++r)
         transpose_panels(in.factor(m, r), d, width, s.width, panels + r * padded(d) * s.width);
     });
@@ -247,7 +250,7 @@ void backward(Operands<T>& in, const Sizes& s, const T* grad_out_, acc_t<T>* kep
 
   for (int64_t m = 0; m < s.modalities; ++m) {
     const int64_t d = s.features[m], columns = padded(d), size = (d + 1) * width;
-    torch::stable::parallel_for(0, s.batch, grain(parts.ranks * columns), [&](int64_t begin, int64_t end) {
+    parallel_for(0, s.batch, grain(parts.ranks * columns), [&](int64_t begin, int64_t end) {
       add_parts(grad_x[m], parts.ranks, s.batch * columns, begin * columns, end * columns);
       for (int64_t b = begin; b < end; ++b) {
         if (in.has(b, m, s))
@@ -257,7 +260,7 @@ void backward(Operands<T>& in, const Sizes& s, const T* grad_out_, acc_t<T>* kep
       }
     });
     if (in_place) continue;
-    torch::stable::parallel_for(0, s.rank, grain(parts.rows * size), [&](int64_t begin, int64_t end) {
+    parallel_for(0, s.rank, grain(parts.rows * size), [&](int64_t begin, int64_t end) {
       add_parts(grad_factors[m], parts.rows, s.rank * size, begin * size, end * size);
       for (int64_t row = begin * (d + 1); row < end * (d + 1); ++row)
         convert(grad_factors[m] + row * width, grads.factors[m] + row * s.width, s.width);

@@ -4,7 +4,6 @@
 #include "propagation/propagation.h"
 
 #include <torch/csrc/stable/library.h>
-#include <torch/csrc/stable/ops.h>
 
 #include <algorithm>
 #include <type_traits>
@@ -12,6 +11,7 @@
 
 #include "core/dtype.h"
 #include "cpu/huge_pages.h"
+#include "cpu/parallel.h"
 #include "cpu/simd.h"
 #include "propagation/propagation_conversation.h"
 #include "propagation/propagation_window_tile.h"
@@ -53,7 +53,7 @@ void for_each_tile(const Call& call, Body&& body) {
   const int64_t tiles = ceil_div(s.width, kWidth);
   const int64_t work = kWidth * s.modalities * std::max<int64_t>(1, call.steps);
   const int64_t grain = std::max<int64_t>(1, kGrain / std::max<int64_t>(1, work));
-  torch::stable::parallel_for(0, s.utterances * tiles, grain, [&](int64_t from, int64_t to) {
+  parallel_for(0, s.utterances * tiles, grain, [&](int64_t from, int64_t to) {
     Conversation<A> conversation;
     int64_t v = std::upper_bound(call.offsets, call.offsets + s.conversations + 1, from / tiles) - call.offsets - 1;
     for (; v < s.conversations && call.offsets[v] * tiles < to; ++v) {
@@ -300,7 +300,7 @@ void modality_mean(const char* op, const ModalityMeanCall& call, Direction direc
     const T* from = h.const_data_ptr<T>();
     T* to = out.mutable_data_ptr<T>();
     const int64_t grain = std::max<int64_t>(1, kGrain / (s.modalities * s.modalities * s.width));
-    torch::stable::parallel_for(0, s.utterances, grain, [&](int64_t begin, int64_t end) {
+    parallel_for(0, s.utterances, grain, [&](int64_t begin, int64_t end) {
       std::vector<acc_t<T>> sum(s.width);
       direction == Direction::kForward ? modality_mean_range<false>(from, gate, to, sum.data(), s, begin, end)
                                        : modality_mean_range<true>(from, gate, to, sum.data(), s, begin, end);

@@ -10,6 +10,7 @@
 #include <vector>
 
 #include "core/dtype.h"
+#include "cpu/parallel.h"
 #include "cpu/product.h"
 #include "rank_n_contrast/rank_n_contrast_centre.h"
 #include "rank_n_contrast/rank_n_contrast_labels.h"
@@ -18,8 +19,8 @@
 namespace msacore::rank_n_contrast::cpu {
 namespace {
 
-constexpr int64_t kTileElements = 1 << 19, kLeastTileRows = 32;
-constexpr int64_t kRowsPerTask = 8;
+constexpr int64_t kTileElements = 1 << 21, kLeastTileRows = 64;
+constexpr int64_t kRowsPerTask = 16, kSamplesPerTask = 64;
 
 // The embeddings about their mean, which changes no distance and keeps the expanded squares accurate, in units of their
 // spread. A last column of ones makes a product with them a row sum too.
@@ -106,7 +107,7 @@ class Sweep {
           const std::optional<Similarities> below = prepare(self, distance, row);
           losses[self] = below ? below->fall + sums(row, *below) : std::numeric_limits<double>::quiet_NaN();
         },
-        [](int64_t, int64_t) {});
+        [](int64_t, int64_t, const Block<A>&) {}, [](int64_t, int64_t) {});
     return std::accumulate(losses.begin(), losses.end(), 0.0);
   }
 
@@ -122,10 +123,17 @@ class Sweep {
         [&](int64_t self, int64_t i, A* distance, Row<A>& row) {
           of_temperature[self] = factors(self, distance, row, static_cast<A>(-scale / temperature_), near[i]);
         },
+        [&](int64_t first, int64_t count, const Block<A>& rows) {
+          multiply(Block<A>{sums, n, padded, padded}.rows_from(first, count), constant(rows), constant(pool_.block()),
+                   true);
+        },
         [&](int64_t first, int64_t count) {
-          const Block<A> tile{tile_, count, n, n}, all{sums, n, padded, padded};
-          multiply(all.rows_from(first, count), constant(tile), constant(pool_.block()), true);
-          multiply(all, constant(tile.transposed()), constant(pool_.block().rows_from(first, count)), true);
+          const Block<const A> from = constant(pool_.block().rows_from(first, count));
+          parallel_for(0, n, kSamplesPerTask, [&](int64_t begin, int64_t end) {
+            const Block<A> columns = Block<A>{tile_, count, n, n}.columns(begin, end - begin);
+            multiply(Block<A>{sums, n, padded, padded}.rows_from(begin, end - begin), constant(columns.transposed()),
+                     from, true);
+          });
           add_near(first, count, near, sums);
         });
     for (int64_t p = 0; p < n; ++p) {
@@ -138,18 +146,20 @@ class Sweep {
   }
 
  private:
-  // on_anchor(self, its place in the tile, its row of the tile, scratch memory) for every anchor, in parallel;
-  // on_tile(first, count) after each tile.
-  template <typename OnAnchor, typename OnTile>
-  void for_anchors(OnAnchor&& on_anchor, OnTile&& on_tile) {
+  // on_anchor(self, its place in the tile, its row of the tile, scratch memory) for every anchor and on_part(first,
+  // count, rows of the tile) after some of them, both in parallel; on_tile(first, count) after each tile.
+  template <typename OnAnchor, typename OnPart, typename OnTile>
+  void for_anchors(OnAnchor&& on_anchor, OnPart&& on_part, OnTile&& on_tile) {
     const Block<const A> all = constant(pool_.block().columns(0, pool_.width));
     for (int64_t first = begin_; first < end_; first += tile_rows_) {
       const int64_t count = std::min(tile_rows_, end_ - first);
-      multiply(Block<A>{tile_, count, pool_.n, pool_.n},
-               {pool_.rows + first * pool_.padded, count, pool_.width, pool_.padded}, all.transposed());
-      torch::stable::parallel_for(0, count, kRowsPerTask, [&](int64_t begin, int64_t end) {
+      parallel_for(0, count, kRowsPerTask, [&](int64_t begin, int64_t end) {
+        const Block<A> part{tile_ + begin * pool_.n, end - begin, pool_.n, pool_.n};
+        multiply(part, {pool_.rows + (first + begin) * pool_.padded, part.rows, pool_.width, pool_.padded},
+                 all.transposed());
         Row<A> row(pool_.n);
         for (int64_t i = begin; i < end; ++i) on_anchor(first + i, i, tile_ + i * pool_.n, row);
+        on_part(first + begin, part.rows, part);
       });
       on_tile(first, count);
     }
@@ -226,7 +236,7 @@ class Sweep {
   // A task owns columns, so that the order of the sums is fixed.
   void add_near(int64_t first, int64_t count, const std::vector<std::vector<NearPair<A>>>& near, A* sums) const {
     const int64_t padded = pool_.padded;
-    torch::stable::parallel_for(0, pool_.width, 32, [&](int64_t begin, int64_t end) {
+    parallel_for(0, pool_.width, 32, [&](int64_t begin, int64_t end) {
       for (int64_t i = 0; i < count; ++i)
         for (const NearPair<A>& pair : near[i])
           add_difference(pair.factor, pool_.to_units, pool_.original(first + i), pool_.original(pair.other), begin, end,

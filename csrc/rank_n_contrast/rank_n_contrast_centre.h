@@ -7,9 +7,8 @@
 #include <limits>
 #include <vector>
 
-#include <torch/csrc/stable/ops.h>
-
 #include "core/dtype.h"
+#include "cpu/parallel.h"
 #include "cpu/simd.h"
 
 namespace msacore::rank_n_contrast::cpu {
@@ -61,7 +60,7 @@ struct Spread {
   Spread(const T* embeddings, const std::vector<int64_t>& sample, int64_t width) : norm(sample.size()) {
     const auto measure = [&] {
       const T* from = embeddings + sample[middle] * width;
-      torch::stable::parallel_for(0, static_cast<int64_t>(norm.size()), 256, [&](int64_t begin, int64_t end) {
+      parallel_for(0, static_cast<int64_t>(norm.size()), 256, [&](int64_t begin, int64_t end) {
         for (int64_t p = begin; p < end; ++p) {
           const double distance = distance_between(embeddings + sample[p] * width, from, width);
           norm[p] = distance == distance ? distance : std::numeric_limits<double>::infinity();

@@ -143,7 +143,7 @@ class Machine {
     for (size_t lane = 0; all && lane < lanes; ++lane) {
       if (!(mask >> lane & 1)) continue;
       const Wait& other = threads_[first + lane].wait;
-      all = other.mask == mask && other.site == site && std::strcmp(other.name, name) == 0;
+      all = other.mask == mask && other.site == site && (other.name == name || std::strcmp(other.name, name) == 0);
       payloads[lane] = static_cast<Payload*>(other.payload);
     }
     if (!all) return switch_fiber(self.fiber, scheduler_);

@@ -42,46 +42,60 @@ struct Fragments {
   const uint32_t *a, *b;
 };
 
+// A factor with its exponent, at least that of its type's smallest normal number; 0 has one that no sum reaches.
+struct Factor {
+  float value;
+  int exponent;
+};
+
+constexpr int kNoExponent = -1000;
+
+inline int exponent_of(float x, int least) {
+  return x == 0 ? kNoExponent : std::max(static_cast<int>(__float_as_uint(x) >> 23 & 255) - 127, least);
+}
+
 // c + Σ left · right of `Count` products as tensor cores add: products are exact; every addend is cut off 24 bits below
 // the largest exponent, of a product the sum of its factors' exponents; what is left is added without error, and the
 // sum is cut off to float32. Low bits are lost, always towards zero, as published measurements of chips of compute
 // capability 8.0 say (Fasi, Higham, Mikaitis, Pranesh: Numerical behavior of NVIDIA tensor cores, 2021); later chips
-// keep a bit more. `Least`: the exponent of the smallest normal number of the factors' type.
-template <int Count, int Least>
-float cut_off_sum(float c, const float* left, const float* right) {
-  constexpr int kBits = 24, kNone = -1000;
-  const auto exponent = [](float x, int least) {
-    return std::max(static_cast<int>(__float_as_uint(x) >> 23 & 255) - 127, least);
-  };
+// keep a bit more.
+template <int Count>
+__attribute__((always_inline)) inline float cut_off_sum(float c, const Factor* left, const Factor* right) {
+  constexpr int kBits = 24;
   double product[Count], plain = c;
-  int top = c == 0 ? kNone : exponent(c, -126);
+  int top = exponent_of(c, -126);
   for (int k = 0; k < Count; ++k) {
-    product[k] = static_cast<double>(left[k]) * right[k];
+    product[k] = static_cast<double>(left[k].value) * right[k].value;
     plain += product[k];
-    if (product[k] != 0) top = std::max(top, exponent(left[k], Least) + exponent(right[k], Least));
+    top = std::max(top, left[k].exponent + right[k].exponent);
   }
-  if (!std::isfinite(plain) || top == kNone) return static_cast<float>(plain);
-  const double units = __longlong_as_double(static_cast<long long>(1023 + kBits - top) << 52);
+  if (!std::isfinite(plain) || top < kNoExponent / 2) return static_cast<float>(plain);
+  const auto power = [](int exponent) { return __longlong_as_double(static_cast<long long>(1023 + exponent) << 52); };
+  const double units = power(kBits - top);
   auto sum = static_cast<int64_t>(c * units);
   for (int k = 0; k < Count; ++k) sum += static_cast<int64_t>(product[k] * units);
-  const double exact = static_cast<double>(sum) / units;
+  const double exact = static_cast<double>(sum) * power(top - kBits);
   const auto nearest = static_cast<float>(exact);
-  return std::abs(static_cast<double>(nearest)) > std::abs(exact) ? std::nextafter(nearest, 0.0f) : nearest;
+  // One less in its bits is one step towards zero.
+  return std::abs(static_cast<double>(nearest)) > std::abs(exact) ? __uint_as_float(__float_as_uint(nearest) - 1)
+                                                                  : nearest;
 }
 
 // C += A · B for all lanes, half of the K steps at a time; `a(row, k)` and `b(k, column)` read the operands where they
-// lie.
+// lie. `Least`: the exponent of the smallest normal number of the factors' type. Most of the time of a test of products
+// is spent here.
 template <int K, int Least, typename A, typename B>
-void multiply(Fragments* const* lanes, A a, B b) {
-  float left[16][K], right[8][K];
+__attribute__((optimize("O3"))) void multiply(Fragments* const* lanes, A a, B b) {
+  Factor left[16][K], right[8][K];
+  const auto factor = [](float value) { return Factor{value, exponent_of(value, Least)}; };
   for (int k = 0; k < K; ++k) {
-    for (int row = 0; row < 16; ++row) left[row][k] = a(row, k);
-    for (int column = 0; column < 8; ++column) right[column][k] = b(k, column);
+    for (int row = 0; row < 16; ++row) left[row][k] = factor(a(row, k));
+    for (int column = 0; column < 8; ++column) right[column][k] = factor(b(k, column));
   }
   for (int row = 0; row < 16; ++row) {
     for (int column = 0; column < 8; ++column) {
       float& c = lanes[row % 8 * 4 + column / 2]->c[row / 8 * 2 + column % 2];
-      for (int k = 0; k < K; k += K / 2) c = cut_off_sum<K / 2, Least>(c, left[row] + k, right[column] + k);
+      for (int k = 0; k < K; k += K / 2) c = cut_off_sum<K / 2>(c, left[row] + k, right[column] + k);
     }
   }
 }

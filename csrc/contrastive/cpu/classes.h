@@ -72,26 +72,25 @@ template <typename A>
 void class_positives(const Side<A>& own, const Labels& labels, const Side<A>& other, const Labels& other_labels,
                      bool exclude_self, int64_t offset, Direction<A>& direction) {
   const std::vector<Class> classes = common_classes(labels, other_labels);
-  torch::stable::parallel_for(
-      0, static_cast<int64_t>(classes.size()), Side<A>::grain(own.width), [&](int64_t b, int64_t e) {
-        std::vector<double> sum(own.d);
-        for (int64_t c = b; c < e; ++c) {
-          const Class& group = classes[c];
-          std::fill(sum.begin(), sum.end(), 0.0);
-          for (int64_t k = group.other_begin; k < group.other_end; ++k)
-            add_row(sum.data(), other.row(other_labels.order[k]), 1.0, own.d);
-          for (int64_t k = group.begin; k < group.end; ++k) {
-            const int64_t i = labels.order[k];
-            const bool without_self = exclude_self && other_labels.holds(i + offset, group.label);
-            const int64_t total = group.other_end - group.other_begin - without_self;
-            if (total == 0) continue;
-            double positive = dot_rows(own.row(i), sum.data(), own.d);
-            if (without_self) positive -= dot_rows(own.row(i), other.row(i + offset), own.d);
-            direction.total[i] = static_cast<double>(total);
-            direction.positive[i] = positive / static_cast<double>(total);
-          }
-        }
-      });
+  parallel_for(0, static_cast<int64_t>(classes.size()), Side<A>::grain(own.width), [&](int64_t b, int64_t e) {
+    std::vector<double> sum(own.d);
+    for (int64_t c = b; c < e; ++c) {
+      const Class& group = classes[c];
+      std::fill(sum.begin(), sum.end(), 0.0);
+      for (int64_t k = group.other_begin; k < group.other_end; ++k)
+        add_row(sum.data(), other.row(other_labels.order[k]), 1.0, own.d);
+      for (int64_t k = group.begin; k < group.end; ++k) {
+        const int64_t i = labels.order[k];
+        const bool without_self = exclude_self && other_labels.holds(i + offset, group.label);
+        const int64_t total = group.other_end - group.other_begin - without_self;
+        if (total == 0) continue;
+        double positive = dot_rows(own.row(i), sum.data(), own.d);
+        if (without_self) positive -= dot_rows(own.row(i), other.row(i + offset), own.d);
+        direction.total[i] = static_cast<double>(total);
+        direction.positive[i] = positive / static_cast<double>(total);
+      }
+    }
+  });
 }
 
 // Gradient of the mean similarity of the positives: each pair (i, j) of a class attracts with attract[i] + attract[j].
@@ -100,28 +99,27 @@ void attract_classes(const Side<A>& own, const Labels& labels, const Direction<A
                      const Labels& other_labels, const Direction<A>& other_direction, bool exclude_self,
                      int64_t offset) {
   const std::vector<Class> classes = common_classes(labels, other_labels);
-  torch::stable::parallel_for(
-      0, static_cast<int64_t>(classes.size()), Side<A>::grain(own.width), [&](int64_t b, int64_t e) {
-        std::vector<double> sum(own.d), weighted(own.d), pull(own.d);
-        for (int64_t c = b; c < e; ++c) {
-          const Class& group = classes[c];
-          std::fill(sum.begin(), sum.end(), 0.0);
-          std::fill(weighted.begin(), weighted.end(), 0.0);
-          for (int64_t k = group.other_begin; k < group.other_end; ++k) {
-            const int64_t j = other_labels.order[k];
-            add_row(sum.data(), other.row(j), 1.0, own.d);
-            add_row(weighted.data(), other.row(j), other_direction.attract[j], own.d);
-          }
-          for (int64_t k = group.begin; k < group.end; ++k) {
-            const int64_t i = labels.order[k];
-            pull = weighted;
-            if (exclude_self && other_labels.holds(i + offset, group.label))
-              add_row(pull.data(), other.row(i + offset),
-                      -static_cast<double>(direction.attract[i] + other_direction.attract[i + offset]), own.d);
-            attract_row(own.gradient.get() + i * own.width, direction.attract[i], sum.data(), pull.data(), own.d);
-          }
-        }
-      });
+  parallel_for(0, static_cast<int64_t>(classes.size()), Side<A>::grain(own.width), [&](int64_t b, int64_t e) {
+    std::vector<double> sum(own.d), weighted(own.d), pull(own.d);
+    for (int64_t c = b; c < e; ++c) {
+      const Class& group = classes[c];
+      std::fill(sum.begin(), sum.end(), 0.0);
+      std::fill(weighted.begin(), weighted.end(), 0.0);
+      for (int64_t k = group.other_begin; k < group.other_end; ++k) {
+        const int64_t j = other_labels.order[k];
+        add_row(sum.data(), other.row(j), 1.0, own.d);
+        add_row(weighted.data(), other.row(j), other_direction.attract[j], own.d);
+      }
+      for (int64_t k = group.begin; k < group.end; ++k) {
+        const int64_t i = labels.order[k];
+        pull = weighted;
+        if (exclude_self && other_labels.holds(i + offset, group.label))
+          add_row(pull.data(), other.row(i + offset),
+                  -static_cast<double>(direction.attract[i] + other_direction.attract[i + offset]), own.d);
+        attract_row(own.gradient.get() + i * own.width, direction.attract[i], sum.data(), pull.data(), own.d);
+      }
+    }
+  });
 }
 
 }  // namespace msacore::contrastive::cpu

@@ -78,7 +78,7 @@ int64_t few_grain(const std::vector<Term<A>>& terms) {
 // rows of b] of one term after the other go to `kept`, unless it is null.
 template <typename A, typename Then>
 void sum_few_exponentials(std::vector<Term<A>>& terms, A* kept, Then&& then) {
-  torch::stable::parallel_for(0, static_cast<int64_t>(terms.size()), few_grain(terms), [&](int64_t begin, int64_t end) {
+  parallel_for(0, static_cast<int64_t>(terms.size()), few_grain(terms), [&](int64_t begin, int64_t end) {
     const Buffer<A> tile(kBlock * kTileRow), own(kept ? 0 : kBlock * kBlock);
     for (int64_t k = begin; k < end; ++k) {
       Term<A>& term = terms[k];
@@ -108,7 +108,7 @@ class FewGradients {
  public:
   FewGradients(std::vector<Term<A>>& terms, const A* kept) : terms_(terms) {
     for (Term<A>& term : terms_) tiles_.emplace_back(term.a->rows * kTileRow);
-    torch::stable::parallel_for(0, count(), few_grain(terms_), [&](int64_t begin, int64_t end) {
+    parallel_for(0, count(), few_grain(terms_), [&](int64_t begin, int64_t end) {
       for (int64_t k = begin; k < end; ++k) {
         Term<A>& term = terms_[k];
         open_rows(term.rows, *term.a, term.scale, true);
@@ -131,7 +131,7 @@ class FewGradients {
     for (const Side<A>& side : sides) blocks = std::max(blocks, ceil_div(side.rows, kRows));
     const int64_t all = static_cast<int64_t>(sides.size());
     // Blocks outermost: equal shares of every side for every thread.
-    torch::stable::parallel_for(0, blocks * all, few_grain(terms_), [&](int64_t begin, int64_t end) {
+    parallel_for(0, blocks * all, few_grain(terms_), [&](int64_t begin, int64_t end) {
       Buffer<A> gradient;
       int64_t held = 0;
       double pull[kRows];

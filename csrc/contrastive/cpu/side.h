@@ -1,7 +1,6 @@
 // The rows of one embedding as contrastive losses on the CPU use them: scaled to unit length or as they are, padded to
 // whole panels, with the gradient with respect to them.
 #pragma once
-#include <torch/csrc/stable/ops.h>
 
 #include <algorithm>
 #include <cmath>
@@ -11,6 +10,7 @@
 #include "contrastive/cpu/tiles.h"
 #include "core/dtype.h"
 #include "cpu/buffer.h"
+#include "cpu/parallel.h"
 
 namespace msacore::contrastive::cpu {
 using namespace msacore::cpu;
@@ -139,8 +139,7 @@ struct Side {
   template <typename T>
   Side(const Source<T>& x, const uint8_t* used, int64_t n, int64_t d, bool normalize, Right right)
       : Side(n, d, normalize, right) {
-    torch::stable::parallel_for(0, rows / kPanel, grain(kPanel * width),
-                                [&](int64_t b, int64_t e) { fill(x, used, b, e); });
+    parallel_for(0, rows / kPanel, grain(kPanel * width), [&](int64_t b, int64_t e) { fill(x, used, b, e); });
   }
 
   // Panels begin … end of kPanel rows.
@@ -163,8 +162,7 @@ struct Side {
     gradient = Buffer<A>(rows * width, A(0));
     if (!pairs) return;
     pairs.allocate_pairs();
-    torch::stable::parallel_for(0, pairs.groups(), grain(kPairDepth * width),
-                                [&](int64_t b, int64_t e) { pairs.open(b, e); });
+    parallel_for(0, pairs.groups(), grain(kPairDepth * width), [&](int64_t b, int64_t e) { pairs.open(b, e); });
   }
 
   // Gradients with respect to x of rows begin … end, from those of the unit rows at `from` [end - begin, width].
@@ -179,7 +177,7 @@ struct Side {
   template <typename T>
   double project(T* grad_x, A scale, int64_t begin, int64_t end) const {
     const Buffer<double> pull(end - begin);
-    torch::stable::parallel_for(0, end - begin, grain(width), [&](int64_t b, int64_t e) {
+    parallel_for(0, end - begin, grain(width), [&](int64_t b, int64_t e) {
       project_rows(gradient.get() + (begin + b) * width, grad_x + b * d, pull.get() + b, scale, begin + b, begin + e);
     });
     double sum = 0;

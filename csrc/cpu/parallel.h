@@ -1,0 +1,28 @@
+// Loops whose parts go to whichever thread is free, so that one whose core another process uses takes fewer of them.
+#pragma once
+#include <torch/csrc/stable/ops.h>
+
+#include <algorithm>
+#include <atomic>
+
+#include "core/round.h"
+
+namespace msacore::cpu {
+
+// Calls body(first, last) for the parts of begin … end, each of `grain` members or more but for the last. Parts depend
+// on the number of threads alone; which thread takes one is left open.
+template <typename Body>
+void parallel_for(int64_t begin, int64_t end, int64_t grain, const Body& body) {
+  constexpr int64_t kPartsOfAThread = 8;
+  if (begin >= end) return;
+  const int64_t count = end - begin;
+  const int64_t threads = std::min<int64_t>(torch::stable::get_num_threads(), ceil_div(count, grain));
+  const int64_t part = threads > 1 ? std::max(grain, ceil_div(count, threads * kPartsOfAThread)) : count;
+  std::atomic<int64_t> next{begin};
+  torch::stable::parallel_for(0, threads, 1, [&](int64_t, int64_t) {
+    for (int64_t first; (first = next.fetch_add(part, std::memory_order_relaxed)) < end;)
+      body(first, std::min(first + part, end));
+  });
+}
+
+}  // namespace msacore::cpu
