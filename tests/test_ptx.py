@@ -28,7 +28,8 @@ PRODUCTS = ("hierarchical_contrastive", "info_nce", "low_rank_fusion", "matrix_f
 
 def passes(*arguments: str) -> str:
     """Run `python -m tests.ptx`; every case has to pass. Returns what it prints."""
-    done = subprocess.run([sys.executable, "-m", "tests.ptx", *arguments], cwd=ROOT, capture_output=True, text=True)
+    command = [sys.executable, "-m", "tests.ptx", *arguments]
+    done = subprocess.run(command, cwd=ROOT, env=preloaded(), capture_output=True, text=True)
     failed = "\n".join(line for line in done.stdout.splitlines() if not line.startswith("ok"))
     assert done.returncode == 0, failed[-6000:] + done.stderr[-3000:]
     return done.stdout

@@ -9,10 +9,11 @@
 
 namespace msacore::cpu {
 
-// Calls body(first, last) for the parts of begin … end, each of `grain` members or more but for the last. Parts depend
-// on the number of threads alone; which thread takes one is left open.
-template <typename Body>
-void parallel_for(int64_t begin, int64_t end, int64_t grain, const Body& body) {
+// Calls body(own, first, last) for the parts of begin … end, each of `grain` members or more but for the last, where
+// `own` is what a thread gets from `make` for all its parts. Parts depend on the number of threads alone; which thread
+// takes one is left open.
+template <typename Make, typename Body>
+void parallel_for(int64_t begin, int64_t end, int64_t grain, const Make& make, const Body& body) {
   constexpr int64_t kPartsOfAThread = 8;
   if (begin >= end) return;
   const int64_t count = end - begin;
@@ -20,9 +21,21 @@ void parallel_for(int64_t begin, int64_t end, int64_t grain, const Body& body) {
   const int64_t part = threads > 1 ? std::max(grain, ceil_div(count, threads * kPartsOfAThread)) : count;
   std::atomic<int64_t> next{begin};
   torch::stable::parallel_for(0, threads, 1, [&](int64_t, int64_t) {
-    for (int64_t first; (first = next.fetch_add(part, std::memory_order_relaxed)) < end;)
-      body(first, std::min(first + part, end));
+    int64_t first = next.fetch_add(part, std::memory_order_relaxed);
+    if (first >= end) return;
+    auto own = make();
+    for (; first < end; first = next.fetch_add(part, std::memory_order_relaxed))
+      body(own, first, std::min(first + part, end));
   });
+}
+
+// The same with body(first, last).
+template <typename Body>
+void parallel_for(int64_t begin, int64_t end, int64_t grain, const Body& body) {
+  struct Nothing {};
+  parallel_for(
+      begin, end, grain, [] { return Nothing(); },
+      [&](const Nothing&, int64_t first, int64_t last) { body(first, last); });
 }
 
 }  // namespace msacore::cpu

@@ -10,6 +10,7 @@
 #include <vector>
 
 #include "core/dtype.h"
+#include "cpu/parallel.h"
 #include "matrix_fusion/matrix_fusion_chunk.h"
 
 namespace msacore::matrix_fusion::cpu {
@@ -17,8 +18,8 @@ namespace {
 
 template <typename T, typename Body>
 void each_chunk(const Operands<T>& in, const Sizes& s, const Plan& plan, Body&& body) {
-  torch::stable::parallel_for(0, plan.lanes, 1, [&](int64_t first, int64_t last) {
-    Chunk<T> chunk(in, s, plan);
+  const auto chunk_of_thread = [&] { return Chunk<T>(in, s, plan); };
+  parallel_for(0, plan.lanes, 1, chunk_of_thread, [&](Chunk<T>& chunk, int64_t first, int64_t last) {
     for (int64_t lane = first; lane < last; ++lane)
       for (int64_t c = lane; c < plan.chunks; c += plan.lanes) {
         chunk.load(c * plan.chunk, std::min(s.batch, (c + 1) * plan.chunk));

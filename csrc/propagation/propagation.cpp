@@ -45,7 +45,7 @@ void dispatch_modalities(int64_t modalities, Body&& body) {
 }
 
 // Runs body(conversation, first element of the tile, its width) for every conversation and every tile of columns.
-// Threads share the utterances evenly; a task belongs to the thread in whose share it begins.
+// Parts are of equally many utterances; a task belongs to the part in which it begins.
 template <typename A, typename Body>
 void for_each_tile(const Call& call, Body&& body) {
   const WindowSizes& s = call.sizes;
@@ -53,8 +53,8 @@ void for_each_tile(const Call& call, Body&& body) {
   const int64_t tiles = ceil_div(s.width, kWidth);
   const int64_t work = kWidth * s.modalities * std::max<int64_t>(1, call.steps);
   const int64_t grain = std::max<int64_t>(1, kGrain / std::max<int64_t>(1, work));
-  parallel_for(0, s.utterances * tiles, grain, [&](int64_t from, int64_t to) {
-    Conversation<A> conversation;
+  const auto conversation_of_thread = [] { return Conversation<A>(); };
+  const auto part = [&](Conversation<A>& conversation, int64_t from, int64_t to) {
     int64_t v = std::upper_bound(call.offsets, call.offsets + s.conversations + 1, from / tiles) - call.offsets - 1;
     for (; v < s.conversations && call.offsets[v] * tiles < to; ++v) {
       const int64_t begin = call.offsets[v], end = call.offsets[v + 1], length = end - begin;
@@ -68,7 +68,8 @@ void for_each_tile(const Call& call, Body&& body) {
         body(conversation, begin * s.modalities * s.width + tile * kWidth, std::min(kWidth, s.width - tile * kWidth));
       }
     }
-  });
+  };
+  parallel_for(0, s.utterances * tiles, grain, conversation_of_thread, part);
 }
 
 // next = (1-α) A_inter ((1-α) A_intra h + α x) + α x, with α x in c.x

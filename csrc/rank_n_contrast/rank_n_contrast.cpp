@@ -153,11 +153,11 @@ class Sweep {
     const Block<const A> all = constant(pool_.block().columns(0, pool_.width));
     for (int64_t first = begin_; first < end_; first += tile_rows_) {
       const int64_t count = std::min(tile_rows_, end_ - first);
-      parallel_for(0, count, kRowsPerTask, [&](int64_t begin, int64_t end) {
+      const auto row_of_thread = [&] { return Row<A>(pool_.n); };
+      parallel_for(0, count, kRowsPerTask, row_of_thread, [&](Row<A>& row, int64_t begin, int64_t end) {
         const Block<A> part{tile_ + begin * pool_.n, end - begin, pool_.n, pool_.n};
         multiply(part, {pool_.rows + (first + begin) * pool_.padded, part.rows, pool_.width, pool_.padded},
                  all.transposed());
-        Row<A> row(pool_.n);
         for (int64_t i = begin; i < end; ++i) on_anchor(first + i, i, tile_ + i * pool_.n, row);
         on_part(first + begin, part.rows, part);
       });

@@ -27,11 +27,14 @@ def arguments() -> argparse.Namespace:
     parser.add_argument("--in-turn", action="store_true", help="every sample in one of the dtypes, which take turns")
     parser.add_argument(
         "--samples",
-        default="",
-        help="part of the samples' names; those too large for a host run (on_host=False) need their whole name",
+        action="append",
+        metavar="NAME",
+        help="part of the samples' names, repeatable; those too large for a host run (on_host=False) need their whole "
+        "name",
     )
     parser.add_argument("--mma", choices=MMA_MODELS, default="exact", help="how tensor cores add; see README.md")
     parser.add_argument("--production-sizes", action="store_true", help="sizes of a CUDA build, not of tests")
+    parser.add_argument("--every-kernel", action="store_true", help="a kernel that was not launched is a failure")
     parser.add_argument("--schedule", default="forward", help="order of threads: forward, reverse or random:SEED")
     parser.add_argument("--stats", metavar="FILE", type=Path, help="write what each launch issues and moves, as CSV")
     parser.add_argument("--list", action="store_true", help="names of operators and samples, no run")
@@ -54,7 +57,7 @@ def main() -> int:
     found = chosen(options.operators)
     if options.list:
         for case in found:
-            names = [name for name, _ in samples(case, torch.float32, "")]
+            names = [name for name, _ in samples(case, torch.float32, [""])]
             print(f"{case.name}: {', '.join(names) if any(names) else 'one sample'}")
         return 0
     for tool in ("nvcc", "nm"):
@@ -71,17 +74,17 @@ def main() -> int:
     dtypes = options.dtypes.split(",")
     for shift, case in enumerate(found):
         for turn, dtype in enumerate(dtypes):
-            for number, (sample, args) in enumerate(samples(case, getattr(torch, dtype), options.samples)):
+            for number, (sample, args) in enumerate(samples(case, getattr(torch, dtype), options.samples or [""])):
                 if not options.in_turn or (number + shift) % len(dtypes) == turn:
                     run.one(case, sample, dtype, args)
     idle = machine.never_launched()
     print(
         f"{machine.launches} launches, {machine.instructions / 1e6:.0f} M instructions, {len(idle)} kernels never ran"
     )
-    if options.verbose:
+    if options.verbose or options.every_kernel:
         print("\n".join(f"    {name}" for name in idle))
     print(f"{run.passed} passed, {run.failed} failed")
-    return 1 if run.failed or not run.passed else 0
+    return 1 if run.failed or not run.passed or (options.every_kernel and idle) else 0
 
 
 if __name__ == "__main__":

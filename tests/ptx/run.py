@@ -2,7 +2,7 @@
 
 import re
 import time
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -34,14 +34,14 @@ def source_of(case: Case) -> Path:
     return next(source for source in SOURCES if case.name in operators_of(source))
 
 
-def samples(case: Case, dtype: torch.dtype, part: str) -> Iterator[tuple[str, dict[str, Any]]]:
-    """The samples whose name holds `part`; those too large for a run on the host need their whole name."""
+def samples(case: Case, dtype: torch.dtype, parts: Sequence[str]) -> Iterator[tuple[str, dict[str, Any]]]:
+    """The samples whose name holds one of the `parts`; those too large for a run on the host need their whole name."""
     if isinstance(case, kcenter.KernelCase):
-        if not part:
+        if "" in parts:
             yield "", case.arguments(CPU, dtype)
         return
     for sample in case.samples(CPU, dtype):
-        if (part in sample.id and sample.on_host) or part == sample.id:
+        if any((part in sample.id and sample.on_host) or part == sample.id for part in parts):
             yield sample.id, sample.arguments
 
 
