@@ -26,10 +26,10 @@ pytestmark = [
 PRODUCTS = ("hierarchical_contrastive", "info_nce", "low_rank_fusion", "matrix_fusion", "rank_n_contrast")
 
 
-def passes(*arguments: str) -> str:
+def passes(*arguments: str, **environment: str) -> str:
     """Run `python -m tests.ptx`; every case has to pass. Returns what it prints."""
     command = [sys.executable, "-m", "tests.ptx", *arguments]
-    done = subprocess.run(command, cwd=ROOT, env=preloaded(), capture_output=True, text=True)
+    done = subprocess.run(command, cwd=ROOT, env={**preloaded(), **environment}, capture_output=True, text=True)
     failed = "\n".join(line for line in done.stdout.splitlines() if not line.startswith("ok"))
     assert done.returncode == 0, failed[-6000:] + done.stderr[-3000:]
     return done.stdout
@@ -49,37 +49,69 @@ def test_products_are_accurate_as_chips_add(family: str, mma: str) -> None:
     passes(family, "--dtypes", "float32", "--mma", mma)
 
 
-# Of a family whose samples are many, some.
-SOME = {
-    "hierarchical_contrastive": "two tiles",
-    "info_nce": "labels",
-    "matrix_fusion": "complete",
-    "propagation": "odd",
-    "rank_n_contrast": "labels",
+def passes_instead(folder: str, *arguments: str, **environment: str) -> str:
+    """Run tests that are written for the shim, on PTX; returns what they print."""
+    command = [sys.executable, "-m", "pytest", "-q", "-x", "-p", "no:cacheprovider", "-p", "tests.ptx.plugin"]
+    done = subprocess.run(
+        [*command, *arguments],
+        cwd=ROOT,
+        env={**preloaded(), "MSACORE_PTX_SOURCES": folder, **environment},
+        capture_output=True,
+        text=True,
+    )
+    assert done.returncode == 0, done.stdout[-6000:] + done.stderr[-3000:]
+    assert int(re.search(r"(\d+) launches of PTX", done.stdout)[1]) > 0  # type: ignore[index]
+    return done.stdout
+
+
+# What a family runs with the sizes of a CUDA build: parts of its samples' names, all by default. These samples are few
+# for such sizes: the second runs move the limits beyond which other kernels are used, too.
+SAMPLES = {
+    "hierarchical_contrastive": ("two modalities",),
+    "info_nce": ("labels",),
+    "matrix_fusion": ("complete", "many channels"),
+    "propagation": ("odd",),
+    "rank_n_contrast": ("labels",),
+}
+LARGE = {"MSACORE_CUDA_FEW_SAMPLES": "0", "MSACORE_CUDA_PAIRWISE_ROWS": "8"}
+LARGE_SAMPLES = {
+    "hierarchical_contrastive": ("two tiles", "learned temperatures", "large, intra-modal"),
+    "info_nce": ("labels",),
+}
+# Tests that reach what no sample does.
+BESIDE = {
+    "info_nce": ("tests/test_info_nce_partial_cuda.py", "-k", "candidates_without"),
+    "kcenter": ("tests/test_kcenter_cuda.py", "-k", "cosine and whole"),
 }
 
 
 @pytest.mark.parametrize("family", families())
-def test_with_the_sizes_of_a_cuda_build(family: str) -> None:
+def test_every_kernel_runs_with_the_sizes_of_a_cuda_build(family: str) -> None:
     """In another order of threads, too."""
-    chosen = ["--samples", SOME[family]] if family in SOME else []
-    passes(family, "--in-turn", "--production-sizes", "--schedule", "reverse", *chosen)
+    options = [family, "--in-turn", "--production-sizes", "--schedule", "reverse"]
+
+    def chosen(parts: tuple[str, ...]) -> list[str]:
+        return [word for part in parts for word in ("--samples", part)]
+
+    printed = [passes(*options, *chosen(SAMPLES.get(family, ())))]
+    if family in LARGE_SAMPLES:
+        printed.append(passes(*options, *chosen(LARGE_SAMPLES[family]), **LARGE))
+    if family in BESIDE:
+        printed.append(passes_instead(family, *BESIDE[family], MSACORE_PTX_SIZES="production"))
+    idle = [set(re.search(r"in no dtype: (.*)", text)[1].split()) for text in printed]  # type: ignore[index]
+    assert set.intersection(*idle) - {"none"} == set()
 
 
 @pytest.mark.parametrize(
-    ("folders", "arguments"),
+    ("folder", "arguments"),
     [
         ("kcenter", ["tests/test_kcenter_cuda.py", "-k", "lacks or tree or any_double or labelled or probcover"]),
         ("info_nce", ["tests/test_info_nce_partial_cuda.py"]),
     ],
     ids=["selections", "parts of info_nce"],
 )
-def test_what_has_no_case_of_its_own(folders: str, arguments: list[str]) -> None:
-    pytest_alone = [sys.executable, "-m", "pytest", "-q", "-x", "-p", "no:cacheprovider", "-p", "tests.ptx.plugin"]
-    environment = {**preloaded(), "MSACORE_PTX_SOURCES": folders}
-    done = subprocess.run([*pytest_alone, *arguments], cwd=ROOT, env=environment, capture_output=True, text=True)
-    assert done.returncode == 0, done.stdout[-6000:] + done.stderr[-3000:]
-    assert int(re.search(r"(\d+) launches of PTX", done.stdout)[1]) > 0  # type: ignore[index]
+def test_what_has_no_case_of_its_own(folder: str, arguments: list[str]) -> None:
+    passes_instead(folder, *arguments)
 
 
 def test_every_source_has_a_test() -> None:

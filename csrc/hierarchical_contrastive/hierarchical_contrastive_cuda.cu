@@ -238,7 +238,7 @@ void backward(Pass<T>& pass, const Inputs& in, Gradients& grads, cudaStream_t st
                     sum_gradients<kSidesAtOnce, KeptGradient<T>, false>(
                         terms, count, outputs, first > 0, static_cast<T*>(nullptr), slopes, in.fused, stream);
                     if (learned)
-                      launch(sum_kernel, dim3(count), dim3(kSumThreads), 0, stream, slopes, in_term,
+                      launch(slope_kernel, dim3(count), dim3(kSumThreads), 0, stream, slopes, in_term,
                              term_slopes + first);
                     if (pass.classes) pass.classes->add_gradients(terms, count);
                   });

@@ -1,7 +1,7 @@
 // What the hierarchical contrastive loss on CUDA has beside the kernels of all contrastive losses: which samples take
 // part where, and the tiers.
 #pragma once
-#include "contrastive/cuda/kernels.cuh"
+#include "contrastive/cuda/gradient_kernels.cuh"
 #include "core/optional.h"
 
 namespace msacore::hierarchical_contrastive::cuda {
@@ -136,6 +136,13 @@ __global__ void __launch_bounds__(kFinishThreads, 1)
     }
     return share;
   });
+}
+
+// A block per term: sums[t] ← Σ slopes[t · count …], of a learned temperature.
+__global__ void __launch_bounds__(kSumThreads, 1)
+    slope_kernel(const double* __restrict__ slopes, int64_t count, double* __restrict__ sums) {
+  const double sum = sum_of(slopes + blockIdx.x * count, count);
+  if (threadIdx.x == 0) sums[blockIdx.x] = sum;
 }
 
 }  // namespace msacore::hierarchical_contrastive::cuda

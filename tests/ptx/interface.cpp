@@ -124,13 +124,13 @@ const char* ptx_findings() {
   return text.c_str();
 }
 
-// Kernels of all that was loaded, a line each.
-const char* ptx_never_launched() {
+// Kernels of all that was loaded which were launched, or which were not, a line each.
+const char* ptx_kernels(int launched) {
   static std::string text;
   text.clear();
   for (const auto& [library, module] : state().modules) {
     for (const auto& [signature, kernel] : module->kernels) {
-      if (!kernel->decoded) text += signature + '\n';
+      if (kernel->decoded == (launched != 0)) text += signature + '\n';
     }
   }
   return text.c_str();

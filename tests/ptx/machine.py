@@ -2,6 +2,7 @@
 
 import ctypes
 import os
+import re
 from collections.abc import Sequence
 from concurrent.futures import ThreadPoolExecutor
 from functools import partial
@@ -27,7 +28,7 @@ class Machine:
     def __init__(self, mma: str = "exact", schedule: str = "forward", stats: Path | None = None) -> None:
         torch.set_num_threads(1)
         self._library = library = ctypes.CDLL(str(interpreter()), ctypes.RTLD_GLOBAL)
-        for name in ("ptx_load", "ptx_findings", "ptx_never_launched"):
+        for name in ("ptx_load", "ptx_findings", "ptx_kernels"):
             getattr(library, name).restype = ctypes.c_char_p
         for name in ("ptx_launches", "ptx_instructions"):
             getattr(library, name).restype = ctypes.c_uint64
@@ -61,8 +62,13 @@ class Machine:
         found = self._library.ptx_findings().decode().splitlines()
         return sorted(found, key=lambda line: ("in flight" not in line, line.startswith("uninitialised")))
 
-    def never_launched(self) -> list[str]:
-        return self._library.ptx_never_launched().decode().splitlines()
+    def kernels(self, launched: bool) -> list[str]:
+        return self._library.ptx_kernels(launched).decode().splitlines()
+
+    def idle(self) -> list[str]:
+        """Kernels of which nothing was launched, for no dtype."""
+        ran, not_ran = ({re.split("[<(]", name)[0] for name in self.kernels(launched)} for launched in (True, False))
+        return sorted(not_ran - ran)
 
     @property
     def launches(self) -> int:

@@ -1,7 +1,8 @@
 """A pytest plugin: tests that run CUDA code on the host (`CudaOnHost`) run its PTX, and fail by what was found.
 
 `python -m pytest -p tests.ptx.plugin FILES`, in the environment of `tests.ptx.build.preloaded`. MSACORE_PTX_SOURCES
-names the folders in csrc that the tests need, all by default.
+names the folders in csrc that the tests need, all by default; MSACORE_PTX_SIZES=production gives them the sizes of a
+CUDA build.
 """
 
 import os
@@ -18,7 +19,8 @@ _machine: list[Machine] = []  # one; none where the module is only looked at
 def pytest_configure() -> None:
     folders = os.environ.get("MSACORE_PTX_SOURCES", "").split()
     _machine.append(Machine())
-    _machine[0].run_instead([source for source in SOURCES if not folders or source.parent.name in folders])
+    small = os.environ.get("MSACORE_PTX_SIZES") != "production"
+    _machine[0].run_instead([source for source in SOURCES if not folders or source.parent.name in folders], small)
 
 
 @pytest.fixture(autouse=True)
@@ -30,3 +32,4 @@ def _nothing_is_found() -> Iterator[None]:
 
 def pytest_terminal_summary(terminalreporter: pytest.TerminalReporter) -> None:
     terminalreporter.write_line(f"{_machine[0].launches} launches of PTX")
+    terminalreporter.write_line(f"in no dtype: {' '.join(_machine[0].idle()) or 'none'}")

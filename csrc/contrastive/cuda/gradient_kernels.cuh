@@ -282,13 +282,6 @@ __device__ __forceinline__ double sum_of(const double* values, int64_t count) {
   return block_sum(sum);
 }
 
-// A block per sum: sums[i] ← Σ values[i · count …].
-__global__ void __launch_bounds__(kSumThreads, 1)
-    sum_kernel(const double* __restrict__ values, int64_t count, double* __restrict__ sums) {
-  const double sum = sum_of(values + blockIdx.x * count, count);
-  if (threadIdx.x == 0) sums[blockIdx.x] = sum;
-}
-
 // One block: the gradient of a temperature, -Σ slopes / temperature. The gradients in the slopes are over the
 // temperature already.
 __global__ void __launch_bounds__(kSumThreads, 1)
