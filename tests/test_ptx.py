@@ -69,18 +69,18 @@ def passes_instead(folder: str, *arguments: str, **environment: str) -> str:
 SAMPLES = {
     "hierarchical_contrastive": ("two modalities",),
     "info_nce": ("labels",),
-    "matrix_fusion": ("complete", "many channels"),
+    "matrix_fusion": ("complete", "several tiles, pooled"),
     "propagation": ("odd",),
     "rank_n_contrast": ("labels",),
 }
 LARGE = {"MSACORE_CUDA_FEW_SAMPLES": "0", "MSACORE_CUDA_PAIRWISE_ROWS": "8"}
 LARGE_SAMPLES = {
-    "hierarchical_contrastive": ("two tiles", "learned temperatures", "large, intra-modal"),
+    "hierarchical_contrastive": ("two tiles", "learned temperatures", "large: classes of several pieces"),
     "info_nce": ("labels",),
 }
 # Tests that reach what no sample does.
 BESIDE = {
-    "info_nce": ("tests/test_info_nce_partial_cuda.py", "-k", "candidates_without"),
+    "info_nce": ("tests/test_info_nce_partial_cuda.py", "-k", "labels and 4"),
     "kcenter": ("tests/test_kcenter_cuda.py", "-k", "cosine and whole"),
 }
 

@@ -36,7 +36,7 @@ def _sample(
             value if isinstance(value, int) else torch.tensor(value, device=device, dtype=dtype)
             for value in options.pop("learned")
         ]
-    return Sample(name, {**arguments, **options}, small=name in _SMALL, on_host=modalities <= 6)
+    return Sample(name, {**arguments, **options}, small=name in _SMALL, on_host=modalities <= 6 and n <= 200)
 
 
 def _samples(device: torch.device, dtype: torch.dtype) -> list[Sample]:
@@ -68,6 +68,7 @@ def _samples(device: torch.device, dtype: torch.dtype) -> list[Sample]:
             ("dot products", (9, 3, 4, 3), dict(available=True, normalize=False, temperatures=(1.0, 0.5, 2.0))),
             ("dot products, learned", (9, 2, 4, 3), dict(normalize=False, learned=(1.0, 2.0, 0.5))),
             ("rows too wide to keep", (3, 2, 1900, 2), {}),
+            ("large: classes of several pieces", (300, 2, 4, 3), dict(tier1="intra_modal")),
         ]
     ]
 
