@@ -1,5 +1,4 @@
-// Rank-N-Contrast on CUDA: the places of the samples, and the others in the order of their label gaps as one anchor
-// sees them: where gaps fall, by ranks 0 … n - 1, towards the anchor's own rank from either side.
+// Rank-N-Contrast on CUDA: the places of the samples, and the others by falling label gap as one anchor sees them.
 #pragma once
 #include "rank_n_contrast/rank_n_contrast_centre.cuh"
 
