@@ -200,6 +200,22 @@ MSACORE_SIMD Row<A>* window_mean_tile(const Call& call, const Conversation<A>& c
   return c.next;
 }
 
+// A_inter h of an utterance whose kM modalities all send, which is its own transpose; everything is read once.
+template <int kM, typename A, typename T>
+MSACORE_INLINE void modality_mean_of_all(const T* __restrict__ h, T* __restrict__ out, int64_t d) {
+  constexpr A kFactor = A(1) / (kM - 1);
+  for (int64_t c = 0; c < d; ++c) {
+    A value[kM];
+    for (int m = 0; m < kM; ++m) value[m] = kFactor * static_cast<A>(h[m * d + c]);
+    for (int m = 0; m < kM; ++m) {
+      A sum = 0;
+      for (int n = 0; n < kM; ++n)
+        if (n != m) sum += value[n];
+      out[m * d + c] = static_cast<T>(sum);
+    }
+  }
+}
+
 // A_inter h, or its transpose, of utterances begin … end; h and out [N, M, d], gate [N, M] or null. `sum` holds d.
 template <bool kTransposed, typename T, typename A>
 MSACORE_SIMD void modality_mean_range(const T* __restrict__ h, const bool* __restrict__ gate, T* __restrict__ out,
@@ -209,6 +225,10 @@ MSACORE_SIMD void modality_mean_range(const T* __restrict__ h, const bool* __res
     const bool* sends = gate ? gate + i * M : nullptr;
     int64_t senders = M;
     if (sends) senders = std::count(sends, sends + M, true);
+    if (M == 3 && senders == M) {
+      modality_mean_of_all<3, A>(h + i * M * d, out + i * M * d, d);
+      continue;
+    }
     const auto scale = [&](int64_t m) {
       const int64_t others = senders - (sends ? sends[m] : 1);
       return others ? A(1) / static_cast<A>(others) : A(0);
