@@ -16,9 +16,6 @@ from tests.cuda_on_host.build import ROOT
 from tests.ptx.build import ptx_of
 
 ARCHITECTURES = ("80", "86", "89", "90", "100", "120")
-# Those whose optimised code the tests look at: the others have the registers of one of them (86 and 89 those of 80,
-# 100 those of 90). There it is enough that they compile, which without optimisation takes half the time.
-OPTIMISED = ("80", "90", "120")
 SOURCES = sorted((ROOT / "csrc").glob("*/*_cuda.cu"))
 CACHE = ROOT / "build" / "nvcc"
 
@@ -38,13 +35,12 @@ class Kernel:
     spilled: int  # bytes stored and loaded
 
 
-def report(source: Path, architecture: str, optimise: bool = True) -> str:
+def report(source: Path, architecture: str) -> str:
     """What ptxas says as it makes machine code of nvcc's PTX, which is one for all architectures."""
     ptx = ptx_of(source)
-    said = CACHE / f"{ptx.stem}.sm_{architecture}{'' if optimise else '.plain'}.txt"
+    said = CACHE / f"{ptx.stem}.sm_{architecture}.txt"
     if not said.exists():
-        level = "-O3" if optimise else "-O0"
-        command = ["ptxas", "-v", level, f"-arch=sm_{architecture}", str(ptx), "-o", os.devnull]
+        command = ["ptxas", "-v", f"-arch=sm_{architecture}", str(ptx), "-o", os.devnull]
         done = subprocess.run(command, capture_output=True, text=True)
         if done.returncode != 0:
             raise RuntimeError(f"{source.name} does not compile for sm_{architecture}: {done.stderr[-4000:]}")
@@ -56,11 +52,11 @@ def report(source: Path, architecture: str, optimise: bool = True) -> str:
 
 
 @functools.cache
-def kernels_of(source: Path, architectures: tuple[str, ...] = OPTIMISED) -> list[Kernel]:
-    """The kernels of a source, optimised; raises with the compiler's words where it does not compile."""
+def kernels_of(source: Path) -> list[Kernel]:
+    """The kernels of a source on every architecture; raises with the compiler's words where it does not compile."""
     ptx_of(source)  # once, before two threads ask for it
     with ThreadPoolExecutor(2) as pool:
-        found = _KERNEL.findall("".join(pool.map(partial(report, source), architectures)))
+        found = _KERNEL.findall("".join(pool.map(partial(report, source), ARCHITECTURES)))
     names = subprocess.run(
         ["c++filt"], input="\n".join(k[0] for k in found), capture_output=True, text=True, check=True
     )
@@ -77,5 +73,5 @@ def kernels_of(source: Path, architectures: tuple[str, ...] = OPTIMISED) -> list
 if __name__ == "__main__":
     print(f"{'kernel':<90} {'arch':>5} {'registers':>9} {'shared':>7} {'spilled':>7}")
     for path in SOURCES:
-        for k in kernels_of(path, ARCHITECTURES):
+        for k in kernels_of(path):
             print(f"{k.name[:90]:<90} sm_{k.architecture} {k.registers:>9} {k.shared:>7} {k.spilled:>7}")

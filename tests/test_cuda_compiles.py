@@ -5,7 +5,7 @@ from pathlib import Path
 
 import pytest
 
-from tests.nvcc import ARCHITECTURES, OPTIMISED, SOURCES, kernels_of, report
+from tests.nvcc import ARCHITECTURES, SOURCES, kernels_of
 
 pytestmark = [
     pytest.mark.skipif(shutil.which("nvcc") is None, reason="nvcc is not installed"),
@@ -16,23 +16,16 @@ pytestmark = [
 # Bytes stored and loaded, at most, by architecture. In float64, which serves checks rather than training, the gradients
 # of a tile take some registers more than there are; on sm_120 selection does, too, whose kernels are held to 128.
 SPILLED = {
-    "contrastive::cuda::gradient_kernel<double,": {90: 128, 120: 288},
+    "contrastive::cuda::gradient_kernel<double,": {90: 128, 100: 128, 120: 288},
     "kcenter::cuda::count_kernel<": {120: 96},
     "kcenter::cuda::fold_kernel<": {120: 160},
 }
 
 
 @pytest.mark.parametrize("source", SOURCES, ids=lambda source: source.name)
-@pytest.mark.parametrize("architecture", [a for a in ARCHITECTURES if a not in OPTIMISED])
-def test_the_kernels_compile(source: Path, architecture: str) -> None:
-    kernels = [k for k in kernels_of(source) if k.architecture == 80]
-    assert report(source, architecture, optimise=False).count("Compiling entry function") == len(kernels)
-
-
-@pytest.mark.parametrize("source", SOURCES, ids=lambda source: source.name)
 def test_no_kernel_spills_registers(source: Path) -> None:
     kernels = kernels_of(source)
-    assert {k.architecture for k in kernels} == {int(a) for a in OPTIMISED}
+    assert {k.architecture for k in kernels} == {int(a) for a in ARCHITECTURES}
     for kernel in kernels:
         most = next((most for name, most in SPILLED.items() if kernel.name.startswith(name)), {})
         allowed = most.get(kernel.architecture, 0)

@@ -67,7 +67,7 @@ def passes_instead(folder: str, *arguments: str, **environment: str) -> str:
 # What a family runs with the sizes of a CUDA build: parts of its samples' names, all by default. These samples are few
 # for such sizes: the second runs move the limits beyond which other kernels are used, too.
 SAMPLES = {
-    "hierarchical_contrastive": ("two modalities",),
+    "hierarchical_contrastive": ("two tiles",),
     "info_nce": ("labels",),
     "matrix_fusion": ("complete", "several tiles, pooled"),
     "propagation": ("odd",),

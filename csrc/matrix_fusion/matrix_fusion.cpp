@@ -3,7 +3,6 @@
 #include "matrix_fusion/matrix_fusion.h"
 
 #include <torch/csrc/stable/library.h>
-#include <torch/csrc/stable/ops.h>
 
 #include <algorithm>
 #include <tuple>

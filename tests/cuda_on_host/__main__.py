@@ -14,7 +14,7 @@ from functools import partial
 from typing import Any
 
 from tests.cuda_on_host.build import HERE, build, files_of
-from tests.nvcc import ARCHITECTURES, OPTIMISED, SOURCES, kernels_of, report
+from tests.nvcc import ARCHITECTURES, SOURCES, kernels_of, report
 from tests.ptx.build import host_of, ptx_of
 
 
@@ -29,7 +29,7 @@ def main() -> None:
             jobs.append(partial(ptx_of, source))
             jobs += [partial(host_of, source, small) for small in (True, False)]
         jobs += [partial(made, shim) for made in (ptx_of, host_of)]
-        jobs += [partial(report, source, arch, arch in OPTIMISED) for arch in ARCHITECTURES for source in by_size]
+        jobs += [partial(report, source, arch) for arch in ARCHITECTURES for source in by_size]
     if everything:
         jobs += [partial(build, source, sanitize=True) for source in (*by_size, shim)]
     jobs += [partial(build, source) for source in (*by_size, shim)]

@@ -130,7 +130,7 @@ class FewGradients {
     int64_t blocks = 0;
     for (const Side<A>& side : sides) blocks = std::max(blocks, ceil_div(side.rows, kRows));
     const int64_t all = static_cast<int64_t>(sides.size());
-    // Blocks outermost: equal shares of every side for every thread.
+    // Blocks outermost: equal shares of every side for every part.
     parallel_for(0, blocks * all, few_grain(terms_), [&](int64_t begin, int64_t end) {
       Buffer<A> gradient;
       int64_t held = 0;

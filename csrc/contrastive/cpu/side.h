@@ -1,7 +1,6 @@
 // The rows of one embedding as contrastive losses on the CPU use them: scaled to unit length or as they are, padded to
 // whole panels, with the gradient with respect to them.
 #pragma once
-
 #include <algorithm>
 #include <cmath>
 #include <type_traits>
