@@ -29,8 +29,11 @@ inline void check_steps(const char* op, int64_t steps, double alpha) {
   check(alpha >= 0 && alpha <= 1, op, "expected `alpha` in [0, 1], got ", alpha);
 }
 
+// `t` itself where its memory is contiguous: a call of torch that returns it looks the operator up by name.
+inline Tensor as_contiguous(const Tensor& t) { return t.is_contiguous() ? t : torch::stable::contiguous(t); }
+
 inline OptionalTensor contiguous(const OptionalTensor& t) {
-  return t ? OptionalTensor(torch::stable::contiguous(*t)) : std::nullopt;
+  return t ? OptionalTensor(as_contiguous(*t)) : std::nullopt;
 }
 
 // Null only where the argument was not given: a tensor without entries may have no memory, yet it was given.

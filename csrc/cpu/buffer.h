@@ -17,7 +17,7 @@ template <typename A>
 class Buffer {
  public:
   Buffer() = default;
-  explicit Buffer(int64_t count) : data_(allocate(count * sizeof(A)), &std::free) {}
+  explicit Buffer(int64_t count) : data_(allocate(count * sizeof(A))) {}
   Buffer(int64_t count, A value) : Buffer(count) {
     for (int64_t i = 0; i < count; ++i) data_[i] = value;
   }
@@ -25,15 +25,25 @@ class Buffer {
   A& operator[](int64_t i) const { return data_[i]; }
 
  private:
+  // The C library hands small blocks out of a cache of the thread, but aligned ones never: they take malloc, and the
+  // address that it returned stands before the aligned one.
   static A* allocate(size_t bytes) {
-    const size_t alignment = bytes < kHugePage ? 64 : kHugePage;
-    void* const memory = std::aligned_alloc(alignment, round_up(std::max<size_t>(bytes, 1), alignment));
+    const size_t alignment = bytes < kHugePage ? kLine : kHugePage;
+    void* const memory = std::malloc(bytes + alignment);
     if (!memory) throw std::bad_alloc();
-    if (alignment == kHugePage) advise_huge_pages(memory, bytes);
-    return static_cast<A*>(memory);
+    const auto address = (reinterpret_cast<uintptr_t>(memory) / alignment + 1) * alignment;
+    void** const aligned = reinterpret_cast<void**>(address);
+    aligned[-1] = memory;
+    if (alignment == kHugePage) advise_huge_pages(aligned, bytes);
+    return reinterpret_cast<A*>(aligned);
   }
 
-  std::unique_ptr<A[], void (*)(void*)> data_{nullptr, &std::free};
+  struct Release {
+    void operator()(A* data) const { std::free(reinterpret_cast<void**>(data)[-1]); }
+  };
+
+  static constexpr size_t kLine = 64;
+  std::unique_ptr<A[], Release> data_;
 };
 
 }  // namespace msacore::cpu

@@ -53,19 +53,18 @@ struct Problem {
       for (int64_t m = 0; m < size.modalities; ++m)
         if (!available[i * size.modalities + m]) present[i] &= ~(uint64_t(1) << m);
 
-    std::vector<Buffer<uint8_t>> used;  // rows of a side that some term reads
-    for (size_t k = 0; k < embeddings.size(); ++k) used.emplace_back(n, uint8_t(0));
+    const Buffer<uint8_t> used(embeddings.size() * n, 0);  // rows of the sides that some term reads
     for (const Plan& plan : plans) {
       Term<A> term{};
       const bool self = plan.first == plan.second;
       const uint64_t need = needs[plan.first] | needs[plan.second];
-      term.rows.used = Buffer<uint8_t>(n);
-      term.columns.used = Buffer<uint8_t>(n);
+      term.rows.allocate(n);
+      term.columns.allocate(n);
       for (int64_t i = 0; i < n; ++i) {
         const uint8_t open = (present[i] & need) == need && (!self || labels[i] >= 0);
         term.rows.used[i] = term.columns.used[i] = open;
-        used[plan.first][i] |= open;
-        used[plan.second][i] |= open;
+        used[plan.first * n + i] |= open;
+        used[plan.second * n + i] |= open;
       }
       term.scale = M_LOG2E / this->options.temperatures[plan.tier];
       term.two_sided = term.diagonal = !self;
@@ -92,7 +91,7 @@ struct Problem {
                    for (int64_t i = begin; i < end; ++i) {
                      const int64_t k = i / panels, panel = i % panels;
                      const Source<T> x{embeddings[k].template const_data_ptr<T>(), n, nullptr};
-                     sides[k].fill(x, used[k].get(), panel, panel + 1);
+                     sides[k].fill(x, used.get() + k * n, panel, panel + 1);
                    }
                  });
     for (size_t t = 0; t < plans.size(); ++t) {
@@ -101,7 +100,7 @@ struct Problem {
     }
   }
 
-  Labels labels_of(const Term<A>& term) const { return {labels, term.rows.used.get(), size.samples}; }
+  Labels labels_of(const Term<A>& term) const { return {labels, term.rows.used, size.samples}; }
 
   template <typename V>
   V* stats_of(V* stats, size_t t, bool columns) const {

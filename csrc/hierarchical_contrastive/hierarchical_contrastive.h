@@ -4,6 +4,7 @@
 #include <tuple>
 #include <vector>
 
+#include "core/allocate.h"
 #include "core/dtype.h"
 #include "core/optional.h"
 #include "core/round.h"
@@ -129,13 +130,13 @@ inline void check_saved(const char* op, const Sizes& s, const Options& options, 
 
 inline std::vector<Tensor> contiguous(const std::vector<Tensor>& tensors) {
   std::vector<Tensor> out;
-  for (const Tensor& t : tensors) out.push_back(torch::stable::contiguous(t));
+  for (const Tensor& t : tensors) out.push_back(as_contiguous(t));
   return out;
 }
 
 inline Inputs contiguous(const Inputs& in) {
   return {contiguous(in.unimodal),
-          torch::stable::contiguous(in.fused),
+          as_contiguous(in.fused),
           contiguous(in.high_level),
           contiguous(in.available),
           contiguous(in.labels),
@@ -148,10 +149,10 @@ struct Results {
 
   Results(const Tensor& like, const Sizes& s, const Options& options, bool keep) {
     const ScalarType dtype = acc_dtype(like.scalar_type());
-    loss = torch::stable::new_empty(like, {}, dtype);
-    tiers = torch::stable::new_empty(like, {kTiers}, dtype);
-    stats = torch::stable::new_empty(like, {s.terms, 2, kStats, s.samples}, dtype);
-    kept = torch::stable::new_empty(like, kept_shape(s, options, keep), dtype);
+    loss = empty_tensor(like, {}, dtype);
+    tiers = empty_tensor(like, {kTiers}, dtype);
+    stats = empty_tensor(like, {s.terms, 2, kStats, s.samples}, dtype);
+    kept = empty_tensor(like, kept_shape(s, options, keep), dtype);
   }
 };
 
@@ -162,10 +163,10 @@ struct Gradients {
   Tensor temperatures[kTiers];
 
   explicit Gradients(const Inputs& in) {
-    for (const Tensor& t : in.embeddings()) embeddings.push_back(torch::stable::new_empty(t, {t.size(0), t.size(1)}));
+    for (const Tensor& t : in.embeddings()) embeddings.push_back(empty_tensor(t, {t.size(0), t.size(1)}));
     for (int64_t k = 0; k < kTiers; ++k)
-      temperatures[k] = in.learned_temperatures[k] ? torch::stable::new_empty(*in.learned_temperatures[k], {})
-                                                   : torch::stable::new_empty(in.fused, {0});
+      temperatures[k] =
+          in.learned_temperatures[k] ? empty_tensor(*in.learned_temperatures[k], {}) : empty_tensor(in.fused, {0});
   }
 };
 
@@ -205,8 +206,8 @@ struct HierarchicalOperators {
     check_saved(op, s, options, fused, grad_loss, grad_tiers, stats, kept);
     const Inputs in = contiguous(given);
     Gradients grads(in);
-    backward(op, in, s, options, contiguous(grad_loss), contiguous(grad_tiers), torch::stable::contiguous(stats),
-             torch::stable::contiguous(kept), grads);
+    backward(op, in, s, options, contiguous(grad_loss), contiguous(grad_tiers), as_contiguous(stats),
+             as_contiguous(kept), grads);
     return {grads.embeddings, grads.temperatures[0], grads.temperatures[1], grads.temperatures[2]};
   }
 };

@@ -36,8 +36,8 @@ void forward(const char* op, const InfoNceInputs& in, const InfoNceSizes& s, con
 // Loads the sums over negatives, given as in Stat.
 template <typename A>
 void load_negatives(Direction<A>& direction, int64_t rows, int64_t n, const A* negatives) {
-  direction.shift = Buffer<A>(rows, A(0));
-  direction.log = Buffer<A>(rows, -std::numeric_limits<A>::infinity());
+  std::fill_n(direction.shift, rows, A(0));
+  std::fill_n(direction.log, rows, -std::numeric_limits<A>::infinity());
   for (int64_t i = 0; i < n; ++i) {
     direction.shift[i] = negatives[i];
     direction.log[i] = static_cast<A>(negatives[n + i] * M_LOG2E);

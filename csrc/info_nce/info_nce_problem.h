@@ -57,28 +57,27 @@ struct Problem {
         weights(data_or_null<T>(in.weights)) {
     Term<A> term{};
     const int64_t all = size.candidates + size.negatives;
-    term.rows.used = Buffer<uint8_t>(size.anchors);
-    term.columns.used = Buffer<uint8_t>(all);
-    mark_used(term.rows.used.get(), data_or_null<bool>(in.anchor_mask), anchor_labels, size.anchors);
-    mark_used(term.columns.used.get(), data_or_null<bool>(in.candidate_mask), candidate_labels, size.candidates);
-    mark_used(term.columns.used.get() + size.candidates, data_or_null<bool>(in.negative_mask), nullptr, size.negatives);
+    term.rows.allocate(size.anchors);
+    term.columns.allocate(all);
+    mark_used(term.rows.used, data_or_null<bool>(in.anchor_mask), anchor_labels, size.anchors);
+    mark_used(term.columns.used, data_or_null<bool>(in.candidate_mask), candidate_labels, size.candidates);
+    mark_used(term.columns.used + size.candidates, data_or_null<bool>(in.negative_mask), nullptr, size.negatives);
     // An embedding with itself needs half the tiles, provided both roles are played by the same rows.
     const auto differ = [&](const auto* x, const auto* y) {
       return x && std::memcmp(x, y, size.anchors * sizeof(*x)) != 0;
     };
     const bool self = !in.candidates && !in.negatives && !weights && !offset &&
-                      !differ(term.rows.used.get(), term.columns.used.get()) &&
-                      !differ(anchor_labels, candidate_labels);
+                      !differ(term.rows.used, term.columns.used) && !differ(anchor_labels, candidate_labels);
     sides.reserve(2);
     const Source<T> anchors{in.anchors.const_data_ptr<T>(), size.anchors, nullptr};
     using Right = typename Side<A>::Right;
     const bool in_pairs = takes_pairs<T>(std::min(size.anchors, all), size.width);
     const Right right = in_pairs ? Right::kPairs : known ? Right::kNone : Right::kPanels;
-    sides.emplace_back(anchors, term.rows.used.get(), size.anchors, size.width, options.normalize, right);
+    sides.emplace_back(anchors, term.rows.used, size.anchors, size.width, options.normalize, right);
     if (!self)
       sides.emplace_back(Source<T>{in.candidates ? in.candidates->template const_data_ptr<T>() : anchors.first,
                                    size.candidates, data_or_null<T>(in.negatives)},
-                         term.columns.used.get(), all, size.width, options.normalize, right);
+                         term.columns.used, all, size.width, options.normalize, right);
     term.a = &sides.front();
     term.b = &sides.back();
     term.scale = M_LOG2E / temperature;
@@ -110,8 +109,8 @@ struct Problem {
   Term<A>& term() { return terms.front(); }
   const Term<A>& term() const { return terms.front(); }
   bool disjoint() const { return options.denominator != kAll; }
-  Labels row_labels() const { return {anchor_labels, term().rows.used.get(), size.anchors}; }
-  Labels column_labels() const { return {candidate_labels, term().columns.used.get(), size.candidates}; }
+  Labels row_labels() const { return {anchor_labels, term().rows.used, size.anchors}; }
+  Labels column_labels() const { return {candidate_labels, term().columns.used, size.candidates}; }
 
   // Calls visit(i, j, similarity in the tile, weight index) for the pairs of anchors and candidates that take part.
   template <typename Visit>
@@ -232,8 +231,7 @@ struct Problem {
 
   // Loads the logarithms of the denominators that `sum` has found.
   void load_softmax(Direction<A>& direction, int64_t rows, int64_t n) {
-    direction.shift = Buffer<A>(rows, A(0));
-    direction.log = Buffer<A>(rows, A(0));
+    for (A* part : {direction.shift, direction.log}) std::fill_n(part, rows, A(0));
     for (int64_t i = 0; i < n; ++i) {
       const contrastive::cpu::Denominator<A> all(term(), direction, i);
       direction.shift[i] = static_cast<A>(all.highest);

@@ -54,11 +54,10 @@ template <typename A, typename GradientOf, typename SoftmaxOf>
 void load_shares(const Term<A>& term, Direction<A>& direction, const Side<A>& side, int64_t n, const A* stats,
                  bool choice_matters, GradientOf&& gradient_of, SoftmaxOf&& softmax_of) {
   const double scale = static_cast<double>(static_cast<A>(term.scale));
-  direction.softmax_weight = Buffer<A>(side.rows, A(0));
-  direction.shift = Buffer<A>(side.rows, A(0));
-  direction.log = Buffer<A>(side.rows, std::numeric_limits<A>::infinity());
-  direction.attract = Buffer<A>(side.rows, A(0));
-  direction.positive = Buffer<double>(side.rows, 0.0);
+  for (A* weights : {direction.softmax_weight, direction.shift, direction.attract})
+    std::fill_n(weights, side.rows, A(0));
+  std::fill_n(direction.log, side.rows, std::numeric_limits<A>::infinity());
+  std::fill_n(direction.positive, side.rows, 0.0);
   for (int64_t i = 0; stats && i < n; ++i) {
     if (stats[3 * n + i] == 0 || (choice_matters && !direction.choice(i))) continue;
     const double gradient = gradient_of(i), log = stats[n + i] * M_LOG2E;

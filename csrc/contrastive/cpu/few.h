@@ -60,8 +60,8 @@ Tile<A> few_tile(const Term<A>& term, A* s) {
   return {term.a->rows,
           term.b->rows,
           s,
-          term.rows.exponent_bias.get(),
-          term.columns.exponent_bias.get(),
+          term.rows.exponent_bias,
+          term.columns.exponent_bias,
           static_cast<A>(term.scale),
           0};
 }
@@ -95,8 +95,7 @@ void sum_few_exponentials(std::vector<Term<A>>& terms, A* kept, Then&& then) {
         term.rows.total[i] = term.columns.total[i] = 1;
         term.rows.positive[i] = term.columns.positive[i] = t.s[i * kTileRow + i];
       }
-      exponentials_of(t, kept ? kept + k * exponential_count(term) : own.get(), term.rows.sum.get(),
-                      term.columns.sum.get());
+      exponentials_of(t, kept ? kept + k * exponential_count(term) : own.get(), term.rows.sum, term.columns.sum);
       then(k);
     }
   });
@@ -107,15 +106,17 @@ template <typename A>
 class FewGradients {
  public:
   FewGradients(std::vector<Term<A>>& terms, const A* kept) : terms_(terms) {
-    for (Term<A>& term : terms_) tiles_.emplace_back(term.a->rows * kTileRow);
+    int64_t rows = 0;
+    for (const Term<A>& term : terms_) rows += term.a->rows;
+    tiles_ = Buffer<A>(rows * kTileRow);
     parallel_for(0, count(), few_grain(terms_), [&](int64_t begin, int64_t end) {
       for (int64_t k = begin; k < end; ++k) {
         Term<A>& term = terms_[k];
         open_rows(term.rows, *term.a, term.scale, true);
         open_rows(term.columns, *term.b, term.scale, true);
-        const Tile<A> t = few_tile(term, tiles_[k].get());
-        weigh_exponentials(t, kept + k * exponential_count(term), term.rows.softmax_weight.get(),
-                           term.columns.softmax_weight.get());
+        const Tile<A> t = few_tile(term, tile(k));
+        weigh_exponentials(t, kept + k * exponential_count(term), term.rows.softmax_weight,
+                           term.columns.softmax_weight);
         for (int64_t i = 0; i < std::min(term.a->n, term.b->n); ++i)
           if (takes_part(t.exponent_bias_a[i]) && takes_part(t.exponent_bias_b[i]))
             t.s[i * kTileRow + i] -= term.rows.attract[i] + term.columns.attract[i];
@@ -149,13 +150,14 @@ class FewGradients {
 
  private:
   int64_t count() const { return static_cast<int64_t>(terms_.size()); }
+  A* tile(int64_t k) const { return tiles_.get() + k * terms_[k].a->rows * kTileRow; }  // terms have equally many rows
 
   // gradient [rows, width] ← Σ over the terms of a side, in their order, of gradients of similarities · other rows.
   void gather(const Side<A>& side, int64_t row, int64_t rows, A* gradient) const {
     bool add = false;
     for (int64_t k = 0; k < count(); ++k) {
       const Term<A>& term = terms_[k];
-      const A* s = tiles_[k].get();
+      const A* s = tile(k);
       if (term.a == &side) {
         small_product<A>({rows, side.width, term.b->rows, s + row * kTileRow, kTileRow, 1, term.b->row(0), kPanel,
                           term.b->stride, gradient, side.width, add});
@@ -171,7 +173,7 @@ class FewGradients {
   }
 
   std::vector<Term<A>>& terms_;
-  std::vector<Buffer<A>> tiles_;
+  Buffer<A> tiles_;  // one after the other
 };
 
 }  // namespace msacore::contrastive::cpu

@@ -18,31 +18,43 @@ namespace msacore::contrastive::cpu {
 // What one direction of a term keeps per row.
 template <typename A>
 struct Direction {
-  Buffer<uint8_t> used;        // row takes part, as anchor and as candidate
-  Buffer<int64_t> candidates;  // how many it has
-  Buffer<A> exponent_bias;     // see Tile
-  Buffer<double> sum;          // Σ_j 2^(exponent) of the denominator
-  Buffer<A> highest;           // its highest similarity so far, for unbounded exponents
-  Buffer<double> total;        // weight of the positives; 0: the anchor drops out
-  Buffer<double> positive;     // mean similarity of the positives, or what info_nce.h says
-  Buffer<A> softmax_weight, shift,
-      log;            // weight of the softmax, and its log2-sum-exp relative to the similarity `shift`
-  Buffer<A> attract;  // backward: weight of each positive pair
+  uint8_t* used;        // row takes part, as anchor and as candidate
+  int64_t* candidates;  // how many it has
+  A* exponent_bias;     // see Tile
+  double* sum;          // Σ_j 2^(exponent) of the denominator
+  A* highest;           // its highest similarity so far, for unbounded exponents
+  double* total;        // weight of the positives; 0: the anchor drops out
+  double* positive;     // mean similarity of the positives, or what info_nce.h says
+  A* softmax_weight;    // weight of the softmax
+  A *shift, *log;       // and its log2-sum-exp relative to the similarity `shift`
+  A* attract;           // backward: weight of each positive pair
+  Buffer<char> memory;  // of all of them: of few rows, a block each would cost more than what goes in
+
+  // For n rows, padded; uninitialised.
+  void allocate(int64_t n) {
+    const int64_t rows = padded(n);
+    memory = Buffer<char>(rows * (sizeof(*used) + sizeof(*candidates) + 3 * sizeof(double) + 6 * sizeof(A)));
+    char* next = memory.get();
+    const auto take = [&](auto*& piece) {
+      piece = reinterpret_cast<std::remove_reference_t<decltype(piece)>>(next);
+      next += rows * sizeof(*piece);
+    };
+    take(candidates), take(sum), take(total), take(positive);
+    take(exponent_bias), take(highest), take(softmax_weight), take(shift), take(log), take(attract);
+    take(used);
+  }
 
   // An only candidate has probability 1: loss and gradient are zero, exactly.
   bool choice(int64_t i) const { return candidates[i] != 1; }
-  Softmax<A> softmax(int64_t first) const {
-    return {softmax_weight.get() + first, shift.get() + first, log.get() + first};
-  }
+  Softmax<A> softmax(int64_t first) const { return {softmax_weight + first, shift + first, log + first}; }
 };
 
-inline int64_t count_used(const Buffer<uint8_t>& used, int64_t n) { return std::count(used.get(), used.get() + n, 1); }
+inline int64_t count_used(const uint8_t* used, int64_t n) { return std::count(used, used + n, 1); }
 
 // Number of candidates of every row out of the `all` that take part; has_partner(i) is true where (i, i) is excluded
 // and would otherwise take part.
 template <typename A, typename HasPartner>
 void count_candidates(Direction<A>& direction, int64_t n, int64_t all, HasPartner&& has_partner) {
-  direction.candidates = Buffer<int64_t>(n);
   for (int64_t i = 0; i < n; ++i) direction.candidates[i] = all - has_partner(i);
 }
 

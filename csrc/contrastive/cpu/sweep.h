@@ -64,8 +64,8 @@ void sweep(const std::vector<Term<A>>& terms, Work&& work) {
       const Tile<A> tile{m,
                          n,
                          scratch.get(),
-                         term.rows.exponent_bias.get() + i,
-                         term.other().exponent_bias.get() + j,
+                         term.rows.exponent_bias + i,
+                         term.other().exponent_bias + j,
                          static_cast<A>(term.scale),
                          i - j + term.offset};
       work(term, tile, i, j);
@@ -76,17 +76,15 @@ void sweep(const std::vector<Term<A>>& terms, Work&& work) {
 // What is added to exponents (where all are bounded) or similarities of rows: -scale or 0; -inf without a row.
 template <typename A>
 void open_rows(Direction<A>& direction, const Side<A>& side, double scale, bool bounded) {
-  direction.exponent_bias = Buffer<A>(side.rows, -std::numeric_limits<A>::infinity());
+  std::fill_n(direction.exponent_bias, side.rows, -std::numeric_limits<A>::infinity());
   for (int64_t i = 0; i < side.n; ++i)
     if (direction.used[i]) direction.exponent_bias[i] = bounded ? -static_cast<A>(scale) : A(0);
 }
 
 template <typename A>
 void init_sums(Direction<A>& direction, const Side<A>& side, bool bounded) {
-  direction.sum = Buffer<double>(side.rows, 0.0);
-  if (!bounded) direction.highest = Buffer<A>(side.rows, -std::numeric_limits<A>::infinity());
-  direction.total = Buffer<double>(side.rows, 0.0);
-  direction.positive = Buffer<double>(side.rows, 0.0);
+  if (!bounded) std::fill_n(direction.highest, side.rows, -std::numeric_limits<A>::infinity());
+  for (double* sums : {direction.sum, direction.total, direction.positive}) std::fill_n(sums, side.rows, 0.0);
 }
 
 // First sweep: sums of exponentials, and the positives of diagonal terms. `inspect` sees the plain similarities first;
@@ -117,12 +115,12 @@ void sum_exponentials(std::vector<Term<A>>& terms, Inspect&& inspect, Hide&& hid
     hide(term, tile, row, column);
     const Direction<A>& other = term.other();
     const bool count_columns = term.self() ? row != column : term.two_sided;
-    double* sum_b = count_columns ? other.sum.get() + column : nullptr;
+    double* sum_b = count_columns ? other.sum + column : nullptr;
     if (term.bounded())
-      add_exponentials(tile, term.rows.sum.get() + row, sum_b);
+      add_exponentials(tile, term.rows.sum + row, sum_b);
     else
-      add_exponentials_with_maxima(tile, term.rows.sum.get() + row, term.rows.highest.get() + row, sum_b,
-                                   count_columns ? other.highest.get() + column : nullptr);
+      add_exponentials_with_maxima(tile, term.rows.sum + row, term.rows.highest + row, sum_b,
+                                   count_columns ? other.highest + column : nullptr);
   });
 }
 
@@ -140,7 +138,7 @@ void add_gradients(std::vector<Term<A>>& terms, bool pull_diagonal, Inspect&& in
     if (term.exclude_self) exclude_diagonal(tile);
     const Direction<A>&rows = term.rows, &other = term.other();
     if (term.bounded())
-      softmax_gradient(tile, rows.softmax_weight.get() + row, other.softmax_weight.get() + column);
+      softmax_gradient(tile, rows.softmax_weight + row, other.softmax_weight + column);
     else
       softmax_gradient_with_maxima(tile, rows.softmax(row), other.softmax(column));
     if (pull_diagonal && term.diagonal && !term.exclude_self)
