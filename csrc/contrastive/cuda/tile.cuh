@@ -106,15 +106,56 @@ struct SimilarityTile {
   __device__ bool on_diagonal() const { return row == column; }
 };
 
+template <typename V>
+__device__ __forceinline__ void assign(V& to, const V& from) {
+  if constexpr (std::is_array_v<V>) {
+#pragma unroll
+    for (size_t i = 0; i < std::extent_v<V>; ++i) assign(to[i], from[i]);
+  } else {
+    to = from;
+  }
+}
+
+// Every value moves one place down, and the first one to the end.
+template <typename V, int Count>
+__device__ __forceinline__ void rotate(V (&values)[Count]) {
+  V first;
+  assign(first, values[0]);
+#pragma unroll
+  for (int i = 1; i < Count; ++i) assign(values[i - 1], values[i]);
+  assign(values[Count - 1], first);
+}
+
+// Calls body(i, values[i]…), i < Count, of sums that stay in registers. An exponential in double is some forty
+// instructions: instead of as many copies of the body there is one, for the first place, to which the sums come in
+// turn.
+template <typename C, int Count, typename Body, typename... V>
+__device__ __forceinline__ void for_each_place(const Body& body, V (&... values)[Count]) {
+  if constexpr (std::is_same_v<C, double>) {
+#pragma unroll 1
+    for (int i = 0; i < Count; ++i) {
+      body(i, values[0]...);
+      (rotate(values), ...);
+    }
+  } else {
+#pragma unroll
+    for (int i = 0; i < Count; ++i) body(i, values[i]...);
+  }
+}
+
 // Calls body(similarity, i, j) for the pairs of this thread.
 template <typename C, typename Body>
 __device__ __forceinline__ void for_pairs(TileSums<C>& c, const Body& body) {
+  for_each_place<C>(
+      [&](int down, C(&tiles)[4][4]) {
+        for_each_place<C>(
+            [&](int across, C(&sums)[4]) {
 #pragma unroll
-  for (int down = 0; down < 2; ++down)
-#pragma unroll
-    for (int across = 0; across < 4; ++across)
-#pragma unroll
-      for (int k = 0; k < 4; ++k) body(c[down][across][k], tile_row(down, k), tile_column(across, k));
+              for (int k = 0; k < 4; ++k) body(sums[k], tile_row(down, k), tile_column(across, k));
+            },
+            tiles);
+      },
+      c);
 }
 
 // c ← `nothing` for pairs that take no part.
@@ -209,37 +250,40 @@ struct Pair {
 // For the tile's rows and, if it is two-sided, for its columns: what find(lanes, values, pair_of) makes of those of c;
 // pair_of(k) is the place of values[k].
 template <typename T, typename Found, typename Find>
-__device__ __forceinline__ void reduce_tile(const SimilarityTile<T>& tile, const TileSums<acc_t<T>>& c,
+__device__ __forceinline__ void reduce_tile(const SimilarityTile<T>& tile, TileSums<acc_t<T>>& c,
                                             TileStats<Found>& of_rows, TileStats<Found>& of_columns, const Find& find) {
   using A = acc_t<T>;
+  for_each_place<A>(
+      [&](int down, const A(&tiles)[4][4]) {
 #pragma unroll
-  for (int down = 0; down < 2; ++down)
+        for (int half = 0; half < 2; ++half) {
+          const int i = tile_row(down, 2 * half);
+          A value[8];
 #pragma unroll
-    for (int half = 0; half < 2; ++half) {
-      const int i = tile_row(down, 2 * half);
-      A value[8];
-#pragma unroll
-      for (int k = 0; k < 8; ++k) value[k] = c[down][k / 2][2 * half + k % 2];
-      const Found found = find(LaneBits<1, 2>{}, value, [&](int k) { return Pair{i, tile_column(k / 2, k % 2)}; });
-      if (lane_id() % 4 == 0) of_rows[warp_id() % 2][i] = found;
-    }
+          for (int k = 0; k < 8; ++k) value[k] = tiles[k / 2][2 * half + k % 2];
+          const Found found = find(LaneBits<1, 2>{}, value, [&](int k) { return Pair{i, tile_column(k / 2, k % 2)}; });
+          if (lane_id() % 4 == 0) of_rows[warp_id() % 2][i] = found;
+        }
+      },
+      c);
   if (!tile.problem.two_sided) return;
+  for_each_place<A>(
+      [&](int across, const A(&upper)[4], const A(&lower)[4]) {
 #pragma unroll
-  for (int across = 0; across < 4; ++across)
-#pragma unroll
-    for (int side = 0; side < 2; ++side) {
-      const int j = tile_column(across, side);
-      A value[4];
-#pragma unroll
-      for (int k = 0; k < 4; ++k) value[k] = c[k / 2][across][k % 2 * 2 + side];
-      const Found found = find(LaneBits<4, 16>{}, value, [&](int k) { return Pair{tile_row(k / 2, k % 2 * 2), j}; });
-      if (lane_id() < 4) of_columns[warp_id() / 2][j] = found;
-    }
+        for (int side = 0; side < 2; ++side) {
+          const int j = tile_column(across, side);
+          const A value[4] = {upper[side], upper[2 + side], lower[side], lower[2 + side]};
+          const Found found =
+              find(LaneBits<4, 16>{}, value, [&](int k) { return Pair{tile_row(k / 2, k % 2 * 2), j}; });
+          if (lane_id() < 4) of_columns[warp_id() / 2][j] = found;
+        }
+      },
+      c[0], c[1]);
 }
 
 // Positives of the tile's rows and, if it is two-sided, of its columns.
 template <typename T>
-__device__ __forceinline__ void weigh_pairs(const SimilarityTile<T>& tile, const TileSums<acc_t<T>>& c,
+__device__ __forceinline__ void weigh_pairs(const SimilarityTile<T>& tile, TileSums<acc_t<T>>& c,
                                             TileStats<Positives<acc_t<T>>>& of_rows,
                                             TileStats<Positives<acc_t<T>>>& of_columns) {
   using A = acc_t<T>;
