@@ -7,12 +7,14 @@ import numpy as np
 import pytest
 import torch
 
+import examples.al_hcl.first as first_module
 from examples.al_hcl.__main__ import main
 from examples.al_hcl.acquire import MEASURES, SelectionConfig, acquire
 from examples.al_hcl.active import Arm, Run
 from examples.al_hcl.arms import REFERENCE, ablations
 from examples.al_hcl.config import TrainConfig
 from examples.al_hcl.data import Data, label_classes
+from examples.al_hcl.first import experimental_design, first_count, first_labels, informative_rows
 from examples.al_hcl.model import Inputs, ModelConfig, SentimentModel
 from examples.al_hcl.predict import Prediction
 from examples.al_hcl.pretrain import pretrain
@@ -97,6 +99,43 @@ def test_a_share_of_a_round_is_drawn_from_what_the_strategy_left():
     assert alone.positions.tolist() == list(range(9))
 
 
+def test_first_labels_tell_most_about_the_rest(data):
+    """Every pick is the one that a covariance matrix, kept whole, says lowers the variances most."""
+    g = torch.Generator().manual_seed(0)
+    features = torch.randn(40, 9, generator=g, dtype=torch.float64)
+    covariance, candidates = features @ features.T, torch.rand(40, generator=g) < 0.7
+    picks, lowered = experimental_design(covariance.clone(), 12, candidates, 3, noise=0.5)
+    free = candidates & (torch.arange(40) >= 3)
+    for t, i in enumerate([0, 1, 2, *picks.tolist()]):
+        if t >= 3:
+            gains = covariance.square().sum(0) / (covariance.diagonal() + 0.5)
+            assert free[i] and i == int(torch.where(free, gains, -torch.inf).argmax())
+            torch.testing.assert_close(lowered[t - 3], gains[i])
+            free[i] = False
+        covariance = covariance - torch.outer(covariance[i], covariance[i]) / (covariance[i, i] + 0.5)
+
+
+def test_first_labels_read_no_label_and_are_partly_drawn(data, monkeypatch):
+    learned = torch.randn(len(data.labels), 5, generator=torch.Generator().manual_seed(0))
+    blind = replace(data, labels=torch.full_like(data.labels, torch.nan))
+    count = round(0.1 * len(data.buyable))
+    picked = first_labels(data, SELECTION, 0, learned)
+    assert picked == first_labels(blind, SELECTION, 0, learned) and len(set(picked)) == count
+    assert count == first_count(data, SELECTION)
+    drawn, share = first_labels(data, replace(SELECTION, informative=0.0), 0), count - round(0.5 * count)
+    assert picked[:share] == drawn[:share] and picked[share:] != drawn[share:]
+    alone = [first_labels(data, replace(SELECTION, informative=1.0), seed, learned) for seed in (0, 1)]
+    assert alone[0] == alone[1] != picked
+    assert sorted(first_labels(data, replace(SELECTION, initial=1.0), 0)) == data.buyable.tolist()
+    some, known = data.buyable[::2], data.buyable[:6:2]
+    for limit in (first_module.LIMIT, 20):  # all rows, and a sample of them
+        monkeypatch.setattr(first_module, "LIMIT", limit)
+        rows, _ = informative_rows(blind, some, 8, known, learned, 0)
+        assert len(set(rows.tolist())) == 8 and set(rows.tolist()) <= set(some[3:].tolist())
+        everything, _ = informative_rows(blind, some, len(some) - 3, known, learned, 0)
+        assert sorted(everything.tolist()) == some[3:].tolist()
+
+
 def test_a_finished_run_is_not_repeated_and_the_seed_matters(corpus, data, tmp_path):
     first = finish(Run(ARM, corpus, data, 0, tmp_path / "a.pt"))
     assert list(Run(ARM, corpus, data, 0, tmp_path / "a.pt", resume=True).rounds()) == []
@@ -135,7 +174,7 @@ def test_labels_that_are_not_there_are_neither_bought_nor_scored(corpus, tmp_pat
 def test_replaying_arms_train_on_the_labels_of_the_reference(corpus, data, tmp_path):
     reference = finish(Run(ARM, corpus, data, 0, tmp_path / "a.pt"))
     arms = ablations(ARM, 3)
-    assert len(arms) == 11 and len(ablations(ARM, 2)) == 10
+    assert len(arms) == 13 and len(ablations(ARM, 2)) == 12
     for i, arm in enumerate(a for a in arms if a.replay):
         state = finish(Run(arm, corpus, data, 0, tmp_path / f"{i}.pt", replayed=reference))
         assert state.labelled == reference.labelled

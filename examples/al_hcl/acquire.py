@@ -22,7 +22,8 @@ class SelectionConfig:
     Args:
         strategy: Any strategy of ``msacore.select``.
         uncertainty: A key of ``MEASURES``.
-        initial: Share of the train part that is labelled at random before the first round.
+        initial: Share of the train part that is labelled before the first round.
+        informative: Share of them that is chosen by what it tells about the rest; the others are drawn at random.
         budget: Labels bought per round.
         rounds: Rounds after the first training.
         keep_training: Go on from the last round's weights instead of new ones.
@@ -35,6 +36,7 @@ class SelectionConfig:
     strategy: str = "topk"
     uncertainty: str = "margin"
     initial: float = 0.1
+    informative: float = 0.5
     budget: int = 40
     rounds: int = 8
     keep_training: bool = False

@@ -26,6 +26,7 @@ from .acquire import SelectionConfig, acquire
 from .config import TrainConfig
 from .data import Data
 from .ensemble import Ensemble, left_out, new_model
+from .first import first_count, first_labels
 from .model import Inputs, ModelConfig, SentimentModel
 from .path import ClosedForm
 from .predict import Prediction, predict
@@ -123,14 +124,14 @@ class Run:
         self.starts: Starts = {} if starts is None else starts
         self.ridges: Ridges = {} if ridges is None else ridges
         self.patterns, self.export = patterns, export
-        start = first_labels(data, arm.selection, seed)
-        wanted, there = len(start) + arm.selection.rounds * arm.selection.budget, len(data.buyable)
+        first = first_count(data, arm.selection)
+        wanted, there = first + arm.selection.rounds * arm.selection.budget, len(data.buyable)
         if wanted > there:
             raise ValueError(
-                f"{arm.name}: {len(start)} first labels and {arm.selection.rounds} rounds of {arm.selection.budget} "
+                f"{arm.name}: {first} first labels and {arm.selection.rounds} rounds of {arm.selection.budget} "
                 f"ask for {wanted} labels, but the train part has {there} utterances with one"
             )
-        self.state = State(start)
+        self.state = State([])
         if resume and checkpoint.exists():
             self.state = State(**load_checkpoint(checkpoint, self._arguments()))
 
@@ -148,6 +149,9 @@ class Run:
 
     def _round(self, number: int) -> None:
         config, state, timer = self.arm.selection, self.state, StageTimer(self.state.seconds)
+        if number == 0:
+            with timer("select"):
+                state.labelled = self._first_labels()
         labelled = torch.cat([torch.tensor(state.labelled, device=self.data.labels.device), self.data.given])
         truth = self.corpus.labels[self.data.test.cpu().numpy()]
         with timer("closed forms"):
@@ -190,6 +194,12 @@ class Run:
         state.embedding, state.prediction = train_part.embedding.cpu(), train_part.mean.cpu()
         if config.keep_training:
             state.weights = [[{k: v.cpu() for k, v in n.state_dict().items()} for n in m.models] for m in members]
+
+    def _first_labels(self) -> list[int]:
+        config, data = self.arm.selection, self.data
+        if self.replayed is not None:
+            return self.replayed[: first_count(data, config)]
+        return first_labels(data, config, self.seed, self._start(0)[1] if config.informative else None)
 
     def _train(self, number: int, member: int, labelled: Tensor, ridges: dict[str, Linear]) -> Trained:
         seed = derive(self.seed, "model", number, member)
@@ -296,16 +306,3 @@ def _test_with(member: Trained, data: Data, kept: dict[str, Any]) -> np.ndarray:
         set_parameters(model, weights)
     judged = replace(member, weight=kept["weight"])
     return predict([judged], data.inputs, [member.everywhere], data.test, 0, 0).mean.double().cpu().numpy()
-
-
-def first_labels(data: Data, config: SelectionConfig, seed: int) -> list[int]:
-    """Rows labelled before the first training: a share of the train rows that have a label, at random, at least one.
-
-    Raises:
-        ValueError: The share is outside (0, 1].
-    """
-    if not 0.0 < config.initial <= 1.0:
-        raise ValueError(f"the initial share of labels must lie in (0, 1], got {config.initial}: no labelled sample")
-    generator = torch.Generator().manual_seed(derive(seed, "first labels"))
-    count = max(1, round(config.initial * len(data.buyable)))
-    return data.buyable.cpu()[torch.randperm(len(data.buyable), generator=generator)[:count]].tolist()

@@ -13,14 +13,14 @@ ALL_LABELS = "all labels"
 
 
 def comparison(base: Arm) -> list[Arm]:
-    """The reference, random selection, a ridge regression that buys what is nearest to neutral, and the model trained
-    on every label of the train part."""
+    """The reference, random selection from the first label on, a ridge regression that starts at random and then buys
+    what is nearest to neutral, and the model trained on every label of the train part."""
     everything = replace(base.selection, initial=1.0, rounds=0)
-    by_margin = replace(base.selection, strategy="topk", uncertainty="margin", explore=0.0, members=1)
+    by_margin = replace(base.selection, informative=0.0, strategy="topk", uncertainty="margin", explore=0.0, members=1)
     alone = replace(base.training, steps=0, pretrain_steps=0, folds=1, passes=1, view="first")
     return [
         base,
-        replace(base, name=RANDOM, selection=replace(base.selection, strategy="random")),
+        replace(base, name=RANDOM, selection=replace(base.selection, informative=0.0, strategy="random")),
         replace(
             base, name=MARGIN, model=replace(base.model, heteroscedastic=False), training=alone, selection=by_margin
         ),
@@ -51,6 +51,8 @@ def ablations(base: Arm, modalities: int) -> list[Arm]:
         ("uncertainty and diversity", "uncertainty_kcenter"),
     ):
         arms.append(replace(base, name=name, selection=replace(base.selection, strategy=strategy, explore=0.0)))
+    arms.append(replace(base, name="random first labels", selection=replace(base.selection, informative=0.0)))
+    arms.append(replace(base, name="random after the first", selection=replace(base.selection, strategy="random")))
     return arms
 
 

@@ -31,6 +31,12 @@ def add_selection_arguments(parser: argparse.ArgumentParser) -> None:
         help="share of a round's labels that is drawn at random (%(default)s)",
     )
     al.add_argument(
+        "--informative",
+        type=float,
+        default=SelectionConfig.informative,
+        help="share of the first labels that is chosen by what it tells about the rest, not at random (%(default)s)",
+    )
+    al.add_argument(
         "--gamma", type=float, default=SelectionConfig.gamma, help="exponent of the uncertainty (%(default)s)"
     )
     al.add_argument(
@@ -111,10 +117,22 @@ def base_arm(args: argparse.Namespace) -> Arm:
     )
     if args.members < 1:
         raise ValueError(f"--members must be at least 1, got {args.members}")
-    if not 0 <= getattr(args, "explore", 0.0) <= 1:
-        raise ValueError(f"--explore is a share and must lie in [0, 1], got {args.explore}")
+    for name in ("explore", "informative"):
+        if not 0 <= getattr(args, name, 0.0) <= 1:
+            raise ValueError(f"--{name} is a share and must lie in [0, 1], got {getattr(args, name)}")
     # Commands that choose nothing, or simulate no campaign, lack those options.
-    names = ("strategy", "uncertainty", "initial", "budget", "rounds", "keep_training", "members", "gamma", "explore")
+    names = (
+        "strategy",
+        "uncertainty",
+        "informative",
+        "initial",
+        "budget",
+        "rounds",
+        "keep_training",
+        "members",
+        "gamma",
+        "explore",
+    )
     given = {name: getattr(args, name) for name in names if hasattr(args, name)}
     selection = SelectionConfig(**given, options=_options(getattr(args, "option", [])))
     return Arm(REFERENCE, model, training, selection)

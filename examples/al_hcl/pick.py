@@ -23,6 +23,7 @@ from .acquire import acquire
 from .active import Arm
 from .data import Data
 from .ensemble import fit_ensemble, new_model
+from .first import choose_first
 from .options import add_model_arguments, add_selection_arguments, base_arm
 from .pretrain import pretrain
 
@@ -128,29 +129,30 @@ def choose(
 def _by_features(
     pool: Corpus, candidates: np.ndarray, known: np.ndarray, arm: Arm, seed: int, device: torch.device, notes: list[str]
 ) -> tuple[Choice, list[str]]:
-    """Picks by what the modalities share, learned without labels; no model says how uncertain it is."""
+    """Picks by the features: no model says how uncertain it is."""
     standard = pool.standardise()
     data = Data.of(standard, device, needed=())
     start = derive(seed, "pretrain", 0)
     torch.manual_seed(start)
     embedding = pretrain(new_model(standard, arm.model, device), data, arm.training, start)
-    strategy = arm.selection.strategy
-    notes.append(f"{len(known)} labels are too few to train on ({FEWEST} are enough): picks differ from each other")
-    if strategy in NEED_UNCERTAINTY:
-        strategy = "kcenter"
-    centres = torch.from_numpy(known).to(device)
-    chosen = select(
-        embedding[torch.from_numpy(candidates).to(device)],
-        arm.selection.budget,
-        strategy=strategy,
-        labeled=embedding[centres] if len(known) else None,
-        gamma=arm.selection.gamma,
-        seed=derive(seed, "select", len(known)),
-        options=arm.selection.options or None,
-    )
-    rows = candidates[chosen.indices.cpu().numpy()]
+    selection, draw = arm.selection, derive(seed, "select", len(known))
+    notes.append(f"{len(known)} labels are too few to train on ({FEWEST} are enough): picks go by the features")
+    free, centres = torch.from_numpy(candidates).to(device), torch.from_numpy(known).to(device)
+    if selection.strategy in NEED_UNCERTAINTY:
+        rows, scores = map(np.array, choose_first(data, free, selection.budget, centres, selection, draw, embedding))
+    else:
+        chosen = select(
+            embedding[free],
+            selection.budget,
+            strategy=selection.strategy,
+            labeled=embedding[centres] if len(known) else None,
+            gamma=selection.gamma,
+            seed=draw,
+            options=selection.options or None,
+        )
+        rows, scores = candidates[chosen.indices.cpu().numpy()], chosen.scores.cpu().numpy()
     nothing = np.full(len(rows), np.nan)
-    return Choice(rows, chosen.scores.cpu().numpy(), nothing, _nearest(embedding, rows, centres)), notes
+    return Choice(rows, scores, nothing, _nearest(embedding, rows, centres)), notes
 
 
 def _nearest(embedding: Tensor, rows: np.ndarray, labelled: Tensor) -> np.ndarray:
