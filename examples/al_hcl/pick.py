@@ -136,9 +136,10 @@ def _by_features(
     torch.manual_seed(start)
     embedding = pretrain(new_model(standard, arm.model, device), data, arm.training, start)
     selection, draw = arm.selection, derive(seed, "select", len(known))
-    notes.append(f"{len(known)} labels are too few to train on ({FEWEST} are enough): picks go by the features")
+    too_few = f"{len(known)} labels are too few to train on ({FEWEST} are enough): picks go by the features"
     free, centres = torch.from_numpy(candidates).to(device), torch.from_numpy(known).to(device)
     if selection.strategy in NEED_UNCERTAINTY:
+        too_few += f", but a share of {1 - selection.informative:g} is drawn at random (--informative)"
         rows, scores = map(np.array, choose_first(data, free, selection.budget, centres, selection, draw, embedding))
     else:
         chosen = select(
@@ -151,6 +152,7 @@ def _by_features(
             options=selection.options or None,
         )
         rows, scores = candidates[chosen.indices.cpu().numpy()], chosen.scores.cpu().numpy()
+    notes.append(too_few)
     nothing = np.full(len(rows), np.nan)
     return Choice(rows, scores, nothing, _nearest(embedding, rows, centres)), notes
 
