@@ -72,8 +72,11 @@ def test_rounds_of_picks_go_on_from_the_labels_file(
     monkeypatch: pytest.MonkeyPatch, truth: Corpus, pool: Corpus, tmp_path: Path, capsys: pytest.CaptureFixture
 ) -> None:
     assert run(monkeypatch, pool, f"--budget 12 --out {tmp_path / 'r1'}") == 0
-    assert "too few to train on" in capsys.readouterr().err
+    said = capsys.readouterr().err
+    assert "too few to train on" in said and "a share of 0.5 is drawn at random" in said
     first = table(tmp_path / "r1")
+    scores = [float(r["score"]) for r in first]
+    assert scores[:6] == [0.0] * 6 and min(scores[6:]) > 0, "six are drawn, six lower the variance of the rest"
     assert tuple(first[0]) == pick.COLUMNS and len(first) == 12
     assert all(r["uncertainty"] == "" and r["nearest labelled clip"] == "" for r in first)
     split = dict(zip(pool.utterance_ids.tolist(), pool.split.tolist(), strict=True))
