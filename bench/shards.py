@@ -20,9 +20,8 @@ class Together(Ranks):
         self._board, self._barrier = board, barrier
         self._stop, self._exchanges, self._group = False, 0, None
         self.sent = self.exchanges = 0
-        self._gather = self._exchange
 
-    def _exchange(self, everything: list[Any], mine: Any, group: Any) -> None:
+    def _gather(self, everything: list[Any], mine: Any, group: Any) -> None:
         self.exchanges += 1
         self._board[self.rank] = mine
         self.sent += _bytes(mine)

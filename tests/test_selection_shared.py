@@ -221,7 +221,7 @@ def test_ctrl_c_on_one_rank_stops_all_after_the_same_step() -> None:
     def press(ranks: Any) -> None:
         if ranks.rank != 1:
             return
-        original, calls = ranks._exchange, 0
+        original, calls = ranks._gather, 0
 
         def exchange(*given: Any, **named: Any) -> None:
             nonlocal calls

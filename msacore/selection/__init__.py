@@ -252,7 +252,13 @@ def run(
         if given.state is not None:
             job.resume(given.state)
             bar.update(job.made)
-        job.report = bar.update if checkpoint is None else lambda n: (bar.update(n), checkpoint(job.state))
+
+        def report(made: int, state: Callable[[], dict[str, Any]]) -> None:
+            bar.update(made)
+            if checkpoint is not None:
+                checkpoint(state)
+
+        job.report = report
         try:
             _add_given_first(job)
             cover = STRATEGIES[given.strategy](job)

@@ -51,7 +51,7 @@ class Job:
         groups: What limits the picks of a group, or None.
         radius: Where "kcenter" may stop, or None.
         first: The first pick where there is no centre, or None.
-        report: Called with the number of new picks.
+        report: Called with the number of new picks and what gives the state at that moment.
         rounds: Picks so far and their scores, in parts.
         made: Number of picks so far.
     """
@@ -70,7 +70,7 @@ class Job:
     groups: Groups | None = None
     radius: float | None = None
     first: int | None = None
-    report: Callable[[int], Any] = lambda made: None
+    report: Callable[[int, Callable[[], dict[str, Any]]], Any] = lambda made, state: None
     rounds: list[tuple[Tensor, Tensor]] = field(default_factory=list)
     made: int = 0
 
@@ -124,7 +124,7 @@ class Job:
             self.open_rows &= ~self.groups.full()
         self.rounds.append((indices, scores.to(torch.float64)))  # in one step: an interrupt may come between two
         self.made += len(indices)
-        self.report(len(indices))
+        self.report(len(indices), self.state)
 
     def groups_of(self, rows: Tensor) -> Tensor:
         """Group of rows held here, numbered from 0, or nothing where there are no groups."""

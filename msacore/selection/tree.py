@@ -49,17 +49,17 @@ def _size(total: int) -> int:
 
 def join(parts: dict[Span, Any], total: int, span: Span | None = None) -> Any:
     """Sum of a node, all rows by default, from the sums of nodes that make it up."""
-
-    def node(begin: int, size: int) -> Any:
-        known = parts.get((begin, min(begin + size, total)))
-        if known is not None:
-            return known
-        half = size // 2
-        left = node(begin, half)
-        return left if begin + half >= total else left + node(begin + half, half)
-
     begin, end = span or (0, total)
-    return node(begin, _size(end - begin))
+    return _node(parts, total, begin, _size(end - begin))
+
+
+def _node(parts: dict[Span, Any], total: int, begin: int, size: int) -> Any:
+    known = parts.get((begin, min(begin + size, total)))
+    if known is not None:
+        return known
+    half = size // 2
+    left = _node(parts, total, begin, half)
+    return left if begin + half >= total else left + _node(parts, total, begin + half, half)
 
 
 class Shares:
