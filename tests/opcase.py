@@ -1,5 +1,7 @@
 """What a test must know about an operator; `tests/test_ops.py` runs every generic test over every case."""
 
+import copy
+import functools
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from typing import Any
@@ -52,6 +54,17 @@ class OpCase:
     # A hidden position still has its own result and gradient (missing nodes of `propagate`).
     hidden_keeps_own_result: bool = False
     loss: bool = False  # losses of 16-bit inputs are float32
+
+    def arguments(self, sample: str, device: torch.device, dtype: torch.dtype) -> Arguments:
+        """Those of the sample of that name, for a test to change; all samples of a case are drawn together."""
+        return copy.deepcopy(_drawn(self.samples, device, dtype)[sample])
+
+
+@functools.cache
+def _drawn(
+    samples: Callable[[torch.device, torch.dtype], list[Sample]], device: torch.device, dtype: torch.dtype
+) -> dict[str, Arguments]:
+    return {sample.id: sample.arguments for sample in samples(device, dtype)}
 
 
 def tensors_of(value: Any, path: tuple[Any, ...] = ()) -> Iterator[tuple[tuple[Any, ...], Tensor]]:

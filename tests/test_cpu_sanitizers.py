@@ -22,7 +22,7 @@ CACHE = ROOT / "build" / "cpu_sanitized"
 TORCH = Path(torch.__file__).parent
 
 _COMPILE = [
-    *("-std=c++20", "-O1", "-g1", "-fPIC", "-fvisibility=hidden", "-fopenmp-simd", "-fno-math-errno", "-w"),
+    *("-std=c++20", "-g1", "-fPIC", "-fvisibility=hidden", "-fopenmp-simd", "-fno-math-errno", "-w"),
     # One instruction set: three clones of every leaf take three times as long to compile, and run the same source.
     *("-D_GLIBCXX_ASSERTIONS", "-Dtarget_clones(...)=", *SANITIZERS),
     *("-DTORCH_TARGET_VERSION=0x020b000000000000", f"-I{ROOT / 'csrc'}", "-isystem", f"{TORCH / 'include'}"),

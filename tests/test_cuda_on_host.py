@@ -45,7 +45,7 @@ def device() -> Iterator[torch.device]:
 def test_every_order_of_threads_and_blocks_gives_equal_bits(
     case: OpCase, sample: str, dtype: torch.dtype, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    arguments = next(s.arguments for s in case.samples(CPU, dtype) if s.id == sample)
+    arguments = case.arguments(sample, CPU, dtype)
     results = []
     for schedule in SCHEDULES:
         monkeypatch.setenv("CUDA_ON_HOST_SCHEDULE", schedule)

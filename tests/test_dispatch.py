@@ -9,7 +9,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 
 from tests.cuda_on_host.dispatch import CudaOnHost
 from tests.opcase import DTYPES, OpCase, run
-from tests.test_ops import CPU, arguments_of, each_small_sample
+from tests.test_ops import CPU, each_small_sample
 
 
 class _Names(TorchDispatchMode):
@@ -43,7 +43,7 @@ def names(request: pytest.FixtureRequest) -> Iterator[list[str]]:
 def test_a_call_reaches_its_operator_and_its_gradient_and_nothing_else(
     case: OpCase, sample: str, names: list[str]
 ) -> None:
-    arguments = arguments_of(case, sample, CPU, torch.float32)
+    arguments = case.arguments(sample, CPU, torch.float32)
     for gradients in (False, True):
         names.clear()
         with torch.set_grad_enabled(gradients):
@@ -51,5 +51,5 @@ def test_a_call_reaches_its_operator_and_its_gradient_and_nothing_else(
         assert names == [case.name]
     for dtype in DTYPES:
         names.clear()
-        run(case, case.op, arguments_of(case, sample, CPU, dtype))
+        run(case, case.op, case.arguments(sample, CPU, dtype))
         assert names == [case.name, f"{case.name}_backward"], f"in {dtype}"

@@ -50,16 +50,12 @@ each_small_sample = _each(lambda case, sample: sample.small)
 each_sample_that_hides = _each(_hides)
 
 
-def arguments_of(case: OpCase, sample: str, device: torch.device, dtype: torch.dtype) -> dict[str, Any]:
-    return next(s.arguments for s in case.samples(device, dtype) if s.id == sample)
-
-
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
 @each_sample
 def test_values_and_gradients_are_as_accurate_as_torch(
     case: OpCase, sample: str, device: torch.device, dtype: torch.dtype
 ) -> None:
-    arguments = arguments_of(case, sample, device, dtype)
+    arguments = case.arguments(sample, device, dtype)
     outputs, grads = run(case, case.op, arguments)
     for output in outputs:
         assert output.is_contiguous()
@@ -82,7 +78,7 @@ def _assert_accurate(case: OpCase, arguments: dict[str, Any], outputs: list[Tens
 @each_sample
 def test_threads_share_the_work(case: OpCase, sample: str) -> None:
     """Values stay right and bits repeat, however many threads there are."""
-    arguments = arguments_of(case, sample, CPU, FLOAT32)
+    arguments = case.arguments(sample, CPU, FLOAT32)
     before = torch.get_num_threads()
     try:
         for threads in (2, 5):
@@ -98,7 +94,7 @@ def test_threads_share_the_work(case: OpCase, sample: str) -> None:
 
 @each_small_sample
 def test_gradcheck(case: OpCase, sample: str, device: torch.device) -> None:
-    arguments, wanted = leaves(case, arguments_of(case, sample, device, FLOAT64))
+    arguments, wanted = leaves(case, case.arguments(sample, device, FLOAT64))
 
     def function(*values: Tensor) -> tuple[Tensor, ...]:
         replacement = {id(t): value for (_, t), value in zip(wanted, values, strict=True)}
@@ -125,7 +121,7 @@ class _Recorder(TorchDispatchMode):
 @pytest.mark.parametrize("layout", ["contiguous", "transposed"])
 @each_small_sample
 def test_opcheck(case: OpCase, sample: str, device: torch.device, layout: str) -> None:
-    arguments = arguments_of(case, sample, device, FLOAT32)
+    arguments = case.arguments(sample, device, FLOAT32)
     if layout == "transposed":
         arguments = map_tensors(arguments, non_contiguous)
     with _Recorder() as recorder:
@@ -197,7 +193,7 @@ def test_bad_input_raises_alike_on_every_device(case: OpCase, label: str, device
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
 @each_sample_that_hides
 def test_hidden_inputs_are_never_read(case: OpCase, sample: str, device: torch.device, dtype: torch.dtype) -> None:
-    arguments = arguments_of(case, sample, device, dtype)
+    arguments = case.arguments(sample, device, dtype)
     outputs, grads = run(case, case.op, arguments)
     poisoned = map_tensors(arguments, torch.clone)
     hidden = dict(case.hidden(poisoned))
@@ -217,7 +213,7 @@ def test_hidden_inputs_are_never_read(case: OpCase, sample: str, device: torch.d
 
 @each_sample
 def test_two_runs_give_equal_bits(case: OpCase, sample: str, device: torch.device) -> None:
-    arguments = arguments_of(case, sample, device, FLOAT32)
+    arguments = case.arguments(sample, device, FLOAT32)
     first, second = run(case, case.op, arguments), run(case, case.op, arguments)
     for a, b in zip([*first[0], *first[1]], [*second[0], *second[1]], strict=True):
         assert torch.equal(a, b)
@@ -225,7 +221,7 @@ def test_two_runs_give_equal_bits(case: OpCase, sample: str, device: torch.devic
 
 @each_sample
 def test_every_output_is_written(case: OpCase, sample: str, device: torch.device) -> None:
-    arguments = arguments_of(case, sample, device, FLOAT32)
+    arguments = case.arguments(sample, device, FLOAT32)
     expected = run(case, case.op, arguments)
     torch.use_deterministic_algorithms(True)  # fills fresh memory with NaN
     try:
@@ -238,7 +234,7 @@ def test_every_output_is_written(case: OpCase, sample: str, device: torch.device
 
 @each_small_sample
 def test_non_contiguous_inputs_give_the_same_bits(case: OpCase, sample: str, device: torch.device) -> None:
-    arguments = arguments_of(case, sample, device, FLOAT32)
+    arguments = case.arguments(sample, device, FLOAT32)
     outputs, grads = run(case, case.op, arguments)
     wanted_arguments, wanted = leaves(case, arguments)
     strided = map_tensors(wanted_arguments, lambda t: non_contiguous(t) if not t.requires_grad else t)

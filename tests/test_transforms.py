@@ -14,7 +14,7 @@ from torch.utils.checkpoint import checkpoint
 import msacore
 from tests import cases
 from tests.opcase import FLOAT32, OpCase, at, cotangents, leaves, map_tensors, outputs_of, run
-from tests.test_ops import arguments_of, each_small_sample
+from tests.test_ops import each_small_sample
 
 CPU = torch.device("cpu")
 
@@ -142,7 +142,7 @@ def test_second_derivatives_are_refused_in_transforms(call: _Call) -> None:
 
 @each_small_sample
 def test_checkpoints_and_hooks_see_each_saved_tensor_once(case: OpCase, sample: str) -> None:
-    call = _call(case, arguments_of(case, sample, CPU, FLOAT32))
+    call = _call(case, case.arguments(sample, CPU, FLOAT32))
     call.check_backward(checkpoint(call.function, *call.leaves, use_reentrant=False), call.leaves)
 
     inputs = [t.detach().clone().requires_grad_() for t in call.leaves]
@@ -173,7 +173,7 @@ def test_checkpoints_and_hooks_see_each_saved_tensor_once(case: OpCase, sample: 
 
 @each_small_sample
 def test_fake_tensors_go_forward_and_backward(case: OpCase, sample: str) -> None:
-    arguments = arguments_of(case, sample, CPU, FLOAT32)
+    arguments = case.arguments(sample, CPU, FLOAT32)
     expected, expected_grads = run(case, case.op, arguments)
     with_leaves, wanted = leaves(case, arguments)
     with FakeTensorMode() as mode:
