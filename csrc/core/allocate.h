@@ -1,4 +1,4 @@
-// Results of operators.
+// Memory of results and of work on the way to them.
 #pragma once
 #include <torch/csrc/inductor/aoti_torch/c/shim.h>
 

@@ -2,6 +2,7 @@
 #pragma once
 #include <vector>
 
+#include "core/allocate.h"
 #include "core/round.h"
 #include "cuda/registration.cuh"
 
@@ -16,7 +17,7 @@ class Scratch {
   Scratch(const Tensor& like, Request&& request) : like_(like) {
 #ifdef __CUDACC__
     request(*this);
-    memory_.push_back(torch::stable::new_empty(like_, {used_}, ScalarType::Byte));
+    memory_.push_back(empty_tensor(like_, {used_}, ScalarType::Byte));
     begin_ = static_cast<char*>(memory_.front().mutable_data_ptr());
     used_ = 0;
 #endif
@@ -31,7 +32,7 @@ class Scratch {
     array = begin_ ? reinterpret_cast<T*>(begin_ + used_) : nullptr;
     used_ += round_up(bytes, kAlignment);
 #else
-    memory_.push_back(torch::stable::new_empty(like_, {bytes}, ScalarType::Byte));
+    memory_.push_back(empty_tensor(like_, {bytes}, ScalarType::Byte));
     array = static_cast<T*>(memory_.back().mutable_data_ptr());
 #endif
   }

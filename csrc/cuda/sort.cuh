@@ -2,6 +2,7 @@
 #pragma once
 #include <utility>
 
+#include "core/allocate.h"
 #include "core/round.h"
 #include "cuda/registration.cuh"
 #include "cuda/sort_kernels.cuh"
@@ -13,8 +14,8 @@ namespace msacore::cuda {
 inline Tensor sorted_positions(const Tensor& keys, int64_t bound, cudaStream_t stream, const Tensor* before = nullptr) {
   const int64_t count = keys.numel();
   const int64_t blocks = ceil_div(count, radix::kTile);
-  Tensor from = torch::stable::new_empty(keys, {count}), to = torch::stable::new_empty(keys, {count});
-  Tensor counts = torch::stable::new_empty(keys, {radix::kDigits * blocks});
+  Tensor from = empty_tensor(keys, {count}), to = empty_tensor(keys, {count});
+  Tensor counts = empty_tensor(keys, {radix::kDigits * blocks});
   radix::Keys pass{keys.const_data_ptr<int64_t>(), before ? before->const_data_ptr<int64_t>() : nullptr, count, bound,
                    0};
   do {

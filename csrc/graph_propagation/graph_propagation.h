@@ -7,6 +7,7 @@
 #include <tuple>
 #include <vector>
 
+#include "core/allocate.h"
 #include "core/optional.h"
 
 namespace msacore::graph_propagation {
@@ -59,8 +60,8 @@ inline GraphSizes check_graph(const char* op, const Tensor& x, const Graph& grap
 
 // An uninitialised result with as many rows as the graph's targets and the columns of x.
 inline Tensor new_rows(const Tensor& x, int64_t rows, ScalarType dtype) {
-  return x.dim() == 3 ? torch::stable::new_empty(x, {rows, x.size(1), x.size(2)}, dtype)
-                      : torch::stable::new_empty(x, {rows, x.size(1)}, dtype);
+  return x.dim() == 3 ? empty_tensor(x, {rows, x.size(1), x.size(2)}, dtype)
+                      : empty_tensor(x, {rows, x.size(1)}, dtype);
 }
 inline Tensor zero_rows(const Tensor& x, int64_t rows, ScalarType dtype) {
   return x.dim() == 3 ? torch::stable::new_zeros(x, {rows, x.size(1), x.size(2)}, dtype)
@@ -170,7 +171,7 @@ struct GraphOperators {
                                            first_weight);
     std::vector<Tensor> grads =
         backward(op, grad_out, x, alternation.graphs(), alternation.half_steps(op, steps), alpha, weight_grad);
-    if (!alternation.first) grads.push_back(torch::stable::new_empty(x, {0}));
+    if (!alternation.first) grads.push_back(empty_tensor(x, {0}));
     return {grads[0], grads[1], grads[2], grads[3]};
   }
 };

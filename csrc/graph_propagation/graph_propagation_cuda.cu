@@ -91,9 +91,8 @@ using HalfSteps = HalfStepsOf<Input>;
 template <typename T>
 Graph transpose(const Graph& graph, const GraphSizes& s, cudaStream_t stream) {
   const Tensor edge = sorted_positions(graph.col, s.nodes, stream);
-  Graph out{torch::stable::new_empty(graph.rowptr, {s.nodes + 1}), torch::stable::new_empty(graph.col, {s.edges}),
-            std::nullopt};
-  if (graph.weight) out.weight = torch::stable::new_empty(*graph.weight, {s.edges, s.heads});
+  Graph out{empty_tensor(graph.rowptr, {s.nodes + 1}), empty_tensor(graph.col, {s.edges}), std::nullopt};
+  if (graph.weight) out.weight = empty_tensor(*graph.weight, {s.edges, s.heads});
   launch(transpose_kernel<T>, grid_for(std::max(s.nodes + 1, s.edges), kGraphThreads), dim3(kGraphThreads), 0, stream,
          csr_of<T>(graph, s), edge.const_data_ptr<int64_t>(), out.rowptr.mutable_data_ptr<int64_t>(),
          out.col.mutable_data_ptr<int64_t>(), out.weight ? out.weight->mutable_data_ptr<T>() : nullptr);
@@ -103,7 +102,7 @@ Graph transpose(const Graph& graph, const GraphSizes& s, cudaStream_t stream) {
 // States between the steps are kept in the accumulation type: `count` of them, [count, nodes, width].
 template <typename T>
 Tensor states_like(const Tensor& x, int64_t count, const GraphSizes& s) {
-  return torch::stable::new_empty(x, {count, s.nodes, s.width}, acc_dtype(x.scalar_type()));
+  return empty_tensor(x, {count, s.nodes, s.width}, acc_dtype(x.scalar_type()));
 }
 
 template <typename T>

@@ -5,6 +5,7 @@
 #include <tuple>
 #include <vector>
 
+#include "core/allocate.h"
 #include "core/dtype.h"
 #include "core/optional.h"
 #include "core/round.h"
@@ -157,11 +158,10 @@ struct InfoNceResults {
   InfoNceResults(const Tensor& like, const InfoNceSizes& s, const InfoNceOptions& options, bool keep) {
     const ScalarType dtype = acc_dtype(like.scalar_type());
     const int64_t rows = stat_rows(options.denominator);
-    loss = options.reduction == kNone ? torch::stable::new_empty(like, {s.anchors}, dtype)
-                                      : torch::stable::new_empty(like, {}, dtype);
-    anchor_stats = torch::stable::new_empty(like, {rows, s.anchors}, dtype);
-    candidate_stats = torch::stable::new_empty(like, {rows, options.symmetric ? s.candidates : 0}, dtype);
-    kept = torch::stable::new_empty(like, kept_shape(s, keep), dtype);
+    loss = options.reduction == kNone ? empty_tensor(like, {s.anchors}, dtype) : empty_tensor(like, {}, dtype);
+    anchor_stats = empty_tensor(like, {rows, s.anchors}, dtype);
+    candidate_stats = empty_tensor(like, {rows, options.symmetric ? s.candidates : 0}, dtype);
+    kept = empty_tensor(like, kept_shape(s, keep), dtype);
   }
 };
 
@@ -171,14 +171,13 @@ struct InfoNceGradients {
 
   InfoNceGradients(const InfoNceInputs& in, const InfoNceSizes& s) {
     const auto rows = [&](const OptionalTensor& t, int64_t count) {
-      return torch::stable::new_empty(in.anchors, {t ? count : 0, s.width});
+      return empty_tensor(in.anchors, {t ? count : 0, s.width});
     };
     anchors = rows(in.anchors, s.anchors);
     candidates = rows(in.candidates, s.candidates);
     negatives = rows(in.negatives, s.negatives);
-    temperature = in.learned_temperature ? torch::stable::new_empty(*in.learned_temperature, {})
-                                         : torch::stable::new_empty(in.anchors, {0});
-    weights = torch::stable::new_empty(in.anchors, {in.weights ? s.anchors : 0, in.weights ? s.candidates : 0});
+    temperature = in.learned_temperature ? empty_tensor(*in.learned_temperature, {}) : empty_tensor(in.anchors, {0});
+    weights = empty_tensor(in.anchors, {in.weights ? s.anchors : 0, in.weights ? s.candidates : 0});
   }
 };
 

@@ -49,8 +49,8 @@ struct PartialRows {
 
   PartialRows(const Tensor& like, const InfoNceSizes& s, const InfoNceOptions& options, int64_t rows) {
     const ScalarType dtype = acc_dtype(like.scalar_type());
-    row = torch::stable::new_empty(like, {rows, s.anchors}, dtype);
-    column = torch::stable::new_empty(like, {rows, options.symmetric ? s.candidates : 0}, dtype);
+    row = empty_tensor(like, {rows, s.anchors}, dtype);
+    column = empty_tensor(like, {rows, options.symmetric ? s.candidates : 0}, dtype);
   }
 };
 
@@ -61,11 +61,11 @@ struct PartialGradients {
 
   PartialGradients(const InfoNceInputs& in, const InfoNceSizes& s) {
     const ScalarType dtype = acc_dtype(in.anchors.scalar_type());
-    anchors = torch::stable::new_empty(in.anchors, {s.anchors, s.width});
-    candidates = torch::stable::new_empty(in.anchors, {s.candidates, s.width}, dtype);
-    temperature = torch::stable::new_empty(in.anchors, {}, dtype);
-    weights = torch::stable::new_empty(in.anchors, {in.weights ? s.anchors : 0, in.weights ? s.candidates : 0});
-    negatives = torch::stable::new_empty(in.anchors, {in.negatives ? s.negatives : 0, s.width}, dtype);
+    anchors = empty_tensor(in.anchors, {s.anchors, s.width});
+    candidates = empty_tensor(in.anchors, {s.candidates, s.width}, dtype);
+    temperature = empty_tensor(in.anchors, {}, dtype);
+    weights = empty_tensor(in.anchors, {in.weights ? s.anchors : 0, in.weights ? s.candidates : 0});
+    negatives = empty_tensor(in.anchors, {in.negatives ? s.negatives : 0, s.width}, dtype);
   }
 };
 

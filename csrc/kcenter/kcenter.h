@@ -5,6 +5,7 @@
 #include <algorithm>
 #include <tuple>
 
+#include "core/allocate.h"
 #include "core/check.h"
 #include "core/round.h"
 
@@ -101,7 +102,7 @@ struct KcenterOperators {
     check_argument(op, "start", start, {s.rows}, "[A]", ScalarType::Long, pool);
     check_argument(op, "delta", delta, {s.rows}, "[A]", ScalarType::Double, pool);
     check_argument(op, "owner", owner, {s.rows}, "[A]", ScalarType::Long, pool);
-    Tensor delta_out = torch::stable::new_empty(delta, {s.rows}), owner_out = torch::stable::new_empty(owner, {s.rows});
+    Tensor delta_out = empty_tensor(delta, {s.rows}), owner_out = empty_tensor(owner, {s.rows});
     Device::fold(op, {contiguous(pool), contiguous(rows), contiguous(centers), contiguous(shift), scale, metric},
                  {contiguous(start), contiguous(delta), contiguous(owner)}, s, delta_out, owner_out);
     return {delta_out, owner_out};
@@ -112,7 +113,7 @@ struct KcenterOperators {
     constexpr const char* op = "kcenter_count";
     const Sizes s = check_pool(op, pool, rows, centers, shift);
     check_metric(op, metric);
-    Tensor out = torch::stable::new_empty(rows, {s.rows});
+    Tensor out = empty_tensor(rows, {s.rows});
     Device::count(op, {contiguous(pool), contiguous(rows), contiguous(centers), contiguous(shift), scale, metric},
                   radius, s, out);
     return out;
@@ -121,7 +122,7 @@ struct KcenterOperators {
   static Tensor products(const Tensor& pool, const Tensor& rows, const Tensor& centers, const Tensor& shift) {
     constexpr const char* op = "kcenter_products";
     const Sizes s = check_pool(op, pool, rows, centers, shift);
-    Tensor out = torch::stable::new_empty(centers, {s.rows, s.centers});
+    Tensor out = empty_tensor(centers, {s.rows, s.centers});
     Device::products(op, {contiguous(pool), contiguous(rows), contiguous(centers), contiguous(shift), 1, kEuclidean}, s,
                      out);
     return out;
@@ -132,17 +133,16 @@ struct KcenterOperators {
     check_floating(pool, op, "pool");
     check_shape(pool, op, "pool", {-1, -1}, "[N, d]");
     const int64_t n = pool.size(0), d = pool.size(1);
-    Scan out{torch::stable::new_empty(pool, {ceil_div(n, kScanBlock), d}, ScalarType::Double),
-             torch::stable::new_empty(pool, {n}, ScalarType::Long),
-             torch::stable::new_empty(pool, {1}, ScalarType::Double),
-             torch::stable::new_empty(pool, {1}, ScalarType::Long)};
+    Scan out{empty_tensor(pool, {ceil_div(n, kScanBlock), d}, ScalarType::Double),
+             empty_tensor(pool, {n}, ScalarType::Long), empty_tensor(pool, {1}, ScalarType::Double),
+             empty_tensor(pool, {1}, ScalarType::Long)};
     Device::scan(op, contiguous(pool), out);
     return {out.sums, out.checksum, out.largest, out.bad};
   }
 
   static Tensor rank(const Tensor& score, int64_t count) {
     check_rank("kcenter_rank", score, count);
-    Tensor out = torch::stable::new_empty(score, {std::min(count, score.size(0))}, ScalarType::Long);
+    Tensor out = empty_tensor(score, {std::min(count, score.size(0))}, ScalarType::Long);
     Device::rank(contiguous(score), out);
     return out;
   }
@@ -153,7 +153,7 @@ struct KcenterOperators {
                                            int64_t metric) {
     constexpr const char* op = "kcenter_greedy";
     check_greedy(op, {candidates, weight, delta, index, group, room, bound, bound_index, limit, metric});
-    Tensor picks = torch::stable::new_empty(index, {limit}), scores = torch::stable::new_empty(delta, {limit});
+    Tensor picks = empty_tensor(index, {limit}), scores = empty_tensor(delta, {limit});
     Device::greedy(op,
                    {contiguous(candidates), contiguous(weight), contiguous(delta), contiguous(index), contiguous(group),
                     contiguous(room), bound, bound_index, limit, metric},

@@ -26,8 +26,8 @@ struct PackedTensor {
   Packed view;
 
   PackedTensor(const Tensor& like, int64_t count, int64_t width)
-      : rows(torch::stable::new_empty(like, {count, padded(width)}, ScalarType::Half)),
-        ball(torch::stable::new_empty(like, {tiles(count) * kTile, 2}, ScalarType::Float)),
+      : rows(empty_tensor(like, {count, padded(width)}, ScalarType::Half)),
+        ball(empty_tensor(like, {tiles(count) * kTile, 2}, ScalarType::Float)),
         view{rows.mutable_data_ptr<Half>(), reinterpret_cast<Ball*>(ball.mutable_data_ptr<float>()), count,
              padded(width)} {}
   static int64_t padded(int64_t width) { return round_up<int64_t>(width, kPer16<Half>); }
@@ -117,7 +117,7 @@ struct Cuda {
   static void scan(const char* op, const Tensor& pool, Scan& out) {
     const OnDeviceOf device(pool);
     const int64_t n = pool.size(0), d = pool.size(1);
-    Tensor largest_bits = torch::stable::new_empty(pool, {1}, ScalarType::Long);
+    Tensor largest_bits = empty_tensor(pool, {1}, ScalarType::Long);
     auto* const most = reinterpret_cast<unsigned long long*>(largest_bits.mutable_data_ptr<int64_t>());
     auto* const worst = reinterpret_cast<unsigned long long*>(out.bad.mutable_data_ptr<int64_t>());
     const auto frame = [&](double* largest) {
@@ -138,8 +138,7 @@ struct Cuda {
     const OnDeviceOf device(score);
     const int64_t n = score.size(0);
     constexpr int64_t kHalf = int64_t{1} << 32;
-    Tensor low = torch::stable::new_empty(score, {n}, ScalarType::Long),
-           high = torch::stable::new_empty(score, {n}, ScalarType::Long);
+    Tensor low = empty_tensor(score, {n}, ScalarType::Long), high = empty_tensor(score, {n}, ScalarType::Long);
     launch(rank_keys_kernel, grid_for(n, kThreads), dim3(kThreads), 0, device.stream, score.const_data_ptr<double>(), n,
            low.mutable_data_ptr<int64_t>(), high.mutable_data_ptr<int64_t>());
     const Tensor by_low = sorted_positions(low, kHalf, device.stream);
@@ -151,9 +150,9 @@ struct Cuda {
     const OnDeviceOf device(in.rows);
     const int64_t m = in.rows.size(0), d = in.rows.size(1), groups = in.group.size(0) > 0 ? in.room.size(0) : 0;
     const bool all = m <= kMatrixLimit;
-    Tensor norms = torch::stable::new_empty(in.delta, {in.metric == kCosine ? m : 0}),
-           distances = torch::stable::new_empty(in.delta, {all ? m : 0, m}),
-           now = torch::stable::new_empty(in.delta, {m}), left = torch::stable::new_empty(in.index, {groups});
+    Tensor norms = empty_tensor(in.delta, {in.metric == kCosine ? m : 0}),
+           distances = empty_tensor(in.delta, {all ? m : 0, m}), now = empty_tensor(in.delta, {m}),
+           left = empty_tensor(in.index, {groups});
     dispatch(in.rows.scalar_type(), op, in.metric, [&](auto tag, auto cosine) {
       using T = typename decltype(tag)::type;
       constexpr bool kCosine = decltype(cosine)::value;

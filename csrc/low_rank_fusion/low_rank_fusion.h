@@ -6,6 +6,7 @@
 #include <tuple>
 #include <vector>
 
+#include "core/allocate.h"
 #include "core/dtype.h"
 #include "core/optional.h"
 #include "core/round.h"
@@ -64,10 +65,10 @@ struct GradTensors {
   Tensor rank_weight, bias;
 
   GradTensors(const Sizes& s, const Tensor& like)
-      : rank_weight(torch::stable::new_empty(like, {s.rank})), bias(torch::stable::new_empty(like, {s.width})) {
+      : rank_weight(empty_tensor(like, {s.rank})), bias(empty_tensor(like, {s.width})) {
     for (int64_t d : s.features) {
-      features.push_back(torch::stable::new_empty(like, {s.batch, d}));
-      factors.push_back(torch::stable::new_empty(like, {s.rank, d + 1, s.width}));
+      features.push_back(empty_tensor(like, {s.batch, d}));
+      factors.push_back(empty_tensor(like, {s.rank, d + 1, s.width}));
     }
   }
 
@@ -88,12 +89,12 @@ struct LowRankOperators {
     constexpr const char* op = "low_rank_fusion";
     const Inputs in{features, factors, rank_weight, bias, available};
     const Sizes s = check_inputs(op, in);
-    Tensor out = torch::stable::new_empty(features[0], {s.batch, s.width});
+    Tensor out = empty_tensor(features[0], {s.batch, s.width});
     constexpr int64_t kMostKept = int64_t{1} << 26;  // bytes
     const ScalarType dtype = acc_dtype(out.scalar_type());
     const int64_t size = dtype == ScalarType::Double ? sizeof(double) : sizeof(float);
     if (s.modalities * s.rank * s.batch * s.padded_width() * size > kMostKept) keep = false;
-    Tensor projections = torch::stable::new_empty(features[0], s.projections(keep ? s.modalities : 0), dtype);
+    Tensor projections = empty_tensor(features[0], s.projections(keep ? s.modalities : 0), dtype);
     forward(op, in, s, out, projections);
     return {out, projections};
   }

@@ -50,7 +50,7 @@ struct Operands {
 // Computes the projections of all modalities and ranks, into `kept` where that has room for them.
 template <typename T>
 Tensor project(const Problem<T>& p, const Sizes& s, const Tensor& kept, cudaStream_t stream) {
-  Tensor a = kept.size(0) > 0 ? kept : torch::stable::new_empty(kept, s.projections(s.modalities));
+  Tensor a = kept.size(0) > 0 ? kept : empty_tensor(kept, s.projections(s.modalities));
   launch(project_kernel<T>, dim3(tiles_of(p.batch) * tiles_of(p.width), p.rank, p.modalities), dim3(kTileThreads),
          kProjectBytes<T>, stream, p, a.mutable_data_ptr<acc_t<T>>());
   return a;
@@ -73,9 +73,7 @@ void backward(const Problem<T>& p, const Tensor& grad_out, const Tensor& project
   using A = acc_t<T>;
   const int64_t count = p.batch * p.width_stride;
   const int64_t widest = *std::max_element(p.features, p.features + p.modalities);
-  const auto scratch = [&](std::initializer_list<int64_t> sizes) {
-    return torch::stable::new_empty(projections, sizes);
-  };
+  const auto scratch = [&](std::initializer_list<int64_t> sizes) { return empty_tensor(projections, sizes); };
   const unsigned blocks = grid_for((count + 3) / 4, kThreads).x;
   Tensor shares = scratch({blocks, p.rank}), grad_a = scratch({p.modalities, p.rank, p.batch, p.width_stride});
   const T* const grad = grad_out.const_data_ptr<T>();

@@ -6,6 +6,7 @@
 #include <tuple>
 #include <vector>
 
+#include "core/allocate.h"
 #include "core/optional.h"
 
 namespace msacore::matrix_fusion {
@@ -76,12 +77,11 @@ struct GradTensors {
   Tensor row_weight, row_bias, pair_weight, pair_bias;
 
   GradTensors(const Sizes& s, const Tensor& like)
-      : row_weight(torch::stable::new_empty(like, {s.rows, s.width})),
-        row_bias(torch::stable::new_empty(like, {s.rows})),
-        pair_weight(torch::stable::new_empty(like, {s.channels, s.pairs})),
-        pair_bias(torch::stable::new_empty(like, {s.channels})) {
-    for (int64_t m = 0; m < s.modalities; ++m)
-      features.push_back(torch::stable::new_empty(like, {s.batch, s.length, s.features}));
+      : row_weight(empty_tensor(like, {s.rows, s.width})),
+        row_bias(empty_tensor(like, {s.rows})),
+        pair_weight(empty_tensor(like, {s.channels, s.pairs})),
+        pair_bias(empty_tensor(like, {s.channels})) {
+    for (int64_t m = 0; m < s.modalities; ++m) features.push_back(empty_tensor(like, {s.batch, s.length, s.features}));
   }
 
   std::tuple<std::vector<Tensor>, Tensor, Tensor, Tensor, Tensor> in_order() const {
@@ -102,8 +102,8 @@ struct MatrixOperators {
     constexpr const char* op = "matrix_fusion";
     const Inputs in{features, row_weight, row_bias, pair_weight, pair_bias, mask, available};
     const Sizes s = check_inputs(op, in, augment, activation);
-    Tensor fused = torch::stable::new_empty(features[0], {s.batch, s.channels, s.rows});
-    Tensor pairs = torch::stable::new_empty(features[0], {s.batch, s.pairs, s.rows});
+    Tensor fused = empty_tensor(features[0], {s.batch, s.channels, s.rows});
+    Tensor pairs = empty_tensor(features[0], {s.batch, s.pairs, s.rows});
     if (s.batch > 0) forward(op, in, s, fused, pairs);
     return {fused, pairs};
   }

@@ -62,9 +62,9 @@ struct Operands {
     keep.push_back(torch::stable::contiguous(t));
     return keep.back().template const_data_ptr<Value>();
   }
-  Tensor like(std::initializer_list<int64_t> sizes) const { return torch::stable::new_empty(keep[0], sizes); }
+  Tensor like(std::initializer_list<int64_t> sizes) const { return empty_tensor(keep[0], sizes); }
   Tensor scratch(std::initializer_list<int64_t> sizes) const {
-    return torch::stable::new_empty(keep[0], sizes, acc_dtype(keep[0].scalar_type()));
+    return empty_tensor(keep[0], sizes, acc_dtype(keep[0].scalar_type()));
   }
 };
 

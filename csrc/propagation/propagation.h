@@ -4,6 +4,7 @@
 
 #include <string>
 
+#include "core/allocate.h"
 #include "core/optional.h"
 
 namespace msacore::propagation {
@@ -120,7 +121,7 @@ struct PropagationOperators {
  private:
   template <auto on_device, typename Call>
   static Tensor run(const char* op, const Call& call, Direction direction, const Tensor& h) {
-    Tensor out = torch::stable::new_empty(h, {h.size(0), h.size(1), h.size(2)});
+    Tensor out = empty_tensor(h, {h.size(0), h.size(1), h.size(2)});
     on_device(op, call, direction, torch::stable::contiguous(h), out);
     return out;
   }

@@ -62,7 +62,7 @@ void run(Call<T> call, const Tensor& from, Tensor& out, cudaStream_t stream) {
   using A = acc_t<T>;
   const int64_t budget = plan(call), N = call.graph.utterances;
   const int64_t slices = call.longest[0] < N ? ceil_div(call.width, int64_t{1} << call.shift) : 0;
-  const auto room = [&](int64_t count, ScalarType type) { return torch::stable::new_empty(out, {count}, type); };
+  const auto room = [&](int64_t count, ScalarType type) { return empty_tensor(out, {count}, type); };
   const ScalarType acc = acc_dtype(out.scalar_type());
   Tensor scratch = room(slices > 0 ? call.buffers() * out.numel() : 0, acc);
   Tensor rows = room(slices * N * static_cast<int64_t>(sizeof(Row<A, int64_t>)), ScalarType::Byte);

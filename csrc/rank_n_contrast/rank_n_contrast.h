@@ -6,6 +6,7 @@
 #include <optional>
 #include <tuple>
 
+#include "core/allocate.h"
 #include "core/dtype.h"
 #include "core/optional.h"
 
@@ -68,7 +69,7 @@ struct RankOperators {
     constexpr const char* op = "rank_n_contrast";
     Problem problem =
         check_inputs(op, embeddings, targets, learned_temperature, mask, temperature, anchor_begin, anchor_count);
-    Tensor out = torch::stable::new_empty(embeddings, {}, acc_dtype(embeddings.scalar_type()));
+    Tensor out = empty_tensor(embeddings, {}, acc_dtype(embeddings.scalar_type()));
     if (is_empty(problem)) {
       torch::stable::zero_(out);
     } else {
@@ -89,16 +90,15 @@ struct RankOperators {
     check_shape(grad_out, op, "grad_out", {}, "[]");
     check_dtype(grad_out, op, "grad_out", acc_dtype(embeddings.scalar_type()));
     check_device(grad_out, op, "grad_out", embeddings);
-    Tensor grad_embeddings = torch::stable::new_empty(embeddings, {problem.samples, problem.width});
+    Tensor grad_embeddings = empty_tensor(embeddings, {problem.samples, problem.width});
     if (is_empty(problem)) {
       torch::stable::zero_(grad_embeddings);
-      if (!learned_temperature) return {grad_embeddings, torch::stable::new_empty(embeddings, {0})};
+      if (!learned_temperature) return {grad_embeddings, empty_tensor(embeddings, {0})};
       return {grad_embeddings, torch::stable::new_zeros(*learned_temperature, {})};
     }
     prepare(problem);
-    Tensor grad_temperature = learned_temperature
-                                  ? torch::stable::new_empty(*learned_temperature, {}, ScalarType::Double)
-                                  : torch::stable::new_empty(embeddings, {0}, ScalarType::Double);
+    Tensor grad_temperature = learned_temperature ? empty_tensor(*learned_temperature, {}, ScalarType::Double)
+                                                  : empty_tensor(embeddings, {0}, ScalarType::Double);
     backward(op, problem, torch::stable::to(grad_out, ScalarType::Double), grad_embeddings, grad_temperature);
     const Tensor& like = learned_temperature ? *learned_temperature : embeddings;
     return {grad_embeddings, torch::stable::to(grad_temperature, like.scalar_type())};

@@ -81,7 +81,7 @@ class Classes {
   }
 
  private:
-  Tensor new_int64(int64_t count) const { return torch::stable::new_empty(like_, {count}, ScalarType::Long); }
+  Tensor new_int64(int64_t count) const { return empty_tensor(like_, {count}, ScalarType::Long); }
 
   template <typename T, typename Body>
   void with_sums(const Problem<T>& problem, bool weighted, Body&& body) const {
