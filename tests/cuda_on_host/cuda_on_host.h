@@ -122,7 +122,7 @@ class Machine {
     self.state = State::kAtBarrier;
     self.wait = {name, 0, site, &vote};
     ++at_barrier_;
-    switch_fiber(self.fiber, scheduler_);
+    run_next();
     return vote;
   }
 
@@ -140,15 +140,16 @@ class Machine {
     self.wait = {name, mask, site, &payload};
     unsigned& waiting = waiting_[self_index / kWarp];
     waiting |= 1u << (self_index - first);
+    if ((waiting & mask) != mask) return run_next();
     Payload* payloads[kWarp] = {};
-    bool all = (waiting & mask) == mask;
+    bool all = true;
     for (size_t lane = 0; all && lane < lanes; ++lane) {
       if (!(mask >> lane & 1)) continue;
       const Wait& other = threads_[first + lane].wait;
       all = other.mask == mask && other.site == site && (other.name == name || std::strcmp(other.name, name) == 0);
       payloads[lane] = static_cast<Payload*>(other.payload);
     }
-    if (!all) return switch_fiber(self.fiber, scheduler_);
+    if (!all) return run_next();
     complete(payloads);
     waiting &= ~mask;
     for (size_t lane = 0; lane < lanes; ++lane) {
@@ -220,18 +221,16 @@ class Machine {
                       unsigned(i / blockDim.x / blockDim.y)};
       thread.copies.clear();
     }
-    std::vector<size_t> order(count);
-    arrange(order, kWarp);
+    order_.resize(count);
+    arrange(order_, kWarp);
     while (returned_ < count && failure_.empty()) {
-      bool progress = false;
-      for (size_t i : order) {
-        if (threads_[i].state != State::kReady) continue;
-        progress = true;
-        resume(threads_[i]);
-        if (!failure_.empty()) break;
+      next_ = 0;
+      if (Thread* thread = next_ready()) {
+        switch_fiber(scheduler_, make_current(*thread));  // comes back when all had their turn, or with a failure
+      } else {
+        release_barrier();
       }
-      if (!progress) release_barrier();
-      if (shuffled_) std::shuffle(order.begin(), order.end(), random_);
+      if (shuffled_) std::shuffle(order_.begin(), order_.end(), random_);
     }
     std::free(dynamic_);
     for (const SharedVariable& v : variables_) std::free(v.memory);
@@ -244,10 +243,27 @@ class Machine {
     }
   }
 
-  void resume(Thread& thread) {
+  // The next thread in this round's order that need not wait, or null.
+  Thread* next_ready() {
+    while (next_ < order_.size()) {
+      Thread& thread = threads_[order_[next_++]];
+      if (thread.state == State::kReady) return &thread;
+    }
+    return nullptr;
+  }
+
+  Fiber& make_current(Thread& thread) {
     current_ = &thread;
     threadIdx = thread.index;
-    switch_fiber(scheduler_, thread.fiber);
+    return thread.fiber;
+  }
+
+  // Leaves a thread that waits or, with `last`, has returned, for the one whose turn it is: a way round by the
+  // scheduler would be most of the time of a barrier.
+  void run_next(bool last = false) {
+    Fiber& self = current_->fiber;
+    Thread* thread = next_ready();
+    switch_fiber(self, thread ? make_current(*thread) : scheduler_, last);
   }
 
   static void enter();
@@ -299,6 +315,8 @@ class Machine {
   std::vector<Thread> threads_;
   Thread* current_ = nullptr;
   const std::function<void()>* kernel_ = nullptr;
+  std::vector<size_t> order_;      // of this round, in which every thread that is ready has a turn
+  size_t next_ = 0;                // the place in it
   std::vector<unsigned> waiting_;  // per warp, the lanes inside a collective
   std::vector<SharedVariable> variables_;
   void* dynamic_ = nullptr;
@@ -316,11 +334,11 @@ inline Machine& machine() {
 
 inline void Machine::enter() {
   Machine& self = machine();
-  arrive(nullptr, &self.scheduler_);
+  arrive(nullptr, self.next_ == 1 ? &self.scheduler_ : nullptr);  // the others start when a thread before them waits
   (*self.kernel_)();
   self.current_->state = State::kReturned;
   ++self.returned_;
-  switch_fiber(self.current_->fiber, self.scheduler_, /*last=*/true);
+  self.run_next(/*last=*/true);
   std::abort();
 }
 
