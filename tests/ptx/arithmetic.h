@@ -61,7 +61,8 @@ inline int64_t signed_low(Type t, uint64_t v) {
   return static_cast<int64_t>(v << unused) >> unused;
 }
 
-inline bool compare(const Instruction& in, uint64_t left, uint64_t right) {
+template <typename In>
+bool compare(const In& in, uint64_t left, uint64_t right) {
   const auto ordering = [&](auto a, auto b) {
     switch (static_cast<Compare>(in.variant)) {
       case Compare::Eq:
@@ -127,7 +128,8 @@ inline uint64_t to_integer(Type to, Rounding rounding, double x) {
   return x >= std::ldexp(1.0, bits) ? low(to, ~uint64_t{0}) : static_cast<uint64_t>(x);
 }
 
-inline uint64_t convert(const Instruction& in, uint64_t a, uint64_t b) {
+template <typename In>
+uint64_t convert(const In& in, uint64_t a, uint64_t b) {
   const Type to = in.type, from = in.second == Type::None ? in.type : in.second;
   const auto rounding = static_cast<Rounding>(in.variant);
   if (in.detail == 1) {  // tf32: 10 bits of mantissa, ties away from zero (rna) or to even (rn)
@@ -136,7 +138,7 @@ inline uint64_t convert(const Instruction& in, uint64_t a, uint64_t b) {
     return u & 0xffffe000u;
   }
   const bool directed = rounding == Rounding::Zero || rounding == Rounding::Down || rounding == Rounding::Up;
-  if (directed && is_float(to)) fail("unsupported", "rounding of `" + in.text + "`");
+  if (directed && is_float(to)) fail("unsupported", std::string("rounding of `") + in.text + "`");
   if (in.detail == 2) return uint64_t{half_bits(as_float(a))} << 16 | half_bits(as_float(b));
   if (in.detail == 3) return uint64_t{bfloat_bits(as_float(a))} << 16 | bfloat_bits(as_float(b));
   if (is_float(from)) {
@@ -202,8 +204,8 @@ inline uint64_t insert_bits(uint64_t field, uint64_t into, uint32_t position, ui
 }
 
 // Applies `op` in the instruction's floating type; 16-bit types are computed in double and rounded once.
-template <typename Op>
-uint64_t real(const Instruction& in, uint64_t a, uint64_t b, uint64_t c, Op operation) {
+template <typename In, typename Op>
+uint64_t real(const In& in, uint64_t a, uint64_t b, uint64_t c, Op operation) {
   const auto op = [&](auto x, auto y, auto z) {
     const auto result = operation(x, y, z);
     if (!in.saturate) return result;
@@ -220,7 +222,9 @@ uint64_t real(const Instruction& in, uint64_t a, uint64_t b, uint64_t c, Op oper
 }
 
 // The result of an instruction with up to four operands, or of `mad`, `fma`, ... ; block.cpp stores it.
-inline uint64_t arithmetic(const Instruction& in, uint64_t a, uint64_t b, uint64_t c, uint64_t d) {
+// `In` is Instruction, or what steps.cpp knows of one while it is compiled.
+template <typename In>
+uint64_t arithmetic(const In& in, uint64_t a, uint64_t b, uint64_t c, uint64_t d) {
   const Type t = in.type;
   const int bits = 8 * size_of(t);
   const auto integer = [&](auto op) {
@@ -348,7 +352,7 @@ inline uint64_t arithmetic(const Instruction& in, uint64_t a, uint64_t b, uint64
       return t == Type::F64 && in.approximate ? result & 0xffffffff00000000ull : result;
     }
     default:
-      fail("unsupported", "`" + in.text + "`");
+      fail("unsupported", std::string("`") + in.text + "`");
   }
 }
 

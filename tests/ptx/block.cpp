@@ -9,6 +9,7 @@ namespace ptx {
 Block::Block(const Launch& launch) : launch_(launch), code_(launch.kernel.code), statistics_(state().statistics.get()) {
   count_ = launch.block[0] * launch.block[1] * launch.block[2];
   threads_.resize(count_);
+  registers_ = std::make_unique_for_overwrite<uint64_t[]>(size_t(count_) * launch.kernel.registers);
   local_stride_ = (launch.kernel.local_bytes + 63) / 64 * 64;
   order_.resize(count_);
   const std::string& schedule = state().schedule;
@@ -45,11 +46,11 @@ void Block::run(unsigned x, unsigned y, unsigned z) {
 
 void Block::begin(unsigned x, unsigned y, unsigned z) {
   position_[0] = x, position_[1] = y, position_[2] = z;
-  // Registers and memory begin as NaN of every type, -1 as an integer.
+  // Registers and memory begin as NaN of every type, -1 as an integer; registers whose beginning nobody can read are
+  // left as they are.
   memory_.assign(launch_.shared_bytes + kAlignment, char(0xff));
   const auto begin = reinterpret_cast<uint64_t>(memory_.data());
   shared_ = reinterpret_cast<char*>((begin + kAlignment - 1) / kAlignment * kAlignment);
-  registers_.assign(size_t(count_) * launch_.kernel.registers, ~uint64_t{0});
   local_.assign(size_t(count_) * local_stride_ + 64, char(0xff));
   const auto local = reinterpret_cast<char*>((reinterpret_cast<uint64_t>(local_.data()) + 63) / 64 * 64);
   state().shadow.begin_block(launch_.shared_bytes);
@@ -61,9 +62,10 @@ void Block::begin(unsigned x, unsigned y, unsigned z) {
     t.position[0] = i % launch_.block[0];
     t.position[1] = i / launch_.block[0] % launch_.block[1];
     t.position[2] = i / launch_.block[0] / launch_.block[1];
-    t.registers = registers_.data() + size_t(i) * launch_.kernel.registers;
+    t.registers = registers_.get() + size_t(i) * launch_.kernel.registers;
     t.local = local + size_t(i) * local_stride_;
     t.copies.clear();
+    for (int reg : launch_.kernel.unwritten) t.registers[reg] = ~uint64_t{0};
     for (const auto& [reg, value] : launch_.kernel.constants) t.registers[reg] = value;
   }
 }
@@ -117,19 +119,31 @@ void Block::set_predicates(Thread& t, const Instruction& in) {
 }
 
 void Block::run_thread(Thread& t) {
-  uint64_t& executed = state().instructions;
+  struct Counter {
+    ~Counter() { state().instructions += executed; }  // also where a check throws
+    uint64_t executed = 0;
+  } counter;
   const int size = static_cast<int>(code_.size());
+  const Step* const steps = launch_.kernel.steps.data();
+  const uint64_t* const numbers = launch_.kernel.numbers_used.data();
+  uint64_t* const registers = t.registers;
   while (t.pc < size) {
-    const Instruction& in = code_[t.pc];
-    ++executed;
+    const Step& step = steps[t.pc];
+    ++counter.executed;
     if (statistics_) statistics_->count(t.index, t.pc);
-    if (in.predicate >= 0 && bool(t.registers[in.predicate]) == in.predicate_negated) {
+    if (step.predicate >= 0 && bool(registers[step.predicate]) == step.predicate_negated) {
       ++t.pc;
       continue;
     }
+    if (step.run) {
+      step.run(registers, numbers, step);
+      ++t.pc;
+      continue;
+    }
+    const Instruction& in = code_[t.pc];
     switch (in.op) {
       case Opcode::Bra:
-        t.pc = in.target;
+        t.pc = step.to;
         continue;
       case Opcode::Ret:
         t.state = Thread::Done;

@@ -121,7 +121,7 @@ class Block {
   int count_ = 0, local_stride_ = 0;
   unsigned position_[3] = {};
   std::vector<Thread> threads_;
-  std::vector<uint64_t> registers_;
+  std::unique_ptr<uint64_t[]> registers_;
   std::vector<char> memory_, local_;
   char* shared_ = nullptr;
   std::pair<uint64_t, uint64_t> known_{0, 0};  // the allocation of the last global access

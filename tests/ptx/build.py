@@ -21,6 +21,7 @@ def _made(kind: str, suffix: str, source: Path, command: list[str]) -> Path:
 def interpreter() -> Path:
     """The interpreter, a library."""
     flags = ["-std=c++20", "-O3", "-g1", "-fPIC", "-shared", "-pthread", "-Wall", "-Wextra", "-ffp-contract=off"]
+    flags += ["-fno-semantic-interposition", "-Wl,-Bsymbolic-functions"]  # its own calls are its own: no table between
     return _made("libptx", "so", HERE / "interpreter.cpp", [compiler(), *flags, str(HERE / "interpreter.cpp"), "-o"])
 
 

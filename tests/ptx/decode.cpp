@@ -20,6 +20,7 @@ class Decoder {
       kernel_.code[index].target = found->second;
     }
     kernel_.registers = static_cast<int>(registers_.size());
+    make_steps(kernel_);
     kernel_.decoded = true;
   }
 

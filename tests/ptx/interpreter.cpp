@@ -5,4 +5,5 @@
 #include "memory.cpp"
 #include "mnemonic.cpp"
 #include "module.cpp"
+#include "steps.cpp"
 #include "warp.cpp"

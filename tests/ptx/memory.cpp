@@ -27,7 +27,7 @@ char* Block::shared_at(Thread& t, uint64_t offset, int bytes, bool write, bool a
 }
 
 void Block::check_alignment(const Thread& t, const char* what, uint64_t address, int bytes) const {
-  if (address % bytes == 0) return;
+  if ((address & (unsigned(bytes) - 1)) == 0) return;  // a power of two: no division
   fail_at(t, "misaligned",
           std::string(what) + " access of " + std::to_string(bytes) + " bytes, " + std::to_string(address % bytes) +
               " beyond a multiple");

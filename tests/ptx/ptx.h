@@ -151,6 +151,17 @@ struct Instruction {
   std::string text;
 };
 
+// An instruction as the inner loop reads it, beside `Instruction` of the same index.
+struct Step {
+  // Executes what only reads and writes registers; none where that takes more than a Step.
+  using Run = void (*)(uint64_t* registers, const uint64_t* numbers, const Step& step);
+  Run run = nullptr;
+  int predicate = -1;
+  bool predicate_negated = false;
+  int to = -1;                     // the register that is written; of a branch its target
+  int from[4] = {-1, -1, -1, -1};  // registers; ~i is the number i of Kernel::numbers_used
+};
+
 struct Parameter {
   int size = 0, offset = 0;
 };
@@ -164,6 +175,9 @@ struct Kernel {
   std::vector<int> numbers;
   std::vector<Instruction> code;  // filled by decode()
   int registers = 0, local_bytes = 0, shared_bytes = 0;
+  std::vector<Step> steps;  // filled by make_steps(), as the two below
+  std::vector<uint64_t> numbers_used;
+  std::vector<int> unwritten;  // registers that may be read before they are written: a block begins with NaN in them
   std::vector<std::pair<int, uint64_t>> constants;  // registers that hold a number from the start
   bool decoded = false;
 
@@ -201,6 +215,9 @@ std::unique_ptr<Module> load(const std::string& path);
 
 // decode.cpp
 void decode(Module& module, Kernel& kernel);
+
+// steps.cpp
+void make_steps(Kernel& kernel);
 
 // mnemonic.cpp; the first throws UnknownInstruction
 void read_mnemonic(const std::string& text, Instruction& in);
