@@ -113,7 +113,7 @@ const Table& table() {
 }
 
 Step::Run code_for(const Instruction& in) {
-  const bool plain = !in.flush && !in.saturate && in.detail == 0;
+  const bool plain = !in.flush && !in.saturate && !(in.approximate && in.type == Type::F64) && in.detail == 0;
   const bool one = in.o[0].kind == Operand::Register && in.o[0].count != 2;
   if (!plain || !one) return nullptr;
   const auto found = table().find(key(in.op, in.type, in.variant, in.second));
