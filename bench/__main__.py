@@ -34,12 +34,14 @@ def arguments(names: list[str], line: list[str] | None = None) -> argparse.Names
         action="store_true",
         help="every shape, dtype and argument, and torch.compile: takes hours",
     )
-    parser.add_argument("--large", action="store_true", help="the shapes of a size for GPUs, and no others")
+    parser.add_argument("--large", action="store_true", help="the shapes sized for GPUs, and no others")
     parser.add_argument(
-        "--shape", action="append", default=[], help="of all shapes those whose name contains this, or another given"
+        "--shape", action="append", default=[], help="all shapes whose name contains this, and no others; repeatable"
     )
-    parser.add_argument("--without", action="append", default=[], metavar="PROVIDER", help="leave out; repeatable")
-    parser.add_argument("--rounds", type=int, default=21, help="turns of each provider, at most (default 21)")
+    parser.add_argument(
+        "--without", action="append", default=[], metavar="PROVIDER", help="leave this provider out; repeatable"
+    )
+    parser.add_argument("--rounds", type=int, default=21, help="most turns that a provider takes (default 21)")
     parser.add_argument("--threads", type=int, default=torch.get_num_threads())
     parser.add_argument("--growth", action="store_true", help="measure our time over each size instead of the peers")
     parser.add_argument(
@@ -60,7 +62,7 @@ def arguments(names: list[str], line: list[str] | None = None) -> argparse.Names
 
 
 def operators_of(known: dict[str, Benchmark], options: argparse.Namespace) -> list[str]:
-    """Those that were named, else all; what single arguments cost (`operator: argument`) is measured by `--all`."""
+    """The named operators, or else all; what single arguments cost (`operator: argument`) is measured by `--all`."""
     return options.operators or [name for name in known if options.all or ": " not in name]
 
 
@@ -72,7 +74,7 @@ def shapes_of(benchmark: Benchmark, options: argparse.Namespace) -> list[Shape]:
 
 
 def providers_without(benchmark: Benchmark, options: argparse.Namespace) -> list[str]:
-    """What is left out: torch.compile takes tens of seconds a shape."""
+    """The providers to leave out, among them torch.compile by default, which takes tens of seconds per shape."""
     slow = [] if options.all or options.large else [p.name for p in benchmark.providers if p.compiled]
     return [*options.without, *slow]
 
@@ -87,7 +89,7 @@ def main() -> None:
     print("\n".join(f"{key}: {value}" for key, value in about.items()))
     rows: list[Row] = []
     growth: list[GrowthRow] = []
-    # By default somebody waits for the whole; medians of fewer turns will do.
+    # By default somebody waits for the whole run, and medians of fewer turns will do.
     patience = PATIENCE if options.all or options.large or options.shape else PATIENCE / 4
     for name in operators_of(known, options):
         benchmark = known[name]
@@ -114,7 +116,7 @@ def main() -> None:
 
 
 def write(options: argparse.Namespace, rows: list[Row], growth: list[GrowthRow], about: dict[str, str]) -> None:
-    """The files that were asked for, after every row: what is measured is kept when a later one fails."""
+    """Write the files that were asked for. Called after every row, so that rows are kept when a later one fails."""
     if options.csv:
         report.write_csv(options.csv, rows, about)
     if options.json:

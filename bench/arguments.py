@@ -1,6 +1,6 @@
-"""What the arguments of version 0.2 cost: each call beside the same one without the argument, and the plain form.
+"""What the arguments of version 0.2 cost: each call beside the same call without the argument, and the plain form.
 
-The call without it computes something else: its output is not compared, only its time.
+The call without the argument computes something else, so only its time is compared, not its output.
 """
 
 import math
@@ -31,7 +31,7 @@ def _beside(
     leave_out: Collection[str],
     **benchmark: Any,
 ) -> Benchmark:
-    """`by_hand` None: there is no plain form whose memory would do; `leave_out` are the inputs of the argument."""
+    """`by_hand` is None where no plain form fits into memory; `leave_out` names the inputs that are the argument."""
 
     def without(given: Inputs) -> Any:
         rest = {name: value for name, value in given.items() if name not in leave_out}
@@ -167,7 +167,7 @@ def _nine_terms(argument: str, **more: Callable[[Sizes, torch.device], Any]) -> 
 
 
 def _sorted_edges(edge_index: Tensor, num_nodes: int, weight: Tensor) -> tuple[Tensor, ...]:
-    """The same in plain torch."""
+    """The same as `from_edge_index`, in plain torch."""
     order = edge_index[1].argsort(stable=True)
     counts = torch.bincount(edge_index[1], minlength=num_nodes)
     return torch.cat([counts.new_zeros(1), counts.cumsum(0)]), edge_index[0][order], weight[order], order
@@ -183,7 +183,7 @@ def _edge_index(sizes: Sizes, device: torch.device) -> Inputs:
 
 
 def _sorting(sizes: Sizes) -> tuple[Work, Work]:
-    """Every edge and its weight read once, and written with its place; counted once, one operation each."""
+    """Every edge and its weight are read once, counted, and written once with their place; one operation per edge."""
     edges = 8.0 * sizes["n"]
     once = Work(edges, edges * (16 + 4 + 8 + 4 + 8))
     return once, once

@@ -46,9 +46,9 @@ class Contention:
 def measure_contention(
     benchmark: Benchmark, shape: Shape, device: Device, rounds: int, without: Sequence[str] = (), turns: int = 3
 ) -> list[Contention]:
-    """Every provider, all taking turns; `turns` phases alone and as many beside the busy process alternate.
+    """Measure every provider, all taking turns, in `turns` phases alone alternating with `turns` beside a busy process.
 
-    Of each provider the fastest phase of either kind counts: other processes only ever add time.
+    For each provider the fastest phase of each kind counts: other processes only ever add time.
     """
     inputs = benchmark.inputs(shape.sizes, device.torch)
     wanted = [p for p in benchmark.providers if p.name not in without and not p.compiled]

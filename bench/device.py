@@ -1,8 +1,8 @@
 """The clock, the canaries and the memory meter of a device.
 
 Extra peak memory on the CPU: the allocator gives freed pages back (`malloc_trim`), the kernel's high-water mark is
-reset, the warm call runs once, and the mark is read; so it counts every allocation, of torch, of MKL and of our
-kernels alike.
+reset, the warm call runs once, and the mark is read. This counts every allocation, whether of torch, of MKL or of our
+kernels.
 The CUDA side has not been run yet.
 """
 
@@ -28,7 +28,7 @@ class Canary:
 
 class Device(Protocol):
     torch: torch.device
-    slowest: float  # GFLOP/s of matrix products; below it others use the machine too
+    slowest: float  # GFLOP/s of matrix products; slower ones mean that others use the machine too
 
     def clock(self, call: Callable[[], Any]) -> float:
         """Seconds of one call."""
@@ -88,13 +88,13 @@ def _status_kb(key: str) -> int:
 
 
 class Cuda:
-    """Times with events after the L2 cache was overwritten; calls below 100 µs as a replayed CUDA graph.
+    """Times with events after overwriting the L2 cache; calls below 100 µs are timed as a replayed CUDA graph.
 
     What cannot be captured (a call that waits for the device, say) is timed without a graph, its launches included.
     """
 
     torch = torch.device("cuda")
-    slowest = 0.0  # one process a device: what it reaches is what it has
+    slowest = 0.0  # a device serves one process, so what a product reaches is all there is
 
     def __init__(self) -> None:
         self._flush = torch.empty(256 << 20, dtype=torch.uint8, device="cuda")

@@ -1,9 +1,9 @@
 """`python -m bench.distributed`: what a step of the losses with `group=` costs a rank, and a pick of `select`.
 
-Three tables. Bytes that a rank receives (and sends: with equal shares as many) in a step of `info_nce`, by formula and
-counted at the process group of ranks that really run. Compute of a rank that has its cores to itself, one rank after
-the other in this process, against 1/W of the compute of one process. Rounds and bytes of a selection whose shards are
-threads of one process, and extrapolated to large pools. Nothing here says anything about the speed of a network.
+It prints three tables. Bytes that a rank receives in a step of `info_nce` (with equal shares it sends the same number),
+by formula and counted at the process group of ranks that really run. Compute of a rank that has its cores to itself,
+measured in this process, against 1/W of the compute of one process. Rounds and bytes of a selection whose shards are
+threads of one process, also extrapolated to large pools. Nothing here says anything about the speed of a network.
 """
 
 import argparse
@@ -33,7 +33,7 @@ MODES = ("replicated", "sharded", "ring", "self-contrast")
 
 
 class Traffic(TorchDispatchMode):
-    """Counts the bytes that go to other ranks and come from them in torch's functional collectives."""
+    """Counts the bytes sent to and received from other ranks in torch's functional collectives."""
 
     def __init__(self, rank: int) -> None:
         super().__init__()
@@ -61,15 +61,15 @@ class Traffic(TorchDispatchMode):
 def received(rows: int, width: int, world: int, mode: str, size: int = 4) -> tuple[int, int]:
     """Bytes that a rank receives in forward and backward of a step of `info_nce`, by formula.
 
-    Symmetric with default positives; "self-contrast": of one embedding with labels. Numbers that are kept of a row have
-    4 bytes (``size`` = 2 or 4), the header 8 numbers of 8 bytes, counts 6 of 8.
+    The loss is symmetric with default positives; for "self-contrast" it is that of one embedding with labels. Numbers
+    kept per row have 4 bytes (for ``size`` 2 or 4), the header has 8 numbers of 8 bytes and the counts have 6.
 
     Args:
         rows: Rows of each rank.
         width: Width d of an embedding.
         world: Number of ranks W.
         mode: One of ``MODES``.
-        size: Bytes of a number.
+        size: Bytes of an element of an embedding.
     """
     others, visited = world - 1, world // 2
     row, kept = width * size, 4 * 4
@@ -78,7 +78,7 @@ def received(rows: int, width: int, world: int, mode: str, size: int = 4) -> tup
         return header + others * rows * 2 * row, 0
     if mode == "sharded":
         return header + counts + others * rows * (row + kept), others * rows * (kept + width * 4)
-    if mode == "ring":  # sums travel in float64 and, as gradients do, come home
+    if mode == "ring":  # sums travel in float64 and, like gradients, return to their own rank
         home = world * rows if world > 1 else 0
         forward, backward = others * rows * row + home * 2 * kept, others * rows * (row + kept) + home * width * 4
         return header + counts + forward, backward
@@ -87,7 +87,7 @@ def received(rows: int, width: int, world: int, mode: str, size: int = 4) -> tup
 
 
 def step(group: Any, rank: int, rows: int, width: int, mode: str) -> dict[str, tuple[int, int]]:
-    """Bytes sent and received in forward and backward of a step, counted."""
+    """Counts the bytes sent and received in forward and backward of a step."""
     generator = torch.Generator().manual_seed(rank)
     x, y = (torch.randn(rows, width, generator=generator, requires_grad=True) for _ in range(2))
     labels = torch.arange(rows) // 2
@@ -118,7 +118,7 @@ def count(world: int, rows: int, width: int) -> dict[str, dict[str, tuple[int, i
         return torch.load(os.path.join(folder, "found"))
 
 
-WAYS = ("sharded", "ring", "self-contrast")  # that share the pairs of rows out
+WAYS = ("sharded", "ring", "self-contrast")  # the modes in which the ranks share the pairs of rows
 
 
 def sweeps(n: int, width: int, world: int, way: str) -> Call:
@@ -132,7 +132,7 @@ def sweeps(n: int, width: int, world: int, way: str) -> Call:
     own = n // world
     mine = Rows(x[:own], None, None, 0)
     common = (False, True, ALL, 0.1)
-    if way == "self-contrast":  # of one embedding, whose pairs between two ranks one of them visits for both
+    if way == "self-contrast":  # one embedding: of two ranks, one visits the pairs between them for both
         others = Rows(y[: (n - own) // 2], None, None, 2 * n)
         tiles = [Tile(mine, mine, False, *common), Tile(mine, others, True, *common)]
     elif way == "ring":
@@ -170,7 +170,7 @@ def print_bytes(world: int, rows: int, width: int) -> None:
 
 def print_compute(n: int, width: int, worlds: Sequence[int], rounds: int) -> None:
     threads, device = torch.get_num_threads(), Cpu()
-    print(f"info_nce, symmetric: sweeps of a rank, N = {n}, d = {width}, float32, {threads} threads, ranks in turns")
+    print(f"info_nce, symmetric: sweeps of a rank, N = {n}, d = {width}, float32, {threads} threads, taking turns")
     calls = {f"{way} {world}": sweeps(n, width, world, way) for way in WAYS for world in (1, *worlds)}
     for call in calls.values():
         call()
@@ -209,7 +209,7 @@ def print_selection(worlds: Sequence[int], sizes: Sequence[int], width: int, bud
         # Rounds grow at most with the logarithm of the rows: the last two sizes give the slope.
         slope = max(0.0, (rounds[-1] - rounds[-2]) / math.log(sizes[-1] / sizes[-2]))
         expected = rounds[-1] + slope * math.log(largest / sizes[-1])
-        # The pool's digest takes 32 bytes for every so many rows of a rank.
+        # The pool's digest takes 32 bytes for every DIGEST_ROWS rows of a rank.
         digests = 32 * largest / world / DIGEST_ROWS
         bytes_of = (sent / rounds[-1] * expected + digests) / budget / 1e3
         lines.append((world, f"{largest:.0e}", f"{expected:.0f}", f"{bytes_of:.2f} kB", "extrapolated"))

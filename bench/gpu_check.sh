@@ -1,9 +1,9 @@
 #!/usr/bin/env bash
-# Settles on a machine with a GPU what cannot be settled without one, in under 9 minutes, the decisive things first: build,
-# values and gradients, memory and race checks, the shapes of a GPU's size, then graphs, streams, a second device, the rest.
-# Usage: bench/gpu_check.sh RESULTS_FOLDER. Three files there, written as things happen: summary.txt (every part, and the
+# Checks on a machine with a GPU what cannot be checked without one, in under 9 minutes. Decisive parts come first:
+# build, values and gradients, memory and race checks, GPU-sized shapes; then graphs, streams, a second device and more.
+# Usage: bench/gpu_check.sh RESULTS_FOLDER. It writes three files there while it runs: summary.txt (every part, and the
 # names of tests that fail, also where time ran out), log.txt (everything printed), benchmarks.csv (a row for each
-# measurement). Every part runs even if one before it failed; the exit status tells.
+# measurement). Every part runs even if one before it failed; the exit status says whether all of them passed.
 set -uo pipefail
 results=$(mkdir -p "${1:?usage: bench/gpu_check.sh RESULTS_FOLDER}" && cd "$1" && pwd)
 cd "$(dirname "$0")/.."
@@ -26,7 +26,7 @@ part() {  # part NAME SECONDS COMMAND…
   ((left < limit)) && limit=$left
   from=$(wc -l <"$log")
   printf '\n=== %s: %s\n' "$name" "$*" >>"$log"
-  # Interrupted, pytest still says what has failed so far.
+  # When interrupted, pytest still says what has failed so far.
   timeout --signal=INT --kill-after=10 "$limit" "$@" >>"$log" 2>&1
   status=$?
   if ((status == 0)); then
@@ -51,7 +51,7 @@ benchmark() {  # benchmark NAME SECONDS ARGUMENTS…: its rows are added to benc
 }
 
 nvidia-smi >>"$log" 2>&1
-# Only this machine's architecture: the other ones would only cost build time.
+# Only this machine's architecture: the others would only cost build time.
 TORCH_CUDA_ARCH_LIST=${TORCH_CUDA_ARCH_LIST:-$("$python" -c 'import torch; print("%d.%d" % torch.cuda.get_device_capability())')}
 export TORCH_CUDA_ARCH_LIST MSACORE_CUDA=1 MSACORE_REQUIRE_CUDA=1 PYTHONUNBUFFERED=1
 part build 200 "$python" -m pip install --no-build-isolation --no-deps .
@@ -69,13 +69,13 @@ values="test_values_and_gradients and cuda"
 part "values in float32 and bfloat16" 90 "${pytest[@]}" "${workers[@]}" tests/test_ops.py -k "$values and (float32 or bfloat16)"
 part "k-centre" 40 "${pytest[@]}" tests/test_cuda_device.py -k "kcenter or selections"
 
-# Without torch's cache of memory every tensor is an allocation, and a step over its end is seen.
+# Without torch's caching allocator every tensor is an allocation of its own, so an access beyond its end is seen.
 for tool in memcheck racecheck; do
   part "$tool" 60 env PYTORCH_NO_CUDA_MEMORY_CACHING=1 compute-sanitizer --tool "$tool" --error-exitcode 1 \
     "${pytest[@]}" tests/test_cuda_device.py -k "one_sample"
 done
 
-# Shapes of a GPU's size, then those where launches count.
+# GPU-sized shapes, then shapes whose time depends on the number of launches.
 benchmark info_nce_symmetric 30 info_nce_symmetric --large --rounds 5
 benchmark propagate 30 propagate --large --rounds 5
 benchmark matrix_fusion 20 matrix_fusion --large --rounds 5
@@ -83,7 +83,7 @@ benchmark kcenter 40 kcenter --large --rounds 3 --without "torch, cdist per pick
   --without "torch, pairwise_distance per pick (anomalib)" --without "scikit-learn, euclidean_distances per pick"
 benchmark hierarchical_contrastive_loss 40 hierarchical_contrastive_loss --all --rounds 11
 
-# Two ways of a computation, each of which somebody estimated to be the faster one: both, on the same shapes.
+# Two thresholds choose between two ways of a computation, and are estimates so far: time both on the same shapes.
 for few in 0 100000; do
   export MSACORE_CUDA_FEW_SAMPLES=$few
   benchmark "hierarchical, few samples up to $few" 15 hierarchical_contrastive_loss --rounds 11 --shape "N=64" --shape "N=128" \

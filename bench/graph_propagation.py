@@ -40,7 +40,7 @@ def _geometric(inputs: Inputs) -> Call:
 
 
 def _graph_work(sizes: dict[str, int]) -> tuple[Work, Work]:
-    """Per step a multiply-add an edge and column; an edge's index and weight, and states, are read once."""
+    """Per step one multiply-add per edge and column; edges are read, states read and written once."""
     n, edges, d, k = (sizes[name] for name in ("n", "E", "d", "K"))
     once = Work(2.0 * edges * d * k, k * (12.0 * edges + 2 * 4 * n * d))
     return once, Work(2 * once.flops, 2 * once.bytes)

@@ -1,4 +1,4 @@
-"""The half-steps of propagation against eager torch, where conversations are of one length."""
+"""The half-steps of propagation against eager torch, on conversations of equal length."""
 
 import torch
 from torch import Tensor
@@ -36,7 +36,7 @@ def pooled(h: Tensor, offsets: Tensor, window: tuple[int, int]) -> Tensor:
 
 
 def _work(sizes: dict[str, int]) -> tuple[Work, Work]:
-    """A few operations an element; read and written once, forward and backward alike."""
+    """A few operations per element, which is read and written once, in the forward and in the backward pass."""
     elements = sizes["V"] * sizes["T"] * _MODALITIES * sizes["d"]
     once = Work(3.0 * elements, 2 * 4.0 * elements)
     return once, Work(2 * once.flops, 2 * once.bytes)

@@ -2,8 +2,9 @@
 
 A row is one operation at one shape. Its providers take turns in one process on the same tensors (A, B, C, A, B, C, …)
 and their medians are compared. The machine is probed before, between and after the turns with two canaries, a matrix
-product and a read of memory; where one drifts by more than `DRIFT` the row is measured again, and in the end its ratios
-are withheld; so they are where matrix products stay slower than the device must be when nobody else uses it.
+product and a read of memory. Where one drifts by more than `DRIFT` the row is measured again; if it drifts in every
+attempt, the row's ratios are withheld. They are also withheld where matrix products are slower than `Device.slowest`,
+because others then use the machine too.
 """
 
 import statistics
@@ -21,8 +22,8 @@ DRIFT = 0.20
 ATTEMPTS = 3
 PATIENCE = 1.0  # seconds; a provider whose turns lasted longer takes no more of them
 LONG = 10.0  # seconds; where nothing is differentiated, a first call that lasted longer is the only one
-DISAGREEMENT = 1e-2  # of the largest output; a peer further off computes something else
-_DTYPES = {  # what 16-bit inputs may differ by is rounding
+DISAGREEMENT = 1e-2  # relative to the largest output; a peer that differs by more computes something else
+_DTYPES = {  # tolerances; results of 16-bit inputs differ by their rounding
     torch.float32: DISAGREEMENT,
     torch.float64: DISAGREEMENT,
     torch.float16: 10 * DISAGREEMENT,
@@ -42,8 +43,8 @@ class Shape:
     name: str
     sizes: dict[str, int]
     quick: bool = False  # measured by default and by `pytest bench`; the others by `--all`
-    decisive: bool = False  # `--all` measures it through torch.compile, too, and by dtype
-    large: bool = False  # of a size for GPUs, measured by `--large` alone
+    decisive: bool = False  # `--all` and `--large` also measure it through torch.compile and by dtype
+    large: bool = False  # sized for GPUs, measured by `--large` alone
 
 
 @dataclass(frozen=True)
@@ -64,13 +65,13 @@ class Provider:
     name: str
     bind: Callable[[Inputs], Call]
     dtype: torch.dtype | None = None  # of its copy of the inputs; None for the inputs themselves
-    compiled: bool = False  # too slow to prepare for every shape, and for forward alone
+    compiled: bool = False  # too slow to prepare for every shape, or for the forward pass alone
     tolerance: float = DISAGREEMENT
 
 
 @dataclass(frozen=True)
 class Growth:
-    """How the time of ours should rise with one size: `slope` of log time over log size."""
+    """How our time should grow with one size: `slope` of log time over log size."""
 
     axis: str
     values: tuple[int, ...]
@@ -89,7 +90,7 @@ class Benchmark:
     work: Callable[[dict[str, int]], tuple[Work, Work]]
     growth: tuple[Growth, ...] = ()
     differentiable: bool = True
-    remark: Callable[[Inputs, Canary], str] | None = None  # a note on ours, given the rates of the machine
+    remark: Callable[[Inputs, Canary], str] | None = None  # a note on ours, from inputs and the machine's rates
 
 
 @dataclass
@@ -98,8 +99,8 @@ class Measurement:
     forward_ms: float | None = None
     total_ms: float | None = None  # forward and backward
     extra_mb: float | None = None  # peak above what was held before the call
-    ratio: float | None = None  # of our time, forward and backward where there is one; None where withheld
-    share: float | None = None  # of the limit: floor / time
+    ratio: float | None = None  # its time over ours, with backward where there is one; None where withheld
+    share: float | None = None  # of the limit: the floor's time over its time
     note: str = ""
 
 
@@ -122,7 +123,7 @@ class Row:
 
 
 def by_dtype(benchmark: Benchmark) -> Benchmark:
-    """Ours alone, on the same inputs in every dtype; float32 is what the ratios refer to."""
+    """Our provider alone, on the same inputs in every dtype; ratios are relative to float32."""
     bind = benchmark.providers[0].bind
     names = {dtype: f"msacore {str(dtype).removeprefix('torch.')}" for dtype in _DTYPES}
     providers = tuple(Provider(names[dtype], bind, dtype, tolerance=_DTYPES[dtype]) for dtype in _DTYPES)
@@ -178,7 +179,7 @@ def median_canary(canaries: Sequence[Canary]) -> Canary:
 
 
 def drift(canaries: Sequence[Canary]) -> float:
-    """Largest relative fall from the best to the worst probe of either canary."""
+    """The larger of the two canaries' relative falls from their best to their worst probe."""
     rates = [[c.gflops for c in canaries], [c.gbytes for c in canaries]]
     return max(1 - min(rate) / max(rate) for rate in rates)
 
@@ -192,7 +193,7 @@ def turns(names: Sequence[str], rounds: int) -> Iterator[str]:
 def medians(
     calls: dict[str, Call], rounds: int, clock: Callable[[Call], float], patience: float = PATIENCE
 ) -> dict[str, float]:
-    """Median seconds of each call, all taking turns; one that needs longer than `patience` takes fewer turns."""
+    """Median seconds of each call. All take turns; one that has spent `patience` seconds takes no more of them."""
     times: dict[str, list[float]] = {name: [] for name in calls}
     spent = dict.fromkeys(calls, 0.0)
     for name in turns(list(calls), rounds):
@@ -204,7 +205,7 @@ def medians(
 
 
 def disagreement(ours: Any, theirs: Any) -> float:
-    """Largest difference between outputs, relative to the largest of ours."""
+    """Largest difference between outputs, relative to the largest value of ours."""
     return max(
         (float((a.double() - b.double()).abs().max() / a.double().abs().max().clamp(min=1e-30)))
         if a.shape == b.shape
@@ -228,9 +229,9 @@ class Bound:
 def bound(
     benchmark: Benchmark, inputs: Inputs, providers: Sequence[Provider], device: Device, row: Row
 ) -> dict[str, Bound]:
-    """The providers that run here, each called once and compared with ours; of the others a line with the reason.
+    """The providers that run here, each called once and compared with ours; the others get a note with the reason.
 
-    Without a backward pass this call also gives the extra memory: providers that select can be too slow for another.
+    Without a backward pass this call also measures the extra memory: selection can be too slow for a second call.
     """
     found: dict[str, Bound] = {}
     expected: Any = None
@@ -356,7 +357,7 @@ class GrowthRow:
 
 
 def measure_growth(benchmark: Benchmark, growth: Growth, device: Device, rounds: int) -> GrowthRow:
-    """Our forward and backward over one size; all sizes take turns, so that a slow moment tilts no slope."""
+    """Our forward and backward over one size. All sizes take turns, so that a slow moment does not tilt the slope."""
     calls: dict[str, Call] = {}
     for value in growth.values:
         inputs = benchmark.inputs({**growth.others, growth.axis: value}, device.torch)

@@ -42,7 +42,7 @@ def nine_terms(unimodal: Sequence[Tensor], fused: Tensor, high_level: Sequence[T
 
 
 def _work(sizes: dict[str, int]) -> tuple[Work, Work]:
-    """Per term 2N²d forward; the scores again and both gradients backward. Seven embeddings."""
+    """Per term 2N²d forward; backward computes the scores again and both gradients. There are seven embeddings."""
     n, d = sizes["N"], sizes["d"]
     flops, bytes_ = 2.0 * _TERMS * n * n * d, 7 * 4.0 * n * d
     return Work(flops, bytes_), Work(4 * flops, 3 * bytes_)

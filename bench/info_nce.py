@@ -63,7 +63,7 @@ def _metric_learning(inputs: Inputs) -> Call:
 
 
 def _scores(copies: int) -> Callable[[Inputs], str]:
-    """Keeps a form that holds `copies` N × N matrices from shapes where they do not fit."""
+    """Keeps a form that holds `copies` N × N matrices from running where they do not fit into memory."""
     return at_most(lambda inputs: copies * 4.0 * len(next(iter(inputs.values()))) ** 2)
 
 
@@ -90,8 +90,8 @@ def two_cross_entropies(anchors: Tensor, candidates: Tensor) -> Tensor:
 class _FlashLogSumExp(torch.autograd.Function):
     """log Σ_j exp(q_i · k_j / τ) by flash attention on the CPU, whose log-sum-exp torch does not differentiate.
 
-    The derivative by q_i is Σ_j P_ij k_j / τ, the output where keys are the values; by k_j it is Σ_i P_ij g_i q_i / τ,
-    what its backward pass gives for the values when the output's gradient is g_i q_i.
+    The derivative by q_i is Σ_j P_ij k_j / τ, the output of the attention with the keys as values. The derivative by
+    k_j is Σ_i P_ij g_i q_i / τ, which its backward pass gives for the values when the output's gradient is g_i q_i.
     """
 
     @staticmethod
@@ -151,7 +151,7 @@ def _bf16_work(sizes: dict[str, int]) -> tuple[Work, Work]:
 
 
 def _supervised_work(sizes: dict[str, int]) -> tuple[Work, Work]:
-    """Scores are symmetric: half of 2N²d forward; as much again, and 2N²d of gradient, backward (nothing stored)."""
+    """Scores are symmetric: N²d forward. As nothing is stored, N²d again backward, and 2N²d for the gradient."""
     n, d = sizes["N"], sizes["d"]
     return Work(n * n * d, 4 * n * d), Work(4 * n * n * d, 3 * 4 * n * d)
 

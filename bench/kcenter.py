@@ -1,4 +1,4 @@
-"""Greedy farthest-point selection, exact in every provider: the picks must be equal.
+"""Greedy farthest-point selection. Every provider is exact, so the picks must be equal.
 
 ``MSACORE_BENCH_POOL=FILE.npy`` or ``=FILE.npz:ARRAY`` adds a shape with the embeddings ``[N, d]`` of that file.
 """
@@ -47,7 +47,7 @@ def lazy_batched(pool: Tensor, budget: int) -> Tensor:
 
 
 def _reads(inputs: Inputs, canary: Canary) -> str:
-    """How often the pool is read, beside the limit of loops that read it once per pick."""
+    """How often the pool is read, beside the time that a loop needs to read it once per pick."""
     reads = _select(**inputs).pool_reads
     limit = inputs["budget"] * inputs["pool"].nbytes / (canary.gbytes * 1e9)
     return f"{reads} pool reads; a loop's {inputs['budget']} take {1e3 * limit:.1f} ms at {canary.gbytes:.1f} GB/s"
@@ -110,7 +110,7 @@ def _sklearn_per_pick(inputs: Inputs) -> Call:
 
 
 def _fpsample(inputs: Inputs) -> Call:
-    """The plain scan of fpsample, for point clouds: compiled, one pass over the pool per pick."""
+    """The plain scan of fpsample, a compiled library for point clouds: one pass over the pool per pick."""
     module = package("fpsample", "fpsample")
     pool = inputs["pool"].cpu().numpy()
 
@@ -122,14 +122,14 @@ def _fpsample(inputs: Inputs) -> Call:
 
 
 def _quickfps(inputs: Inputs) -> Call:
-    """torch_quickfps, for point clouds: buckets of points, of which a pick reads those that it can change."""
+    """torch_quickfps, for point clouds: a pick reads only the buckets of points that it can change."""
     module = package("torch_quickfps", "torch_quickfps")
     pool, budget = inputs["pool"], inputs["budget"]
     return lambda: module.sample_idx(pool[None], budget + 1, start_idx=0)[0, 1:]
 
 
 def _work(sizes: dict[str, int]) -> tuple[Work, Work]:
-    """Every pick's distance to the whole pool, as one product; the pool is read once at least."""
+    """The distances of every pick to the whole pool, as one product; the pool is read at least once."""
     n, d, budget = sizes["N"], sizes["d"], sizes["budget"]
     forward = Work(2.0 * n * d * budget, 4.0 * n * d)
     return forward, forward

@@ -31,7 +31,7 @@ def _inputs(sizes: dict[str, int], device: torch.device) -> Inputs:
 def batched_products(
     features: Sequence[Tensor], factors: Sequence[Tensor], rank_weight: Tensor, bias: Tensor
 ) -> Tensor:
-    """The 1 of [x; 1] as a bias of a batched product; the ranks added up by one product with their weights."""
+    """The 1 of [x; 1] is the bias of a batched product; one product with their weights adds up the ranks."""
     mixed = [
         torch.baddbmm(f[:, -1:], x.expand(len(f), -1, -1), f[:, :-1]) for x, f in zip(features, factors, strict=True)
     ]
@@ -49,7 +49,7 @@ def concatenated_ones(
 
 
 def _work(sizes: dict[str, int]) -> tuple[Work, Work]:
-    """One product per modality forward, two backward; factors and features read, and written as gradients, once."""
+    """One product per modality forward, two backward; factors and features are read, gradients written once."""
     widths = [d + 1 for d in _widths(sizes)]
     flops = 2.0 * sizes["B"] * sizes["r"] * sizes["h"] * sum(widths)
     bytes_ = 4.0 * sum(widths) * (sizes["r"] * sizes["h"] + sizes["B"])

@@ -55,7 +55,7 @@ def factored(
 
 
 def _work(sizes: dict[str, int]) -> tuple[Work, Work]:
-    """Two left factors, three products q × L × k; twice as much again backward. Features are read, and written once."""
+    """Two left factors, three products q × L × k; twice as much again backward. Reads features, writes gradients."""
     b, length, k, q = (sizes[name] for name in ("B", "L", "k", "q"))
     flops = 2.0 * b * length * (k + 1) * q * 5
     features = _FLOAT * 3.0 * b * length * k

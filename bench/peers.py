@@ -12,7 +12,7 @@ from bench.harness import Call, Inputs, Provider, Unavailable
 
 
 def package(name: str, install: str) -> ModuleType:
-    """The module, or the reason why its provider cannot run."""
+    """Imports the module; raises `Unavailable` with the reason where it is not installed."""
     try:
         return importlib.import_module(name)
     except ImportError as error:
@@ -20,7 +20,7 @@ def package(name: str, install: str) -> ModuleType:
 
 
 def plain(name: str, function: Callable[..., Any], unless: Callable[[Inputs], str] | None = None) -> Provider:
-    """A function of the inputs as keywords. `unless` says why it must not run on some inputs, or nothing."""
+    """A function that takes the inputs as keywords. `unless` says why it must not run on some inputs, or nothing."""
 
     def bind(inputs: Inputs) -> Call:
         if unless is not None and (reason := unless(inputs)):
@@ -31,7 +31,7 @@ def plain(name: str, function: Callable[..., Any], unless: Callable[[Inputs], st
 
 
 def compiled(name: str, function: Callable[..., Any], unless: Callable[[Inputs], str] | None = None) -> Provider:
-    """The same function through torch.compile; compiling happens before the clock starts."""
+    """Like `plain`, with the function compiled by torch.compile before the clock starts."""
     fast = torch.compile(function, dynamic=False)
 
     def attempt(**inputs: Any) -> Any:

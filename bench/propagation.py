@@ -21,7 +21,7 @@ def _mix(a: Tensor, h: Tensor, x: Tensor) -> Tensor:
 
 
 class _SparseLoop(torch.autograd.Function):
-    """Steps as `addmm` with CSR matrices; backward the same with their transposes, prepared beforehand."""
+    """Steps as `addmm` with CSR matrices; backward does the same with transposes that were prepared beforehand."""
 
     @staticmethod
     def forward(ctx: Any, x: Tensor, graphs: list[Tensor], transposed: list[Tensor], steps: int) -> Tensor:
@@ -137,7 +137,7 @@ def _window_graphs(inputs: Inputs) -> list[Tensor]:
 
 
 def _window_work(sizes: dict[str, int]) -> tuple[Work, Work]:
-    """About ten operations an element and step; with all steps in one pass x is read and the result written once."""
+    """About ten operations per element and step; with all steps in one pass x is read, the result written once."""
     elements = sizes["V"] * sizes["T"] * _MODALITIES * sizes["d"]
     once = Work(10.0 * elements * sizes["K"], 2 * 4.0 * elements)
     return once, Work(2 * once.flops, 2 * once.bytes)

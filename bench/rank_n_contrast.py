@@ -31,7 +31,7 @@ def cubic(embeddings: Tensor, targets: Tensor) -> Tensor:
 
 
 def sort_and_accumulate(embeddings: Tensor, targets: Tensor) -> Tensor:
-    """Each row sorted by falling gap; a cumulated log-sum-exp, read at the end of each tie group."""
+    """Each row is sorted by falling gap; a cumulative log-sum-exp is read at the end of each group of ties."""
     n = len(targets)
     others = ~torch.eye(n, dtype=torch.bool, device=targets.device)
     gap = (targets[:, None] - targets[None, :]).abs()[others].view(n, n - 1)
@@ -43,7 +43,7 @@ def sort_and_accumulate(embeddings: Tensor, targets: Tensor) -> Tensor:
 
 
 def _work(sizes: dict[str, int]) -> tuple[Work, Work]:
-    """The products of all pairs once forward; again, and twice into the gradient, backward."""
+    """The products of all pairs are computed once forward and once backward, and go into the gradient twice."""
     n, d = sizes["N"], sizes["d"]
     return Work(n * n * d, 4 * n * d), Work(6 * n * n * d, 3 * 4 * n * d)
 

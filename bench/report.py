@@ -19,7 +19,7 @@ from msacore import _C
 
 
 def environment(device: str) -> dict[str, str]:
-    """Machine, versions and commit: without them a time says nothing."""
+    """Machine, versions and commit, without which a time says nothing."""
     model = platform.processor() or platform.machine()
     if (info := Path("/proc/cpuinfo")).exists():
         names = [line.split(":")[1].strip() for line in info.read_text().splitlines() if line.startswith("model name")]
@@ -60,7 +60,7 @@ def canary_line(row: Row) -> str:
 
 
 def text(row: Row) -> str:
-    """A row as aligned text that fits a terminal; notes stand below the lines they belong to."""
+    """A row as aligned text that fits a terminal; a note follows the line it belongs to."""
     table = [COLUMNS[:-1], *(cells(m, "")[:-1] for m in row.measurements)]
     widths = [max(len(line[i]) for line in table) for i in range(len(COLUMNS) - 1)]
     lines = [f"{row.operator}  {row.shape}"]
@@ -76,7 +76,7 @@ def _wrapped(note: str, indent: str) -> list[str]:
 
 
 def markdown(rows: Sequence[Row], growth: Sequence[GrowthRow], about: dict[str, str]) -> str:
-    """The tables of the README: a line per provider, `ratio` being its time over ours."""
+    """The tables of bench/results: a line per provider, `ratio` being its time over ours."""
     out = ["; ".join(f"{key}: {value}" for key, value in about.items()), ""]
     if rows:
         out += [

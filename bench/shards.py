@@ -13,7 +13,7 @@ from msacore.selection.ranks import Alone, Ranks
 
 
 class Together(Ranks):
-    """A rank whose messages go through a list that all threads see; everything else is that of a process group."""
+    """A rank whose messages go through a list that all threads see; everything else is as in a process group."""
 
     def __init__(self, rank: int, size: int, board: list[Any], barrier: threading.Barrier) -> None:
         self.rank, self.size = rank, size
@@ -61,12 +61,12 @@ DEFAULTS: dict[str, Any] = {
 
 @dataclass(frozen=True)
 class Shards:
-    """What ranks did.
+    """What the ranks did.
 
     Attributes:
-        results: What each returned or raised.
-        sent: Bytes of tensors, digests and numbers that each sent to one other, without their pickled form.
-        exchanges: How often all of them exchanged messages.
+        results: What each rank returned or raised.
+        sent: Bytes of tensors, digests and numbers that each rank sent to one other, without the overhead of pickling.
+        exchanges: How often the ranks exchanged messages.
     """
 
     results: list[Any]

@@ -1,6 +1,6 @@
-"""`python -m bench.summary RUN.json …`: the README's table, from what runs of `python -m bench --json` left.
+"""`python -m bench.summary RUN.json …`: the README's table, from files that `python -m bench --json` wrote.
 
-With `--times` a longer one, run by run: our times, shares of the limit, memory, and the ratio of every peer.
+With `--times` a longer table, run by run: our times, shares of the limit, memory, and the ratio of every peer.
 """
 
 import argparse
@@ -80,7 +80,7 @@ def _ratio(found: Figures | None) -> str:
 
 
 def ratios(runs: Sequence[Figures]) -> str:
-    """A line per headline, a number per peer: its least ratio among the runs in which it was not withheld."""
+    """A line per headline, a number per peer: its smallest ratio among the runs in which it was not withheld."""
     lines = ["| operator | shape | time of the peer over ours |", "|---|---|---|"]
     for operator, shape, peers in HEADLINES:
         parts = []

@@ -35,8 +35,8 @@ std::map<std::string, std::string> build_info() {
   };
 }
 
-// What the handler of a signal raised while an operator ran, until Python takes it; of no owner at the interpreter's
-// end.
+// The exception that a signal handler raised while an operator ran, until Python takes it. Never destroyed, because the
+// interpreter may end first.
 pybind11::object& raised() {
   static auto* const exception = new pybind11::object(pybind11::none());
   return *exception;
@@ -55,8 +55,8 @@ PYBIND11_MODULE(_C, m) {
   m.def("build_info", &build_info, "Compiler, instruction sets, CUDA version and architectures of this build.");
   m.def(
       "hear_signals", [] { msacore::cpu::interrupt_hook = &handlers_raise; },
-      "Make long operators on the CPU run the handlers of signals, and end when one raises.");
+      "Make long-running CPU operators run signal handlers, and end when a handler raises.");
   m.def(
       "take_raised", [] { return std::exchange(raised(), pybind11::none()); },
-      "What a handler raised when it ended an operator, once; None otherwise.");
+      "Return, once, the exception with which a signal handler ended an operator; None otherwise.");
 }

@@ -31,13 +31,13 @@ class SphinxRoles(griffe.Extension):
 
 
 def on_page_content(html: str, page: Any, **_: Any) -> str:
-    """Remember the links that leave the site: a build needs no network, so they are listed and not followed."""
+    """Remember the links that leave the site. They are listed and not followed, because a build needs no network."""
     for address in EXTERNAL.findall(html):
         _external.setdefault(address, set()).add(page.file.src_uri)
     return html
 
 
 def on_post_build(config: Any, **_: Any) -> None:
-    """Write the list beside the pages: an address and the pages that link to it on each line."""
+    """Write the list beside the pages. Each line has an address and the pages that link to it."""
     lines = [f"{address}  {', '.join(sorted(pages))}\n" for address, pages in sorted(_external.items())]
     (Path(config.site_dir) / LIST).write_text("".join(lines), encoding="utf-8")

@@ -2,9 +2,9 @@
 
     torchrun --nproc-per-node 2 examples/distributed_contrast.py
 
-Every rank holds its share of each batch. The first column is one process on the whole batch; `group=` gives its loss
-and its gradient, the loss of local batches gives another loss in another direction. Runs on the CPU with gloo, on
-GPUs with NCCL.
+Every rank holds its share of each batch. The first column is one process on the whole batch. With `group=` the loss and
+the gradient are the same; without it, every rank contrasts its local batch only, and loss and gradient differ. Runs on
+the CPU with gloo, on GPUs with NCCL.
 """
 
 import argparse
@@ -42,7 +42,7 @@ def gradient(model: nn.Module) -> Tensor:
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--steps", type=int, default=5)
-    parser.add_argument("--batch", type=int, default=250, help="rows of the whole batch; need not divide by the ranks")
+    parser.add_argument("--batch", type=int, default=250, help="rows of the whole batch; the ranks need not divide it")
     options = parser.parse_args()
 
     cuda = torch.cuda.is_available()
@@ -59,7 +59,7 @@ def main() -> None:
     optimisers = [torch.optim.Adam(model.parameters(), lr=1e-3) for model in (alone, together, apart)]
 
     if rank == 0:
-        print(f"{world} ranks, batches of {options.batch}; angle: of the gradient to that of one process, in degrees")
+        print(f"{world} ranks, batches of {options.batch}; angle: to the gradient of one process, in degrees")
         print(f"{'step':>4}  {'one process':>11}  {'with group=':>11} {'angle':>6}  {'without':>11} {'angle':>6}")
     order = torch.randperm(len(text), generator=torch.Generator().manual_seed(1))
     for step in range(options.steps):

@@ -56,7 +56,7 @@ def main() -> None:
     lines += ["operators", *(f"  {name:<{width + 30}}  {', '.join(devices)}" for name, devices in table.items())]
     if build["cuda"] and not any("cuda" in devices for devices in table.values()):
         lines.append("warning: CUDA is in this build, but no operator is registered for it; build msacore again")
-    sys.stdout.write("\n".join([*lines, ""]))  # at once: `| head` closes the pipe after the first of them
+    sys.stdout.write("\n".join([*lines, ""]))  # one write: `| head` may close the pipe before a second
 
 
 if __name__ == "__main__":

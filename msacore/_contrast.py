@@ -1,4 +1,4 @@
-"""The contrastive losses as modules, which `msacore.nn` offers."""
+"""The contrastive losses as modules, re-exported by `msacore.nn`."""
 
 from collections.abc import Sequence
 from itertools import combinations
@@ -27,17 +27,17 @@ def _register_log_temperature(
 
 
 class InfoNCE(nn.Module):
-    """:func:`msacore.info_nce` with its options, and with a temperature that it can learn.
+    """:func:`msacore.info_nce` as a module with fixed options and a temperature that can be learned.
 
     Args:
-        temperature: Divides the similarities; positive and finite. Where it is learned, what it starts from.
+        temperature: Divides the similarities; positive and finite. The initial value where it is learned.
         denominator: "all", "negatives" or "decoupled".
         normalize: Cosine similarities; False takes dot products.
         symmetric: Mean of the two directions.
         exclude_self: Leave the pairs ``(i, i)`` out.
         reduction: "mean", "sum" or "none".
         learn_temperature: Make the logarithm of the temperature a parameter, ``log_temperature``.
-        group: Process group whose ranks share the batch, as `group` of the loss takes it.
+        group: Process group whose ranks share the batch; see `group` of the loss.
         device: Device of the parameter.
         dtype: Floating dtype of the parameter.
 
@@ -110,7 +110,7 @@ class InfoNCE(nn.Module):
 
 
 class HierarchicalContrastiveLoss(nn.Module):
-    """Project every embedding, then :func:`msacore.hierarchical_contrastive_loss`.
+    """Project every embedding, then apply :func:`msacore.hierarchical_contrastive_loss`.
 
     Each modality, the fused embedding and each pair has a linear projection of its own.
 
@@ -120,11 +120,11 @@ class HierarchicalContrastiveLoss(nn.Module):
         projection: Width after projection.
         modalities: Number of modalities M.
         tier_weights: Weights of the three tiers.
-        temperatures: Temperatures of the three tiers. Where they are learned, what they start from.
+        temperatures: Temperatures of the three tiers. The initial values where they are learned.
         tier1: "cross_modal" or "intra_modal".
         normalize: Cosine similarities; False takes dot products.
         learn_temperature: Make the logarithms of the temperatures a parameter, ``log_temperature`` ``[3]``.
-        group: Process group whose ranks share the batch, as `group` of the loss takes it.
+        group: Process group whose ranks share the batch; see `group` of the loss.
         device: Device of the parameters.
         dtype: Floating dtype of the parameters.
 
@@ -193,7 +193,7 @@ class HierarchicalContrastiveLoss(nn.Module):
                 f"in `high_level`, got {len(unimodal)} and {len(high_level)}"
             )
         if available is not None:
-            # A projection reads its input into the gradient of its weight, so missing rows are cleared before it.
+            # The gradient of a projection's weight reads its input, so missing rows are cleared first.
             columns = available.unbind(1)
             exist = [columns[m] & columns[n] for m, n in self.pairs]
             unimodal = [torch.where(e[:, None], x, 0) for e, x in zip(columns, unimodal, strict=True)]

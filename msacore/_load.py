@@ -22,5 +22,5 @@ def load_extension() -> None:
             f"msacore: {reason}. Found: torch {torch.__version__} (CUDA {torch.version.cuda or 'none'}); "
             "needed: torch >= 2.11, and a CUDA torch if the extension was built with CUDA. "
             "Build it for this environment with: pip install --no-build-isolation --force-reinstall --no-deps . "
-            "(with --editable before the dot to use it in the folder of the sources)"
+            "(add --editable before the dot to use it in the source folder)"
         ) from error

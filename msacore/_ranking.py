@@ -1,4 +1,4 @@
-"""Rank-N-Contrast as a module, which `msacore.nn` offers."""
+"""Rank-N-Contrast as a module, re-exported by `msacore.nn`."""
 
 import math
 from typing import Any
@@ -10,12 +10,12 @@ from msacore.losses import rank_n_contrast
 
 
 class RankNContrast(nn.Module):
-    """:func:`msacore.rank_n_contrast` with its temperature, which it can learn.
+    """:func:`msacore.rank_n_contrast` as a module with a temperature that can be learned.
 
     Args:
-        temperature: Divides the distances; positive and finite. Where it is learned, what it starts from.
+        temperature: Divides the distances; positive and finite. The initial value where it is learned.
         learn_temperature: Make the logarithm of the temperature a parameter, ``log_temperature``.
-        group: Process group whose ranks share the batch, as `group` of the loss takes it.
+        group: Process group whose ranks share the batch; see `group` of the loss.
         device: Device of the parameter.
         dtype: Floating dtype of the parameter.
 

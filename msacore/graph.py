@@ -1,4 +1,4 @@
-"""The graphs of :func:`msacore.propagate` as edge lists, and edge lists of PyTorch Geometric as CSR."""
+"""The graphs of :func:`msacore.propagate` in CSR form, and edge lists of PyTorch Geometric converted to it."""
 
 from typing import Any, NoReturn
 
@@ -28,20 +28,21 @@ def from_edge_index(
     """Turn PyTorch Geometric's edges into the CSR form of :func:`msacore.graph_propagate`: rows are targets.
 
     Args:
-        edge_index: ``(source, target)`` of every edge, ``[2, E]``, integers in ``[0, num_nodes)``. Edges given twice
-            stay two.
+        edge_index: ``(source, target)`` of every edge, ``[2, E]``, integers in ``[0, num_nodes)``. Duplicate
+            edges are kept.
         num_nodes: Number of nodes n.
-        weight: What belongs to the edges, ``[E]`` or ``[E, H]``; differentiable.
+        weight: Edge weights, ``[E]`` or ``[E, H]``; differentiable.
 
     Returns:
-        ``(rowptr [n + 1], col [E], weight, order [E])``: ``order`` is the edge behind each entry, so that what else
-        belongs to edges goes along as ``values[order]``. Edges of a target keep their order. Without ``weight`` None.
+        ``(rowptr [n + 1], col [E], weight, order [E])``: ``order`` is the index of the edge behind each entry,
+        so that other values of edges are reordered as ``values[order]``. The edges of a target keep their order.
+        ``weight`` is None if it was omitted.
 
     Raises:
         ValueError: A shape, dtype or index is not of the form above.
 
     Note:
-        Reads the indices on the host, once a graph; the result serves any number of calls.
+        Reads the indices on the host, once per graph; the result serves any number of calls.
 
     Example:
         >>> rowptr, col, _, order = from_edge_index(torch.tensor([[0, 2, 1], [1, 0, 1]]), 3)
@@ -107,8 +108,8 @@ def _reach(offsets: Tensor, positions: Tensor | None, past: int, future: int) ->
         last = end - 1 if future < 0 else torch.minimum(end - 1, here + min(future, utterances))
         return first, last
 
-    # Found by halving: of a conversation's rows before a row, those too far away come first; after it, last. Distances
-    # are exact in two halves of 32 bits, whatever the positions.
+    # Found by bisection: among a conversation's rows before a row, those too far away come first; after it, they come
+    # last. Distances are computed in two halves of 32 bits, which is exact for all positions.
     def beyond(earlier: Tensor, later: Tensor, side: int) -> Tensor:
         high = (positions[later] >> 32) - (positions[earlier] >> 32)
         low = (positions[later] & 0xFFFFFFFF) - (positions[earlier] & 0xFFFFFFFF)
@@ -158,12 +159,12 @@ def window_edges(
         ``(rowptr [N·M + 1], col [E], weight [E])``, weights 1/count of the target's senders.
 
     Raises:
-        RuntimeError: An argument is of another kind: no tensor, no integer, no flag.
+        RuntimeError: An argument is of the wrong kind: not a tensor, not an integer or not a flag.
         ValueError: An argument is not of the form above.
 
     Note:
-        ``past`` are utterances before the receiving one. GCNet's code names edges by the sender's view, so that its
-        "past" edges are ``future`` here: they lead to the receiver from what comes after it.
+        ``past`` are the utterances before the receiving one. GCNet's code names edges from the sender's point of view,
+        so that its "past" edges are ``future`` here: they lead to the receiver from what comes after it.
 
     Example:
         >>> rowptr, col, weight = window_edges(torch.tensor([0, 3]), 1, window=(1, 0))
@@ -214,7 +215,7 @@ def modality_edges(N: int, M: int, senders: Tensor | None = None, dtype: torch.d
         target's senders.
 
     Raises:
-        RuntimeError: An argument is of another kind: no tensor, no integer.
+        RuntimeError: An argument is of the wrong kind: not a tensor or not an integer.
         ValueError: An argument is not of the form above.
 
     Example:

@@ -1,4 +1,4 @@
-"""The public losses: the operators of one process, and over the ranks of a process group with ``group=``."""
+"""The public losses: the operators in one process or, with ``group=``, over the ranks of a process group."""
 
 from collections.abc import Sequence
 from typing import Any, Literal, overload
@@ -16,7 +16,7 @@ Tier1 = Literal["cross_modal", "intra_modal"]
 
 
 def _over_ranks(op: str, local: Any, group: Any, *rows: Any, **options: Any) -> Any:
-    # Imported on first use: one process needs no torch.distributed.
+    # Imported on first use, because one process needs no torch.distributed.
     from msacore.distributed.dispatch import run
 
     return run(op, local, group, *rows, **options)
@@ -49,14 +49,14 @@ def info_nce(
         anchors: ``[N, d]``; float16, bfloat16, float32 or float64.
         candidates: ``[N', d]``, dtype of ``anchors``; None or ``anchors`` itself contrasts an embedding with itself,
             at half the cost. Or what :func:`msacore.distributed.start` returned.
-        temperature: Positive number, or a floating tensor with one element, then differentiable.
-        labels: ``(anchor_labels [N], candidate_labels [N'])`` of any integer dtype, or one ``[N]`` without
+        temperature: Positive number, or a floating tensor with one element, which is differentiable.
+        labels: ``(anchor_labels [N], candidate_labels [N'])`` of any integer dtype, or one tensor ``[N]`` without
             ``candidates``; equal labels are positives, a negative label means unlabelled: its row is neither anchor nor
             candidate.
         weights: ``[N, N']``, at least 0, dtype of ``anchors``, differentiable. Without labels and weights the positives
             are the pairs ``(i, i)``.
-        negatives: ``[Q, d]``, dtype of ``anchors``, differentiable: more candidates of every anchor that are positive
-            for none, such as a memory queue. With ``symmetric`` they serve the anchors' direction only.
+        negatives: ``[Q, d]``, dtype of ``anchors``, differentiable: more candidates for every anchor, positive for
+            none, such as a memory queue. With ``symmetric`` they serve the anchors' direction only.
         negative_mask: ``[Q]`` bool, False for entries that are not filled yet; these are never read.
         denominator: "all": the sum over every candidate, as above. "negatives": each positive p is set against itself
             and the candidates of weight 0 alone, ``Σ_p w_p (log(exp s_p + Σ_n exp s_n) - s_p) / Σ_p w_p`` (NT-Xent with
@@ -65,33 +65,34 @@ def info_nce(
         normalize: Cosine similarities; False takes plain dot products, which may overflow.
         anchor_mask: ``[N]`` bool, False where a row is not an anchor.
         candidate_mask: ``[N']`` bool, False where a row is not a candidate.
-        symmetric: Mean of the two directions, in one sweep ("negatives" with labels or weights: two).
+        symmetric: Mean of the two directions, in one sweep (two for "negatives" with labels or weights).
         exclude_self: Leave the pairs ``(i, i)`` out of positives and denominators.
         reduction: "mean" over the anchors that count, "sum" or "none".
         group: A ``ProcessGroup``, 1-D ``DeviceMesh`` or :class:`msacore.distributed.Sharding`: the rows are this rank's
-            part of a batch that lies over the ranks, and the loss is that of the whole batch on every rank. Labels,
-            masks and ``weights`` ``[n, N']`` are the rank's rows; ``negatives`` is joined over the ranks.
+            part of a batch distributed over the ranks, and every rank gets the loss of the whole batch. Labels, masks
+            and ``weights`` ``[n, N']`` belong to the rank's rows; ``negatives`` are joined over the ranks.
 
     Returns:
         The loss, 0-d, or ``[N]`` for "none" with zeros for the anchors that are masked or have no positive; float64 for
         float64 inputs, else float32. Zero, with zero gradients, when no anchor is left.
 
     Raises:
-        RuntimeError: A shape, dtype, device or range above does not hold (values inside tensors: on CPU only).
-        ValueError: ``reduction`` or ``denominator`` is none of the three, or ``labels`` is not a pair.
+        RuntimeError: A shape, dtype, device or range above does not hold (values inside tensors are checked on the CPU
+            only).
+        ValueError: ``reduction`` or ``denominator`` is not one of its three values, or ``labels`` is not a pair.
 
     Note:
         Several positives are averaged outside of the logarithm, as in "L_out" of Khosla et al., "Supervised Contrastive
         Learning" (2020). Their released ``SupConLoss`` also multiplies by ``temperature / base_temperature``, which is
-        1 at its default temperature: do the same to move numbers over. "decoupled" is the loss of Yeh et al.,
+        1 at its default temperature; multiply likewise to reproduce its numbers. "decoupled" is the loss of Yeh et al.,
         "Decoupled Contrastive Learning" (2022).
 
-        Forward and backward keep four or five numbers per row and, on the CPU where a gradient is wanted, up to
-        2²¹ similarities of rows at least 64 wide, which are not computed again; the gradient of ``weights`` is
+        Forward and backward keep four or five numbers per row and, on the CPU where a gradient is needed, up to
+        2²¹ similarities of rows at least 64 wide, which are then not computed again; the gradient of ``weights`` is
         ``[N, N']`` by nature. Accumulates in float32 for 16-bit types and computes in float32 under autocast. A zero
-        row has cosine 0 and gradient 0. Rows of any length that is not zero are scaled without overflow or underflow.
-        Deterministic; differentiable once; no host synchronisation on CUDA. With ``group=`` the gradient that
-        DistributedDataParallel averages is that of one process, without a factor in user code.
+        row has cosine 0 and gradient 0. Non-zero rows of any length are normalised without overflow or underflow.
+        Deterministic; differentiable once; no host synchronisation on CUDA. With ``group=``, the average that
+        DistributedDataParallel takes is the gradient of one process, without a factor in user code.
 
     Example:
         >>> z = torch.eye(3)
@@ -192,18 +193,18 @@ def hierarchical_contrastive_loss(
     Args:
         unimodal: M tensors ``[N, d]``; float16, bfloat16, float32 or float64, one dtype for all embeddings.
         fused: ``[N, d]``.
-        high_level: M(M-1)/2 tensors ``[N, d3]``, of the pairs (0, 1), (0, 2), (1, 2), ….
+        high_level: M(M-1)/2 tensors ``[N, d3]``, for the pairs (0, 1), (0, 2), (1, 2), ….
         available: ``[N, M]`` bool, False where a modality is missing; a pair exists where both members do. A sample
             takes part in a term only where both of its embeddings exist; missing ones are never read.
         labels: ``[N]`` of any integer dtype, needed by "intra_modal" and ignored otherwise; negative means unlabelled.
         tier_weights: Weights of the three tiers in the loss, numbers.
-        temperatures: Temperatures of the three tiers, positive: numbers, or floating tensors with one element, then
-            differentiable.
+        temperatures: Temperatures of the three tiers, positive: numbers, or floating tensors with one element, which
+            are differentiable.
         tier1: "cross_modal" or "intra_modal".
         normalize: Cosine similarities; False takes plain dot products, which may overflow.
         return_tiers: Also return the tiers.
         group: A ``ProcessGroup``, 1-D ``DeviceMesh`` or :class:`msacore.distributed.Sharding`: the rows are this rank's
-            part of a batch that lies over the ranks, and the loss is that of the whole batch on every rank.
+            part of a batch distributed over the ranks, and every rank gets the loss of the whole batch.
 
     Returns:
         The loss, 0-d, and with ``return_tiers`` the unweighted sums of the three tiers, ``[3]``, differentiable;
@@ -211,17 +212,17 @@ def hierarchical_contrastive_loss(
 
     Raises:
         RuntimeError: A shape, dtype, device, count or range above does not hold.
-        ValueError: ``tier1`` is neither of the two.
+        ValueError: ``tier1`` is not one of its two values.
 
     Note:
         ``Σ_t tier_weights[t] · tiers[t]``, the loss of "AL-HCL: Active Learning and Hierarchical Contrastive Learning
         for Multimodal Sentiment Analysis with Fusion Guidance" (2026). One operator call forward and one backward; each
-        embedding is normalised once, and both directions of a term come from one sweep. Where a gradient is wanted, the
-        forward pass keeps the exponentials of up to 128 samples for the backward pass, on the CPU also similarities up
-        to 16 MiB: N² numbers a term; beyond that no similarity matrix is stored. Accumulates in float32 for 16-bit
+        embedding is normalised once, and both directions of a term come from one sweep. Where a gradient is needed, the
+        forward pass keeps the exponentials of up to 128 samples for the backward pass and, on the CPU, similarities of
+        up to 16 MiB: N² numbers per term; beyond that no similarity matrix is stored. Accumulates in float32 for 16-bit
         types and computes in float32 under autocast. Deterministic; differentiable once; no host synchronisation on
-        CUDA. With ``group=`` the gradient that DistributedDataParallel averages is that of one process, without a
-        factor in user code.
+        CUDA. With ``group=``, the average that DistributedDataParallel takes is the gradient of one process,
+        without a factor in user code.
 
     Example:
         >>> text, audio, fused = torch.eye(4), torch.eye(4).roll(1, 0), torch.ones(4, 4)
@@ -262,31 +263,32 @@ def rank_n_contrast(
         targets: Continuous labels, ``[N]``, or ``[N, k]`` with the gap ``Σ_c |y_ic - y_jc|`` (valence and arousal,
             say); any floating dtype, in which gaps are computed, or any integer dtype, whose gaps are exact. Must not
             require grad.
-        temperature: Divides the distances; a positive, finite number, or a floating tensor with one element, then
-            differentiable.
+        temperature: Divides the distances; a positive, finite number, or a floating tensor with one element, which
+            is differentiable.
         mask: Samples that take part, ``[N]`` bool; all when omitted. The others are never read.
         group: A ``ProcessGroup``, 1-D ``DeviceMesh`` or :class:`msacore.distributed.Sharding`: the rows are this rank's
-            part of a batch that lies over the ranks, and the loss is that of the whole batch on every rank.
+            part of a batch distributed over the ranks, and every rank gets the loss of the whole batch.
 
     Returns:
         Scalar, float64 for float64 embeddings, else float32. 0 for fewer than two samples.
 
     Raises:
-        RuntimeError: A shape, dtype, device or range above does not hold (the value of a temperature tensor: on the CPU
-            only), or ``targets`` require grad.
+        RuntimeError: A shape, dtype, device or range above does not hold (the value of a temperature tensor is checked
+            on the CPU only), or ``targets`` require grad.
 
     Note:
         Exact. Every denominator is a running sum over the others in the order of their label gaps, where samples of
-        equal gap enter together. With ``[N]`` that order is the merge of two sides of the sorted labels, with
-        ``[N, k]`` every anchor sorts: ``O(N² (d + k + log N))`` time at most, ``O(N d)`` memory plus one tile.
+        equal gap enter together. With ``[N]``, that order is a merge of the two sides of the sorted labels; with
+        ``[N, k]``, every anchor sorts. At most ``O(N² (d + k + log N))`` time, ``O(N d)`` memory plus one tile.
 
-        Gaps tie where the labels' dtype makes them equal. MOSEI's labels are means of three raters, thirds, which no
-        floating dtype holds: ``2/3 - 1/3`` and ``1/3 - 0`` differ in their last bit. Labels times 3, rounded to
+        Gaps tie where the labels' dtype makes them equal. MOSEI's labels are means of three raters: thirds, which no
+        floating dtype holds exactly: ``2/3 - 1/3`` and ``1/3 - 0`` differ in their last bit. Labels times 3, rounded to
         integers, tie as they should: ``(3 * labels).round().long()``.
 
-        16-bit embeddings compute in float32. Distances are taken in float64 where rows lie more than about a thousand
-        times further out than the median row, so that such rows cost the others no accuracy, and neither overflow nor
-        underflow. Two equal embeddings have zero gradient. Under autocast nothing is cast, least of all ``targets``.
+        16-bit embeddings compute in float32. Distances are computed in float64 where rows lie more than about a
+        thousand times further out than the median row, so that such rows do not cost the others accuracy, and neither
+        overflow nor underflow. Two equal embeddings have zero gradient. Under autocast nothing is cast, not even
+        ``targets``.
         Deterministic; differentiable once; no host synchronisation on CUDA. A NaN that is not masked makes the loss
         NaN.
 

@@ -31,7 +31,7 @@ class MatrixFusion(nn.Module):
     Args:
         in_features: Feature width k of every modality.
         rows: High-level rows q per pair.
-        channels: Mixed channels C; as many as pairs when omitted.
+        channels: Number of mixed channels C; the number of pairs when omitted.
         modalities: Number of modalities M, at least 2.
         augment: Append a 1 to the features, so that a pair also carries each of its members alone.
         activation: "relu", "gelu" (tanh form) or "identity".
@@ -73,7 +73,7 @@ class MatrixFusion(nn.Module):
         self.reset_parameters()
 
     def reset_parameters(self) -> None:
-        """Draw both mixings as ``torch.nn.Linear`` and ``torch.nn.Conv2d`` draw theirs: uniform in ± 1/sqrt(inputs)."""
+        """Initialise both mixings as ``torch.nn.Linear`` and ``torch.nn.Conv2d`` do: uniform in ± 1/sqrt(inputs)."""
         for weight, bias in ((self.row_weight, self.row_bias), (self.pair_weight, self.pair_bias)):
             bound = max(1, weight.shape[1]) ** -0.5
             nn.init.uniform_(weight, -bound, bound)
@@ -136,7 +136,7 @@ class LowRankFusion(nn.Module):
         self.reset_parameters()
 
     def reset_parameters(self) -> None:
-        """Draw every factor by Xavier's normal rule over (d_m + 1, h), average the ranks, and start without bias."""
+        """Initialise every factor by Xavier's normal rule over (d_m + 1, h), average the ranks, and zero the bias."""
         for factor in self.factors:
             for one in factor:
                 nn.init.xavier_normal_(one)
@@ -163,7 +163,7 @@ class _GatedUpdate(nn.Module):
     def forward(self, message: Tensor, h: Tensor) -> Tensor:
         update, reset = torch.sigmoid(self.gates(torch.cat([message, h], -1))).chunk(2, -1)
         candidate = torch.tanh(self.candidate(torch.cat([message, reset * h], -1)))
-        return torch.lerp(h, candidate.to(h.dtype), update.to(h.dtype))  # autocast makes them narrower than h
+        return torch.lerp(h, candidate.to(h.dtype), update.to(h.dtype))  # under autocast both are narrower than h
 
 
 class AlternatingPropagation(nn.Module):
@@ -237,7 +237,7 @@ class AlternatingPropagation(nn.Module):
         """Propagate.
 
         Args:
-            x: Initial states, ``[N, M, features]``; a missing node holds what stands for it, such as a mask token.
+            x: Initial states, ``[N, M, features]``; a missing node holds a placeholder, such as a mask token.
             offsets: Utterances of conversation v are ``offsets[v]:offsets[v + 1]``; ``[V + 1]``, integers.
             available: Which nodes are present, ``[N, M]``, bool; all when omitted.
             positions: The utterances' numbers, ``[N]``, integers that increase strictly within a conversation; the

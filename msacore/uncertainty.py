@@ -50,7 +50,7 @@ def _variance(name: str, predictions: Tensor) -> Tensor:
     values = _floating(name, "predictions", predictions, "[S, N]")
     if values.shape[0] == 0:
         raise ValueError(f"{name}: expected `predictions` [S, N] with S >= 1, got {list(values.shape)}")
-    # From the first pass on, so that equal passes differ by exactly nothing.
+    # Relative to the first pass, so that the variance of equal passes is exactly 0.
     values = values - values[0]
     return (values - values.mean(0)).square().mean(0)
 
@@ -134,7 +134,7 @@ def modality_disagreement(predictions: Tensor, available: Tensor | None = None) 
         )
     there = available.T
     count = there.sum(0).clamp_min(1)
-    # From the first head a sample has on, so that equal heads differ by exactly nothing.
+    # Relative to the first head that a sample has, so that the variance of equal heads is exactly 0.
     first = values.gather(0, there.int().argmax(0, keepdim=True)) if len(values) else values.new_zeros(values.shape[1])
     values = (values - first).where(there, 0)
     mean = values.sum(0) / count

@@ -35,7 +35,7 @@ def device(request: pytest.FixtureRequest) -> torch.device:
 def _seeded() -> None:
     if _HAS_CUDA:
         torch.manual_seed(0)
-    else:  # torch.manual_seed would also note down, with its stack, what to do should a GPU be asked for: 3 ms
+    else:  # torch.manual_seed would also queue a call for a later GPU, with its stack trace, which takes 3 ms
         torch.default_generator.manual_seed(0)
 
 
@@ -47,7 +47,7 @@ def _is_long(item: pytest.Item) -> bool:
 
 @pytest.hookimpl(tryfirst=True)
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
-    """Leave out what is too much for CUDA code on the host, mark the second tier, and put long tests first."""
+    """Leave out what is too large for CUDA code on the host, mark the second tier, and put long tests first."""
     from tests import cases, tiers
 
     samples = {case.name: case.samples(torch.device("cpu"), torch.float32) for case in cases.ALL}
@@ -65,5 +65,5 @@ def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
         if item.path.name == "test_kcenter_cuda.py" and tiers.is_large_selection(item.originalname, params):
             item.add_marker(pytest.mark.slow)
         kept.append(item)
-    kept.sort(key=lambda item: not _is_long(item))  # no worker ends alone with a long one
+    kept.sort(key=lambda item: not _is_long(item))  # so that no worker is left alone with one
     items[:] = kept

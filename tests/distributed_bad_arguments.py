@@ -1,4 +1,4 @@
-"""Arguments that are wrong, or unlike those of the others, on one rank alone; for tests/test_distributed.py."""
+"""Arguments that are wrong on one rank, or differ from those of the other ranks; for tests/test_distributed.py."""
 
 from collections.abc import Callable
 from typing import Any
@@ -100,14 +100,14 @@ CHANGES: dict[str, dict[str, Change]] = {
         "temperature": _replace(WRONG, "`temperature`", temperature=torch.tensor(float("nan"))),
     },
 }
-# Where ranks wait for one another in backward.
+# Cases in which ranks wait for one another in the backward pass.
 COLLECTIVE: dict[str, Change] = {"no gradient": (_without_gradient, ("rank 1 has none",))}
 for _changes in CHANGES.values():
     _changes.update(COLLECTIVE)
 
 
 def raises(group: Any, rank: int, loss: str, what: str, mode: str) -> str:
-    """The message that every rank gets where rank 1 alone passes something else."""
+    """The message that every rank gets when only rank 1 passes something else."""
     options: dict[str, Any] = {"mode": mode}
     if mode == "with capacity":
         options = {"mode": "replicated", "capacity": 6, "check": True}
@@ -128,7 +128,7 @@ def raises(group: Any, rank: int, loss: str, what: str, mode: str) -> str:
 
 
 def uneven_queue(group: Any, rank: int) -> tuple[float, float]:
-    """A loss whose queue lies unevenly over the ranks, and that of one process."""
+    """A loss whose queue is split unevenly over the ranks, and the same loss in one process."""
     x, queue = _draw(12, 6), _draw(7, 6)
     shares = queue.split([4, 0, 3])
     own = x[4 * rank : 4 * rank + 4]

@@ -15,9 +15,9 @@ class LossCase:
     """A loss and its options; `make` gives the whole batch of ``n`` rows as keyword arguments.
 
     Attributes:
-        rows: Names of arguments that hold rows of the batch, and lie over the ranks as it does.
-        shares: Names of arguments whose rows are spread over the ranks by themselves (a queue).
-        towers: Arguments that a shared encoder produces, and whose gradients reach it.
+        rows: Names of arguments that hold rows of the batch, and are split over the ranks as it is.
+        shares: Names of arguments whose rows are split over the ranks independently of the batch (a queue).
+        towers: Names of arguments that a shared encoder produces, and whose gradients reach it.
     """
 
     name: str

@@ -1,4 +1,4 @@
-"""What the ranks of tests/test_distributed.py run besides comparing losses: groups, memory, selection, ends."""
+"""What the ranks of tests/test_distributed.py run besides comparing losses: groups, memory, selection, killed ranks."""
 
 import os
 import re
@@ -23,12 +23,12 @@ from msacore.distributed import Sharding, join, tiles
 from tests.distributed_cases import BY_NAME
 from tests.workers import split
 
-# Meshes make groups, which all processes make together, and once.
+# A mesh creates process groups, which all processes have to create together and only once.
 MESHES: dict[int, DeviceMesh] = {}
 
 
 def meshes(group: Any, rank: int) -> list[tuple[float, float]]:
-    """Losses over a mesh of one dimension and over each dimension of one of two, beside one process on those rows."""
+    """Losses over a 1-D mesh and over each dimension of a 2-D mesh, each with that of one process on the same rows."""
     if not MESHES:
         MESHES[1] = DeviceMesh.from_group(group, "cpu")
         MESHES[2] = DeviceMesh("cpu", torch.arange(4).view(2, 2), mesh_dim_names=("across", "along"))
@@ -45,7 +45,7 @@ def meshes(group: Any, rank: int) -> list[tuple[float, float]]:
     except ValueError as error:
         assert "expected a 1-D DeviceMesh, or (mesh, dimension), got 2 dimensions" in str(error), error
     else:
-        raise AssertionError("a mesh of two dimensions was taken")
+        raise AssertionError("a 2-D mesh was accepted")
     return found
 
 
@@ -71,7 +71,7 @@ def bits(group: Any, rank: int, name: str, mode: str, step: Callable[..., Any]) 
 
 
 class LiveTensors(TorchDispatchMode):
-    """Most bytes of tensors, made within, that lived at a time."""
+    """The most bytes, at any one time, of live tensors that were made inside the context."""
 
     def __init__(self) -> None:
         super().__init__()
@@ -100,7 +100,7 @@ class LiveTensors(TorchDispatchMode):
 
 
 def most_bytes(group: Any, rank: int, mode: str, rows: int) -> int:
-    """Of tensors in a step of a symmetric loss with labels, besides the embeddings themselves."""
+    """Most bytes of live tensors in a step of a symmetric loss with labels, besides the embeddings themselves."""
     generator = torch.Generator().manual_seed(rank)
     x, y = (torch.randn(rows, 32, generator=generator, requires_grad=True) for _ in range(2))
     labels = torch.arange(rows)
@@ -111,21 +111,21 @@ def most_bytes(group: Any, rank: int, mode: str, rows: int) -> int:
 
 
 def most_resident(group: Any, rank: int, rows: int, width: int) -> int:
-    """Bytes of memory that a step in ring mode took at its height, beyond what the process had before it."""
+    """Bytes of memory that a step in ring mode took at its peak, beyond what the process had before it."""
     x, y = (torch.randn(rows, width, requires_grad=True) for _ in range(2))
     own = Path("/proc/self")
 
     def kilobytes(key: str) -> int:
         return int(re.search(rf"{key}:\s+(\d+) kB", (own / "status").read_text())[1])  # type: ignore[index]
 
-    (own / "clear_refs").write_text("5")  # the highest mark starts anew
+    (own / "clear_refs").write_text("5")  # resets the high-water mark
     before = kilobytes("VmRSS")
     msacore.info_nce(x, y, symmetric=True, group=Sharding(group, mode="ring")).backward()
     return 1024 * (kilobytes("VmHWM") - before)
 
 
 class Step(nn.Module):
-    """An encoder and its loss, whose collectives a rank without steps must shadow together."""
+    """An encoder and its loss, whose collectives a rank that has no steps left must shadow together."""
 
     def __init__(self, encoder: nn.Module, loss: nn.Module) -> None:
         super().__init__()
@@ -177,7 +177,7 @@ def joins_shares(group: Any, rank: int) -> str:
 
 
 def selects(group: Any, rank: int, arguments: dict[str, Any], sizes: Sequence[int], state: Any) -> Any:
-    """A selection over the ranks, of which each has its rows."""
+    """A selection over the ranks; each rank has its rows."""
     own = {key: split(arguments[key], sizes, rank) for key in ("embeddings", "uncertainty")}
     return msacore.select(**{**arguments, **own}, state=state, group=group)
 

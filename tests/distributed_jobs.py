@@ -1,4 +1,4 @@
-"""What the ranks of tests/test_distributed.py run: one loss over their rows beside one process on the whole batch."""
+"""What the ranks of tests/test_distributed.py run: a loss over their rows, and in one process on the whole batch."""
 
 import os
 import signal
@@ -33,13 +33,13 @@ def shares_of(case: LossCase, whole: dict[str, Any], sizes: Sequence[int], rank:
     entries = len(_flat(whole["negatives"])[0]) if "negatives" in whole else 0
     queue = [len(range(r, entries, len(sizes))) for r in range(len(sizes))]
     mine = {k: split(v, queue if k in case.shares else sizes, rank) for k, v in whole.items()}
-    if whole.get("candidate_mask") is whole.get("anchor_mask") is not None:  # one tensor stays one
+    if whole.get("candidate_mask") is whole.get("anchor_mask") is not None:  # one tensor for both stays one
         mine["candidate_mask"] = mine["anchor_mask"]
     return mine
 
 
 def compare(group: Any, rank: int, name: str, sizes: Sequence[int], mode: str, dtype: torch.dtype) -> dict[str, Any]:
-    """Loss and gradients of the rows themselves, over ranks and of one process."""
+    """Loss and gradients of the rows themselves, over the ranks and in one process."""
     case = BY_NAME[name]
     whole = case.make(sum(sizes), torch.Generator().manual_seed(sum(sizes)), dtype)
     function = getattr(msacore, case.loss)
@@ -47,9 +47,9 @@ def compare(group: Any, rank: int, name: str, sizes: Sequence[int], mode: str, d
     mode, _, padded = mode.partition(", ")
     capacity = max(*sizes, 1) if padded else None  # one rank is full
     sharding = Sharding(group, capacity=capacity, mode=mode)
-    if capacity is not None and "negatives" in whole:  # then every rank has as many entries of the queue
+    if capacity is not None and "negatives" in whole:  # then every rank needs equally many queue entries
         drawn = whole["negatives"]
-        whole["negatives"] = torch.cat([drawn, drawn + 1, drawn[:2] + 2])  # 12 are equally many on up to four ranks
+        whole["negatives"] = torch.cat([drawn, drawn + 1, drawn[:2] + 2])  # 12 split evenly over up to four ranks
         whole["negative_mask"] = torch.arange(12) != 2
 
     def run(arguments: dict[str, Any], factor: float, **options: Any) -> tuple[Tensor, dict[str, Any]]:
@@ -78,7 +78,7 @@ def compare(group: Any, rank: int, name: str, sizes: Sequence[int], mode: str, d
     loss, grads = run(mine, 1.0, group=sharding)
     expected, wanted = run(whole, 1.0)
     parts = shares_of(case, {k: v for k, v in wanted.items() if k != "temperature"}, sizes, rank)
-    if "temperature" in grads:  # a shared parameter: what DistributedDataParallel averages
+    if "temperature" in grads:  # a shared parameter: DistributedDataParallel averages its gradient
         dist.all_reduce(grads["temperature"][0], group=group)
         grads["temperature"][0] /= len(sizes)
     if capacity is not None and "weights" in grads:
@@ -105,7 +105,7 @@ def _compare_rows(
     differentiable: Sequence[str],
     dtype: torch.dtype,
 ) -> dict[str, Any]:
-    """`reduction="none"`: every rank weighs its own rows, and the gradient is that of the sum over ranks."""
+    """`reduction="none"`: every rank weights its own rows, and the gradient is that of the sum over ranks."""
     total = sum(sizes)
     cotangent = torch.linspace(-1, 2, max(total, 1), dtype=dtype)[:total]
 
@@ -123,7 +123,7 @@ def _compare_rows(
     given, by_process = grads.pop("temperature")[0], wanted.pop("temperature")[0]
     if given is not None:
         given = given.clone()
-        dist.all_reduce(given, group=sharding.group)  # the ranks' shares make the whole
+        dist.all_reduce(given, group=sharding.group)  # the ranks' shares add up to the whole
         given, by_process = given, by_process
     return {
         "loss": loss,
@@ -150,7 +150,7 @@ class Encoder(nn.Module):
 
 
 def through(group: Any, rank: int, name: str, sizes: Sequence[int], mode: str, wrapper: str) -> tuple[Tensor, Tensor]:
-    """Gradients of a shared encoder (its temperature included): under DDP or FSDP2, and of one process."""
+    """Gradients of a shared encoder (including its temperature): under DDP or FSDP2, and in one process."""
     case, dtype = BY_NAME[name], torch.float64
     whole = case.make(sum(sizes), torch.Generator().manual_seed(3), dtype)
     function = getattr(msacore, case.loss)
@@ -195,7 +195,7 @@ def through(group: Any, rank: int, name: str, sizes: Sequence[int], mode: str, w
 
 
 def poisoned(group: Any, rank: int, name: str, sizes: Sequence[int], mode: str) -> list[Tensor]:
-    """Loss and gradients, with what is never read replaced by NaN on every rank but the first."""
+    """Loss and gradients twice: what is never read is 0, then NaN, on every rank but the first."""
     case = BY_NAME[name]
     results: list[Tensor] = []
     for value in (0.0, float("nan")):
@@ -216,14 +216,14 @@ def poisoned(group: Any, rank: int, name: str, sizes: Sequence[int], mode: str) 
 
 
 def chosen_modes(group: Any, rank: int) -> list[str]:
-    """What "auto" takes for a batch below its limit, for one above, and for one beyond memory."""
+    """The modes that "auto" chooses for a batch below its limit, for one above it, and for one too large for memory."""
     found: list[str] = []
     mode_of = dispatch._mode
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(dispatch, "_mode", lambda *a: (found.append(mode_of(*a)), found[-1])[1])
         for limit, memory in ((1 << 32, 1 << 32), (1, 1 << 32), (1, 1151)):
             patch.setattr(dispatch, "MOST_REPLICATED", limit)
-            # The candidates of both ranks are 144 bytes, of which memory must be eight times as much.
+            # The candidates of both ranks take 144 bytes; the memory must be at least eight times that.
             msacore.info_nce(torch.randn(3, 6), torch.randn(3, 6), group=Sharding(group, memory=memory))
     return found
 
@@ -239,8 +239,8 @@ def different_gradients(group: Any, rank: int) -> str:
 
 
 def compiled(group: Any, rank: int, mode: str, name: str) -> list[float]:
-    """Largest differences of compiled from eager losses and gradients, two batch sizes."""
-    torch.compiler.reset()  # what earlier cases were specialised to counts as recompilations
+    """Largest differences between compiled and eager losses and gradients, for two batch sizes."""
+    torch.compiler.reset()  # specialisations of earlier cases count as recompilations
     case, sharding = BY_NAME[name], Sharding(group, capacity=9, mode=mode)
     given = {"temperature": torch.tensor(0.5)} if case.learn_temperature else {}
 
@@ -266,13 +266,13 @@ def compiled_check(group: Any, rank: int) -> str:
     function = torch.compile(lambda x: msacore.info_nce(x, group=sharding), fullgraph=True, backend="aot_eager")
     try:
         function(torch.randn(4, 6))
-    except Exception as error:  # of torch, around what was raised within
+    except Exception as error:  # torch wraps what was raised inside
         return str(error)
     return ""
 
 
 def started(group: Any, rank: int, sizes: Sequence[int], mode: str) -> float:
-    """Largest difference that a gather makes which began early."""
+    """Largest difference that an early start of the gather makes."""
     sharding = Sharding(group, mode=mode)
     whole = BY_NAME["masks"].make(sum(sizes), torch.Generator().manual_seed(2), torch.float32)
     mine = split(list(whole.values()), sizes, rank)
@@ -288,7 +288,7 @@ def started(group: Any, rank: int, sizes: Sequence[int], mode: str) -> float:
 
 
 def uneven_steps(group: Any, rank: int, itself: bool) -> list[float]:
-    """Losses of ranks that make different numbers of steps; a rank that has ended counts as empty."""
+    """Losses of ranks that make different numbers of steps; a rank that has finished counts as empty."""
     steps = (1, 3, 2, 4)[rank]
     loss = msacore.nn.InfoNCE(group=group)
     found = []

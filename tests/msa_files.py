@@ -1,4 +1,4 @@
-"""Small data sets in the layouts that people have, made by the tests."""
+"""Small data sets in the layouts that people use, made by the tests."""
 
 import pickle
 
@@ -6,7 +6,7 @@ import numpy as np
 
 
 def mmsa(aligned=True, n=(6, 3, 4), seed=0, sims=False):
-    """A small file in the layout of MMSA, clips of a video in falling order."""
+    """A small file in the layout of MMSA; the clips of a video are in descending order."""
     rng = np.random.default_rng(seed)
     lengths = (8, 8, 8) if aligned else (8, 12, 10)
     limit = 1.0 if sims else 3.0

@@ -1,4 +1,4 @@
-"""Compiles every `_cuda.cu` for all architectures and reads what ptxas says of each kernel.
+"""Compiles every `_cuda.cu` for all architectures and reads what ptxas reports about each kernel.
 
 `python -m tests.nvcc` prints it.
 """
@@ -36,7 +36,7 @@ class Kernel:
 
 
 def report(source: Path, architecture: str) -> str:
-    """What ptxas says as it makes machine code of nvcc's PTX, which is one for all architectures."""
+    """What ptxas reports as it compiles nvcc's PTX, which is the same for all architectures."""
     ptx = ptx_of(source)
     said = CACHE / f"{ptx.stem}.sm_{architecture}.txt"
     if not said.exists():
@@ -53,7 +53,7 @@ def report(source: Path, architecture: str) -> str:
 
 @functools.cache
 def kernels_of(source: Path) -> list[Kernel]:
-    """The kernels of a source on every architecture; raises with the compiler's words where it does not compile."""
+    """The kernels of a source on every architecture; raises with the compiler's message if it does not compile."""
     ptx_of(source)  # once, before two threads ask for it
     with ThreadPoolExecutor(2) as pool:
         found = _KERNEL.findall("".join(pool.map(partial(report, source), ARCHITECTURES)))

@@ -20,7 +20,7 @@ DTYPES = (torch.float32, torch.float64, torch.float16, torch.bfloat16)
 class Sample:
     """One set of arguments. `small` ones are also used where a test is expensive (gradcheck, opcheck, compile).
 
-    `on_host=False`: too much for CUDA code executed on the CPU, where other samples reach the same branches.
+    `on_host=False`: too large for CUDA code executed on the CPU, where other samples reach the same branches.
     """
 
     id: str
@@ -31,7 +31,7 @@ class Sample:
 
 @dataclass(frozen=True)
 class BadInput:
-    """A mutation of the first sample's arguments that must raise, with words the message must hold.
+    """A mutation of the first sample's arguments that must raise, with words that the message must contain.
 
     `values=True`: what is wrong is a value inside a tensor, which only CPU kernels look at.
     """
@@ -47,7 +47,7 @@ class OpCase:
     op: Callable[..., Any]
     reference: Callable[..., Any]
     samples: Callable[[torch.device, torch.dtype], list[Sample]]
-    gradients: tuple[str, ...]  # names of the differentiable arguments; of a sequence every member counts
+    gradients: tuple[str, ...]  # names of the differentiable arguments, with every member of a sequence
     bad_inputs: dict[str, BadInput]
     # Positions that must stay unread, as (path to the tensor, boolean mask of its shape).
     hidden: Callable[[Arguments], list[tuple[tuple[Any, ...], Tensor]]]
@@ -56,7 +56,7 @@ class OpCase:
     loss: bool = False  # losses of 16-bit inputs are float32
 
     def arguments(self, sample: str, device: torch.device, dtype: torch.dtype) -> Arguments:
-        """Those of the sample of that name, for a test to change; all samples of a case are drawn together."""
+        """Arguments of the sample of that name, which a test may change; all samples of a case are drawn together."""
         return copy.deepcopy(_drawn(self.samples, device, dtype)[sample])
 
 
@@ -100,7 +100,7 @@ def to_dtype(arguments: Arguments, dtype: torch.dtype) -> Arguments:
 
 
 def non_contiguous(t: Tensor) -> Tensor:
-    """The same values behind strides that are not those of a fresh tensor."""
+    """The same values with strides other than those of a fresh tensor."""
     if t.dim() >= 2:
         return t.detach().transpose(-1, -2).contiguous().transpose(-1, -2).requires_grad_(t.requires_grad)
     if t.dim() == 1:
@@ -125,7 +125,7 @@ def outputs_of(result: Any) -> list[Tensor]:
 
 
 def cotangents(outputs: list[Tensor], seed: int = 7) -> list[Tensor]:
-    """Fixed random output gradients, of sixteenths: numbers that every dtype holds exactly."""
+    """Fixed random output gradients: multiples of 1/16, which every dtype holds exactly."""
     generator = torch.Generator().manual_seed(seed)
     return [(torch.randn(o.shape, generator=generator, dtype=FLOAT64) * 16).round().div(16).to(o) for o in outputs]
 
@@ -150,8 +150,8 @@ def assert_as_accurate_as_torch(
     assert torch.equal(ours.isfinite(), ref64.isfinite()), f"{what}: finite where the reference is not, or the reverse"
     error = (ours.double() - ref64).nan_to_num(0, 0, 0).abs().max()
     base = (torch_same_dtype.double() - ref64).nan_to_num(0, 0, 0).abs().max()
-    # A correctly rounded 16-bit result is off by up to eps / 2, which torch may miss by luck on a small tensor; in
-    # float64 the reference is its own yardstick, and both round.
+    # A correctly rounded 16-bit result is off by up to eps / 2, although by luck torch may be off by less on a small
+    # tensor. In float64 the reference is its own yardstick, and both round.
     floors = {FLOAT64: 1e-13, FLOAT32: 1e-6}
     floor = floors.get(ours.dtype, torch.finfo(ours.dtype).eps / 2) * ref64.nan_to_num(0, 0, 0).abs().max()
     assert error <= factor * base + floor, f"{what}: error {error:.3e} against torch's own {base:.3e}"

@@ -1,4 +1,4 @@
-"""Where the real corpora lie, if they do: beside the repository, or where ``MSACORE_DATA`` says."""
+"""Where the real corpora are, if present: beside the repository, or where ``MSACORE_DATA`` says."""
 
 import os
 from pathlib import Path

@@ -1,4 +1,4 @@
-"""Ranks of a shared selection as threads, and how arguments lie over them."""
+"""Ranks of a shared selection as threads, and the split of arguments over them."""
 
 import itertools
 from collections.abc import Callable

@@ -57,7 +57,7 @@ class Plain:
         first: int | None = None,
         radius: float | None = None,
     ) -> "Plain":
-        """Lets only some rows be picked (``candidates`` ``[N]`` bool), and only so many of a group."""
+        """Lets only some rows be picked (``candidates`` ``[N]`` bool), and at most ``max_per_group`` of each group."""
         if candidates is not None:
             self.open &= candidates
         if groups is not None:
@@ -170,7 +170,7 @@ class Plain:
         return self.greedy(self.u, score)
 
     def maxdet(self, noise: float = 1e-6) -> list[int]:
-        """Pivoted Cholesky of the kernel of the rows minus their mean, one column a pick."""
+        """Pivoted Cholesky of the kernel of the rows minus their mean, one column for each pick."""
         rows = np.concatenate([self.centers, self.x])
         if self.metric == "cosine":
             norms = np.sqrt((rows**2).sum(1, keepdims=True))

@@ -5,7 +5,7 @@ from pathlib import Path
 
 import torch
 
-# The installed package is meant, wherever this file lies.
+# The installed package is to be tested, wherever this file is.
 sys.path[:] = [p for p in sys.path if Path(p or ".").resolve() != Path(__file__).resolve().parent.parent]
 import msacore  # noqa: E402
 

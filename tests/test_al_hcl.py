@@ -31,7 +31,7 @@ ARM = Arm(REFERENCE, MODEL, TRAINING, SELECTION)
 
 @pytest.fixture(scope="module", autouse=True)
 def one_thread():
-    """These models are too small for threads to help, and bits are promised per number of threads."""
+    """These models are too small for threads to help, and equal bits are promised only for equal numbers of threads."""
     threads = torch.get_num_threads()
     torch.set_num_threads(1)
     yield
@@ -87,7 +87,7 @@ def test_a_share_of_a_round_is_drawn_from_what_the_strategy_left():
     pool = Prediction(passes, torch.ones(2, n), passes, passes, torch.randn(n, 3))
     available, labelled = torch.ones(n, 2, dtype=torch.bool), torch.zeros(1, 3)
     drawn = [acquire(pool, available, labelled, config, seed) for seed in (0, 0, 1)]
-    # The nearest to neutral first.
+    # Those nearest to neutral come first.
     assert all(picks.positions[:6].tolist() == [0, 1, 2, 3, 4, 5] for picks in drawn)
     assert all(len(set(picks.positions.tolist())) == 9 for picks in drawn)
     assert torch.equal(drawn[0].positions, drawn[1].positions)
@@ -100,7 +100,7 @@ def test_a_share_of_a_round_is_drawn_from_what_the_strategy_left():
 
 
 def test_first_labels_tell_most_about_the_rest(data):
-    """Every pick is the one that a covariance matrix, kept whole, says lowers the variances most."""
+    """Every pick is the one that lowers the variances most according to a full covariance matrix."""
     g = torch.Generator().manual_seed(0)
     features = torch.randn(40, 9, generator=g, dtype=torch.float64)
     covariance, candidates = features @ features.T, torch.rand(40, generator=g) < 0.7
@@ -178,7 +178,7 @@ def test_replaying_arms_train_on_the_labels_of_the_reference(corpus, data, tmp_p
     for i, arm in enumerate(a for a in arms if a.replay):
         state = finish(Run(arm, corpus, data, 0, tmp_path / f"{i}.pt", replayed=reference))
         assert state.labelled == reference.labelled
-        # Scores may be equal: a network that does not help out of fold has no weight.
+        # Scores may be equal, because a network that does not help out of fold has no weight.
         assert [r["members"] for r in state.records] != [r["members"] for r in reference.records]
 
 

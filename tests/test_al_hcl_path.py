@@ -1,4 +1,4 @@
-"""AL-HCL's closed-form path and what its networks add: stacked and judged by what was not fitted on the video."""
+"""AL-HCL's closed-form path and what its networks add: stacked and judged by fits that left the video out."""
 
 from dataclasses import replace
 

@@ -1,4 +1,4 @@
-"""Weights that are drawn to one part."""
+"""Weights that are drawn towards one part."""
 
 import numpy as np
 
@@ -7,7 +7,7 @@ from examples.msa.closed_form import STRETCH, stack_weights
 
 
 def _parts(rng, n, noises):
-    """Truth with a deviation of one, a predictor per noise, and ten rows a video."""
+    """Truth with a standard deviation of 1, one predictor per noise level, and ten rows per video."""
     y = rng.standard_normal(n)
     return y, np.column_stack([y + s * rng.standard_normal(n) for s in noises]), np.arange(n) // 10
 

@@ -122,7 +122,7 @@ _NOT_A_NUMBER: tuple[Any, ...] = (True, "0.1", np.ones(2), torch.ones(2))
 
 
 def _wrong_values(value: Any) -> list[Any]:
-    """Values of a wrong kind for an argument that may be ``value``."""
+    """Values of the wrong kind for an argument that may be ``value``."""
     if isinstance(value, torch.Tensor):
         return [np.ones(tuple(value.shape)), _NESTED, "text", {"x": value}, 1.5, [value]]
     if isinstance(value, (list, tuple)) and any(isinstance(item, torch.Tensor) for item in value):

@@ -1,4 +1,4 @@
-"""Mixed dtypes: refused outside autocast, and inside it what the contract says for each operator."""
+"""Mixed dtypes: refused outside autocast, and cast inside it as the contract says for each operator."""
 
 from typing import Any
 
@@ -11,7 +11,7 @@ from tests import cases
 from tests.opcase import Arguments, OpCase, at, map_tensors, outputs_of, run, tensors_of
 
 NARROW, WIDE = torch.bfloat16, torch.float32
-# Their order decides, to the last bit of the dtype they come in.
+# The order of targets decides, to the last bit of the dtype in which they are given.
 NEVER_CAST = "targets"
 
 
@@ -33,7 +33,7 @@ def _cast(arguments: Arguments, dtypes: dict[tuple[Any, ...], torch.dtype]) -> A
 
 
 def _samples(case: OpCase, device: torch.device) -> list[Arguments]:
-    """Small samples with at least two floating tensors, in bfloat16; targets differ far below its resolution."""
+    """Small samples with at least two floating tensors, in bfloat16; targets differ by far less than its resolution."""
     found = []
     for sample in case.samples(device, NARROW):
         arguments = map_tensors(sample.arguments, lambda t: t)
@@ -90,7 +90,7 @@ def test_mixed_dtypes_raise_outside_autocast(case: OpCase, device: torch.device)
 def test_rank_targets_are_compared_in_their_own_dtype_inside_autocast(dtype: torch.dtype, device: torch.device) -> None:
     embeddings = torch.randn(9, 4, device=device).to(dtype)
     ranks = torch.randperm(9, device=device)
-    targets = 1 + ranks.double() * 2.0**-30  # exactly, so that gaps tie as those of the ranks do
+    targets = 1 + ranks.double() * 2.0**-30  # exact, so that gaps tie where those of the ranks do
     expected = msacore.rank_n_contrast(embeddings.float(), ranks)
     with torch.autocast(device.type, NARROW):
         (ours,) = outputs_of(msacore.rank_n_contrast(embeddings, targets))

@@ -37,7 +37,7 @@ STEADY = Canary(100.0, 10.0)
 
 
 class ScriptedDevice:
-    """A call takes the seconds it says it takes; canaries come from a list, then stay steady."""
+    """A call takes as long as `SECONDS` says; canaries come from a list, then stay steady."""
 
     torch = torch.device("cpu")
     slowest = 40.0

@@ -1,4 +1,4 @@
-"""Peers compute what ours do: picks of selection and, where the harness compares outputs alone, gradients."""
+"""Peers compute what msacore does: picks of selection and, where the harness compares only outputs, gradients."""
 
 import importlib.util
 
@@ -45,7 +45,7 @@ def test_every_loop_of_selection_picks_the_same_samples(kind: int) -> None:
         if not _is_here(provider):
             continue
         picks = provider.bind(inputs)()
-        if kind == 2 and _package(provider) in _FOR_POINTS:  # any of the copies of a row
+        if kind == 2 and _package(provider) in _FOR_POINTS:  # they may pick any copy of a row
             picks, wanted = pool[picks], pool[expected]
         else:
             wanted = expected
@@ -61,6 +61,6 @@ def test_every_loop_of_selection_picks_the_same_samples_of_a_real_corpus(
     inputs = kcenter.BENCHMARKS[0].inputs(kcenter.shapes()[-1].sizes, torch.device("cpu"))
     pool, budget = inputs["pool"], inputs["budget"]
     expected, _ = reference.kcenter(pool, budget, centers=pool[:1], excluded=torch.arange(len(pool)) == 0)
-    # The loops decide in float32, which the unnormalised audio features are too coarse for.
+    # The loops decide in float32, which is too coarse for the unnormalised audio features.
     for provider in filter(_is_here, kcenter.BENCHMARKS[0].providers[: None if block == "text_minilm" else 1]):
         assert torch.equal(provider.bind(inputs)(), expected), provider.name

@@ -58,7 +58,7 @@ def test_every_public_operator_has_a_docstring_with_an_example() -> None:
 def test_an_operator_is_found_by_its_name_in_every_layer() -> None:
     for source in (ROOT / "csrc").glob("*/*.cpp"):
         folder = source.parent.name
-        # The parts of an operator that several processes merge stand beside it, and have no public function.
+        # An operator's parts, which several processes merge, are next to it and have no public function.
         assert source.stem in (folder, f"{folder}_partial")
         for twin in ("msacore/ops", "msacore/reference", "tests/cases", "bench"):
             assert (ROOT / twin / f"{folder}.py").exists(), f"{source.name} has no {twin}/{folder}.py"
@@ -103,7 +103,7 @@ def test_kernels_are_launched_in_one_place() -> None:
 
 
 def test_kernels_are_the_same_with_the_sizes_of_tests() -> None:
-    """One PTX serves both: only launch code asks for the sizes."""
+    """The same PTX serves both builds: only launch code asks for the sizes."""
     asks = {file for file in (ROOT / "csrc").rglob("*.cu*") if re.search(r"#if.*MSACORE_SMALL_SIZES", file.read_text())}
     assert asks
     for source in (ROOT / "csrc").rglob("*.cu*"):
@@ -149,7 +149,7 @@ def test_an_architecture_without_the_instructions_stops_the_build(old: str) -> N
 
 
 def test_without_torch_the_build_stops_with_the_command_to_run() -> None:
-    """What pip's build isolation shows of a machine, or less: no installed package at all."""
+    """As under pip's build isolation, or with even less: no installed package at all."""
     done = subprocess.run([sys.executable, "-I", "-S", "setup.py"], cwd=ROOT, capture_output=True, text=True)
     assert done.returncode == 1 and "finds no torch" in done.stderr, done.stderr
     assert "pip install --no-build-isolation '.[faiss]'" in done.stderr

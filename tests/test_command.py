@@ -21,7 +21,7 @@ QUICK = {
     "sslmm": "--width 8 --steps 2 --pretrain-epochs 1 --finetune-epochs 2 --seeds 0 --jobs 1 --methods SSLMM",
 }
 SYSTEMS = {"al_hcl": al_hcl, "sslmm": sslmm}
-# Of whole runs with their reports the first tier has the shorter one.
+# The first tier has only the shorter of the whole runs with their reports.
 each_system = pytest.mark.parametrize("system", [pytest.param("al_hcl", marks=pytest.mark.slow), "sslmm"])
 
 

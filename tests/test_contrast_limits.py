@@ -1,4 +1,4 @@
-"""Contrastive losses where numbers end: rows of any length, small temperatures, empty batches, learned temperatures."""
+"""Contrastive losses at numeric limits: rows of any length, small temperatures, empty batches, learned temperatures."""
 
 from typing import Any
 
@@ -44,14 +44,14 @@ def test_rows_of_any_length_have_the_loss_and_gradients_of_float64_rows_near_1(s
 
 @pytest.mark.parametrize(("dtype", "value"), [(torch.float32, 1e-40), (DOUBLE, 1e-320)])
 def test_denormal_rows_are_rows(dtype: torch.dtype, value: float) -> None:
-    """Equal rows have zero gradients; those of others may leave the range but are never NaN."""
+    """Equal rows have zero gradients; gradients of other rows may overflow but are never NaN."""
     x = torch.full((3, 4), value, dtype=dtype, requires_grad=True)
     loss = info_nce(x)
     assert loss.item() == pytest.approx(torch.log(torch.tensor(3.0)).item(), rel=1e-6)
     assert not torch.autograd.grad(loss, x)[0].isnan().any()
     y = (torch.eye(3, 4, dtype=dtype) * value).requires_grad_()
     loss = info_nce(y, temperature=1.0)
-    assert loss.item() == pytest.approx(0.5514447, rel=1e-5)  # as of unit rows, not of rows of zeros
+    assert loss.item() == pytest.approx(0.5514447, rel=1e-5)  # that of unit rows, not of rows of zeros
     assert not torch.autograd.grad(loss, y)[0].isnan().any()
 
 
@@ -71,12 +71,12 @@ def test_where_every_positive_is_far_ahead_a_tiny_temperature_has_no_gradient(dt
         loss.backward()
         assert temperature.grad is not None
         assert loss.item() == pytest.approx(0, abs=1e-3)
-        assert abs(temperature.grad.item()) < 20  # rounding of float32, over the temperature squared
+        assert abs(temperature.grad.item()) < 20  # the rounding error of float32 over the squared temperature
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, DOUBLE])
 def test_gradients_of_anchors_that_are_candidates_are_added_before_they_overflow(dtype: torch.dtype) -> None:
-    """Denormal rows have gradients of ±inf, not those of two roles of opposite signs, whose sum would be NaN."""
+    """Denormal rows have gradients of ±inf; infinities of opposite signs for the two roles would add up to NaN."""
     generator = torch.Generator().manual_seed(1)
     rows = torch.randn(6, 5, generator=generator, dtype=DOUBLE)
     tiny = rows * (1e-40 if dtype == torch.float32 else 1e-320)
@@ -164,7 +164,7 @@ def test_a_learned_temperature_of_a_tier_has_the_difference_quotient(tier: int) 
         )
 
     for tier1 in ("cross_modal", "intra_modal"):
-        temperature = torch.tensor([0.4], dtype=DOUBLE, requires_grad=True)  # one element does
+        temperature = torch.tensor([0.4], dtype=DOUBLE, requires_grad=True)  # one element is enough
         (grad,) = torch.autograd.grad(loss(temperature, tier1), temperature)
         quotient = (loss(0.4 + 1e-6, tier1) - loss(0.4 - 1e-6, tier1)) / 2e-6
         assert grad.shape == (1,)

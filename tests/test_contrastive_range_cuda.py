@@ -52,7 +52,7 @@ def test_a_power_of_two_changes_no_bit_but_its_own(
 @pytest.mark.parametrize("loss", [_info_nce, _hierarchical], ids=["info_nce", "few"])
 @pytest.mark.parametrize(("dtype", "number"), [(torch.float32, 1e-40), (torch.float64, 1e-320)], ids=str)
 def test_denormal_rows_are_no_zero_rows(loss: Callable[[Tensor], Tensor], dtype: torch.dtype, number: float) -> None:
-    """All rows point the same way, as rows of ones do; gradients may be out of range, but are numbers."""
+    """All rows point the same way, as rows of ones do; gradients may be out of range, but are not NaN."""
     ones = torch.ones(3, 9, dtype=dtype)
     value, gradient = _value_and_gradient(loss, number * ones)
     torch.testing.assert_close(value, _value_and_gradient(loss, ones)[0])
@@ -61,7 +61,7 @@ def test_denormal_rows_are_no_zero_rows(loss: Callable[[Tensor], Tensor], dtype:
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
 def test_a_temperature_far_below_what_decides_has_no_gradient(dtype: torch.dtype) -> None:
-    """The positives lead by so much that no other candidate counts: nothing is left of sums of large exponents."""
+    """The positives lead by so much that no other candidate counts, and sums of large exponents cancel exactly."""
     x = _rows(16, 1, dtype)
     temperature = torch.tensor(1e-4, requires_grad=True)
     with CudaOnHost() as on_host:

@@ -1,6 +1,6 @@
 """The CPU library under AddressSanitizer, UndefinedBehaviorSanitizer and the assertions of the C++ library.
 
-The process of the tests cannot load it; another one does, in place of the library that is installed.
+The process of the tests cannot load it; another process does, in place of the installed library.
 """
 
 import os
@@ -15,7 +15,7 @@ import torch
 from tests import cases
 from tests.cuda_on_host.build import ROOT, SANITIZERS, compiler, content_hash, sanitizer_environment
 
-pytestmark = pytest.mark.slow  # the library is compiled once more: minutes
+pytestmark = pytest.mark.slow  # the library is compiled once more, which takes minutes
 
 SOURCES = sorted((ROOT / "csrc").glob("*/*.cpp"))
 CACHE = ROOT / "build" / "cpu_sanitized"
@@ -23,7 +23,7 @@ TORCH = Path(torch.__file__).parent
 
 _COMPILE = [
     *("-std=c++20", "-g1", "-fPIC", "-fvisibility=hidden", "-fopenmp-simd", "-fno-math-errno", "-w"),
-    # One instruction set: three clones of every leaf take three times as long to compile, and run the same source.
+    # One instruction set: three clones of every leaf would take three times as long to compile, from the same source.
     *("-D_GLIBCXX_ASSERTIONS", "-Dtarget_clones(...)=", *SANITIZERS),
     *("-DTORCH_TARGET_VERSION=0x020b000000000000", f"-I{ROOT / 'csrc'}", "-isystem", f"{TORCH / 'include'}"),
 ]
@@ -48,7 +48,7 @@ def _object(source: Path) -> Path:
 
 @pytest.fixture(scope="module")
 def environment() -> dict[str, str]:
-    """Of a process whose `msacore` finds the sanitized library: its own names no path but the folder it lies in."""
+    """Environment of a process whose `msacore` loads the sanitized library: LD_LIBRARY_PATH precedes its RUNPATH."""
     CACHE.mkdir(parents=True, exist_ok=True)
     with ThreadPoolExecutor(int(os.environ.get("MAX_JOBS") or 2)) as pool:
         objects = [str(made) for made in pool.map(_object, SOURCES)]
@@ -72,7 +72,7 @@ def test_the_sanitized_library_is_the_one_that_runs(environment: dict[str, str])
 
 
 def test_small_samples_of_every_operator_and_wrong_values_find_nothing(environment: dict[str, str]) -> None:
-    """Sizes 0 are among the samples. Wrong values inside tensors must be found before they are used."""
+    """Sizes of 0 are among the samples. Wrong values inside tensors must be found before they are used."""
     nodes, empty = [], 0
     for case in cases.ALL:
         for sample in case.samples(torch.device("cpu"), torch.float32):

@@ -13,8 +13,8 @@ pytestmark = [
 ]
 
 
-# Bytes stored and loaded, at most, by architecture: on sm_120 selection, whose kernels are held to 128 registers, takes
-# some more than there are.
+# The most bytes that may be spilled (stored and loaded), by architecture: on sm_120 the kernels of selection, which are
+# limited to 128 registers, need a few more.
 SPILLED = {
     "kcenter::cuda::count_kernel<": {120: 96},
     "kcenter::cuda::fold_kernel<": {120: 160},

@@ -1,4 +1,4 @@
-"""What only a device can show: graphs, other streams, a second device, errors that others left, picks of k-centre."""
+"""What only a device can show: graphs, other streams, a second device, errors left by others, picks of k-centre."""
 
 import contextlib
 import os
@@ -24,7 +24,7 @@ each_case = pytest.mark.parametrize("case", cases.ALL, ids=lambda case: case.nam
 
 
 def _largest(case: OpCase, dtype: torch.dtype = torch.float32) -> Sample:
-    """Of the samples that also run on the host, the one of most elements: it has several tiles and blocks."""
+    """The sample with the most elements that also runs on the host: it has several tiles and blocks."""
 
     def size(sample: Sample) -> int:
         elements: list[int] = []
@@ -42,7 +42,7 @@ def _equal(ours: tuple[list[Tensor], list[Tensor]], theirs: tuple[list[Tensor], 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
 @each_case
 def test_one_sample_of_every_operator(case: OpCase, dtype: torch.dtype) -> None:
-    """What the sanitizers of the device watch."""
+    """The test to run under the device's sanitizers."""
     outputs, grads = run(case, case.op, _largest(case, dtype).arguments)
     torch.cuda.synchronize()
     assert all(t.isfinite().all() for t in [*outputs, *grads])
@@ -80,7 +80,7 @@ def test_a_captured_graph_replays_on_other_values(case: OpCase) -> None:
 
     aside = torch.cuda.Stream()
     aside.wait_stream(torch.cuda.current_stream())
-    with torch.cuda.stream(aside):  # libraries and allocator make ready outside of the capture
+    with torch.cuda.stream(aside):  # libraries and the allocator initialise outside the capture
         for _ in range(2):
             step()
     torch.cuda.current_stream().wait_stream(aside)
@@ -97,7 +97,7 @@ def test_a_captured_graph_replays_on_other_values(case: OpCase) -> None:
 
 @each_case
 def test_work_is_queued_on_the_current_stream(case: OpCase) -> None:
-    """Arguments arrive late on a stream of their own: kernels of any other stream would read NaN."""
+    """Arguments arrive late on a stream of their own: kernels on any other stream would read NaN."""
     arguments = _largest(case).arguments
     expected = run(case, case.op, arguments)
     late = map_tensors(arguments, lambda t: torch.full_like(t, torch.nan) if t.is_floating_point() else t.clone())
@@ -106,7 +106,7 @@ def test_work_is_queued_on_the_current_stream(case: OpCase) -> None:
     stream = torch.cuda.Stream()
     stream.wait_stream(torch.cuda.current_stream())
     with torch.cuda.stream(stream):
-        torch.cuda._sleep(20_000_000)  # some ten milliseconds
+        torch.cuda._sleep(20_000_000)  # about ten milliseconds
         arrived = iter(originals)
         map_tensors(late, lambda t: t.copy_(next(arrived)))
         ours = run(case, case.op, late)
@@ -132,6 +132,6 @@ def test_an_error_that_somebody_else_left_is_not_ours() -> None:
     assert int(torch.cuda.cudart().cudaHostUnregister(0)) != 0, "the call that must fail did not"
     with torch.no_grad():
         ours = msacore.window_mean(x, offsets, window=(1, 1))
-    with contextlib.suppress(RuntimeError):  # torch's own check of a launch takes the error that is still there
+    with contextlib.suppress(RuntimeError):  # torch's own check of a launch raises the error that is still pending
         torch.zeros(1, device=DEVICE).add_(1)
     assert torch.equal(ours, expected)

@@ -15,7 +15,7 @@ from tests.cuda_on_host.dispatch import SOURCES, CudaOnHost, operators_of, opera
 from tests.opcase import OpCase, run
 from tests.test_cuda_shim import SCHEDULES
 
-# With the fixture below these run the CUDA code.
+# With the fixture below, these tests run the CUDA code.
 from tests.test_ops import (  # noqa: F401
     each_sample,
     test_autocast_policy,
@@ -65,7 +65,7 @@ def test_bad_input_raises_in_cuda_code(case: OpCase, label: str, device: torch.d
 
 @_bad_inputs(values=True)
 def test_wrong_values_in_tensors_raise_nothing(case: OpCase, label: str, device: torch.device) -> None:
-    """CUDA code cannot look at values; that it stays in bounds is what the sanitized run of this test shows."""
+    """CUDA code cannot look at values; the sanitized run of this test shows that it stays in bounds."""
     run(case, case.op, case.bad_inputs[label].mutate(dict(case.samples(CPU, torch.float32)[0].arguments)))
 
 
@@ -94,7 +94,7 @@ def _under_sanitizers(source: Path) -> list[str]:
             for label, bad in case.bad_inputs.items()
             if bad.values
         ]
-    assert nodes, f"no tests of {source.name}: without one pytest would take all there are"
+    assert nodes, f"no tests of {source.name}: pytest would run all tests instead"
     nodes = [f"{__file__}::{node}" for node in nodes]
     return [*nodes, str(ROOT / "tests" / "test_info_nce_partial_cuda.py")] if source.stem == "info_nce_cuda" else nodes
 

@@ -1,4 +1,4 @@
-"""Tests of the shim that executes kernels on the host: what is right passes in every order, what is wrong is caught."""
+"""The shim that executes kernels on the host: correct kernels pass in every order, faulty ones are caught."""
 
 import ctypes
 import subprocess
@@ -16,7 +16,7 @@ SCHEDULES = ["forward", "reverse", "interleaved", "random:1", "random:2"]
 
 
 def kernels(*options: str) -> Callable[..., str]:
-    """Calls an exported launcher of shim_kernels.cpp by name; returns its error, or nothing."""
+    """A function that calls an exported launcher of shim_kernels.cpp by name and returns its error or an empty text."""
     library = ctypes.CDLL(str(build(HERE / "shim_kernels.cpp", *options)))
 
     def call(name: str, *arguments: Any) -> str:
@@ -87,7 +87,7 @@ def test_float32_product_of_three_tf32_products(call: Callable[..., str], schedu
 
 @pytest.mark.parametrize("sign", [1.0, -1.0])
 def test_tensor_cores_cut_low_bits_off(call: Callable[..., str], sign: float) -> None:
-    """1 ± 15 · 2⁻²⁵ is several units in the last place away from 1; but each product is below the last bit kept."""
+    """1 ± 15 · 2⁻²⁵ is several units in the last place away from 1, but each product is below the last bit kept."""
     a, b, out = torch.full((16, 16), sign * 2.0**-13).half(), torch.full((16, 8), 2.0**-12).half(), torch.empty(16, 8)
     a[:, 0], b[0] = 1, 1
     assert call("mma_half", a, b, out, 16, 1) == ""
@@ -96,7 +96,7 @@ def test_tensor_cores_cut_low_bits_off(call: Callable[..., str], sign: float) ->
 
 @pytest.mark.parametrize(("name", "dtype"), [("float32", torch.float32), ("half", torch.float16)])
 def test_long_sums_do_not_drift(call: Callable[..., str], name: str, dtype: torch.dtype) -> None:
-    """Sums of one sign, where what tensor cores cut off adds up."""
+    """Sums of terms of one sign, in which what tensor cores cut off accumulates."""
     a, b = (torch.rand(64, 4000, generator=torch.Generator().manual_seed(seed)).to(dtype) for seed in (1, 2))
     out = torch.empty(64, 64)
     assert call(f"tile_product_{name}", a, b, out, 4000) == ""

@@ -66,7 +66,7 @@ class Subject:
     name: str
     model: nn.Module
     inputs: tuple[Tensor, ...]
-    other_inputs: tuple[Tensor, ...]  # of other sizes
+    other_inputs: tuple[Tensor, ...]  # the same arguments in other sizes
 
     def __str__(self) -> str:
         return self.name
@@ -165,7 +165,7 @@ def _compiles(subject: Subject, folder: Path, **options: Any) -> None:
     parameters = list(subject.model.parameters())
     torch._dynamo.reset()
     compiled = torch.compile(subject.model, fullgraph=True, **options)
-    # Else sizes that are equal by accident, of a batch of three clips with three modalities, say, are one to torch.
+    # Otherwise torch takes sizes that happen to be equal, such as three clips and three modalities, for one size.
     with torch.fx.experimental._config.patch(use_duck_shape=False):
         ours = _trained(compiled, parameters, subject.inputs)
     _assert_close(ours, _trained(subject.model, parameters, subject.inputs))
@@ -195,7 +195,7 @@ PACKAGED = "AOTInductor"
 
 
 def _table() -> dict[str, dict[str, str]]:
-    """What the page says: for each subject its cells by the name of the column."""
+    """The table of the page: for each subject, its cells by the name of the column."""
     lines = [line for line in PAGE.read_text(encoding="utf-8").splitlines() if line.startswith("|")]
     head, _, *rows = ([cell.strip() for cell in line.strip("|").split("|")] for line in lines)
     return {row[0].strip("`"): dict(zip(head[1:], row[1:], strict=True)) for row in rows}
@@ -210,19 +210,19 @@ def test_the_page_has_a_row_for_everything_and_a_column_for_every_way() -> None:
 
 
 @pytest.mark.slow  # exports and compiles everything: seconds each
-@pytest.mark.filterwarnings("ignore")  # torch's own exporters warn of themselves
+@pytest.mark.filterwarnings("ignore")  # torch's own exporters emit warnings
 @pytest.mark.parametrize("way", WAYS)
 @each_subject
 def test_a_way_works_where_the_page_says_so(subject: Subject, way: str, tmp_path: Path) -> None:
     if _table()[subject.name][way] == "yes":
         WAYS[way](subject, tmp_path)
     else:
-        with pytest.raises(Exception):  # noqa: B017  # whatever the exporter makes of it
+        with pytest.raises(Exception):  # noqa: B017  # whatever the exporter raises
             WAYS[way](subject, tmp_path)
 
 
 class _Everything(nn.Module):
-    """All subjects that can be packaged, one after the other: a package costs its C++ compiler many seconds."""
+    """All subjects that can be packaged, one after another: each package takes the C++ compiler many seconds."""
 
     def __init__(self, subjects: Sequence[Subject]) -> None:
         super().__init__()

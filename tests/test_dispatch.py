@@ -29,7 +29,7 @@ class _Names(TorchDispatchMode):
 
 @pytest.fixture(params=["cpu", "cuda on the host"])
 def names(request: pytest.FixtureRequest) -> Iterator[list[str]]:
-    """The operators that are called while the test runs; with CUDA code the inner mode hands every one of them on."""
+    """The operators that are called while the test runs; with CUDA code the inner mode passes on every one of them."""
     if request.param == "cpu":
         with _Names() as mode:
             yield mode.names

@@ -54,14 +54,14 @@ def _check_split(workers: Workers, name: str, mode: str, sizes: Sequence[int]) -
         assert len({float(r["loss"]) for r in results}) == 1, "ranks differ"
 
 
-# Of the cases, which take a second each, the first tier has every other one.
+# Each case takes a second, so the first tier has every other one.
 @pytest.mark.parametrize(
     "name", [pytest.param(name, marks=pytest.mark.slow if k % 2 else ()) for k, name in enumerate(BY_NAME)]
 )
 def test_loss_and_gradients_are_those_of_one_process(workers: Workers, name: str) -> None:
     for mode in MODES:
         if mode.startswith("ring") and BY_NAME[name].loss == "rank_n_contrast":
-            continue  # which has no ring
+            continue  # it has no ring mode
         for sizes in SPLITS:
             _check_split(workers, name, mode, sizes)
 
@@ -126,7 +126,7 @@ COMPILED = [
 def test_a_compiled_loss_needs_no_header(
     workers: Workers, mode: str, name: str, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr("tests.workers.SECONDS", 120.0)  # ranks trace for different times
+    monkeypatch.setattr("tests.workers.SECONDS", 120.0)  # ranks take different times to trace
     for differences in workers.run(jobs.compiled, 2, mode, name):
         assert max(differences) < 1e-6
 
@@ -137,7 +137,7 @@ def test_a_compiled_loss_cannot_check_headers(workers: Workers) -> None:
 
 
 def test_a_gather_may_begin_early(workers: Workers) -> None:
-    for mode, most in (("replicated", 0.0), ("sharded", 0.0), ("ring", 1e-6)):  # the rows of a handle do not pass round
+    for mode, most in (("replicated", 0.0), ("sharded", 0.0), ("ring", 1e-6)):  # gathered rows are not passed round
         assert max(workers.run(jobs.started, 3, (5, 0, 3), mode)) <= most, mode
 
 
@@ -231,9 +231,9 @@ def test_memory_of_the_ring_is_that_of_a_ranks_own_rows(workers: Workers) -> Non
     def most(world: int, mode: str, rows: int) -> int:
         return max(workers.run(groups.most_bytes, world, mode, rows))
 
-    # From three ranks on a block comes while another is read and a third leaves.
+    # With three or more ranks, one block arrives while another is read and a third is sent.
     own = most(3, "ring", 256)
-    assert most(4, "ring", 256) <= 1.01 * own, "a larger batch, as many rows on a rank"
+    assert most(4, "ring", 256) <= 1.01 * own, "a larger batch, the same number of rows on a rank"
     assert most(3, "ring", 512) <= 2.01 * own
     assert most(4, "sharded", 256) >= 1.2 * most(3, "sharded", 256), "what the ring avoids"
 
@@ -253,7 +253,7 @@ def test_a_large_batch_in_the_ring_takes_some_copies_of_a_ranks_rows(workers: Wo
 @pytest.mark.parametrize("world", [2, 3, 4])
 def test_a_modality_against_itself_takes_half_the_work(workers: Workers, world: int) -> None:
     rows, modalities = 6, 3
-    # Between two ranks one visits the pairs for both; a rank's own pairs, and those of other terms, are visited once.
+    # One of any two ranks visits the pairs between them for both; a rank's own pairs and other terms are visited once.
     other_terms, own = 2 * modalities * (world * rows) ** 2, modalities * world * rows**2
     between = modalities * world * (world - 1) * rows**2 // 2
     found = sum(workers.run(groups.visited_pairs, world, "intra_modal", rows))

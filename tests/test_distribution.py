@@ -11,7 +11,7 @@ import pytest
 import msacore
 
 ROOT = Path(__file__).resolve().parent.parent
-# Made by the build, or of use to the repository alone.
+# Files that the build adds, and files that only the repository needs.
 ADDED = {"PKG-INFO", "setup.cfg"}
 LEFT_OUT = {".github"}
 
@@ -38,7 +38,9 @@ def unpacked(tmp_path_factory: pytest.TempPathFactory) -> Path:
     assert done.returncode == 0, done.stdout[-2000:] + done.stderr[-2000:]
     (archive,) = folder.glob("*.tar.gz")
     with tarfile.open(archive) as tar:
-        tar.extractall(folder / "unpacked", filter="data")
+        # The argument `filter` is younger than some Python 3.10 and 3.11; the attribute is not read there.
+        tar.extraction_filter = getattr(tarfile, "data_filter", None)
+        tar.extractall(folder / "unpacked")
     (tree,) = (folder / "unpacked").iterdir()
     return tree
 

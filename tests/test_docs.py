@@ -1,6 +1,6 @@
 """What the README and the pages of docs/ show runs as it stands, page by page.
 
-Blocks inside an HTML comment run too: a page starts there from what its readers have already.
+Blocks inside an HTML comment run too: a page creates there what its readers already have.
 """
 
 import json
@@ -85,7 +85,7 @@ def test_every_public_name_has_an_entry_in_the_reference() -> None:
     public = {f"msacore.{name}" for name in msacore.__all__ if callable(getattr(msacore, name))}
     for module in (distributed, msacore.graph, msacore.nn, msacore.uncertainty, selection):
         public |= {f"{module.__name__}.{name}" for name in module.__all__ if callable(getattr(module, name))}
-    public.remove("msacore.selection.select")  # msacore.select
+    public.remove("msacore.selection.select")  # documented as msacore.select
     text = "".join(page.read_text(encoding="utf-8") for page in (ROOT / "docs" / "api").glob("*.md"))
     assert set(re.findall(r"^::: (\S+)$", text, re.MULTILINE)) == public
 

@@ -1,4 +1,4 @@
-"""The commands of examples/README.md, in its order, on a tiny set; a person's part is played from picks.csv."""
+"""The commands of examples/README.md, in its order, on a tiny set; a person's answers are made from picks.csv."""
 
 import csv
 import re
@@ -27,7 +27,7 @@ def commands() -> list[list[str]]:
 
 
 def folder(path: Path, labelled: bool, lacking: str = "", corpus: Corpus = CORPUS) -> None:
-    """Clips as a person has them."""
+    """A folder of clips as a user has them."""
     path.mkdir()
     with (path / "clips.csv").open("w", newline="") as file:
         writer = csv.writer(file)
@@ -47,7 +47,7 @@ def folder(path: Path, labelled: bool, lacking: str = "", corpus: Corpus = CORPU
 
 
 def annotate(round_folder: Path, labels: Path) -> None:
-    """What a person does on annotate.html: labels for the picks, after those given before."""
+    """What a person does on annotate.html: adds labels for the picks to those given before."""
     truth = dict(zip(CORPUS.utterance_ids.tolist(), CORPUS.labels.tolist(), strict=True))
     before = labels.read_text() if labels.exists() else "id,label\n"
     with (round_folder / "picks.csv").open(newline="") as file:

@@ -1,6 +1,6 @@
 """Random arguments of every operator against float64 formulas of our own, with fixed seeds.
 
-Second tier (`make test-all`): hundreds of cases, each through a formula of Python loops three times.
+Second tier (`make test-all`): hundreds of cases, each through a formula of Python loops five times.
 """
 
 from collections.abc import Callable
@@ -45,7 +45,7 @@ Result = tuple[list[Tensor], dict[tuple[Any, ...], Tensor]]
 
 
 def _evaluate(function: Callable[..., Any], drawn: Drawn, prepare: Callable[[Tensor], Tensor], after: Any) -> Result:
-    """Outputs, and the gradients by path; `prepare` makes what the function sees of a leaf."""
+    """Outputs, and the gradients by path; `prepare` turns a leaf into what the function sees."""
     leaves: dict[tuple[Any, ...], Tensor] = {}
     arguments: Arguments = {}
 
@@ -59,7 +59,7 @@ def _evaluate(function: Callable[..., Any], drawn: Drawn, prepare: Callable[[Ten
             value = map_tensors(value, lambda t: prepare(t) if t.is_floating_point() else t)
         arguments[name] = value
     outputs = [after(o) for o in outputs_of(function(**arguments))]
-    # A formula where nothing is left is a constant.
+    # A formula in which no term is left is a constant.
     some = [(o, c) for o, c in zip(outputs, cotangents(outputs), strict=True) if o.requires_grad]
     roots, cotangent = [o for o, _ in some], [c for _, c in some]
     grads = (
@@ -72,7 +72,7 @@ def _evaluate(function: Callable[..., Any], drawn: Drawn, prepare: Callable[[Ten
 
 
 def _strided(t: Tensor) -> Tensor:
-    """The same values behind strides that are not those of a fresh tensor."""
+    """The same values with strides other than those of a fresh tensor."""
     if t.dim() < 2:
         return torch.stack([t, t], -1)[..., 0]
     return t.transpose(-1, -2).contiguous().transpose(-1, -2)
@@ -85,9 +85,9 @@ def _nudged(t: Tensor, accumulate: torch.dtype, compute: torch.dtype, turn: floa
 
 
 def _assert_accurate(mine: Tensor, exact: Tensor, yardsticks: list[Tensor], what: str) -> None:
-    """The error rule against the worst of the yardsticks: one alone may have no error by luck."""
+    """The error rule against the worst of the yardsticks: a single one may by luck have no error."""
     assert mine.isfinite().all(), f"{what} is not finite"
-    if exact.numel() and (exact == 0).all():  # as the gradient of a cosine of one number: rounding may be left
+    if exact.numel() and (exact == 0).all():  # as for gradients of cosines in one dimension: rounding may be left
         assert mine.abs().max() <= 1000 * torch.finfo(mine.dtype).eps, f"{what} is not zero"
     elif exact.numel():
         worst = max(yardsticks, key=lambda y: float((y.double() - exact).abs().max()))
@@ -95,7 +95,7 @@ def _assert_accurate(mine: Tensor, exact: Tensor, yardsticks: list[Tensor], what
 
 
 def _together(grads: dict[tuple[Any, ...], Tensor]) -> dict[Any, Tensor]:
-    """Gradients by argument; the members of a sequence are one, but for temperatures, whose scales differ."""
+    """Gradients by argument; the members of a sequence are joined, except temperatures, whose scales differ."""
     found: dict[Any, list[Tensor]] = {}
     for path, grad in grads.items():
         found.setdefault(path if path[0] == "temperatures" else path[0], []).append(grad.flatten())
@@ -103,7 +103,7 @@ def _together(grads: dict[tuple[Any, ...], Tensor]) -> dict[Any, Tensor]:
 
 
 def _agrees(name: str, drawn: Drawn, dtype: torch.dtype, formula: Callable[..., Any]) -> None:
-    """At most twice the error of the formula at the same dtype, of it and of inputs off by a rounding error."""
+    """At most twice the error of the formula in the dtype of accumulation, at these inputs or a rounding off them."""
     accumulate = FLOAT64 if dtype == FLOAT64 else FLOAT32
     result = accumulate if name in _LOSSES else dtype
 
@@ -125,7 +125,7 @@ def _agrees(name: str, drawn: Drawn, dtype: torch.dtype, formula: Callable[..., 
 
 
 def _leaves_unread(name: str, drawn: Drawn) -> bool:
-    """NaN in what must stay unread changes no bit elsewhere; returns whether there was any."""
+    """NaN in what must stay unread changes no bit elsewhere; returns whether anything must stay unread."""
     if not any(mask.any() for _, mask in drawn.hidden):
         return False
     function = getattr(msacore, name)

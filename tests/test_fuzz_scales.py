@@ -1,6 +1,6 @@
 """Losses of rows of extreme scale against float64 formulas of our own, with fixed seeds.
 
-Second tier (`make test-all`): many cases, each through a formula of Python loops four times.
+Second tier (`make test-all`): many cases, each through a formula of Python loops five times.
 """
 
 from collections.abc import Callable
@@ -19,16 +19,16 @@ from tests.test_fuzz_operators import _CASES, _LOSSES, _evaluate, _nudged
 
 pytestmark = pytest.mark.slow
 
-# All rows at one scale, or each at its own. Losses of unit rows do not know the scale, so that any may meet any.
+# All rows at one scale, or each at its own. Losses of unit rows do not depend on the scale, so any scales may mix.
 _SCALES = {
     torch.float32: (1e20, 1e-30, 1e-40, 1e36, 1.0),
     torch.float64: (1e150, 1e-150, 1.0),
     torch.float16: (1e4, 1e-6, 1.0),
     torch.bfloat16: (1e20, 1e-30, 1e-38, 1e36, 1.0),
 }
-# Distances do: seen from a row of 1e36, two rows of 1 are equally far in any float64, and yet the true difference of
-# their distances, of about 1, decides the softmax. So the rows of rank_n_contrast are of one scale, with factors that
-# float64 resolves.
+# Distances depend on it: seen from a row of 1e36, two rows of 1 are equally far away in float64, yet the true
+# difference of their distances, about 1, decides the softmax. The rows of rank_n_contrast are therefore of one scale,
+# times factors that float64 resolves.
 _FACTORS = (1.0, 1.0, 1e3, 1e5)
 
 
@@ -50,9 +50,9 @@ def _norm(row: Tensor) -> float:
 
 
 def _natural(name: str, drawn: Drawn, path: tuple[Any, ...], row: Any, anchors: int) -> float:
-    """The size of one term of a gradient: what may cancel in the sum, down to nothing.
+    """The size of one term of a gradient; in the sum the terms may cancel, down to nothing.
 
-    The softmax of a row minus 1 is known to the rounding of 1, whatever is left of it.
+    A softmax weight minus 1 is known only to the rounding error of 1, however small the difference is.
     """
     given = drawn.arguments.get("temperatures", [drawn.arguments.get("temperature", 2.0)])
     temperatures = [float(t) for t in (given if isinstance(given, (list, tuple)) else [given])]
@@ -75,9 +75,9 @@ def _natural(name: str, drawn: Drawn, path: tuple[Any, ...], row: Any, anchors: 
 
 
 def _survives(name: str, drawn: Drawn, dtype: torch.dtype, formula: Callable[..., Any]) -> None:
-    """Extreme scales, row by row: finite where representable, never NaN, and near float64's formula.
+    """Extreme scales, row by row: finite where representable, never NaN, and near the formula in float64.
 
-    The yardsticks are the formula in float64 at inputs a rounding off, and at the dtype of accumulation.
+    The yardsticks are the formula in float64 at inputs that are a rounding error off, and in the dtype of accumulation.
     """
     accumulate = FLOAT64 if dtype == FLOAT64 else FLOAT32
     ours = _evaluate(getattr(msacore, name), drawn, torch.clone, lambda o: o)
@@ -99,7 +99,7 @@ def _survives(name: str, drawn: Drawn, dtype: torch.dtype, formula: Callable[...
             if not inside.any():
                 continue
             error = (got - right)[inside].abs().max()
-            # The formula's own overflow says nothing.
+            # Where the formula itself overflows, it says nothing.
             spread = max(float((y[row] - right)[inside].nan_to_num(0, 0, 0).abs().max()) for y in yardsticks)
             floor = (1e-5 if dtype != FLOAT64 else 1e-12) + (limits.eps if mine.dtype != accumulate else 0)
             floor = floor * float(right[inside].abs().max()) + 4 * limits.smallest_normal * limits.eps

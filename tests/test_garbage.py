@@ -1,4 +1,4 @@
-"""What a call makes is freed when it is done, not when the garbage collector comes, which knows no sizes of tensors."""
+"""What a call allocates is freed when it ends, not by the garbage collector, which knows no sizes of tensors."""
 
 import contextlib
 import gc
@@ -26,7 +26,7 @@ N = 60
 
 @contextlib.contextmanager
 def no_garbage() -> Iterator[None]:
-    """Within, no reference cycle is left behind."""
+    """Asserts that the code inside leaves no reference cycle behind."""
     gc.collect()
     gc.freeze()
     gc.disable()
@@ -52,7 +52,7 @@ def test_a_cycle_is_found() -> None:
 
 def test_operators_leave_nothing(device: torch.device) -> None:
     samples = [(case, sample.arguments) for case in cases.ALL for sample in case.samples(device, FLOAT32)]
-    for case in cases.ALL:  # the first call may make what stays
+    for case in cases.ALL:  # the first call may create what stays
         run(case, case.op, next(arguments for one, arguments in samples if one is case))
     with no_garbage():
         for case, arguments in samples:
@@ -65,7 +65,7 @@ def test_selections_leave_nothing_but_their_result() -> None:
             given = arguments(strategy) | {"embeddings": draw(N, 4), "uncertainty": torch.rand(N)}
             given |= {"groups": torch.arange(N) % 6, "max_per_group": 4, "budget": 5}
             assert len(select(**given).indices) == 5
-            if strategy not in ("typiclust", "probcover"):  # these are of one process
+            if strategy not in ("typiclust", "probcover"):  # these two run in one process only
                 assert all(len(one.indices) == 5 for one in together(split([20], given)))
 
     select_all()
@@ -101,7 +101,7 @@ assert not [name for name in names if "gloo" in name], names
 @pytest.mark.slow  # starts processes that import torch
 @pytest.mark.skipif(not sys.platform.startswith("linux"), reason="threads are named under /proc")
 def test_the_threads_of_a_process_group_end_before_the_interpreter(tmp_path: Path) -> None:
-    """One that still lets go of a tensor while the interpreter ends takes the process with it."""
+    """A thread that still releases a tensor while the interpreter ends crashes the process."""
     (tmp_path / "leaving.py").write_text(_LEAVING)
     np.save(tmp_path / "x.npy", draw(N, 4).numpy())
     command = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2"]

@@ -9,7 +9,7 @@ from tests.cuda_on_host.dispatch import CudaOnHost, launches
 
 
 def _loss(n: int, d: int = 4, **options: bool) -> Tensor:
-    """Three modalities that require gradients."""
+    """Loss of three modalities that require gradients."""
     *unimodal, fused = torch.randn(4, n, d).requires_grad_()
     loss = hierarchical_contrastive_loss(unimodal, fused, list(torch.randn(3, n, 3)), **options)
     return loss[0] if isinstance(loss, tuple) else loss

@@ -84,7 +84,7 @@ def test_labels_are_weights_of_one_per_equal_pair(shape: tuple[int, int, int]) -
 
 @given(shapes)
 def test_an_embedding_with_itself_equals_a_copy_of_it(shape: tuple[int, int, int]) -> None:
-    """The form that uses the symmetry of the similarities against the one that does not."""
+    """Compares the form that uses the symmetry of the similarities with the one that does not."""
     x, _, labels = draw(*shape)
     for options in (dict(exclude_self=True, labels=(labels, labels)), dict(symmetric=True), dict(temperature=0.004)):
         x1, x2 = x.clone().requires_grad_(), x.clone().requires_grad_()
@@ -138,7 +138,7 @@ def test_a_temperature_of_float32_serves_embeddings_of_16_bits() -> None:
 
 @pytest.mark.parametrize("temperature", [1e-3, 0.01, 0.0241, 0.07, 1.0, 1e3])
 def test_any_temperature_is_exact(temperature: float) -> None:
-    """Rows far from every candidate included: their terms lie below the range of a shift by the largest cosine."""
+    """Includes rows far from every candidate, whose terms would underflow after a shift by the largest cosine."""
     x, _, _ = draw(30, 5, 1)
     y = torch.cat([-x[:10], x[10:]])
     ours = info_nce(x.float(), y.float(), temperature=temperature, symmetric=True)
@@ -233,7 +233,7 @@ def test_tiers_are_sums_of_info_nce_terms() -> None:
 
 
 def test_a_missing_modality_leaves_its_terms_on_both_sides() -> None:
-    """Its sample is as if it were not in the batch: in tier 2 the fused row of that term goes too."""
+    """In these terms its sample counts as absent from the batch; in tier 2 this includes the fused row of the term."""
     unimodal, fused, high = embeddings(10)
     available = torch.ones(10, 3, dtype=torch.bool)
     available[3, 1] = False
@@ -284,7 +284,7 @@ def test_either_output_alone_can_be_differentiated() -> None:
 @pytest.mark.parametrize("n", [1, 40, 128, 129])
 @pytest.mark.parametrize("dtype", [torch.float32, DOUBLE])
 def test_gradients_taken_along_with_the_loss_are_those_of_the_backward_pass(n: int, dtype: torch.dtype) -> None:
-    """Few samples have a path of their own on the CPU, which asking for the tiers avoids."""
+    """Small batches take a path of their own on the CPU, which a request for the tiers avoids."""
     unimodal, fused, high = embeddings(n, d=17, d3=33)
     available = torch.rand(n, 3) < 0.7
     grads, losses = [], []

@@ -1,6 +1,6 @@
-"""Many rows in bfloat16, which the matrix instructions multiply where the processor has them.
+"""Many rows in bfloat16, which matrix instructions multiply where the processor has them.
 
-The products are of the rows as they came, so the loss is as exact as in float32; gradients round each probability once.
+They multiply the rows as given, so the loss is as exact as in float32; the gradients round each probability once.
 """
 
 from typing import Any
@@ -67,7 +67,7 @@ def test_rows_of_any_magnitude_give_the_same_loss(exponent: int) -> None:
     expected = msacore.info_nce(*rows, **options)
     far = [r * (2.0**exponent) ** (torch.arange(160) % 2)[:, None] for r in rows]
     far = [r.bfloat16() for r in far]
-    # The smallest numbers of bfloat16 lose digits on the way there, which is not the operator's doing.
+    # Scaling to the smallest numbers of bfloat16 loses digits before the operator gets them.
     tolerance = 5e-2 if exponent == -125 else 1e-5
     torch.testing.assert_close(msacore.info_nce(*far, **options), expected, rtol=tolerance, atol=0)
 

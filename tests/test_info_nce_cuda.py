@@ -1,4 +1,4 @@
-"""Positives of equal label in the CUDA code of info_nce, executed on the CPU: classes of every size."""
+"""Positives with equal labels in the CUDA code of info_nce, executed on the CPU: classes of every size."""
 
 from typing import Any
 

@@ -13,7 +13,7 @@ from tests.cuda_on_host.dispatch import CudaOnHost
 
 
 def _gradients(x: Tensor, y: Tensor | None, keep: bool, **options: Any) -> tuple[list[Tensor], Tensor]:
-    """Of the operators, whose callers choose whether similarities are kept; and what was."""
+    """Loss and gradients by the operators, whose callers choose whether similarities are kept; and what was kept."""
     numbers = dict(temperature=0.2, normalize=True, denominator=0, reduction=1)
     flags = numbers | dict(symmetric=False, exclude_self=False) | options
     tensors = [x, y, None, *flags.pop("labels", (None, None)), flags.pop("weights", None), *[None] * 4]
@@ -88,7 +88,7 @@ def test_kept_similarities_of_the_nine_terms(n: int, learned: bool, temperature:
     for a, b in zip(*found, strict=True):
         if n > 128:
             assert torch.equal(a, b)
-        else:  # the CPU keeps the exponentials of terms of one tile, CUDA the similarities of one of two orders
+        else:  # the CPU keeps exponentials where a term is one tile, CUDA the similarities of one direction
             torch.testing.assert_close(a, b)
 
 

@@ -1,4 +1,4 @@
-"""Parts of a batch, merged as several processes would merge them, are the loss of the whole batch."""
+"""Parts of a batch, merged as several processes would merge them, give the loss of the whole batch."""
 
 from itertools import pairwise
 from typing import Any
@@ -23,7 +23,7 @@ def _log_sum(parts: list[Tensor], temperature: float) -> tuple[Tensor, Tensor]:
 
 
 def _merged(whole: dict[str, Any], sizes: list[int]) -> tuple[Tensor, dict[str, Tensor]]:
-    """Loss and gradients (for a gradient of 1) of a batch whose anchors lie on processes of these sizes."""
+    """Loss and gradients (for an upstream gradient of 1) of a batch whose anchors are split in these sizes."""
     options = {k: whole[k] for k in ("symmetric", "exclude_self", "normalize", "temperature")}
     denominator, symmetric, tau = DENOMINATORS[whole["denominator"]], whole["symmetric"], whole["temperature"]
     x, y, weights, labels = (whole.get(k) for k in ("anchors", "candidates", "weights", "labels"))
@@ -139,7 +139,7 @@ _FORMS = [
 def test_merged_parts_are_the_whole(positives: str, sizes: list[int]) -> None:
     for form in _FORMS:
         if form.get("exclude_self") and positives == "diagonal":
-            continue  # nothing is left
+            continue  # no positive is left
         whole = _batch(positives, **form)
         names = [k for k in ("anchors", "candidates", "temperature", "weights", "negatives") if k in whole]
         tensors = {k: torch.as_tensor(whole[k], dtype=DOUBLE).clone().requires_grad_() for k in names}
@@ -165,7 +165,7 @@ def test_candidates_without_a_local_positive_still_have_their_sums() -> None:
 
 
 def test_candidates_may_be_a_part_too() -> None:
-    """Tiles of rows and columns, wherever the pairs of equal number lie, merge to the part against all candidates."""
+    """Tiles of rows and columns, wherever the diagonal lies in them, merge into the part against all candidates."""
     for form in (dict(), dict(exclude_self=True), dict(denominator="decoupled")):
         for positives in ("diagonal", "labels"):
             whole = _batch(positives, symmetric=True, **form)

@@ -6,7 +6,7 @@ import pytest
 
 from tests.cuda_on_host.dispatch import CudaOnHost
 
-# With the fixture below these run the CUDA code.
+# With the fixture below, these tests run the CUDA code.
 from tests.test_info_nce_partial import (  # noqa: F401
     test_candidates_without_a_local_positive_still_have_their_sums,
     test_merged_parts_are_the_whole,

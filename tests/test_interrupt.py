@@ -32,7 +32,7 @@ _CALLS = {
     ),
 }
 
-# Gradients of one step whose operator is told of many.
+# Gradients of one step, whose backward operator is told that there are many.
 _FORWARDS = {
     "propagate": ("propagation._propagate_backward", "msacore.propagate(x, offsets, steps=1)"),
     "graph_propagate": (

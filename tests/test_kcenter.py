@@ -68,13 +68,13 @@ def test_fold_is_exact_for_any_magnitude_and_offset(magnitude: float, offset: fl
 
 
 def _alike(case: str) -> tuple[torch.Tensor, torch.Tensor]:
-    """Rows and centres whose distances differ by less than a filter of any 16- or 32-bit type can tell."""
+    """Rows and centres whose distances differ by less than a filter in any 16- or 32-bit type can resolve."""
     x = draw(130, 24).float()
     if case == "one centre, shaken":
         x[:] += 40
         return x, x[0].double() + draw(100, 24, seed=1) * 1e-6
     if case == "equal up to the order of components":
-        x[:] = x[:, :1]  # rows on the diagonal, so that a permuted centre is as far
+        x[:] = x[:, :1]  # rows on the diagonal, so that a permuted centre is equally far away
         return x, torch.stack([draw(24, seed=1).roll(i) for i in range(100)])
     if case == "a few huge rows":
         x[3::7] *= 3e9
@@ -106,7 +106,7 @@ def test_distances_closer_than_the_filter_can_tell_are_told_apart(case: str, met
             x, rows, rows * 0, some, x.double().mean(0), infinite, rows * 0 - 1, scale=scale, metric=number
         )
 
-    # A single centre leaves nothing to filter: each distance on its own tells the least, the owner and the counts.
+    # A single centre leaves nothing to filter: the distances one by one give the least, the owner and the counts.
     each = torch.stack([fold(centers[j : j + 1])[0] for j in range(len(centers))], 1)
     delta, owner = fold(centers)
     assert torch.equal(delta, each.amin(1))
@@ -135,8 +135,8 @@ def test_fold_takes_the_centres_a_row_lacks() -> None:
 def test_count_equals_the_plain_count(metric: str, dtype: torch.dtype) -> None:
     x = draw(520, 11).mul(2).round().to(dtype)
     centers = x[:333].double()
-    # Whole squared distances (or sixteenths of a turn of cosine): a radius between them leaves nothing to rounding,
-    # and ties in plenty just beside it.
+    # Squared Euclidean distances are whole numbers: a radius between two of them leaves nothing to rounding, with many
+    # ties on either side.
     for radius in (0.0, 26.5**0.5, 60.5**0.5, 1e3) if metric == "euclidean" else (0.0, 0.51234, 3.0):
         got = kcenter.count(
             x,
@@ -187,7 +187,7 @@ def test_greedy_stops_where_an_outsider_would_come_first(dtype: torch.dtype) -> 
 @pytest.mark.parametrize("width", [1, 2, 3, 5, 8, 9])
 @pytest.mark.parametrize("kind", ["scattered", "grid", "copies", "far apart", "huge", "tiny"])
 def test_greedy_in_few_dimensions_decides_on_the_bits_of_the_distances(width: int, kind: str) -> None:
-    """Neighbours are looked at together up to eight dimensions, one by one beyond: the scores are equal to the bit."""
+    """Up to eight dimensions neighbours are examined together, beyond that one by one; scores are equal to the bit."""
     x = draw(700, width)
     if kind == "grid":
         x = x.mul(2).round()
@@ -249,7 +249,7 @@ def test_distances_of_rows_whose_squares_overflow_or_vanish(metric: str, exponen
             hidden = reference.distances(x, centers, metric).masked_fill(torch.arange(30) < start[:, None], torch.inf)
             delta, expected = hidden.amin(1), hidden.argmin(1).where(start < 30, -1)
         unit = 2.0**exponent if metric == "euclidean" else 1.0
-        spacing = max(1e-14, 2.0**-1074 / unit)  # of the smallest numbers that float64 has
+        spacing = max(1e-14, 2.0**-1074 / unit)  # that of the smallest numbers of float64
         torch.testing.assert_close(got / unit, delta, rtol=1e-13, atol=spacing)
         if metric == "euclidean" and exponent > -1060:
             assert torch.equal(found, expected)

@@ -15,7 +15,7 @@ from tests.cuda_on_host.dispatch import CudaOnHost
 from tests.opcase import DTYPES, map_tensors, non_contiguous
 from tests.test_cuda_shim import SCHEDULES
 
-# With the fixture below these run the CUDA code.
+# With the fixture below, these tests run the CUDA code.
 from tests.test_kcenter import (  # noqa: F401
     test_count_equals_the_plain_count,
     test_distances_closer_than_the_filter_can_tell_are_told_apart,
@@ -63,7 +63,7 @@ _BAD = [(case, label) for case in CASES for label in case.bad_inputs]
 
 @pytest.mark.parametrize(("case", "label"), _BAD, ids=[f"{case.name}-{label}" for case, label in _BAD])
 def test_bad_input_raises_and_wrong_values_raise_nothing(case: KernelCase, label: str) -> None:
-    """CUDA code cannot look at values; that it stays in bounds is what the sanitized run of this test shows."""
+    """CUDA code cannot look at values; the sanitized run of this test shows that it stays in bounds."""
     bad = case.bad_inputs[label]
     arguments = bad.mutate(case.arguments(CPU, torch.float32))
     if bad.values:

@@ -78,7 +78,7 @@ def test_killed_runs_end_with_the_same_report(system: str, tmp_path: Path) -> No
         assert numbers(tmp_path / f"{jobs}-jobs") == expected
         killed = trial = 0
         while killed < kills:
-            # A trial that reaches its end is compared, and the next one starts anew.
+            # A trial that reaches its end is compared, and the next one starts afresh.
             out = tmp_path / f"{jobs}-{trial}"
             process = start(system, out, jobs)
             process.join(moments.uniform(0.0, 0.8 * duration))
@@ -94,7 +94,7 @@ def test_killed_runs_end_with_the_same_report(system: str, tmp_path: Path) -> No
 
 @dataclass(frozen=True)
 class Doubled:
-    """Work that holds a tensor and an array of the same memory, and returns such a pair."""
+    """Work that holds a tensor and an array that share memory, and returns such a pair."""
 
     tensor: torch.Tensor
     array: np.ndarray
@@ -118,7 +118,7 @@ def test_work_and_results_are_copies_whose_arrays_hold_what_their_tensors_hold(t
 
 
 def slow_work(path: Path) -> int:
-    """Says which process works, then works for long."""
+    """Records the id of its process, then works for a long time."""
     (path / f"{os.getpid()}.pid").touch()
     time.sleep(LIMIT)
     return 0
@@ -153,7 +153,7 @@ def test_workers_end_with_the_process_that_started_them(tmp_path: Path) -> None:
         pass
     os.kill(process.pid, signal.SIGKILL)
     process.join(LIMIT)
-    # Free as soon as the last worker is gone, and not before.
+    # The folder is free as soon as the last worker is gone, and not before.
     with sole_user(tmp_path):
         assert not any(alive(pid) for pid in workers)
 

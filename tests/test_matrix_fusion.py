@@ -34,7 +34,7 @@ def test_two_tokens_by_hand() -> None:
 
 @given(_sizes(), st.permutations(range(4)))
 def test_permuting_modalities_with_their_pair_weights_permutes_the_pairs(sizes, order) -> None:
-    """G_(n, m) is G_(m, n) transposed; scaled copies of one modality make both the same, so that any order will do."""
+    """G_(n, m) is G_(m, n) transposed; with scaled copies of one modality they are equal, so that any order will do."""
     arguments = fusion_arguments(CPU, FLOAT64, sizes, masked=True, missing=True, augment=False)
     order = [i for i in order if i < sizes[3]]
     arguments["features"] = [(m + 1) * arguments["features"][0] for m in range(sizes[3])]
@@ -91,7 +91,7 @@ def test_pooled_features_are_sequences_of_one_token(sizes, augment, activation) 
 
 @given(_sizes())
 def test_one_token_beside_masked_ones_is_the_pooled_form(sizes) -> None:
-    """The products of a sequence against the outer products of a single token."""
+    """Compares the products of a sequence with the outer products of a single token."""
     arguments = fusion_arguments(CPU, FLOAT64, sizes, missing=True)
     pooled = {**arguments, "features": [x[:, 0] for x in arguments["features"]]}
     padded = [torch.cat([x[:, :1], torch.full_like(x, float("nan"))], 1) for x in arguments["features"]]
@@ -119,7 +119,7 @@ def test_padding_changes_nothing(sizes, extra) -> None:
 
 
 def test_a_missing_modality_keeps_its_1() -> None:
-    """The Gram matrix is then 0 but for its last row, the mean of the other member, and the corner 1."""
+    """The Gram matrix is then 0 except for its last row: the mean of the other member, and the 1 in the corner."""
     arguments = fusion_arguments(CPU, FLOAT64, (2, 3, 4, 2, 5, 1), activation="identity")
     available = torch.tensor([[False, True], [True, True]])
     _, pairs = msacore.matrix_fusion(**arguments, available=available)

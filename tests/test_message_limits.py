@@ -1,6 +1,6 @@
 """Messages near the largest number: means and gradients that are representable are found, on the CPU and in CUDA code.
 
-The sums they are made of are not representable.
+The sums behind them are not representable.
 """
 
 import math

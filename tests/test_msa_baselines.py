@@ -19,7 +19,7 @@ from .real_data import MOSI, needs_real_data
 
 @pytest.fixture(scope="module", autouse=True)
 def _one_thread():
-    """Problems this small only wait for each other on several threads."""
+    """On problems this small, several threads only wait for each other."""
     threads = torch.get_num_threads()
     torch.set_num_threads(1)
     with threadpool_limits(1):
@@ -106,6 +106,6 @@ def test_ridge_reproduces_the_published_numbers_of_the_text_features():
     names = ["ridge, text", "ridge, text and neighbours"]
     found = fit_views(design, corpus.labels, rows, corpus.video_index, only=names)
     alone, near = (evaluate(found[k](design.values[test]), corpus.labels[test], "mosi") for k in names)
-    # The notes of the data measured .767, .949 and .695, and .787 with neighbours.
+    # The notes on the data report .767, .949 and .695, and .787 with neighbours.
     assert alone["acc2_has0"] >= 0.767 and alone["mae"] <= 0.96 and alone["corr"] >= 0.695
     assert near["acc2_has0"] >= 0.787 and near["mae"] < alone["mae"]

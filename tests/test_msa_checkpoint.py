@@ -1,4 +1,4 @@
-"""Checkpoints: bitwise resume, refused differences, refused damage."""
+"""Checkpoints: runs resume bit by bit; differences and damage are refused."""
 
 import errno
 import os
@@ -122,7 +122,7 @@ def test_state_that_cannot_be_loaded_again_is_refused_when_saved(tmp_path):
 @pytest.mark.parametrize("step", ["mkstemp", "open", "write", "fsync", "chmod", "replace"])
 @pytest.mark.parametrize("before", [False, True], ids=["first", "again"])
 def test_a_write_that_fails_leaves_the_last_checkpoint(tmp_path, monkeypatch, step, before):
-    """Whichever call on the way to the disk fails; a failed write has written half of the file."""
+    """Any call on the way to the disk may fail; a failed write has written half of the file."""
     path = tmp_path / "run.pt"
     if before:
         save_checkpoint(path, {"step": 1}, ARGUMENTS)

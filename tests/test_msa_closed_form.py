@@ -1,4 +1,4 @@
-"""Closed forms: exact where they say so, against scikit-learn; neighbours as positions tell; weights out of fold."""
+"""Closed forms: exact where they say so, against scikit-learn; neighbours by position; weights fitted out of fold."""
 
 from dataclasses import replace
 
@@ -30,7 +30,7 @@ def corpus() -> Corpus:
 
 
 def scattered(corpus: Corpus) -> Corpus:
-    """Splits that cut through videos, and clips that are not there."""
+    """Splits that cut through videos, and gaps in the clip numbers."""
     split = np.random.default_rng(0).integers(0, 3, len(corpus)).astype(np.int8)
     return replace(corpus, split=split, clips=corpus.positions * 2 - (corpus.positions % 3 == 1))
 
@@ -142,7 +142,7 @@ def test_the_stack_is_not_worse_than_its_best_part_and_noise_gets_no_weight() ->
     assert (weights >= 0).all() and weights[0] > 0.2 and weights[1] > 0.2 and weights[2] < 0.05
     stack = np.column_stack([good, other, noise]) @ weights + added
     assert np.square(stack - y).mean() < 0.8 * np.square(good - y).mean()
-    # The truth itself needs no company.
+    # The truth itself needs no other predictor.
     weights, added = stack_weights(np.column_stack([noise, y]), y, groups)
     assert weights.tolist() == [0.0, 1.0] and added == 0.0
 

@@ -1,4 +1,4 @@
-"""Videos and clips, told from ids in the forms that people have."""
+"""Videos and clips, read from ids in the forms that people use."""
 
 import numpy as np
 import pytest

@@ -80,7 +80,7 @@ def test_names_of_old_and_new_numpy_are_read(tmp_path):
     data = pickle.dumps(mmsa(), protocol=4)
     assert b"numpy._core" in data
     path = tmp_path / "old.pkl"
-    # Same program with the old module names: the length bytes of the two names differ.
+    # The same pickle with the old module name, in protocol 2: later protocols store the length of a name.
     old = pickle.dumps(mmsa(), protocol=2).replace(b"numpy._core.multiarray", b"numpy.core.multiarray")
     path.write_bytes(old)
     assert len(load_mmsa(path)) == 13
@@ -100,7 +100,7 @@ class Hostile:
 
 
 def forged_dtype() -> bytes:
-    """An object array whose dtype state denies the objects: NumPy would take its bytes for pointers."""
+    """An object array whose dtype state claims that there are no objects: NumPy would take its bytes for pointers."""
     state = pickle.dumps(np.array([None]), protocol=2)
     return state.replace(b"K?", b"K\x00")
 
@@ -167,7 +167,7 @@ def put(value, *keys):
     (put(["a"], "train", "id"), r"split 'train': 'id' must list one entry"),
     (put([None] * 6, "train", "id"), r"split 'train': 'id' must hold strings"),
     (put(np.zeros((5, 7), np.float32), "train", "text"), r"'text' must be \[6, L, d\] or \[6, d\], got \(5, 7\)"),
-    (put(np.zeros((6, 7), np.float32), "train", "text"), r"split 'valid': 'text' is \(3, 8, 7\), in another split"),
+    (put(np.zeros((6, 7), np.float32), "train", "text"), r"split 'valid': 'text' is \(3, 8, 7\), but in another split"),
     (put(np.zeros((6, 8, 9), np.float32), "train", "audio"), r"'audio' has different shapes"),
     (put(["x"] * 6, "train", "vision"), r"'vision' is not an array of numbers"),
     (put(np.full(6, 7.0), "train", "regression_labels"), r"outside \[-3, 3\] of mosi"),
@@ -253,7 +253,7 @@ def test_standardise_reads_observed_train_rows_only():
     c = toy(features={"a": x}, split=np.array([0, 0, 2, 0], np.int8))
     out = c.standardise(observed=np.array([[True], [True], [True], [False]])).features["a"]
     assert out[:2, 0].tolist() == [-1.0, 1.0] and out[2, 0] == 98.0
-    # A column without spread carries nothing, also outside the train part.
+    # A column that is constant in the train part becomes 0, also outside it.
     assert (out[:3, 1] == 0).all()
     with pytest.raises(ValueError, match="a is observed in no train row"):
         c.standardise(observed=np.zeros((4, 1), bool))

@@ -1,4 +1,4 @@
-"""Which set a file is scored as, and how that is said."""
+"""Which data set a file is scored as, and how that is reported."""
 
 from pathlib import Path
 

@@ -25,7 +25,7 @@ N = 5
 
 
 def folder(tmp_path: Path, table: str = TABLE, **arrays: np.ndarray) -> Path:
-    """A folder with a table, and a file for each array: all of them random unless they are given."""
+    """A folder with a table and a file for each array; arrays that are not given are random."""
     rng = np.random.default_rng(0)
     path = tmp_path / "set"
     path.mkdir(exist_ok=True)
@@ -235,7 +235,7 @@ def test_what_is_converted_is_read_as_it_was(tmp_path, out, source, capsys):
     assert set(before.notes) <= set(after.notes)
     assert main(["convert", str(path), str(tmp_path / "copy.pkl")]) == 2
     if out == "open":
-        assert main(["convert", str(path), str(tmp_path / out)]) == 2 and "there already" in capsys.readouterr().err
+        assert main(["convert", str(path), str(tmp_path / out)]) == 2 and "already exists" in capsys.readouterr().err
     assert not [p for p in tmp_path.iterdir() if p.name.startswith(".")]
 
 

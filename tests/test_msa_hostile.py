@@ -1,4 +1,4 @@
-"""Files made to harm or damaged by chance: each ends in one clear ValueError, before much is allocated."""
+"""Files made to do harm or damaged by chance: each raises one clear ValueError, before much memory is allocated."""
 
 import pickle
 import struct
@@ -19,13 +19,13 @@ from .msa_files import mmsa
 
 
 def shared(levels: int) -> bytes:
-    """Lists that hold the list before them twice: 2 ** levels of them to walk through."""
+    """Lists that each hold the previous one twice: a walk through them visits 2 ** levels lists."""
     level = b"".join(b"](h" + bytes([i]) + b"h" + bytes([i]) + b"e\x94" for i in range(levels))
     return b"\x80\x04]\x94" + level + b"."
 
 
 def array_state(shape: bytes, data: bytes) -> bytes:
-    """The pickle of a float32 array whose shape says what it likes."""
+    """The pickle of a float32 array with a forged shape and forged data."""
     whole = pickle.dumps(np.zeros(3, np.float32), protocol=2)
     own = b"K\x01K\x03\x85"
     assert whole.count(own) == 1
@@ -210,7 +210,7 @@ def test_other_files_are_named_for_what_they_are(tmp_path, magic):
 
 
 def originals(folder: Path) -> list[Path]:
-    """One small file or folder of each kind that the door reads."""
+    """One small file or folder of each kind that `load` reads."""
     root = mmsa(n=(3, 2, 2))
     files = []
     for protocol in (0, 2, 4, 5):
@@ -238,7 +238,7 @@ def originals(folder: Path) -> list[Path]:
 
 
 def mutate(data: bytes, rng: np.random.Generator) -> bytes:
-    """The bytes with one to three changes: flipped, cut, doubled, moved, or set to telling values."""
+    """The bytes with one to three changes: flipped, replaced, deleted, doubled, set to special values, or cut off."""
     result = bytearray(data)
     for _ in range(rng.integers(1, 4)):
         if not result:
@@ -265,7 +265,7 @@ def mutate(data: bytes, rng: np.random.Generator) -> bytes:
 
 
 def mutate_member(source: Path, target: Path, rng: np.random.Generator) -> Path:
-    """A zip file that is sound as such, with a damaged part: the checksums of the parts do not give it away."""
+    """A valid zip file with a damaged member: the checksums of the members do not reveal the damage."""
     with zipfile.ZipFile(source) as old, zipfile.ZipFile(target, "w", old.infolist()[0].compress_type) as new:
         victim = int(rng.integers(len(old.namelist())))
         for i, name in enumerate(old.namelist()):
@@ -274,7 +274,7 @@ def mutate_member(source: Path, target: Path, rng: np.random.Generator) -> Path:
 
 
 def check_mutants(folder: Path, count: int, seed: int) -> dict[str, int]:
-    """Read ``count`` damaged files: what can still be read is a corpus, all else one ValueError that names the file."""
+    """Read ``count`` damaged files: each is either read as a corpus or raises one ValueError that names the file."""
     rng = np.random.default_rng(seed)
     (folder / "originals").mkdir()
     sources = originals(folder / "originals")

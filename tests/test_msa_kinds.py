@@ -181,7 +181,7 @@ def test_a_constant_modality_is_missing(tmp_path, value, pooled):
     c = load(write(tmp_path, changed(change)), pooled=pooled)
     assert c.describe()["missing"] == {"text": 0, "audio": 0, "vision": 13}
     assert any(n.startswith("vision: ") and "missing" in n for n in c.notes)
-    # A system can go on: what nobody has stays zero.
+    # A system can still run: a modality that no utterance has stays zero.
     assert (c.standardise().features["vision"] == 0).all()
 
 
@@ -223,7 +223,7 @@ def test_repair_takes_the_means_of_the_train_part(tmp_path):
     rows = {i: r for r, i in enumerate(c.utterance_ids)}
     assert c.features["vision"][rows[root["test"]["id"][1]], 4, 2] == pytest.approx(mean, rel=1e-6)
     assert c.features["vision"][rows[root["train"]["id"][0]], 3, 2] == pytest.approx(mean, rel=1e-6)
-    # Nothing of that step is known: it is padding.
+    # No value of that step is known, so it becomes padding.
     assert (c.features["vision"][rows[root["train"]["id"][1]], 7] == 0).all()
     assert any(n.startswith("vision: 8 values that are not finite replaced") for n in c.notes)
 

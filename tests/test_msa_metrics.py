@@ -33,7 +33,7 @@ def test_zero_is_nonnegative_with_zeros_and_left_out_without():
 
 def test_f1_weights_classes_by_the_truth():
     truth, pred = np.array([-1.0] * 4 + [1.0] * 2), np.array([-1.0] * 3 + [1.0, -1.0, -1.0])
-    # negative: precision 3/5, recall 3/4, F1 2/3, weight 4/6; positive: F1 0. Weighed by pred: 5/9.
+    # negative: precision 3/5, recall 3/4, F1 2/3, weight 4/6; positive: F1 0. Weighted by pred: 5/9.
     assert evaluate(pred, truth, "mosi")["f1_non0"] == pytest.approx(4 / 9)
     truth, pred = np.array([-1.0] * 4 + [1.0]), np.array([-1.0, 1.0, 1.0, 1.0, 1.0])
     # negative: precision 1, recall 1/4; positive: precision 1/4, recall 1: F1 .4 each.

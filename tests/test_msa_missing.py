@@ -85,7 +85,7 @@ def test_closed_form_has_the_rate_in_expectation():
     for rate in (0.1, 0.5, 2 / 3):
         observed, _ = missing_mask(c, "closed_form", rate, 1)
         assert (~observed).mean() == pytest.approx(rate, abs=0.015)
-        # No modality is hidden more than another.
+        # No modality is hidden more often than another.
         assert np.ptp((~observed).mean(0)) < 0.04
 
 

@@ -20,7 +20,7 @@ from examples.msa.timing import StageTimer, progress
 
 
 class Page(html.parser.HTMLParser):
-    """Collects what is on a page, and that every tag closes."""
+    """Collects what is on a page, and checks that every tag is closed."""
 
     VOID = ("meta", "img", "br", "link")
 
@@ -123,7 +123,7 @@ def test_cells_are_readable():
 def test_the_best_baseline_by_hand():
     baselines = {"a": [1.5, 1.2], "b": [1.3, 1.3], "undefined": [0.1, float("nan")], "short": [0.0]}
     found = against_best("mae", [1.1, 1.0], baselines)
-    # Of an error the least mean is best, and less is better: b, ahead of it by .2 and .3.
+    # For an error, the baseline with the least mean is best: b. X is better than b by .2 and .3.
     assert (found["baseline"], found["among"], found["metric"]) == ("b", 2, "mae")
     assert found["mean"] == pytest.approx(0.25) and found["sd"] == pytest.approx(0.05 * 2**0.5)
     assert found["low"] == pytest.approx(0.25 - 12.7062 * 0.05, abs=1e-4) and not found["excludes_zero"]

@@ -19,7 +19,7 @@ def padded(front, lengths, steps, width, rng):
 
 
 def streams(front=True, words=True, n=(40, 10, 20), steps=12, seed=0):
-    """A set whose audio is padded at one end and tells the label; text_bert or audio_lengths give its length alone."""
+    """A set whose audio is padded at one end and holds the label; text_bert or audio_lengths give only its length."""
     rng = np.random.default_rng(seed)
     root = mmsa(n=n, aligned=words)
     for part in root.values():
@@ -43,7 +43,7 @@ def streams(front=True, words=True, n=(40, 10, 20), steps=12, seed=0):
 @pytest.mark.parametrize("front", [True, False])
 def test_pooled_streams_keep_their_values_at_either_end(tmp_path, front, words):
     c = load(write(tmp_path, streams(front, words)))
-    # The first column of a pooled row is its label, shifted: no row became zero, none was diluted by padding.
+    # The first column of a pooled row is its shifted label: no row became zero or was diluted by padding.
     assert np.allclose(c.features["audio"][:, 0] - 7, c.labels, atol=1e-5)
     assert c.available.all()
     said = [n for n in c.notes if n == "audio: 70 of 70 utterances are padded at the front; the mask follows the data"]
@@ -55,7 +55,7 @@ def test_masks_of_sequences_follow_the_data(tmp_path, words):
     c = load(write(tmp_path, streams(True, words)), pooled=False)
     assert (c.masks["audio"] == (c.features["audio"] != 0).any(-1)).all()
     assert (c.masks["text"] == (c.features["text"] != 0).any(-1)).all()
-    # Steps of equal number belong to different words, whatever the equal lengths suggest.
+    # Steps with the same index belong to different words, whatever the equal lengths suggest.
     assert not c.aligned
     assert any("padded at different ends" in n for n in c.notes) == words
 

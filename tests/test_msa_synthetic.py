@@ -17,7 +17,7 @@ LATENTS = 36
 
 @pytest.fixture(scope="module", autouse=True)
 def _one_thread():
-    """Problems this small only wait for each other on several threads."""
+    """On problems this small, several threads only wait for each other."""
     with threadpool_limits(1):
         yield
 
@@ -54,7 +54,7 @@ def neighbours(corpus, x):
     total, count = np.zeros_like(x), np.zeros((len(x), 1))
     for step in (-2, -1, 1, 2):
         near = np.roll(video, step) == video
-        # A roll past the ends of a video of more than two clips meets another video.
+        # A roll past either end of a video meets another video.
         total += np.where(near[:, None], np.roll(x, step, 0), 0)
         count += near[:, None]
     return total / np.maximum(1, count)
@@ -114,7 +114,7 @@ def test_products_of_modalities_show_what_sums_do_not(corpus, components):
     within = (text[:, :, None] * text[:, None, :5]).reshape(len(text), -1)
     gained = mae(corpus, np.hstack([additive, product]), strength=300)
     assert gained < 0.97 * mae(corpus, additive)
-    # As many products inside one modality give no such gain.
+    # The same number of products inside one modality gives no such gain.
     assert gained < 0.95 * mae(corpus, np.hstack([additive, within]), strength=300)
 
 
@@ -129,7 +129,7 @@ def test_neighbours_help_and_replace_a_missing_modality(corpus, components):
 
 @pytest.mark.parametrize("seed", SEEDS)
 def test_neighbours_restore_pairs_that_persist(seed):
-    """Error with products of text and audio, a missing one taken from its neighbours, over that with it left out."""
+    """Ratio of two errors with products of text and audio: a missing modality taken from neighbours, over left out."""
     ratio = {}
     for pairs in PAIRS:
         corpus = synthetic("mosi", seed=seed, pairs=pairs)

@@ -1,4 +1,4 @@
-"""The modules: their parameters reach the operator, train, and are described."""
+"""The modules: their parameters reach the operator, can be trained, and are described."""
 
 import pytest
 import torch

@@ -17,20 +17,21 @@ from tests.cuda_on_host.build import HERE, ROOT, SMALL_SIZES, compiler, content_
 from tests.cuda_on_host.dispatch import operators_with_cuda_code
 from tests.opcase import map_tensors, run
 
-pytestmark = pytest.mark.slow  # every source is compiled twice over: minutes
+pytestmark = pytest.mark.slow  # every source is compiled twice, which takes minutes
 
 CPU = torch.device("cpu")
 SOURCES = [*sorted((ROOT / "csrc").glob("*/*.cpp")), *sorted((ROOT / "csrc").glob("*/*_cuda.cu"))]
 CACHE = ROOT / "build" / "one_definition"
 TORCH = Path(torch.__file__).parent
 
-# Machine code without optimisation, where no inlining hides which definition the linker took, and beside it what the
-# linker needs to compare types.
+# Machine code without optimisation, so that no inlining hides which definition the linker took, and in addition what
+# the linker needs to compare types.
 _COMPILE = ["-x", "c++", "-std=c++20", "-O0", "-g0", "-fPIC", "-flto", "-ffat-lto-objects", "-pthread", "-w"]
-_COMPARE = ["-r", "-flinker-output=rel", "-flto", "-O0", "-Wodr", "-Werror=odr"]  # merged, and no machine code made
+_COMPARE = ["-r", "-flinker-output=rel", "-flto", "-O0", "-Wodr", "-Werror=odr"]  # merged, without machine code
 
 # Runs recorded calls on both sides; the library's CUDA code registers itself under the name `msacore_host`. A result
-# that goes into a later call goes there as its own side found it: what a device keeps for its backward pass is its own.
+# that is an argument of a later call is passed as the same side computed it, because what a device keeps for its
+# backward pass is its own.
 _RUN_BOTH = """
 import sys, torch
 from torch.utils import _pytree
@@ -112,7 +113,7 @@ def test_no_type_has_two_definitions(objects: list[Path], tmp_path: Path) -> Non
 
 
 class _Recorder(TorchDispatchMode):
-    """Keeps the calls of msacore's operators."""
+    """Records the calls of msacore's operators."""
 
     def __init__(self) -> None:
         super().__init__()

@@ -51,7 +51,7 @@ def _calls_of(case: OpCase, arguments: dict[str, Any]) -> list[tuple[str, list[t
 
 @pytest.mark.parametrize(("case", "large"), _CASES)
 def test_a_gradient_is_one_call_of_the_backward_operator(case: OpCase, large: bool) -> None:
-    """And what the operators return has the same shapes everywhere: their fake kernels know no device."""
+    """What the operators return also has the same shapes everywhere, because their fake kernels know no device."""
     for sample in case.samples(CPU, FLOAT32):
         if _is_large(sample) != large:
             continue

@@ -77,7 +77,7 @@ def _assert_accurate(case: OpCase, arguments: dict[str, Any], outputs: list[Tens
 
 @each_sample
 def test_threads_share_the_work(case: OpCase, sample: str) -> None:
-    """Values stay right and bits repeat, however many threads there are."""
+    """Values stay correct and bits repeat with any number of threads."""
     arguments = case.arguments(sample, CPU, FLOAT32)
     before = torch.get_num_threads()
     try:

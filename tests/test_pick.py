@@ -32,7 +32,7 @@ def truth() -> Corpus:
 
 @pytest.fixture
 def pool(truth: Corpus) -> Corpus:
-    """Nothing is labelled; ids and transcripts are what people have."""
+    """Nothing is labelled; ids and transcripts are of the kinds that users may have."""
     ids = np.array([f"v{v}_{c}" for v, c in zip(truth.video_index, truth.positions, strict=True)], dtype=object)
     said = np.array([HOSTILE[i % len(HOSTILE)] for i in range(90)], dtype=object)
     ids[:4] = ["a,b_1", '"q"_2', "<b>_3", "é ü_4"]

@@ -23,7 +23,7 @@ seeds = st.integers(0, 2**31 - 1)
 
 
 def draw_positions(sizes: list[int], seed: int, gaps: bool) -> Tensor | None:
-    """Numbers with gaps, some beyond what the difference of two int64 can say."""
+    """Positions with gaps; some differences exceed the range of int64."""
     if not gaps:
         return None
     generator = torch.Generator().manual_seed(seed)

@@ -117,7 +117,7 @@ def test_each_metric_has_its_own_best_checkpoint(corpus: Corpus) -> None:
 def test_both_kinds_of_checkpoint_agree_where_they_must(corpus: Corpus) -> None:
     result = run_cell(corpus, Cell("SSLMM", 0.3, 1.0, 0), QUICK)
     each, graph = result["test_per_metric"], result["fit"]["graph"]["valid"]
-    # The one checkpoint is that of the least absolute error: for this metric both are the same.
+    # The single checkpoint is that of the least absolute error: for this metric both kinds are the same.
     assert each["mae"]["when"] == result["fit"]["best_epoch"]
     assert each["mae"]["test"] == pytest.approx(result["test"]["mae"], rel=1e-6)
     assert each["mae"]["valid"] == pytest.approx(graph["mae"], rel=1e-6)
@@ -136,7 +136,7 @@ def test_a_run_reports_subsets_and_checkpoints(data: Path, tmp_path: Path) -> No
         scores = {p: v[method]["mae"]["mean"] for p, v in content["test_patterns"].items()}
         cell = next(c for c in content["cells"] if c["cell"]["method"] == method)
         assert scores["as given"] == scores["only text+audio+vision"] == pytest.approx(cell["test"]["mae"], rel=1e-6)
-        # What carries nothing gets no weight in SSLMM's predictions: hiding it changes none.
+        # A graph that carries nothing gets no weight in SSLMM's predictions: hiding its inputs changes none.
         weights = cell["fit"].get("weights", {"graph": 1.0})
         assert len(set(scores.values())) == 7 or weights["graph"] == 0
     assert {"SSLMM", "mean-filled MLP", "zero-filled MLP"} <= set(content["checkpoints"])

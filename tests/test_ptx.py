@@ -1,6 +1,6 @@
 """The operators on the PTX that nvcc makes of their kernels, executed by the interpreter in tests/ptx.
 
-It is a process of its own: the interpreter has to stand before libc to see what torch allocates.
+It runs in a process of its own, because it has to be loaded before libc to see what torch allocates.
 """
 
 import json
@@ -22,7 +22,7 @@ pytestmark = [
     pytest.mark.slow,  # nvcc takes minutes, and the interpreter some 50 million instructions a second
 ]
 
-# Products on tensor cores, whose way to add matters in float32.
+# Families with products on tensor cores, whose way of adding matters in float32.
 PRODUCTS = ("hierarchical_contrastive", "info_nce", "low_rank_fusion", "matrix_fusion", "rank_n_contrast")
 
 
@@ -35,17 +35,17 @@ def passes(*arguments: str, **environment: str) -> str:
     return done.stdout
 
 
-# As many as two cores do in some minutes; the command runs everything.
+# Only what two cores run in a few minutes; the command can run everything.
 @pytest.mark.parametrize("family", families())
 def test_every_sample_in_one_dtype_and_every_dtype(family: str) -> None:
-    printed = passes(family, *([] if family == "kcenter" else ["--in-turn"]))  # selection has a sample an operator
+    printed = passes(family, *([] if family == "kcenter" else ["--in-turn"]))  # selection has one sample per operator
     assert int(re.search(r"(\d+) passed, 0 failed", printed)[1]) >= 10  # type: ignore[index]
 
 
 @pytest.mark.parametrize("mma", ["h100", "a100"])
 @pytest.mark.parametrize("family", PRODUCTS)
 def test_products_are_accurate_as_chips_add(family: str, mma: str) -> None:
-    """Tensor cores cut their sums off: the rule of accuracy holds for that. All samples in float32."""
+    """Tensor cores cut off low bits of their sums; the accuracy rule holds even so. All samples in float32."""
     passes(family, "--dtypes", "float32", "--mma", mma)
 
 
@@ -64,8 +64,8 @@ def passes_instead(folder: str, *arguments: str, **environment: str) -> str:
     return done.stdout
 
 
-# What a family runs with the sizes of a CUDA build: parts of its samples' names, all by default. These samples are few
-# for such sizes: the second runs move the limits beyond which other kernels are used, too.
+# What a family runs with the sizes of a CUDA build: parts of its samples' names, all by default. The samples are small
+# for these sizes, so the second runs also move the limits beyond which other kernels are used.
 SAMPLES = {
     "hierarchical_contrastive": ("two tiles",),
     "info_nce": ("labels",),
@@ -78,7 +78,7 @@ LARGE_SAMPLES = {
     "hierarchical_contrastive": ("two tiles", "learned temperatures", "large: classes of several pieces"),
     "info_nce": ("labels",),
 }
-# Tests that reach what no sample does.
+# Tests that reach kernels that no sample reaches.
 BESIDE = {
     "info_nce": ("tests/test_info_nce_partial_cuda.py", "-k", "labels and 4"),
     "kcenter": ("tests/test_kcenter_cuda.py", "-k", "cosine and whole"),
@@ -87,7 +87,7 @@ BESIDE = {
 
 @pytest.mark.parametrize("family", families())
 def test_every_kernel_runs_with_the_sizes_of_a_cuda_build(family: str) -> None:
-    """In another order of threads, too."""
+    """Threads also run in another order."""
     options = [family, "--in-turn", "--production-sizes", "--schedule", "reverse"]
 
     def chosen(parts: tuple[str, ...]) -> list[str]:

@@ -47,7 +47,7 @@ def _cubic_form(embeddings: Tensor, targets: Tensor, temperature: float) -> floa
 
 @pytest.mark.parametrize("function", [msacore.rank_n_contrast, reference], ids=["operator", "reference"])
 def test_three_samples_by_hand(function: object) -> None:
-    # Distances 1, 2, 3 and gaps 1, 2, 3 agree: of each anchor only the nearer sample sees a second one.
+    # Distances 1, 2, 3 and gaps 1, 2, 3 agree: for each anchor, only the nearer sample is compared with a second one.
     embeddings, targets = torch.tensor([[0.0], [1.0], [3.0]], dtype=F64), torch.tensor([-1.0, 0.0, 2.0], dtype=F64)
     expected = (math.log1p(math.exp(-1)) + math.log1p(math.exp(-0.5)) + math.log1p(math.exp(-0.5))) / 6
     assert float(function(embeddings, targets, temperature=2.0)) == pytest.approx(expected, abs=1e-14)
@@ -153,7 +153,7 @@ def test_extreme_temperatures_neither_overflow_nor_underflow(dtype: torch.dtype,
     torch.testing.assert_close(loss.double(), expected.detach(), rtol=tolerance, atol=0)
     expected_grad = torch.autograd.grad(expected, leaf)[0]
     scale = float(expected_grad.abs().max())
-    # At a temperature of 1e-4 similarities are in the thousands, whose rounding the exponential multiplies.
+    # At a temperature of 1e-4 similarities are in the thousands, and the exponential multiplies their rounding errors.
     slack = 1e3 if temperature < 1e-3 else 1
     torch.testing.assert_close(grad.double(), expected_grad, rtol=0, atol=tolerance * slack * scale)
 
@@ -166,7 +166,7 @@ def test_a_number_missing_among_the_inputs_reaches_the_loss(where: str) -> None:
 
 
 def test_many_tiles_agree_with_one() -> None:
-    # 1,200 anchors take several tiles; the loss over them is the mean of losses that a loop over anchors gives.
+    # 1,200 anchors take several tiles. Finite differences check the gradient, the formula on whole matrices the loss.
     embeddings, targets = torch.randn(1200, 3, dtype=F64), torch.randn(1200, dtype=F64)
     loss, grad = _loss_and_gradient(embeddings, targets)
     direction = torch.randn(1200, 3, dtype=F64)
@@ -176,7 +176,7 @@ def test_many_tiles_agree_with_one() -> None:
     s = -torch.cdist(embeddings, embeddings) / 2
     gap = (targets[:, None] - targets[None, :]).abs()
     gap.fill_diagonal_(-1)
-    by_gap, order = gap.sort(1, descending=True)  # no two labels tie
+    by_gap, order = gap.sort(1, descending=True)  # no two gaps of an anchor tie
     assert (by_gap[:, :-1].diff(dim=1) < 0).all()
     ranked = s.gather(1, order)[:, :-1]
     expected = (ranked.logcumsumexp(1) - ranked).sum() / (1200 * 1199)
@@ -184,7 +184,7 @@ def test_many_tiles_agree_with_one() -> None:
 
 
 def _exact(embeddings: Tensor, targets: Tensor, temperature: float) -> tuple[float, Tensor, float]:
-    """Loss and gradients of embeddings and temperature, from 150 digits of the formula."""
+    """Loss and its gradients for embeddings and temperature, from the formula in 150 digits."""
     n, d = embeddings.shape
     with localcontext() as context:
         context.prec = 150
@@ -270,7 +270,7 @@ def test_far_and_tiny_rows_cost_no_accuracy(
 
 @pytest.mark.parametrize("dtype", [torch.float32, F64], ids=str)
 def test_samples_that_tie_far_below_the_nearest_share_their_gradient(dtype: torch.dtype) -> None:
-    """Beside similarities of 1e21 the logarithm of how many tie has no digit left: it must not be added to them."""
+    """Beside similarities of 1e21 the logarithm of the number of ties is lost: it must not be added to them."""
     embeddings = torch.randn(12, 4, generator=torch.Generator().manual_seed(1), dtype=F64).to(dtype) * 1e20
     embeddings[3:6] = embeddings[3]
     targets = torch.randint(0, 5, (12,), generator=torch.Generator().manual_seed(2))
@@ -332,7 +332,7 @@ def test_one_label_may_have_a_dimension_of_its_own(dtype: torch.dtype) -> None:
 @pytest.mark.parametrize("labels", [1, 2])
 @pytest.mark.parametrize("cuts", [(0, 1, 64, 150), (0, 70, 70, 400)], ids=str)
 def test_anchors_may_be_shared_out(labels: int, cuts: tuple[int, ...], on_each_device: None) -> None:
-    """The operator's internal form: losses and gradients of parts of the anchors add up to those of all."""
+    """The operator's internal form: losses and gradients over parts of the anchors add up to those over all."""
     generator = torch.Generator().manual_seed(labels)
     embeddings = torch.randn(150, 5, generator=generator, dtype=F64)
     targets = torch.randint(0, 9, (150, labels), generator=generator)

@@ -82,7 +82,7 @@ def test_predictions_are_scored_as_the_report_of_the_fit_says(
     assert patterns["as given"]["scores"]["test"] == pytest.approx(card["scores"]["test"], nan_ok=True)
     assert patterns["only text+audio+vision"]["scores"] == patterns["as given"]["scores"]
     maes = {name: p["scores"]["test"]["mae"] for name, p in patterns.items() if name != "only text+audio+vision"}
-    # Labels are drawn at random here: a graph that tells nothing of them has no weight, and what it reads changes none.
+    # Labels are random here: a graph that tells nothing about them has no weight, and its inputs then change no score.
     silent = system == "sslmm" and card["closed_form"]["network"] == 0
     assert len(set(maes.values())) == len(maes) or silent
     assert patterns["exact 0.3"]["missing"]["realised"] == pytest.approx(0.3, abs=0.01)

@@ -38,7 +38,7 @@ PLAIN = {
     "maxdet": Plain.maxdet,
     "probcover": Plain.probcover,
 }
-NOISE = 0.05  # of maxdet: the plain form solves with the full matrix, which a small one makes ill-conditioned
+NOISE = 0.05  # of maxdet: a small one makes the kernel ill-conditioned
 TO_ORIGINAL_BUDGET = ("prefilter", "typiclust")
 every_strategy = pytest.mark.parametrize("strategy", list(STRATEGIES))
 every_distance = pytest.mark.parametrize("distance", DISTANCES)
@@ -66,7 +66,7 @@ def labeled_of(kind: str, n: int, d: int) -> Any:
 
 
 def arguments(strategy: str, distance: str = "euclidean") -> dict[str, Any]:
-    """What a strategy needs beside pool, budget and uncertainty."""
+    """What a strategy needs besides pool, budget and uncertainty."""
     radius = {"euclidean": 2.0312, "cosine": 0.4987}[distance]
     options = {"probcover": {"delta": radius}, "maxdet": {"noise": NOISE}}.get(strategy)
     return {"strategy": strategy, "distance": distance, "options": options}
@@ -84,7 +84,7 @@ def test_picks_are_those_of_the_plain_form(strategy: str, distance: str, kind: s
     plain = Plain(x, budget, u, known, distance)
     picks = PLAIN[strategy](plain, **given_arguments["options"] or {})
     if kind == "duplicated" and (distance == "cosine" or strategy == "maxdet"):
-        # The last bits of NumPy's cosines and solves differ between equal rows: compare up to equal rows.
+        # The last bits of NumPy's cosines and products differ between equal rows: compare picks up to equal rows.
         assert torch.equal(x[got.indices], x[picks])
     else:
         assert got.indices.tolist() == picks
@@ -100,7 +100,7 @@ def test_lazy_batches_of_any_size_give_the_plain_picks(
 ) -> None:
     monkeypatch.setattr(greedy.Shard, "whole", False)
     monkeypatch.setattr(greedy, "_CANDIDATES", candidates)
-    monkeypatch.setattr(greedy, "_SAMPLE", 5)  # floors that are far off
+    monkeypatch.setattr(greedy, "_SAMPLE", 5)  # so small a sample gives poor floors
     monkeypatch.setattr(greedy, "_STAGE", 2)
     monkeypatch.setattr(greedy, "_ROUND", 8 * candidates)
     x = pool_of(kind, n=400, d=4)

@@ -225,7 +225,7 @@ def test_an_output_that_could_not_be_written_is_refused_before_the_work(
 
 
 def full_disk(monkeypatch: pytest.MonkeyPatch, name: str) -> None:
-    """No file whose name holds ``name`` can be written any more."""
+    """No file whose name contains ``name`` can be written any more."""
     original = files.write
 
     def write(path: Path, content: bytes) -> None:
@@ -283,7 +283,7 @@ def test_real_writes_that_fail_leave_what_was_there(folder: Path, monkeypatch: p
                 raise OSError(errno.ENOSPC, "No space left on device")
 
             patched.setattr(os, name, fail)
-            with pytest.raises(OSError, match=r"No space left on device: .*file"):  # a full disk names none itself
+            with pytest.raises(OSError, match=r"No space left on device: .*file"):  # a full disk itself names no file
                 files.write(target, b"bad")
         assert target.read_bytes() == b"good"
         assert not list(folder.glob(".*.part"))
@@ -302,7 +302,7 @@ def test_what_killed_runs_left_is_taken_away(folder: Path) -> None:
     assert set(kept) <= names
 
 
-@pytest.mark.skipif(os.name != "posix", reason="signals as POSIX has them")
+@pytest.mark.skipif(os.name != "posix", reason="needs POSIX signals")
 @pytest.mark.parametrize(("number", "status"), [(signal.SIGINT, 130), (signal.SIGTERM, 143)])
 def test_signals_save_the_state(
     number: int, status: int, folder: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]

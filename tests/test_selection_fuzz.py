@@ -24,7 +24,7 @@ from tests.test_selection import draw
 ROOT = Path(__file__).resolve().parent.parent
 N, BUDGET = 80, 24
 
-# Hundreds of runs of the command, and processes that are killed: the second tier.
+# Hundreds of runs of the command, and processes that are killed, belong to the second tier.
 pytestmark = pytest.mark.slow
 
 
@@ -49,7 +49,7 @@ def expected(folder: Path, strategy: str, budget: int = BUDGET) -> list[int]:
 
 
 def damaged(content: bytes, random_source: random.Random, count: int) -> Iterator[bytes]:
-    """``content`` with one bit flipped, a stretch overwritten, or cut, in turn."""
+    """``content`` with one bit flipped, eight bytes overwritten, or the end cut off, one after another."""
     for case in range(count):
         place = random_source.randrange(len(content))
         changed = bytearray(content)
@@ -111,7 +111,7 @@ def test_a_damaged_input_ends_in_a_sentence_or_in_picks(
 
 
 class Failing:
-    """Lets call number ``at`` of a step of writing fail: open, write (half of it is written), fsync or replace."""
+    """Makes call number ``at`` of one step of writing fail: open, write (after half is written), fsync or replace."""
 
     def __init__(self, patched: pytest.MonkeyPatch, step: str, at: int) -> None:
         self.step, self.at, self.calls = step, at, 0
@@ -138,7 +138,7 @@ class Failing:
 
 
 class _Written:
-    """An open file; a write that fails leaves its first half."""
+    """An open file; a write that fails leaves the first half of its content."""
 
     def __init__(self, file: Any, failing: Failing) -> None:
         self._file, self._failing = file, failing
@@ -194,7 +194,7 @@ def test_an_error_at_any_write_keeps_the_last_good_files(
     print(f"{cases} runs with one write that failed")
 
 
-@pytest.mark.skipif(os.name != "posix", reason="kills as POSIX has them")
+@pytest.mark.skipif(os.name != "posix", reason="needs POSIX signals")
 @pytest.mark.parametrize("strategy", list(STRATEGIES))
 def test_a_kill_at_any_moment_loses_no_more_than_the_last_steps(strategy: str, folder: Path) -> None:
     """A process that saves after every round is killed at a random moment; the next one ends what it began."""

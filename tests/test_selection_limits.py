@@ -216,7 +216,7 @@ def test_float32_rows_of_any_magnitude() -> None:
 
 
 def test_maxdet_ends_by_index_once_nothing_is_left() -> None:
-    """Two directions of three values each, far from the origin: after a few picks every residual is rounding."""
+    """Seventeen columns of three values each, near or far from the origin: in the end every residual is rounding."""
     for offset, dtype in ((1e4, np.float32), (1e6, np.float64), (0.0, np.float64)):
         x = (offset + np.random.default_rng(0).integers(0, 3, (50, 17))).astype(dtype)
         assert sorted(select(x, 50, strategy="maxdet").indices.tolist()) == list(range(50))
@@ -234,7 +234,7 @@ def test_maxdet_ends_by_index_once_nothing_is_left() -> None:
 
 
 def test_maxdet_is_the_exact_argmax_near_full_rank() -> None:
-    """Against kernels of exact fractions' precision: longdouble, one column a pick."""
+    """Against a kernel in longdouble, one column for each pick."""
     for seed in range(3):
         x = draw(300, 40, seed=seed).double() * torch.logspace(0, -4, 40, dtype=torch.float64)
         got = select(x, 40, strategy="maxdet", options={"noise": 1e-9}).indices.tolist()

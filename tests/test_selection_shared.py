@@ -1,4 +1,4 @@
-"""Selection over the ranks of a group: picks, scores, radius and state of one process, and errors that all raise."""
+"""Selection over ranks: picks, scores, radius and state are those of one process; errors are raised on all ranks."""
 
 from typing import Any
 
@@ -33,7 +33,7 @@ def same(results: list[Any], expected: Any) -> None:
 def drawn_case(
     seed: int, n: int, d: int, kind: str, strategy: str, extras: set[str], dtype: torch.dtype
 ) -> dict[str, Any]:
-    """Arguments of a selection of one process, with ties where ``kind`` says so."""
+    """Arguments of a selection in one process, with ties if ``kind`` says so."""
     generator = torch.Generator().manual_seed(seed)
     x = torch.randn(n, d, generator=generator)
     if kind == "ties":

@@ -1,4 +1,4 @@
-"""States of a selection: what is damaged, made by hand or of another selection is refused; the rest goes on exactly."""
+"""States of a selection: damaged or hand-made ones and those of another selection are refused; others go on exactly."""
 
 from pathlib import Path
 from typing import Any
@@ -76,7 +76,7 @@ def test_entries_of_a_state_are_checked_one_by_one() -> None:
         (signed(indices=moved(N)), r"outside of \[0"),
         (signed(indices=moved(int(indices[0]))), "twice"),
         (signed(indices=moved(5)), "labelled"),
-        (signed(indices=moved(50)), "no candidates"),
+        (signed(indices=moved(50)), "not candidates"),
         (signed(scores=scores[:3]), "6 picks with 3 scores"),
         (signed(scores=scores * torch.nan), "NaN"),
     ):

@@ -113,7 +113,7 @@ def test_forms_of_a_pool_are_equivalent(tmp_path: Path) -> None:
 def test_work_cut_small_gives_the_same_picks(strategy: str, monkeypatch: pytest.MonkeyPatch) -> None:
     x, u, known = pool_of("clustered", 400, 12), np.arange(400), draw(70, 12, seed=2)
     expected = select(x, 30, uncertainty=u, labeled=known, **arguments(strategy))
-    monkeypatch.setattr("msacore.selection.pool._PAIRS", 1000)  # a few of 400 · 70
+    monkeypatch.setattr("msacore.selection.pool._PAIRS", 1000)  # far fewer than 400 · 70
     got = select(x, 30, uncertainty=u, labeled=known, **arguments(strategy))
     assert got.indices.equal(expected.indices)
     assert got.radius == expected.radius
@@ -170,7 +170,7 @@ def test_a_pool_of_eight_times_the_allowed_memory(tmp_path: Path) -> None:
         cwd=ROOT,
         capture_output=True,
         text=True,
-        # Large arrays get pages of their own, which go back when they are freed: nothing is kept for later ones.
+        # Large arrays get pages of their own, which go back to the system when freed: nothing is kept for later arrays.
         env=os.environ | {"OMP_NUM_THREADS": "1", "MALLOC_MMAP_THRESHOLD_": "65536", "MALLOC_TRIM_THRESHOLD_": "65536"},
     )
     assert done.returncode == 0, done.stderr
@@ -268,7 +268,7 @@ def test_long_steps_without_a_pick_give_a_sign_of_life(
     }
     for words in said.get(strategy, ()):
         assert words in shown
-    assert "checking" not in shown.rsplit("\r", 1)[-1]  # what was said goes with the next pick
+    assert "checking" not in shown.rsplit("\r", 1)[-1]  # the message disappears with the next pick
 
 
 def _command(*arguments: Any, **options: Any) -> subprocess.CompletedProcess[str]:
@@ -359,7 +359,7 @@ def test_the_command_line_reports_a_full_disk(
     assert [path.name for path in tmp_path.iterdir()] == ["pool.npy"]
 
 
-@pytest.mark.skipif(os.name != "posix", reason="signals as POSIX has them")
+@pytest.mark.skipif(os.name != "posix", reason="needs POSIX signals")
 @pytest.mark.slow  # 1,500 picks of a slow strategy
 def test_the_command_line_goes_on_after_an_interrupt(tmp_path: Path) -> None:
     np.save(tmp_path / "pool.npy", pool_of("gaussian", 2000, 8).numpy())

@@ -82,7 +82,7 @@ def test_docstrings_are_whole_on_the_page(site: Path) -> None:
 
 @pytest.fixture
 def address(site: Path) -> Iterator[str]:
-    """The site on a port of this machine: browsers give the search nothing from the disk."""
+    """The site on a local port, because browsers do not let the search read files from disk."""
 
     class Quiet(http.server.SimpleHTTPRequestHandler):
         def log_message(self, *args: object) -> None:

@@ -360,7 +360,7 @@ def test_the_command_writes_a_report_with_every_number(tmp_path: Path, capsys: p
     added = [at["SSLMM", 0.5, s]["test"]["mae"] - at["SSLMM", 0.0, s]["test"]["mae"] for s in (0, 1)]
     assert stored["data"]["cost_of_missing"]["SSLMM"]["mae"] == pytest.approx(added)
     assert all(cell["missing"]["kind"] == "exact" for cell in stored["data"]["cells"])
-    # The sentence at the end of the run and on top of the page: the best baseline at the main point, in each metric.
+    # The sentence at the end of the run and on top of the page: the best baseline at the main point in each metric.
     mean = {
         m: np.mean([at[m, 0.5, s]["test"]["mae"] for s in (0, 1)]) for m in ("SSLMM", *BASELINES, *RIDGES, BOOSTING)
     }

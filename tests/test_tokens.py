@@ -135,7 +135,7 @@ def test_a_model_for_each_metric_is_kept_where_asked(system: str, data: Path, tm
     assert cards["mae"]["scores"] == one["scores"]
 
     def judged(card: dict, name: str) -> float:
-        """On what chose the checkpoint: labelled videos left out, or the validation part by the graph alone."""
+        """Score on what chose the checkpoint: labelled videos left out, or the validation part by the graph alone."""
         scores = card["scores"]["labelled videos left out"] if system == "al_hcl" else card["graph"]
         return (-1 if name == "mae" else 1) * scores[name]
 

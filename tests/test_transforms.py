@@ -1,4 +1,4 @@
-"""Every operator and module under torch's ways to differentiate, batch, record and remember."""
+"""Every operator and module under torch's ways to differentiate, batch, trace and checkpoint."""
 
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
@@ -38,7 +38,7 @@ class _Call:
         return torch.stack([(o * c).sum() for o, c in zip(self.function(*values), self.cotangents, strict=True)]).sum()
 
     def squares(self, *values: Tensor) -> Tensor:
-        """Has a second derivative although an operator may be linear."""
+        """Has a second derivative even if the operator is linear."""
         return torch.stack([o.square().sum() for o in self.function(*values)]).sum()
 
     def check_backward(self, outputs: Sequence[Tensor], inputs: Sequence[Tensor]) -> None:
@@ -95,7 +95,7 @@ def test_vmap_is_a_loop_forward_and_backward(call: _Call) -> None:
         _assert_close([g[i] for g in gradients], gradient(*values))
     empty = torch.vmap(call.function)(*[v.new_empty(0, *v.shape) for v in call.values])
     assert [o.shape for o in empty] == [(0, *o.shape) for o in call.outputs]
-    # Autograd outside of the batch, and one argument that has no batch.
+    # Autograd outside the batch, and a batch of one argument only.
     first = batches[0].clone().requires_grad_()
     in_dims = (-1, *[None] * (len(call.values) - 1))
     outputs = torch.vmap(call.function, in_dims=in_dims)(first, *call.values[1:])
@@ -189,7 +189,7 @@ def test_fake_tensors_go_forward_and_backward(case: OpCase, sample: str) -> None
 @pytest.mark.filterwarnings("ignore::DeprecationWarning")
 def test_traces_have_gradients(call: _Call) -> None:
     traced = torch.jit.trace(call.function, tuple(call.leaves))
-    for _ in range(3):  # the first runs profile, later ones are optimised
+    for _ in range(3):  # the first runs are profiled, later ones optimised
         call.check_backward(traced(*call.leaves), call.leaves)
 
 

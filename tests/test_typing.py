@@ -23,7 +23,7 @@ def run(*command: str) -> subprocess.CompletedProcess[str]:
 
 @pytest.fixture
 def unexpected(tmp_path: Path) -> Path:
-    """The client with one expectation taken away: a checker that says nothing about it checks nothing."""
+    """The client with one expectation removed: a checker that says nothing about it checks nothing."""
     text = CLIENT.read_text(encoding="utf-8")
     line = next(line for line in text.splitlines() if "info_nse" in line)
     broken = tmp_path / "broken_client.py"
@@ -33,7 +33,7 @@ def unexpected(tmp_path: Path) -> Path:
 
 @pytest.mark.slow  # reads the types of all of torch
 def test_mypy_strict_accepts_the_client_and_finds_its_mistakes(unexpected: Path, tmp_path: Path) -> None:
-    # As where msacore is installed: its types are read, its own lines are not judged by the client's settings.
+    # As with an installed msacore: its types are read, but its own lines are not checked by the client's settings.
     settings = tmp_path / "mypy.ini"
     settings.write_text("[mypy]\nstrict = True\n[mypy-msacore.*]\nfollow_imports = silent\n")
     mypy = [sys.executable, "-m", "mypy", "--config-file", str(settings)]
@@ -85,7 +85,7 @@ def test_the_words_that_types_list_are_those_that_are_accepted() -> None:
 
 @pytest.mark.slow  # builds the metadata of an editable install
 def test_an_editable_install_is_on_the_path_as_a_folder(tmp_path: Path) -> None:
-    """Type checkers read no import hooks, which setuptools makes where it cannot name a folder."""
+    """Type checkers do not follow import hooks, which setuptools generates where it cannot name a folder."""
     copy = tmp_path / "copy"
     for name in ("pyproject.toml", "README.md", "LICENSE", "msacore/__init__.py", "msacore/_version.py"):
         (copy / name).parent.mkdir(parents=True, exist_ok=True)

@@ -67,7 +67,7 @@ def test_bald_is_zero_without_disagreement_and_bounded() -> None:
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float64], ids=str)
 @pytest.mark.parametrize("passes", [1, 2, 3, 7, 10])
 def test_equal_predictions_give_exactly_zero(passes: int, dtype: torch.dtype) -> None:
-    """A model whose dropout is off says the same in every pass; rounding must not look like uncertainty."""
+    """A model whose dropout is off predicts the same in every pass; rounding must not look like uncertainty."""
     generator = torch.Generator().manual_seed(passes)
     one = (torch.randn(500, generator=generator, dtype=torch.float64) * 3).to(dtype)
     for measure in (uncertainty.mc_variance, uncertainty.ensemble_variance, uncertainty.modality_disagreement):

@@ -2,7 +2,7 @@
 
 A test marked `slow` says why at the marker. The generic tests multiply cases by samples, dtypes and layouts; here the
 first tier keeps a part of every product, chosen by the sample's number, so that every operator, dtype and device path
-is in it: a test of the two tiers counts that.
+is in it, which tests/test_tiers.py checks.
 """
 
 from typing import Any
@@ -23,7 +23,7 @@ ON_HOST = {
     "test_hidden_inputs_are_never_read": 3,
     "test_non_contiguous_inputs_give_the_same_bits": 4,
 }
-# These samples take as long as all others of their operator.
+# Each of these samples takes as long as all others of its operator together.
 LONG = {
     "test_threads_share_the_work": ("statistics, whole window",),
     "test_every_output_is_written": ("large, labels", "rows too wide to keep"),
@@ -46,7 +46,7 @@ def waits(on_host: bool, test: str, number: int, params: dict[str, Any]) -> bool
     if test == "test_gradcheck" and on_host:
         return True  # the first tier compares these gradients with the reference's
     if test == "test_values_and_gradients_are_as_accurate_as_torch":
-        # On the host one dtype for each sample, on the CPU float32 and another one.
+        # CUDA code on the host: one dtype for each sample; the CPU operators: float32 and one other.
         return dtype != FLOATS[number % 4] if on_host else dtype not in (FLOATS[0], FLOATS[1 + number % 3])
     if dtype is not None:
         return dtype != (FLOATS[0], FLOATS[3])[number % 2]
@@ -54,5 +54,5 @@ def waits(on_host: bool, test: str, number: int, params: dict[str, Any]) -> bool
 
 
 def is_large_selection(test: str, params: dict[str, Any]) -> bool:
-    """Whether a test of selection takes too many centres or rows for CUDA code on the host."""
+    """Whether a test of selection uses too many centres or rows for CUDA code on the host."""
     return params.get("count") == 300 or (test.startswith("test_distances_closer") and params["metric"] == "cosine")

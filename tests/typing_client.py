@@ -1,7 +1,7 @@
 """What a type checker says to a user of msacore: `tests/test_typing.py` runs mypy --strict and pyright on this file.
 
 Nothing here is called. A line that must be an error carries a comment that expects it, and an expectation that is not
-met is an error in turn.
+met is itself an error.
 """
 
 import torch

@@ -58,7 +58,7 @@ def main(names: list[str]) -> None:
                 except RuntimeError as error:
                     assert f"{case.name}: forward-mode" in str(error)
                 else:
-                    raise AssertionError(f"{case.name} took a tangent")
+                    raise AssertionError(f"{case.name} accepted a tangent")
     print("all operators gave their results")
 
 

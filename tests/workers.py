@@ -14,14 +14,14 @@ import torch
 import torch.distributed as dist
 import torch.multiprocessing as mp
 
-SECONDS = 30.0  # for one collective; nothing hangs
-STARTING = 400.0  # for processes to start, on a machine with other work
+SECONDS = 30.0  # for one collective, so that nothing hangs
+STARTING = 400.0  # for processes to start on a busy machine
 
 
 def _serve(rank: int, world: int, folder: str, tasks: Any, results: Any) -> None:
     torch.set_num_threads(1)
     store = dist.FileStore(os.path.join(folder, "store"), world)
-    # A machine with other work may start the processes minutes apart.
+    # A busy machine may start the processes minutes apart.
     dist.init_process_group("gloo", store=store, rank=rank, world_size=world, timeout=timedelta(seconds=STARTING))
     groups = {
         size: dist.new_group(list(range(size)), timeout=timedelta(seconds=SECONDS)) for size in range(1, world + 1)
@@ -68,14 +68,14 @@ class Workers:
             tasks.put((function, size, arguments))
         try:
             found = self._collect(2 * SECONDS)
-        except AssertionError:  # ranks may wait for one another: the next function finds new ones
+        except AssertionError:  # ranks may wait for one another: the next function gets new ones
             self.close(wait=0)
             self._start()
             raise
         return [found[rank] for rank in range(size)]
 
     def _collect(self, seconds: float) -> dict[int, Any]:
-        """An answer of every living process, within ``seconds``: a rank may notice late what another raised."""
+        """An answer from every live process within ``seconds``; a rank may notice late what another raised."""
         found: dict[int, Any] = {}
         errors = []
         end = time.monotonic() + seconds
@@ -84,7 +84,7 @@ class Workers:
             try:
                 rank, result, error = self.results.get(timeout=1.0)
             except queue.Empty:
-                if living <= found.keys():  # the answer of a process that lived a second ago would be here
+                if living <= found.keys():  # an answer of a process that was alive a second ago would be here
                     break
                 continue
             found[rank] = result

@@ -1,4 +1,4 @@
-// Memory of results and of work on the way to them.
+// Allocation of results and of scratch memory.
 #pragma once
 #include <torch/csrc/stable/ops.h>
 
@@ -8,9 +8,9 @@
 
 namespace msacore {
 
-// An uninitialised tensor on the device of `like`. It goes through torch's dispatcher, which fills it with NaN under
-// torch.use_deterministic_algorithms: that is how tests see an element that no kernel writes. The allocation of
-// libtorch's C interface is faster by some microseconds and leaves the memory as it is.
+// An uninitialised tensor on the device of `like`. The allocation goes through torch's dispatcher, which fills it with
+// NaN under torch.use_deterministic_algorithms; tests rely on that to detect elements that no kernel writes. The
+// allocation function of libtorch's C interface is a few microseconds faster but leaves the memory as it is.
 inline Tensor empty_tensor(const Tensor& like, const std::vector<int64_t>& sizes, ScalarType dtype) {
   return torch::stable::new_empty(like, sizes, dtype);
 }

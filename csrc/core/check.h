@@ -1,4 +1,4 @@
-// Argument checks. A message names the operator, the argument, what was expected and what came.
+// Argument checks. A message names the operator, the argument, what was expected and what was given.
 #pragma once
 #include <torch/csrc/stable/tensor.h>
 #include <torch/headeronly/core/ScalarType.h>
@@ -35,7 +35,7 @@ inline std::string shape_text(const Tensor& t) {
   return text.str();
 }
 
-// `expected` holds a size per dimension, -1 for any; `meaning` spells the shape in words, such as "[N, d]".
+// `expected` holds one size per dimension, -1 for any size; `meaning` names the dimensions, such as "[N, d]".
 inline void check_shape(const Tensor& t, const char* op, const std::string& name,
                         std::initializer_list<int64_t> expected, const char* meaning) {
   bool ok = t.dim() == static_cast<int64_t>(expected.size());
@@ -106,7 +106,7 @@ inline std::string device_text(const Tensor& t) {
   return (t.is_cuda() ? "cuda:" : "device:") + std::to_string(t.get_device_index());
 }
 
-// All tensors of a call live on the device of its first one.
+// All tensors of a call must be on the device of the first one.
 inline void check_device(const Tensor& t, const char* op, const std::string& name, const Tensor& like) {
   check(t.device() == like.device(), op, "expected `", name, "` on ", device_text(like), ", got ", device_text(t));
 }

@@ -1,8 +1,8 @@
-// Whole numbers rounded to multiples.
+// Integers rounded to multiples.
 #pragma once
 #include <type_traits>
 
-// Kernels call these too.
+// Kernels call these functions too.
 #ifdef __CUDACC__
 #define MSACORE_HOST_DEVICE __host__ __device__
 #else
@@ -11,7 +11,7 @@
 
 namespace msacore {
 
-// Both arguments are positive or zero, `divisor` is not zero.
+// Neither argument is negative, and `divisor` is not zero.
 template <typename T, typename U>
 MSACORE_HOST_DEVICE constexpr std::common_type_t<T, U> ceil_div(T value, U divisor) {
   return (value + divisor - 1) / divisor;

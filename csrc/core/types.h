@@ -1,4 +1,5 @@
-// Element types of tensors, and the type their sums are kept in. No torch header but torch/headeronly: kernels use it.
+// Element types of tensors, and the type in which their sums are kept. Kernels include this file, so it includes no
+// torch headers except torch/headeronly.
 #pragma once
 #include <torch/headeronly/util/BFloat16.h>
 #include <torch/headeronly/util/Half.h>
@@ -8,7 +9,7 @@ namespace msacore {
 using BFloat16 = c10::BFloat16;
 using Half = c10::Half;
 
-// Type that sums are kept in: 16-bit inputs accumulate in float32.
+// Type in which sums are kept: 16-bit inputs accumulate in float32.
 template <typename T>
 struct AccumulateType {
   using type = float;

@@ -1,5 +1,5 @@
-// Products of bfloat16 matrices with sums in float32, by the matrix instructions of the processor (AMX) where it has
-// them. Compiled into every binary for x86-64 and chosen when it runs.
+// Products of bfloat16 matrices with sums in float32, using the processor's matrix instructions (AMX) where it has
+// them. GCC compiles the AMX code into every binary for Linux on x86-64; it is chosen at run time.
 #pragma once
 #include <cstdint>
 #include <cstring>
@@ -23,12 +23,12 @@ namespace msacore::cpu {
 
 constexpr int64_t kPairDepth = 32;  // depths are padded to multiples of this
 
-// Two bfloat16 numbers that the instructions multiply together: those of an even and of the next depth.
+// Two bfloat16 numbers that the instructions take together: one at an even depth and one at the next.
 using Pair = uint32_t;
 
-// c [m, n] (+)= a [m, depth] · b [depth, n]; m and n multiples of kPanel, depth one of kPairDepth. Rows of a are
-// contiguous, `row_a` numbers apart. b holds, for every two depths, pairs of n columns: panels of kPanel columns are
-// `panel_b` pairs apart, the pairs of the next two depths `step_b`.
+// c [m, n] (+)= a [m, depth] · b [depth, n]; m and n are multiples of kPanel, depth is a multiple of kPairDepth. Rows
+// of a are contiguous and `row_a` numbers apart. b holds a pair per column for every two depths: panels of kPanel
+// columns are `panel_b` pairs apart, and the next two depths follow after `step_b` pairs.
 struct PairProduct {
   int64_t m, n, depth;
   const uint16_t* a;
@@ -42,7 +42,7 @@ struct PairProduct {
 
 #if MSACORE_HAS_AMX
 
-// Whether there are matrix instructions and the system lets this process use them, which has to be asked for.
+// Whether the processor has matrix instructions and the system lets this process use them, which has to be requested.
 inline bool has_pair_products() {
   static const bool has = [] {
     unsigned a = 0, b = 0, c = 0, d = 0;
@@ -101,7 +101,7 @@ MSACORE_AMX inline void pair_product(const PairProduct& t) {
     uint8_t rows[16] = {16, 16, 16, 16, 16, 16, 16, 16};
   } shapes;
   static_assert(sizeof(shapes) == 64, "the layout of the instruction");
-  // The instructions are written as assembly that does not tell the compiler which memory it reads and writes.
+  // The intrinsics are inline assembly that does not tell the compiler which memory it reads and writes.
   __asm__ volatile("" ::: "memory");
   _tile_loadconfig(&shapes);
   int64_t j = 0;
@@ -123,7 +123,7 @@ MSACORE_AMX inline void pair_product(const PairProduct& t) {
 
 inline bool has_pair_products() { return false; }
 
-// What the instructions compute.
+// Computes what the matrix instructions would.
 inline void pair_product(const PairProduct& t) {
   const auto value = [](uint32_t high) {
     float out;

@@ -11,8 +11,8 @@
 
 namespace msacore::cpu {
 
-// Uninitialised, aligned to a cache line; memory of more than a large page to that, so that few pages have to be
-// mapped.
+// Uninitialised unless a value is given, and aligned to a cache line; buffers of a huge page or more are aligned to
+// huge pages, so that few pages have to be mapped.
 template <typename A>
 class Buffer {
  public:
@@ -25,8 +25,8 @@ class Buffer {
   A& operator[](int64_t i) const { return data_[i]; }
 
  private:
-  // The C library hands small blocks out of a cache of the thread, but aligned ones never: they take malloc, and the
-  // address that it returned stands before the aligned one.
+  // The C library serves small blocks from a per-thread cache, but never aligned blocks. Memory therefore comes from
+  // malloc, and the address that malloc returned is stored just before the aligned one.
   static A* allocate(size_t bytes) {
     const size_t alignment = bytes < kHugePage ? kLine : kHugePage;
     void* const memory = std::malloc(bytes + alignment);

@@ -1,4 +1,4 @@
-// Elementary functions that the compiler can vectorise; the C library's are one call per element.
+// Elementary functions that the compiler can vectorise; the C library's need one call per element.
 #pragma once
 #include <cstdint>
 #include <cstring>
@@ -15,9 +15,8 @@ MSACORE_INLINE To bits_as(From from) {
   return to;
 }
 
-// 2^(k + rest), where `shifted` is 1.5 · 2^(mantissa bits) + k, so that the integer k lies in the low bits, and rest is
-// in
-// [-1/2, 1/2]: k by the exponent bits, times a polynomial of the rest (Chebyshev interpolation, relative error 2.5e-9).
+// 2^(k + rest), where `shifted` is 1.5 · 2^(mantissa bits) + k, so that its low bits hold the integer k, and rest is in
+// [-1/2, 1/2]: 2^k from the exponent bits, times a polynomial in rest (Chebyshev interpolation, relative error 2.5e-9).
 MSACORE_INLINE float power_of_two(float shifted, float rest) {
   float p = 1.54614446985691e-4f;
   p = p * rest + 1.34004281776158e-3f;
@@ -67,7 +66,7 @@ MSACORE_INLINE double exp2_of(double x) {
 }
 
 // e^x within 2 units in the last place where the result is a normal number, 0 below, +inf above; NaN stays NaN.
-// x = k ln 2 + r with |r| <= ln 2 / 2; ln 2 in two parts, the first short enough for an exact product.
+// x = k ln 2 + r with |r| <= ln 2 / 2; ln 2 is split into two parts, the first short enough for an exact product.
 MSACORE_INLINE float exp_of(float x) {
   const float clamped = x < -87.3f ? -87.3f : (x > 88.3f ? 88.3f : x);
   const float shifted = clamped * 1.44269504f + kRoundFloat;

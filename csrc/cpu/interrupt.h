@@ -1,4 +1,4 @@
-// Long loops on the CPU hear Ctrl-C: the Python module sets a hook that asks its interpreter.
+// Signals such as Ctrl-C can interrupt long loops on the CPU: the Python module sets a hook that asks its interpreter.
 #pragma once
 #include <atomic>
 #include <chrono>
@@ -8,20 +8,20 @@
 
 namespace msacore::cpu {
 
-// Whether the caller wants the running operator to stop. Null in programs without Python: nothing interrupts them.
-// Visible outside, so that the library of the operators and the Python module have one between them.
+// Whether the caller wants the running operator to stop. Null in programs without Python: nothing interrupts their
+// operators. The symbol is exported, so that the operator library and the Python module share one hook.
 __attribute__((visibility("default"))) inline std::atomic<bool (*)()> interrupt_hook{nullptr};
 
-// One call of an operator. Its threads report their work with `stop`; the hook is asked by the calling thread alone,
-// the only one that may wait for the interpreter, and a few times a second at most.
+// One call of an operator. Its threads report their work with `stop`; only the calling thread, which alone may wait for
+// the interpreter, calls the hook, and at most ten times a second.
 class Interruption {
  public:
-  // A thread's share of the counting.
+  // What one thread has counted since it last checked.
   struct Work {
     int64_t done = 0;
   };
 
-  // Adds `work`, in rows of a cache line or so, and says whether the loop has to end.
+  // Adds `work`, measured in rows of about a cache line, and returns whether the loop has to end.
   bool stop(Work& counted, int64_t work) {
     counted.done += work;
     if (counted.done < kBetweenLooks) return false;
@@ -30,14 +30,14 @@ class Interruption {
     return stopped_.load(std::memory_order_relaxed);
   }
 
-  // Raises what the Python side turns into the exception of the signal's handler.
+  // After an interruption, raises an error that Python replaces with the exception of the signal handler.
   void check(const char* op) const {
     if (stopped_.load(std::memory_order_relaxed)) fail(op, "interrupted");
   }
 
  private:
   using Clock = std::chrono::steady_clock;
-  static constexpr int64_t kBetweenLooks = 1 << 16;  // some hundred microseconds of work
+  static constexpr int64_t kBetweenLooks = 1 << 16;  // a few hundred microseconds of work
   static constexpr std::chrono::milliseconds kBetweenQuestions{100};
 
   void ask() {

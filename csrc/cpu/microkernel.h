@@ -1,5 +1,5 @@
-// Matrix products on cache-sized tiles, called from within a thread: no dispatcher call per product, one file of code
-// for every vector width.
+// Matrix products on cache-sized tiles, called from within a thread: no dispatcher call per product, and one source for
+// all vector widths.
 #pragma once
 #include <cstdint>
 
@@ -12,8 +12,8 @@ constexpr int64_t kPanel = 16;  // sizes are padded to multiples of this
 
 inline int64_t padded(int64_t n) { return round_up(n, kPanel); }
 
-// Rows × vectors of the result that stay in registers; kBytes is the width of a vector register. Of 32 registers, 8 × 3
-// take 11 loads for 24 multiplications, where 16 × 1 would take 17 for 16.
+// Rows × vectors of the result that stay in registers; kBytes is the width of a vector register. With 32 registers,
+// 8 × 3 needs 11 loads for 24 multiplications, where 16 × 1 would need 17 for 16.
 template <typename A, int kBytes>
 struct RegisterBlock {
   static constexpr int kWidth = kBytes / static_cast<int>(sizeof(A));
@@ -51,7 +51,7 @@ MSACORE_INLINE void register_product(const Product<A>& t, int64_t i, int64_t j) 
   for (int r = 0; r < kRows; ++r)
 #pragma GCC unroll 3
     for (int v = 0; v < kVectors; ++v) {
-      __builtin_prefetch(c + r * row_c + v * kWidth, 1);  // it may be in an outer cache
+      __builtin_prefetch(c + r * row_c + v * kWidth, 1);  // c may be in an outer cache
       sum[r][v] = Vector{};
     }
   for (int64_t p = 0; p < depth; ++p) {
@@ -74,8 +74,8 @@ MSACORE_INLINE void register_product(const Product<A>& t, int64_t i, int64_t j) 
     }
 }
 
-// Columns of the next strip of b, fetched a share at a time while the one before is multiplied with: its rows may be
-// far apart, and then no hardware sees the pattern.
+// Prefetches the columns of the next strip of b, a share at a time, while the current strip is multiplied: the rows of
+// b may be too far apart for hardware prefetchers to see the pattern.
 template <typename A, int kSpan>
 class Ahead {
  public:
@@ -95,11 +95,11 @@ class Ahead {
   int64_t begin_, end_, share_, row_ = 0;
 };
 
-// All rows of a strip of kVectors vectors of columns.
+// All rows of c in a strip of kVectors vectors of columns.
 template <typename A, int kBytes, int kRows, int kVectors>
 MSACORE_INLINE void strip_product(const Product<A>& t, int64_t j) {
   constexpr int kSpan = kVectors * kBytes / static_cast<int>(sizeof(A));
-  // Six rows at a time leave two or three of some sizes; two blocks of four then keep more sums in flight.
+  // Blocks of six rows leave two or three rows over for some sizes; two blocks of four then keep more sums in flight.
   const int64_t left = t.m % kRows;
   const bool borrow = (left == 2 || left == 3) && t.m > kRows;
   const int64_t full = t.m - left - (borrow ? kRows : 0);
@@ -125,7 +125,7 @@ MSACORE_INLINE void strips_product(const Product<A>& t) {
   }
 }
 
-// Of depths whose strips of b stay in the innermost cache.
+// Splits the depth into parts whose strips of b stay in the innermost cache.
 template <typename A, int kBytes>
 MSACORE_INLINE void product_body(const Product<A>& whole) {
   constexpr int64_t kStripBytes = 36 << 10;
@@ -157,8 +157,8 @@ void product_baseline(const Product<A>& t) {
   product_body<A, 16>(t);
 }
 
-// c [m, n] (+)= a [m, depth] · b [depth, n], n a multiple of kPanel. Element (i, p) of a is a[i·row_a + p·step_a];
-// b comes as panels of kPanel columns, `panel_b` apart, whose rows are `step_b` apart.
+// c [m, n] (+)= a [m, depth] · b [depth, n], n a multiple of kPanel. Element (i, p) of a is a[i·row_a + p·step_a]; b
+// consists of panels of kPanel columns, `panel_b` apart, with rows `step_b` apart.
 template <typename A>
 void small_product(const Product<A>& t) {
   switch (vector_bytes()) {

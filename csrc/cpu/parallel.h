@@ -1,4 +1,5 @@
-// Loops whose parts go to whichever thread is free, so that one whose core another process uses takes fewer of them.
+// Parallel loops whose parts go to whichever thread is free, so that a thread that shares its core with another process
+// takes fewer parts.
 #pragma once
 #include <torch/csrc/stable/ops.h>
 
@@ -9,9 +10,9 @@
 
 namespace msacore::cpu {
 
-// Calls body(own, first, last) for the parts of begin … end, each of `grain` members or more but for the last, where
-// `own` is what a thread gets from `make` for all its parts. Parts depend on the number of threads alone; which thread
-// takes one is left open.
+// Calls body(own, first, last) for the parts of begin … end, where `own` is what a thread gets from `make`, once for
+// all its parts. Every part but the last has at least `grain` members. For a given loop, the parts depend on the number
+// of threads alone; which thread takes a part is not fixed.
 template <typename Make, typename Body>
 void parallel_for(int64_t begin, int64_t end, int64_t grain, const Make& make, const Body& body) {
   constexpr int64_t kPartsOfAThread = 8;

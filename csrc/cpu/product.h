@@ -1,5 +1,5 @@
-// Matrix products on blocks of memory inside CPU kernels: through torch (oneMKL behind it on x86) where the product is
-// large enough to pay for the call, in registers below that.
+// Matrix products on blocks of memory inside CPU kernels: through torch (oneMKL on x86) where the product is large
+// enough to pay for the call, and in registers where it is smaller.
 #pragma once
 #include <torch/csrc/inductor/aoti_torch/generated/c_shim_cpu.h>
 #include <torch/csrc/stable/ops.h>
@@ -18,7 +18,7 @@
 
 namespace msacore::cpu {
 
-// A matrix in someone else's memory.
+// A matrix in memory that it does not own.
 template <typename A>
 struct Block {
   A* data;
@@ -37,8 +37,8 @@ Block<const A> constant(const Block<A>& b) {
   return {b.data, b.rows, b.cols, b.row_stride, b.col_stride};
 }
 
-// `t` in the given dtype with contiguous memory, itself where it is that already: a dispatcher call costs more than the
-// smallest products.
+// `t` in the given dtype with contiguous memory; `t` itself where it already is, because a dispatcher call costs more
+// than the smallest products.
 inline Tensor contiguous_as(const Tensor& t, ScalarType dtype) {
   const Tensor same = t.scalar_type() == dtype ? t : torch::stable::to(t, dtype);
   return same.is_contiguous() ? same : torch::stable::contiguous(same);
@@ -46,7 +46,7 @@ inline Tensor contiguous_as(const Tensor& t, ScalarType dtype) {
 
 inline Tensor contiguous_as(const Tensor& t) { return contiguous_as(t, t.scalar_type()); }
 
-// Memory for the intermediate results of one thread, aligned for vector loads, not initialised, freed together.
+// Memory for the intermediate results of one thread, aligned for vector loads, uninitialised, freed all at once.
 class Scratch {
  public:
   template <typename A>

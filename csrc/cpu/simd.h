@@ -3,7 +3,7 @@
 #include <cstdint>
 #include <string>
 
-// Marks a leaf function: the loader picks the clone for the machine. A lambda handed to parallel_for is a function of
+// Marks a leaf function: the loader picks the clone for the processor. A lambda passed to parallel_for is a function of
 // its own and stays baseline, so the marked function takes raw pointers and is called from the lambda.
 #if defined(__x86_64__) && defined(__linux__) && defined(__GNUC__) && !defined(__clang__) && !defined(__CUDACC__)
 #define MSACORE_SIMD __attribute__((target_clones("default", "arch=x86-64-v3", "arch=x86-64-v4")))
@@ -22,7 +22,8 @@
 
 namespace msacore::cpu {
 
-// Width of a vector register here, for leaves written once per width (MSACORE_AVX2, MSACORE_AVX512) instead of cloned.
+// Width in bytes of this processor's vector registers, for leaf functions compiled once per width (MSACORE_AVX2,
+// MSACORE_AVX512) instead of cloned.
 inline int vector_bytes() {
 #if MSACORE_HAS_CLONES
   static const int bytes = __builtin_cpu_supports("x86-64-v4") ? 64 : __builtin_cpu_supports("x86-64-v3") ? 32 : 16;

@@ -14,7 +14,7 @@ __device__ __forceinline__ void async_copy16(void* shared, const void* global, b
 #endif
 }
 
-// The same for 4 bytes: rows whose width is not a multiple of 16 bytes.
+// The same for 4 bytes, for rows whose width is not a multiple of 16 bytes.
 __device__ __forceinline__ void async_copy4(void* shared, const void* global, bool valid = true) {
 #ifdef __CUDACC__
   const unsigned to = static_cast<unsigned>(__cvta_generic_to_shared(shared));

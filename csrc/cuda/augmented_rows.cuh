@@ -1,11 +1,12 @@
-// Rows [x, 1] of which some are hidden, as an operand of a product.
+// Rows [x, 1], some of them hidden, as an operand of a product.
 #pragma once
 #include "cuda/tile_product.cuh"
 
 namespace msacore::cuda {
 
-// Copies 16 bytes from column j on of row `row` of [x, 1], x in rows of `features`. A row whose x is not `seen` is zero
-// before the 1 and not read; `one` says whether there is a 1. `aligned`: rows of x begin at multiples of 16 bytes.
+// Copies 16 bytes of row `row` of [x, 1], from column j on; rows of x have `features` columns. Where x is not `seen` it
+// is not read, and zeros stand before the 1; `one` says whether there is a 1. `aligned`: rows of x begin at multiples
+// of 16 bytes.
 template <typename T>
 __device__ __forceinline__ void copy_augmented(T* to, const T* x, int64_t row, int64_t j, int64_t features, bool seen,
                                                bool one, bool aligned) {

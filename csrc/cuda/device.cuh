@@ -1,5 +1,5 @@
-// All a kernel may use. Under nvcc this is CUDA; under a host compiler it is tests/cuda_on_host. Tests define
-// MSACORE_SMALL_SIZES, with which pieces, strips and limits are small and small inputs already reach every branch.
+// Everything a kernel may use. Under nvcc this is CUDA; under a host compiler it is tests/cuda_on_host. Tests define
+// MSACORE_SMALL_SIZES, which makes pieces, strips and limits small, so that small inputs already reach every branch.
 #pragma once
 #include <cstdint>
 #include <type_traits>
@@ -31,7 +31,7 @@ using identity_t = T;
                                               alignof(::msacore::cuda::identity_t<__VA_ARGS__>)))
 #endif
 
-// The block's dynamic shared memory, 16-byte aligned, as many bytes as the launch asked for.
+// The block's dynamic shared memory, 16-byte aligned, of the size that the launch asked for.
 template <typename T>
 __device__ __forceinline__ T* dynamic_shared() {
 #ifdef __CUDACC__
@@ -49,7 +49,7 @@ __device__ __forceinline__ int threads_in_block() { return static_cast<int>(bloc
 __device__ __forceinline__ int lane_id() { return thread_in_block() % kWarp; }
 __device__ __forceinline__ int warp_id() { return thread_in_block() / kWarp; }
 
-// for (int64_t i = grid_thread(); i < n; i += grid_threads()), in grids of one dimension
+// for (int64_t i = grid_thread(); i < n; i += grid_threads()), in one-dimensional grids
 __device__ __forceinline__ int64_t grid_thread() { return int64_t{blockIdx.x} * blockDim.x + threadIdx.x; }
 __device__ __forceinline__ int64_t grid_threads() { return int64_t{gridDim.x} * blockDim.x; }
 
@@ -73,14 +73,15 @@ struct Min {
   }
 };
 
-// Reductions by a fixed tree: every lane gets the same bits, and two runs do too. `Lanes` neighbours reduce together.
+// Reductions along a fixed tree: every lane gets the same bits, in every run. `Lanes` neighbouring lanes reduce
+// together.
 template <int Lanes = kWarp, typename T, typename Op>
 __device__ __forceinline__ T warp_reduce(T value, Op op) {
 #pragma unroll
   for (int step = Lanes / 2; step > 0; step /= 2) value = op(value, __shfl_xor_sync(kAllLanes, value, step));
   return value;
 }
-// The same over `lanes` neighbours (a power of two) of which other groups of the warp may be elsewhere.
+// Sum over `lanes` neighbouring lanes (a power of two), while other groups of the warp may be executing other code.
 template <typename T>
 __device__ __forceinline__ T group_sum(T value, int lanes) {
   const unsigned group = (lanes == kWarp ? kAllLanes : (1u << lanes) - 1) << (lane_id() / lanes * lanes);
@@ -111,7 +112,7 @@ __device__ __forceinline__ T block_sum(T value) {
   return block_reduce(value, Sum{}, T(0));
 }
 
-// Sum over this lane and those before it.
+// Sum over this lane and the lanes before it.
 template <typename T>
 __device__ __forceinline__ T warp_inclusive_scan(T value) {
 #pragma unroll
@@ -122,7 +123,7 @@ __device__ __forceinline__ T warp_inclusive_scan(T value) {
   return value;
 }
 
-// Sum over the threads before this one; `total` becomes the sum over the block. Called as block_reduce is.
+// Sum over the threads before this one; `total` becomes the sum over the block. Called like block_reduce.
 template <typename T>
 __device__ __forceinline__ T block_exclusive_scan(T value, T& total) {
   MSACORE_SHARED(partial, T[kWarp]);

@@ -1,4 +1,4 @@
-// The one place that launches kernels, and what a launch needs to know of the chip.
+// The one place that launches kernels, and what a launch needs to know about the GPU.
 #pragma once
 #include <torch/csrc/stable/macros.h>
 #include <torch/headeronly/util/Exception.h>
@@ -23,13 +23,13 @@ inline int device_attribute(cudaDeviceAttr attribute) {
   return value;
 }
 
-// Bytes of dynamic shared memory a block may have, at most.
+// Maximum dynamic shared memory of a block, in bytes.
 inline size_t shared_limit() { return static_cast<size_t>(device_attribute(cudaDevAttrMaxSharedMemoryPerBlockOptin)); }
 
 inline int multiprocessors() { return device_attribute(cudaDevAttrMultiProcessorCount); }
 
-// Takes what a launch returned: CUDA's last error may be an earlier one of somebody else. An error of ours is cleared,
-// so that it is reported here and not by the caller's next CUDA call.
+// Checks the error that a launch returned, not CUDA's last error, which may be an earlier error of other code. After a
+// failed launch the last error is cleared, so that the failure is reported here and not by the caller's next CUDA call.
 inline void check_launch(cudaError_t error) {
   if (error != cudaSuccess) cudaGetLastError();
   if (error == cudaErrorNoKernelImageForDevice || error == cudaErrorInvalidDeviceFunction) {
@@ -54,7 +54,7 @@ constexpr int64_t kMaxBlocks = 1 << 16;
 constexpr int64_t kMaxBlocks = 7;  // few, so that small inputs already make a thread own several elements
 #endif
 
-// Zeros on the stream, as a memset: no kernel.
+// Zeroes memory on the stream with a memset, not a kernel.
 inline void clear_memory(void* memory, size_t bytes, cudaStream_t stream) {
 #ifdef __CUDACC__
   STD_CUDA_CHECK(cudaMemsetAsync(memory, 0, bytes, stream));
@@ -64,7 +64,8 @@ inline void clear_memory(void* memory, size_t bytes, cudaStream_t stream) {
 #endif
 }
 
-// A limit between two ways of a computation, which the environment may set to measure both.
+// A limit between two ways of computing the same result. An environment variable may set it, so that both ways can be
+// measured.
 inline int64_t limit_from(const char* variable, int64_t otherwise) {
   const char* text = std::getenv(variable);
   if (!text || !*text) return otherwise;
@@ -79,7 +80,7 @@ inline dim3 grid_for(int64_t items, int threads) {
   return dim3(static_cast<unsigned>(std::min(ceil_div(items, threads), kMaxBlocks)));
 }
 
-// Runs `kernel` on `stream`; an empty grid is not launched. Dynamic shared memory up to the chip's limit is granted.
+// Runs `kernel` on `stream`; an empty grid is not launched. Dynamic shared memory up to the GPU's limit is granted.
 template <typename... P, typename... A>
 void launch(void (*kernel)(P...), dim3 grid, dim3 block, size_t shared, cudaStream_t stream, A... args) {
   static_assert((sizeof(P) + ... + 0) <= 4000, "kernel parameters beyond 4 KiB need a driver of CUDA 12.1 or newer");
@@ -91,7 +92,7 @@ void launch(void (*kernel)(P...), dim3 grid, dim3 block, size_t shared, cudaStre
   constexpr size_t kGrantedAlways = 48 * 1024;
   if (shared > kGrantedAlways) {
     STD_TORCH_CHECK(shared <= shared_limit(), "msacore: a kernel needs ", shared,
-                    " bytes of shared memory per block, this GPU has ", shared_limit());
+                    " bytes of shared memory per block, but this GPU has ", shared_limit());
   }
 #ifdef __CUDACC__
   if (shared > kGrantedAlways) {

@@ -1,4 +1,4 @@
-// Tensor-core products of one warp, C [16, 8] += A [16, k] · B [k, 8], and the loads that make their fragments.
+// Tensor-core products of one warp, C [16, 8] += A [16, k] · B [k, 8], and the loads of their fragments.
 //
 // Fragments, with g = lane / 4 and t = lane % 4 (PTX ISA, "Matrix Fragments for mma.m16n8k16" and ".m16n8k8"):
 //
@@ -64,8 +64,8 @@ __device__ __forceinline__ void mma_tf32(float (&c)[4], const uint32_t (&a)[4], 
 #endif
 }
 
-// k = 8 on float32: each operand is a tf32 plus a tf32 remainder, three products keep float32's accuracy. An `Exact`
-// operand is tf32 already (16-bit numbers are) and has no remainder.
+// k = 8 on float32: each operand is split into a tf32 number and a tf32 remainder, and three products keep float32's
+// accuracy. An `Exact` operand is tf32 already (16-bit numbers are) and has no remainder.
 template <bool ExactA = false, bool ExactB = false>
 __device__ __forceinline__ void mma_float(float (&c)[4], const float (&a)[4], const float (&b)[2]) {
   uint32_t a_high[4], a_low[4], b_high[2], b_low[2];

@@ -1,4 +1,4 @@
-// What the launch code of every family (`<op>_cuda.cu`) starts from: registration, device guard, current stream,
+// What the launch code of every operator family (`<op>_cuda.cu`) builds on: registration, device guard, current stream,
 // launch. A host build (tests/cuda_on_host) registers the same functions for CPU tensors in a library of its own.
 #pragma once
 #include <torch/csrc/inductor/aoti_torch/c/shim.h>
@@ -19,7 +19,7 @@
 
 namespace msacore::cuda {
 
-// Makes the tensor's device current for its lifetime, and knows the stream to launch on.
+// Makes the tensor's device current while this object lives, and holds the stream to launch on.
 struct OnDeviceOf {
 #ifdef __CUDACC__
   torch::stable::accelerator::DeviceGuard guard;

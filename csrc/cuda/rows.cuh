@@ -1,4 +1,4 @@
-// Rows of [rows, width] shared out to groups of lanes.
+// Rows of [rows, width] distributed over groups of lanes.
 #pragma once
 #include "cuda/device.cuh"
 
@@ -17,7 +17,8 @@ struct Lanes {
   __device__ int lane() const { return static_cast<int>(grid_thread()) & (count() - 1); }
 };
 
-// A row's lanes take 16 bytes of the accumulation type each where width and addresses allow it, else single elements.
+// Whether width and addresses allow each lane of a row to take 16 bytes of the accumulation type; otherwise lanes take
+// single elements.
 template <typename A>
 bool can_vectorise(int64_t width, std::initializer_list<const void*> pointers) {
   bool aligned = width % kPer16<A> == 0;

@@ -8,9 +8,9 @@
 
 namespace msacore::cuda {
 
-// Arrays in one allocation, because each costs the host as much as a small kernel costs the GPU. `request(scratch)`
-// takes every array; it is called twice, the first time to learn the size. On the host every array is a tensor of its
-// own, so that AddressSanitizer sees their bounds.
+// Arrays in one allocation, because an allocation costs the host as much as a small kernel costs the GPU.
+// `request(scratch)` takes every array; it is called twice, the first time to learn the size. In a host build every
+// array is a tensor of its own, so that AddressSanitizer sees its bounds.
 class Scratch {
  public:
   template <typename Request>

@@ -1,4 +1,4 @@
-// Stable sort on the device with no host synchronisation: the number of passes follows from the bound of the keys.
+// Stable sort on the device with no host synchronisation: the number of passes follows from the bound on the keys.
 #pragma once
 #include <utility>
 
@@ -9,8 +9,8 @@
 
 namespace msacore::cuda {
 
-// Positions [count] that order `keys` [count] (int64, taken as clamped to [0, bound)); equal keys keep their order, or
-// that of the positions `before`, which sorts by both.
+// Positions [count] that sort `keys` [count] (int64, clamped to [0, bound)). Equal keys keep their order, or that of
+// the positions `before`, so that two calls sort by two keys.
 inline Tensor sorted_positions(const Tensor& keys, int64_t bound, cudaStream_t stream, const Tensor* before = nullptr) {
   const int64_t count = keys.numel();
   const int64_t blocks = ceil_div(count, radix::kTile);

@@ -11,11 +11,11 @@ constexpr int kRounds = 16;                // keys of one thread
 constexpr int kTile = kThreads * kRounds;  // keys of one block
 constexpr int kScanThreads = 1024, kScanItems = 4;
 
-// Keys are those of `position`, or of 0 … count when that is null: keys stay in place, positions move.
+// The keys at `position`, or at 0 … count - 1 where it is null: keys stay in place, positions move.
 struct Keys {
   const int64_t* key;
   const int64_t* position;
-  int64_t count, bound;  // keys outside [0, bound) count as the nearest inside
+  int64_t count, bound;  // keys outside [0, bound) count as the nearest key inside
   int shift;
 
   __device__ int64_t at(int64_t i) const { return position ? position[i] : i; }
@@ -38,7 +38,7 @@ __global__ void __launch_bounds__(kThreads) count_kernel(Keys keys, int64_t* __r
   counts[int64_t{threadIdx.x} * gridDim.x + blockIdx.x] = count[threadIdx.x];
 }
 
-// One block replaces `values` [count] by the sums of those before each.
+// One block replaces each of `values` [count] by the sum of the values before it.
 __global__ void __launch_bounds__(kScanThreads) exclusive_scan_kernel(int64_t* __restrict__ values, int64_t count) {
   int64_t before = 0;
   for (int64_t start = 0; start < count; start += kScanThreads * kScanItems) {
@@ -59,7 +59,7 @@ __global__ void __launch_bounds__(kScanThreads) exclusive_scan_kernel(int64_t* _
   }
 }
 
-// Block b moves its tile; `starts` [256, blocks] is where the b-th tile's keys of a digit begin. A warp owns 512
+// Block b moves its tile; `starts` [256, blocks] holds where the keys of each digit and tile begin. A warp owns 512
 // neighbouring keys and takes 32 at a time, so equal digits keep their order.
 __global__ void __launch_bounds__(kThreads)
     scatter_kernel(Keys keys, const int64_t* __restrict__ starts, int64_t* __restrict__ out) {

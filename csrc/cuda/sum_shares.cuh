@@ -1,11 +1,11 @@
-// Launches of sums that blocks share.
+// Launches of sums to which several blocks contribute.
 #pragma once
 #include "cuda/launch.cuh"
 #include "cuda/sum_shares_kernels.cuh"
 
 namespace msacore::cuda {
 
-// Sums of `share_count` shares that lie `stride` apart, into all of `out` [count].
+// Sums `share_count` shares, which lie `stride` apart, into `out` [count].
 template <typename A, typename T>
 void sum_shares(const A* shares, int64_t share_count, int64_t stride, T* out, int64_t count, cudaStream_t stream) {
   const bool many = share_count > 64;

@@ -1,4 +1,4 @@
-// Second pass of sums that blocks share: in a fixed order, so that no atomics are needed.
+// Second pass of sums to which several blocks contribute: their shares are added in a fixed order, without atomics.
 #pragma once
 #include "cuda/device.cuh"
 
@@ -6,7 +6,8 @@ namespace msacore::cuda {
 
 constexpr int kSumThreads = 256;
 
-// out[i] = Σ_n shares[n · stride + i], in double. A thread per result where there are many, else a block.
+// out[i] = Σ_n shares[n · stride + i], in double, by a thread per result; where there are many shares, by a block per
+// result.
 template <typename A, typename T>
 __global__ void __launch_bounds__(kSumThreads, 4)
     sum_shares_kernel(const A* __restrict__ shares, T* __restrict__ out, int64_t share_count, int64_t stride,

@@ -1,9 +1,10 @@
-// A block's product of two matrices: C [64, 64] += A · B over stages of the inner dimension that cp.async fills ahead,
-// on tensor cores where the types allow: mma of 16-bit types, three of tf32 for float32; FMA for double.
+// Product of two matrices by one block: C [64, 64] += A · B over stages of the inner dimension that cp.async fills
+// ahead. Tensor cores are used where the types allow: one mma for 16-bit types, three tf32 mma for float32; double uses
+// FMA.
 //
-// Tensor cores cut their sums off instead of rounding them, always towards zero, so a long sum in one accumulator
-// drifts by a unit in the last place with almost every step. An accumulator therefore serves a few steps only, and is
-// then added to C by ordinary additions.
+// Tensor cores truncate their sums towards zero instead of rounding them, so a long sum in one accumulator drifts by a
+// unit in the last place with almost every step. An accumulator therefore serves a few steps only, and is then added to
+// C by ordinary additions.
 #pragma once
 #include "core/round.h"
 #include "cuda/device.cuh"
@@ -16,13 +17,12 @@ constexpr int kTile = 64, kTileThreads = 128;  // four warps, 32 x 32 of C each
 template <typename A>
 constexpr int kDepth = std::is_same_v<A, double> ? 16 : 32;
 
-// Stages that one accumulator serves: an mma of 16-bit types adds 16 steps at a time, of float32 8 steps in three
-// parts.
+// Stages that one accumulator serves: 16-bit types add 16 steps per mma, float32 adds 8 steps in three parts.
 template <typename A, typename B>
 constexpr int kStagesOfSum = std::is_same_v<A, B> && is_16_bit<A> ? 4 : 1;
 
-// Operands. Each copies the 16 bytes from its (row, column) on to shared memory, and zeros for what lies outside.
-// This one is a matrix in global memory; where it is `aligned`, address, stride and columns are multiples of 16 bytes.
+// Operands. An operand copies the 16 bytes from (row, column) on to shared memory, with zeros for what lies outside.
+// This one is a matrix in global memory; `aligned` says that address, stride and columns are multiples of 16 bytes.
 template <typename T>
 struct Matrix {
   using Element = T;
@@ -44,7 +44,7 @@ struct Matrix {
   }
 };
 
-// A staged operand: `Inner` says that neighbours in memory are neighbours along the inner dimension, else along the
+// A staged operand. With `Inner`, neighbours in memory are neighbours along the inner dimension, otherwise along the
 // tile's. Rows are padded so that the lanes of a fragment hit different banks.
 template <typename T, typename C, bool Inner>
 struct Stage {
@@ -64,8 +64,8 @@ struct Stage {
   static __device__ __forceinline__ T at(const T* stage, int outer, int k) {
     return stage[Inner ? outer * kStride + k : k * kStride + outer];
   }
-  // Fragments of two neighbours of 16 steps, along A's rows or B's columns (mma.cuh): `First` says which of the two
-  // halves, of the tile or of the steps, changes faster in the fragment.
+  // Fragments (mma.cuh) of 16 rows of A, or 16 columns of B, over 16 steps. `TileFirst` says that the halves of the
+  // tile change faster within a fragment than the halves of the steps.
   template <bool TileFirst>
   static __device__ __forceinline__ void fragments(uint32_t (&r)[4], const T* stage, int outer, int k) {
     const int matrix = lane_id() / 8, low = matrix % 2 * 8, high = matrix / 2 * 8, i = lane_id() % 8;
@@ -86,7 +86,7 @@ __device__ __forceinline__ int tile_column(int across, int i) {
   return warp_id() % 2 * 32 + across * 8 + mma_column(i);
 }
 
-// Calls body(row, column, first, second) with every two sums of this thread that are neighbours in a row.
+// Calls body(row, column, first, second) for every two sums of this thread that are neighbours in a row.
 template <typename Sums, typename Body>
 __device__ __forceinline__ void for_neighbours(Sums& c, const Body& body) {
 #pragma unroll
@@ -98,7 +98,7 @@ __device__ __forceinline__ void for_neighbours(Sums& c, const Body& body) {
         body(tile_row(down, i), tile_column(across, i), c[down][across][i], c[down][across][i + 1]);
 }
 
-// Stores two neighbours of a row of which `left` elements remain; `paired`: pairs begin at multiples of their size.
+// Stores two neighbours of a row that has `left` elements left; `paired`: pairs begin at multiples of their size.
 template <typename T>
 __device__ __forceinline__ void store_neighbours(T* to, T first, T second, int64_t left, bool paired) {
   if (left > 1 && paired) {
@@ -109,7 +109,8 @@ __device__ __forceinline__ void store_neighbours(T* to, T first, T second, int64
   }
 }
 
-// Takes the first `steps` of a stage, rounded up to whole fragments, and `Down` of a warp's two tiles down.
+// Multiplies the first `steps` steps of a stage, rounded up to whole fragments, for the first `Down` of a warp's two
+// tiles down.
 template <typename A, typename B, typename C, bool AInner, bool BInner, int Down>
 __device__ __forceinline__ void multiply_stage(TileSums<C>& c, const A* a, const B* b, int steps) {
   using StageA = Stage<A, C, AInner>;
@@ -189,9 +190,9 @@ __device__ __forceinline__ void add_part(TileSums<C>& c, TileSums<C>& part) {
   clear(part);
 }
 
-// C += A · B over `depth`. `AInner`: A is given as [64, depth], else as [depth, 64]; `BInner`: B as [64, depth], else
-// as [depth, 64]. Sums beyond the first `rows` and `columns` of the tile may be left out. Needs kTileBytes of dynamic
-// shared memory for `Stages`, of which all but one are in flight, and all threads of the block.
+// C += A · B over `depth`. A is given as [64, depth] with `AInner` and as [depth, 64] without; likewise B with
+// `BInner`. Sums beyond the first `rows` and `columns` of the tile may be left out. Needs kTileBytes of dynamic shared
+// memory for `Stages` stages, all but one of them in flight, and all threads of the block.
 template <bool AInner, bool BInner, int Stages = 2, typename OperandA, typename OperandB, typename C>
 __device__ __forceinline__ void add_tile_product(TileSums<C>& c, const OperandA& operand_a, const OperandB& operand_b,
                                                  int64_t depth, int64_t rows = kTile, int64_t columns = kTile) {
@@ -204,8 +205,8 @@ __device__ __forceinline__ void add_tile_product(TileSums<C>& c, const OperandA&
   const auto stage_b = [&](int s) {
     return reinterpret_cast<B*>(memory + Stages * StageA::kBytes + s * StageB::kBytes);
   };
-  // Stages are counted in 32 bits, and the steps of the last one kept apart: what the loop keeps in registers is
-  // little.
+  // Stages are counted in 32 bits, and the steps of the last stage are kept apart, so that the loop needs few
+  // registers.
   const int stages = static_cast<int>(ceil_div(depth, kDepth<C>));
   const int last_steps = static_cast<int>(depth - int64_t{stages - 1} * kDepth<C>);
   const auto copy = [&](int stage, int s) {

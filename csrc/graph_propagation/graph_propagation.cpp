@@ -37,7 +37,7 @@ void check_values(const char* op, const std::string& prefix, const int64_t* rowp
       fail(op, "expected `", prefix, "col` in [0, n = ", s.nodes, "), got ", col[e], " at position ", e);
 }
 
-// A graph of `rows` targets; weight [edges, heads], null: ones.
+// A graph of `rows` targets; weight [edges, heads], or null for ones.
 template <typename A>
 struct Csr {
   const int64_t *rowptr, *col;
@@ -116,7 +116,8 @@ MSACORE_SIMD void add_scaled(A* __restrict__ to, const A* __restrict__ from, A s
   for (int64_t i = begin; i < end; ++i) to[i] += scale * from[i];
 }
 
-// Runs body(begin, end) over the rows. Threads share rows and edges evenly: a row belongs where its first edge does.
+// Runs body(begin, end) over the rows. Rows and edges are divided evenly among threads; a row goes where its first edge
+// goes.
 template <typename A, typename Body>
 void for_rows(const Csr<A>& graph, Body&& body) {
   const auto row_at = [&](int64_t unit) {  // the first row with rowptr[i] + i ≥ unit
@@ -180,7 +181,7 @@ struct Input {
             sizes.heads,
             sizes.head_width()};
   }
-  // Cache lines that a half-step reads, roughly.
+  // Approximate number of cache lines that a half-step reads.
   int64_t work() const { return 1 + (sizes.rows + sizes.edges) * sizes.width / 16; }
 };
 
@@ -219,8 +220,8 @@ Tensor forward(const char* op, const Tensor& x_, const HalfSteps& half_steps, do
 }
 
 // With Λ = dL/dh of a half-step's result: dx += α Λ, dA_e += (1-α) <Λ_i, h_col>, then Λ ← (1-α) Aᵀ Λ; at the end dx +=
-// Λ. Writes to `grad_weights` by graph where it has an entry; the states that needs are recomputed, not kept by
-// forward. With several half-steps the graphs are square.
+// Λ. Adds to the entry of `grad_weights` for each graph that has one; the states needed for that are recomputed, not
+// kept by forward. With several half-steps the graphs are square.
 template <typename A>
 void backward(const A* grad_out, const std::vector<const Input*>& graphs, const HalfSteps& half_steps, const A* x,
               A* grad_x, A alpha, const std::map<const Input*, A*>& grad_weights, Interruption& interruption) {

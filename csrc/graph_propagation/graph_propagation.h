@@ -18,14 +18,14 @@ struct Graph {
 };
 
 // A is [rows, nodes]. A row of features has `width` columns, in `heads` parts of equal width with weights of their own;
-// where all share them `heads` is 1.
+// where all columns share the weights, `heads` is 1.
 struct GraphSizes {
   int64_t rows, nodes, width, edges, heads;
 
   int64_t head_width() const { return heads > 0 ? width / heads : 0; }
 };
 
-// What an operator accepts: features with heads; a graph whose targets are not its sources.
+// Whether an operator accepts features with heads, and a graph whose targets are not its sources.
 struct Accepted {
   bool heads, rectangular;
 };
@@ -67,7 +67,7 @@ inline Tensor zero_rows(const Tensor& x, int64_t rows, ScalarType dtype) {
   return x.dim() == 3 ? torch::stable::new_zeros(x, {rows, x.size(1), x.size(2)}, dtype)
                       : torch::stable::new_zeros(x, {rows, x.size(1)}, dtype);
 }
-// The gradient of a graph's weights, not yet computed; empty where not wanted.
+// Zeros for the gradient of a graph's weights; empty where the gradient is not wanted.
 inline Tensor weight_gradient(const Tensor& x, const GraphSizes& s, const OptionalTensor& weight, bool wanted,
                               ScalarType dtype) {
   if (!wanted || !weight) return torch::stable::new_zeros(x, {0}, dtype);
@@ -81,8 +81,8 @@ inline void check_grad_out(const char* op, const Tensor& grad_out, const Tensor&
   check_device(grad_out, op, "grad_out", x);
 }
 
-// The graphs that h goes through: `first`, then in turn. `Input` is a graph argument, checked and made ready for a
-// device: Input(op, prefix of its names, x, graph, accepted).
+// The graphs that h goes through: `first`, then `odd` and `even` alternately. `Input` is a graph argument, checked and
+// made ready for a device: Input(op, prefix of its names, x, graph, accepted).
 template <typename Input>
 struct HalfStepsOf {
   const Input *first, *odd, *even;
@@ -117,13 +117,13 @@ struct AlternationOf {
 
 template <typename Input>
 using Forward = Tensor (*)(const char* op, const Tensor& x, const HalfStepsOf<Input>& half_steps, double alpha);
-// The gradients of x and of the weights of `graphs`; those are empty where not wanted.
+// The gradients of x and of the weights of `graphs`; the latter are empty where not wanted.
 template <typename Input>
 using Backward = std::vector<Tensor> (*)(const char* op, const Tensor& grad_out, const Tensor& x,
                                          const std::vector<const Input*>& graphs, const HalfStepsOf<Input>& half_steps,
                                          double alpha, bool weight_grad);
 
-// The operators of a device, from what it does with half-steps.
+// The operators of a device, built from what it does with half-steps.
 template <typename Input, Forward<Input> forward, Backward<Input> backward>
 struct GraphOperators {
   static Tensor graph_propagate(const Tensor& x, const Tensor& rowptr, const Tensor& col, const OptionalTensor& weight,

@@ -87,7 +87,8 @@ struct Input {
 
 using HalfSteps = HalfStepsOf<Input>;
 
-// Aᵀ, so that gradients gather too. The stable sort keeps the edges of a source in their order: always the same sums.
+// Aᵀ, so that gradients gather too. The stable sort keeps the edges of a source in their order, so that sums are always
+// the same.
 template <typename T>
 Graph transpose(const Graph& graph, const GraphSizes& s, cudaStream_t stream) {
   const Tensor edge = sorted_positions(graph.col, s.nodes, stream);
@@ -137,7 +138,8 @@ Tensor forward(const char* op, const Tensor& x_, const HalfSteps& half_steps, do
   return out;
 }
 
-// What the backward half-steps share of a graph: Aᵀ, and where its weights' gradients add up (null: not wanted).
+// What the backward half-steps of a graph share: Aᵀ, and where its weights' gradients add up (`dots` is null where they
+// are not wanted).
 template <typename T>
 struct Adjoint {
   GraphSizes sizes;  // of the transposed graph
@@ -153,8 +155,8 @@ struct Adjoint {
   acc_t<T>* dots() { return weight_sum.numel() > 0 ? weight_sum.mutable_data_ptr<acc_t<T>>() : nullptr; }
 };
 
-// The formulas are those of the CPU operator (graph_propagation.cpp). The states that the edge weights need are
-// computed again. grads: those of x, then of the weights of every graph, empty where not wanted.
+// The formulas are those of the CPU operator (graph_propagation.cpp). The states that the gradients of edge weights
+// need are computed again. grads: the gradient of x, then those of the weights of every graph, empty where not wanted.
 template <typename T>
 void backward(const T* grad_out, const std::vector<const Input*>& graphs, const HalfSteps& half_steps, const T* x,
               std::vector<Tensor>& grads, acc_t<T> alpha, cudaStream_t stream) {
@@ -178,7 +180,7 @@ void backward(const T* grad_out, const std::vector<const Input*>& graphs, const 
   A* const sum = scratch.mutable_data_ptr<A>();
   A* const sums[2] = {sum + count, sum + 2 * count};
 
-  // `grad` is Λ_k+1: of type T in the first step only, as is the state of k = 0.
+  // `grad` is Λ_k+1, which is of type T in the first step only; the state of k = 0 is of type T too.
   const auto one_step = [&](const auto* grad, int64_t k) {
     Adjoint<T>& adjoint = adjoints.at(&half_steps[k]);
     A* const dots = adjoint.dots();

@@ -1,13 +1,12 @@
-// Propagation over CSR graphs on the device. A group of lanes owns a row and its edges in their order, so that sums
-// need no atomics. Indices are clamped: bad graphs give wrong numbers, never an access out of bounds.
+// Propagation over CSR graphs on the device. A group of lanes owns a row and goes through its edges in their order, so
+// that sums need no atomics. Indices are clamped: bad graphs give wrong numbers, never an access out of bounds.
 #pragma once
 #include "cuda/rows.cuh"
 
 namespace msacore::graph_propagation::cuda {
 using namespace msacore::cuda;
 
-constexpr int kGraphThreads =
-    256;  // in blocks of which 4 fit a multiprocessor: without that bound ptxas spills to fit 6
+constexpr int kGraphThreads = 256;  // 4 blocks per multiprocessor: without that bound ptxas spills to fit 6
 
 // A graph of `rows` targets whose sources are among `nodes`; weight [edges, heads], or null for ones.
 template <typename T>
@@ -25,7 +24,7 @@ struct Csr {
   }
 };
 
-// Σ_e weight[e] · h[col[e], c … c + V) over the edges of `row`, h [nodes, width]; the columns are of one head.
+// Σ_e weight[e] · h[col[e], c … c + V) over the edges of `row`, h [nodes, width]; the columns belong to one head.
 template <int V, typename T, typename In>
 __device__ __forceinline__ Vector<acc_t<T>, V> gather(const Csr<T>& graph, int64_t row, const In* __restrict__ h,
                                                       int64_t width, int64_t c) {
@@ -41,8 +40,8 @@ __device__ __forceinline__ Vector<acc_t<T>, V> gather(const Csr<T>& graph, int64
   return sum;
 }
 
-// out = keep · A h + alpha · x, all [nodes, width]; α = 0 drops the term rather than multiply by it: then a node that
-// sends to nobody is not read at all.
+// out = keep · A h + alpha · x, all [nodes, width]; α = 0 drops the term instead of multiplying by it: a node that
+// sends to nobody is then not read at all.
 template <int V, typename T, typename In, typename Out>
 __global__ void __launch_bounds__(kGraphThreads, 4)
     step_kernel(Csr<T> graph, const In* __restrict__ h, const T* __restrict__ x, Out* __restrict__ out, int64_t width,
@@ -62,9 +61,9 @@ __global__ void __launch_bounds__(kGraphThreads, 4)
   }
 }
 
-// next = keep · Aᵀ grad and sum += share · next, where sum starts as alpha · grad (null `sum_before`). The last step
-// (Out = T, share 1) writes only the sum: it is grad_x. All [nodes, width]; `graph` is Aᵀ. Terms of factor 0 are
-// dropped, not added.
+// next = keep · Aᵀ grad and sum += share · next, where sum starts as alpha · grad if `sum_before` is null. The last
+// step (Out = T, share 1) writes only the sum, which is grad_x. All are [nodes, width]; `graph` is Aᵀ. Terms with
+// factor 0 are dropped, not added.
 template <int V, typename T, typename In, typename Out>
 __global__ void __launch_bounds__(kGraphThreads, 4)
     backward_step_kernel(Csr<T> graph, const In* __restrict__ grad, const acc_t<T>* sum_before, Out* sum,
@@ -123,8 +122,8 @@ __global__ void __launch_bounds__(kGraphThreads, 4)
   for (int64_t i = grid_thread(); i < count; i += grid_threads()) to[i] = static_cast<To>(from[i]);
 }
 
-// From `edge` [edges], the edges ordered by their source: rowptr_t [nodes + 1], col_t [edges], weight_t [edges, heads]
-// of Aᵀ.
+// Computes rowptr_t [nodes + 1], col_t [edges] and weight_t [edges, heads] of Aᵀ from `edge` [edges], the edges ordered
+// by their source.
 template <typename T>
 __global__ void __launch_bounds__(kGraphThreads, 4)
     transpose_kernel(Csr<T> graph, const int64_t* __restrict__ edge, int64_t* __restrict__ rowptr_t,

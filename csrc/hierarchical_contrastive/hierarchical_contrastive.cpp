@@ -26,14 +26,14 @@ struct Problem {
   using A = acc_t<T>;
   Sizes size;
   Options options;
-  bool learned = false;  // is a temperature
+  bool learned = false;  // whether any temperature is
   bool few;              // terms are single tiles, whose exponentials are kept instead of similarities (few.h)
   const int64_t* labels;
   std::vector<Plan> plans;
   std::vector<Side<A>> sides;
   std::vector<Term<A>> terms;
 
-  // `kept`: the exponentials or similarities are at hand, so that no similarity is computed.
+  // `kept`: the exponentials or similarities have been kept, and no similarity is computed again.
   Problem(const char* op, const Inputs& in, const Sizes& size, const Options& options, bool kept)
       : size(size),
         options(options),
@@ -107,7 +107,7 @@ struct Problem {
     return stats + (2 * t + columns) * kStats * size.samples;
   }
 
-  // Loss of a term whose sums are complete, in units of its tier. Fills stats [2, 4, N] of the term.
+  // What a term adds to its tier, once its sums are complete. Fills stats [2, 4, N] of the term.
   double loss_of(size_t t, A* stats) const {
     const Term<A>& term = terms[t];
     double loss = 0;
@@ -191,7 +191,8 @@ struct Problem {
   }
 
  private:
-  // Sweeps leave their similarities at `kept`, unless it is null or has the exponentials, or find them there.
+  // Makes sweeps store the similarities at `kept` or, if `known`, read them there; does nothing where `kept` is null or
+  // holds exponentials.
   void keep_similarities(A* kept, bool known) {
     if (!kept || few) return;
     for (Term<A>& term : terms) {

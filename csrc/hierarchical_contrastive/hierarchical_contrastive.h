@@ -92,8 +92,8 @@ inline Sizes check_inputs(const char* op, const Inputs& in, const Options& optio
 // kHighest, kLog, kPositive and kTotal.
 constexpr int64_t kStats = 4;
 
-// Few samples: the forward pass leaves the similarities of the terms, or their exponentials, to the backward pass, [R,
-// R] with R samples padded to 16.
+// With few samples, the forward pass keeps the similarities of the terms, or their exponentials, for the backward pass:
+// [R, R] per term, where R is the number of samples padded to 16.
 constexpr int64_t kMostKept = int64_t{1} << 22;  // numbers
 inline std::vector<int64_t> kept_shape(const Sizes& s, const Options& options, bool keep) {
   const int64_t rows = round_up<int64_t>(s.samples, 16);
@@ -101,7 +101,7 @@ inline std::vector<int64_t> kept_shape(const Sizes& s, const Options& options, b
   return {s.terms, rows, rows};
 }
 
-// The gradients of loss and tiers, and what the forward pass saved.
+// Checks the gradients of loss and tiers and what the forward pass saved.
 inline void check_saved(const char* op, const Sizes& s, const Options& options, const Tensor& like,
                         const OptionalTensor& grad_loss, const OptionalTensor& grad_tiers, const Tensor& stats,
                         const Tensor& kept) {
@@ -156,8 +156,8 @@ struct Results {
   }
 };
 
-// Gradients of the embeddings, in the order of the arguments, and of the temperatures; undefined for temperatures that
-// are plain numbers.
+// Gradients of the embeddings, in the order of the arguments, and of the temperatures; empty for temperatures that are
+// plain numbers.
 struct Gradients {
   std::vector<Tensor> embeddings;
   Tensor temperatures[kTiers];

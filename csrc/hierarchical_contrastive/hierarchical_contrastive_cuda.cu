@@ -1,5 +1,5 @@
-// Hierarchical contrastive loss on CUDA: checks, scratch memory and launches. Few samples are one launch forward and
-// one backward; of many, every launch takes as many terms or embeddings as fit.
+// Hierarchical contrastive loss on CUDA: checks, scratch memory and launches. Few samples take one launch forward and
+// one backward; with many samples, every launch takes all the terms or embeddings that fit.
 #include "core/round.h"
 #include "hierarchical_contrastive/hierarchical_contrastive.h"
 
@@ -19,7 +19,7 @@ template <typename A>
 struct Upstream {
   const A *loss, *tiers;
 
-  // What the mean loss of a direction counts, for terms with one direction or with two.
+  // The gradient of a direction's mean loss, for terms with one direction or with two.
   LossGradient<A> of_tier(const Options& options, int64_t tier, bool two_sided) const {
     LossGradient<A> gradient{};
     gradient.out = gradient.column_out = loss;
@@ -47,17 +47,17 @@ std::vector<Need> needs_of(const Sizes& s) {
   return needs;
 }
 
-// The terms and embeddings of the loss, and the memory these live in once normalised.
+// The terms and embeddings of the loss, and the memory that the normalised embeddings live in.
 template <typename T>
 struct Pass {
   using A = acc_t<T>;
   const Options& options;
   std::vector<Plan> plans;
-  std::vector<Need> needs;  // of sides
+  std::vector<Need> needs;  // of the sides
   std::vector<Side<T>> sides;
   Temperature temperatures[kTiers];
   const int64_t* labels;
-  const A* stats;  // null forward
+  const A* stats;  // null in the forward pass
   KeptSimilarities<A> kept;
   Upstream<A> upstream;
   int64_t n, rows;
@@ -67,7 +67,7 @@ struct Pass {
   int64_t* counts;
   double* losses;
   Scratch scratch;
-  std::optional<Classes> classes;  // where positives of equal label are sums over them
+  std::optional<Classes> classes;  // where positives of equal label are sums over classes
 
   Pass(const char* op, const Inputs& in, const Sizes& s, const Options& options, const A* stats, const Tensor& kept,
        const Upstream<A>& upstream, cudaStream_t stream)
@@ -167,7 +167,8 @@ struct Pass {
     return problem;
   }
 
-  // Calls body(terms, first, count) for groups of terms of which each takes `bytes` of the `memory` per tile of rows.
+  // Calls body(terms, first, count) for groups of terms that fit into `memory`; each term takes bytes(term) per tile of
+  // rows.
   template <typename Bytes, typename Body>
   void for_groups(Bytes&& bytes, int64_t memory, Body&& body) {
     const int64_t most = static_cast<int64_t>(plans.size());
@@ -255,9 +256,9 @@ void backward(Pass<T>& pass, const Inputs& in, Gradients& grads, cudaStream_t st
 }
 
 #ifndef MSACORE_SMALL_SIZES
-constexpr int64_t kFewSamples = 512;  // a block meets all rows of a side: beyond, prepared rows and larger tiles pay
+constexpr int64_t kFewSamples = 512;  // a block meets all rows of a side: with more, prepared rows and larger tiles pay
 #else
-constexpr int64_t kFewSamples = 144;  // little, so that small inputs already are many
+constexpr int64_t kFewSamples = 144;  // small, so that even small inputs have many samples
 #endif
 
 bool are_few(const Sizes& s) {
@@ -273,7 +274,7 @@ int64_t few_stride(const FewInputs<T>& few) {
 
 template <typename T>
 bool fits(const FewInputs<T>& few) {
-  constexpr int64_t kBeside = 16 << 10;  // more than the kernel's own variables
+  constexpr int64_t kBeside = 16 << 10;  // more than the kernel's static shared memory
   return few_backward_bytes<T>(few_stride(few)) + kBeside <= static_cast<int64_t>(shared_limit());
 }
 

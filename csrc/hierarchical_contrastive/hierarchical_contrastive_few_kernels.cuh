@@ -1,4 +1,4 @@
-// The hierarchical contrastive loss of few samples on CUDA, where launches are what takes time: one kernel forward and
+// The hierarchical contrastive loss of few samples on CUDA, where the time goes into launches: one kernel forward and
 // one backward, for all terms.
 #pragma once
 #include "hierarchical_contrastive/hierarchical_contrastive_few_rows.cuh"
@@ -11,11 +11,12 @@ struct FewForward {
   A* stats;  // [terms, 2, 4, n]
   KeptSimilarities<A> kept;
   LossSum* sums;       // [terms, 2, row tiles]
-  unsigned* done;      // blocks, zero at the start
+  unsigned* done;      // how many blocks have finished, initially zero
   A *loss, *of_tiers;  // [], [3]
 };
 
-// Grid [row tiles, 2 · terms]: a block has anchors of one direction of a term. The last one adds everything up.
+// Grid [row tiles, 2 · terms]: a block works on anchors of one direction of a term. The last block to finish adds
+// everything up.
 template <typename T>
 __global__ void __launch_bounds__(kRowThreads, 2)
     few_forward_kernel(const __grid_constant__ FewInputs<T> in, const __grid_constant__ FewForward<acc_t<T>> to) {
@@ -101,11 +102,11 @@ template <typename T>
 struct FewBackward {
   const acc_t<T>* stats;  // [terms, 2, 4, n]
   KeptSimilarities<acc_t<T>> kept;
-  LossGradient<acc_t<T>> gradient[Tiers::kCount];  // of both directions' mean; of a term of a side with itself, of it
+  LossGradient<acc_t<T>> gradient[Tiers::kCount];  // of a direction's mean loss, see Upstream::of_tier
   T* grads[kFewSides];                             // [n, width_of(side)]
   int stride;                                      // of the gradients in shared memory
-  // Where temperatures are learned: what blocks count in the slopes (anchor.cuh), blocks that are done, zero at the
-  // start, and the results; else null.
+  // Where temperatures are learned: what blocks add to the slopes (anchor.cuh), how many blocks have finished,
+  // initially zero, and the results; else null.
   double* slopes;  // [blocks, tiers]
   unsigned* done;
   TemperatureGradient temperature_gradient[Tiers::kCount];
@@ -116,7 +117,7 @@ constexpr int64_t few_backward_bytes(int64_t stride) {
   return FewStages<T>::kBytes + (kFewRows * (kFewGradientStride + stride)) * sizeof(acc_t<T>);
 }
 
-// The last block that is done adds the slopes up. Called by all blocks.
+// The last block to finish adds the slopes up. Called by all blocks.
 template <typename T>
 __device__ __forceinline__ void finish_slopes(const FewInputs<T>& in, const FewBackward<T>& to,
                                               const double (&slopes)[Tiers::kCount]) {
@@ -137,7 +138,7 @@ __device__ __forceinline__ void finish_slopes(const FewInputs<T>& in, const FewB
   }
 }
 
-// Grid [row tiles, sides]: a block has rows of an embedding, and goes through the terms that it is in.
+// Grid [row tiles, sides]: a block works on rows of an embedding, and goes through the terms that the embedding is in.
 template <typename T>
 __global__ void __launch_bounds__(kRowThreads, 2)
     few_backward_kernel(const __grid_constant__ FewInputs<T> in, const __grid_constant__ FewBackward<T> to) {
@@ -225,7 +226,7 @@ __global__ void __launch_bounds__(kRowThreads, 2)
         for (int i = 0; i < 4; ++i) at(i) = g[i];
       }
     }
-    if (to.slopes && !second) {  // a term counts where its first side is; of one side, all rows are anchors there
+    if (to.slopes && !second) {  // counted at a term's first side; where there is only one, its rows are all anchors
       const double slope = block_sum(static_cast<double>(term.self() ? own_slope : own_slope + other_slope));
       if (thread_in_block() == 0) slopes[term.tier] += slope;
     }

@@ -1,6 +1,6 @@
-// Few samples of the hierarchical contrastive loss on CUDA, as blocks have them: 16 rows of an embedding that meet the
-// rows of the other side of a term in tiles of 128. Embeddings are read as they are and their rows scaled by powers of
-// two, which is exact, so that a similarity is a product of staged rows times their two factors.
+// Few samples of the hierarchical contrastive loss on CUDA, as blocks see them: 16 rows of an embedding meet the rows
+// of the other side of a term in tiles of 128. Embeddings are read as they are and their rows scaled by powers of two,
+// which is exact, so that a similarity is a product of staged rows times their two factors.
 #pragma once
 #include "contrastive/cuda/anchor.cuh"
 #include "core/round.h"
@@ -9,15 +9,15 @@
 namespace msacore::hierarchical_contrastive::cuda {
 using namespace contrastive::cuda;
 
-constexpr int kFewTerms = 126, kFewSides = 22;      // of six modalities
-constexpr int kFewRows = 16, kFewCandidates = 128;  // of a block; of a tile, 16 for each warp
-constexpr int kFewColumns = 64;                     // of rows, staged at once: 8 for each warp
+constexpr int kFewTerms = 126, kFewSides = 22;      // those of six modalities
+constexpr int kFewRows = 16, kFewCandidates = 128;  // per block; per tile, 16 for each warp
+constexpr int kFewColumns = 64;                     // of the rows, staged at once: 8 for each warp
 // Staged rows are so far apart that the lanes of a fragment hit different banks.
 constexpr int kFewStride = kFewColumns + 4, kFewGradientStride = kFewCandidates + 4;
 
 static_assert(kRowThreads / kWarp * 16 == kFewCandidates && kRowThreads / kWarp * 8 == kFewColumns);
 
-// A term between two sides, which may be one.
+// A term between two sides, which may be the same.
 struct FewTerm {
   uint8_t tier, side[2];
 
@@ -30,7 +30,7 @@ struct FewInputs {
   Need needs[kFewSides];
   Availability available;
   const int64_t* labels;            // [n], for terms of a side with itself; else null
-  int n, width, pair_width, pairs;  // `pairs`: the first side that is one
+  int n, width, pair_width, pairs;  // `pairs`: the first side that is a pair
   int side_count, term_count;
   bool by_four;  // rows begin where four numbers can be read at once
   bool normalize;
@@ -42,7 +42,7 @@ struct FewInputs {
     const Need need{needs[term.side[0]].modalities | needs[term.side[1]].modalities, 0};
     return (!term.self() || labels[i] >= 0) && available.meets(need, i);
   }
-  // Columns k … k + 3 of a row, those from `width` on zero; k < width.
+  // Columns k … k + 3 of a row, zeros from `row_width` on; k < row_width.
   __device__ Vector<T, 4> four(const T* row, int k, int row_width) const {
     if (by_four) return load<4>(row + k);
     Vector<T, 4> values;
@@ -91,7 +91,7 @@ __device__ __forceinline__ void load_rows(FewRows<acc_t<T>, Rows>& rows, const F
           for (int e = 0; e < 4; ++e) body(turn, static_cast<double>(static_cast<A>(values.at[e])));
         }
     };
-    if constexpr (std::is_same_v<T, double>) {  // squares of the others are in the range of double
+    if constexpr (std::is_same_v<T, double>) {  // squares of the narrower types are in the range of double
       for_values([&](int turn, double value) { largest[turn] = Max{}(largest[turn], fabs(value)); });
 #pragma unroll
       for (int turn = 0; turn < kTurns; ++turn) largest[turn] = warp_reduce<kLanes>(largest[turn], Max{});
@@ -146,8 +146,8 @@ __device__ __forceinline__ void stage_rows(acc_t<T>* staged, const FewRows<acc_t
   }
 }
 
-// One warp's C [16, 8] += A [16, 8] · B [8, 8], of a(row, k) and b(k, column). The product is added to C by ordinary
-// additions: tensor cores would cut the sum off (tile_product.cuh).
+// One warp's C [16, 8] += A [16, 8] · B [8, 8], given by a(row, k) and b(k, column). The product is added to C by
+// ordinary additions, because tensor cores would cut the sum off instead of rounding it (tile_product.cuh).
 template <bool ExactA, bool ExactB, typename C, typename A, typename B>
 __device__ __forceinline__ void add_product(C (&c)[4], A a, B b) {
   if constexpr (std::is_same_v<C, double>) {
@@ -164,7 +164,8 @@ __device__ __forceinline__ void add_product(C (&c)[4], A a, B b) {
   }
 }
 
-// The block's own rows and a tile of those they meet, in dynamic shared memory; the rows' halves are of one width.
+// The block's own rows and a tile of those they meet, staged in dynamic shared memory, kFewColumns columns of each at a
+// time.
 template <typename T>
 struct FewStages {
   using A = acc_t<T>;
@@ -174,7 +175,7 @@ struct FewStages {
   A* const rest = other + kFewCandidates * kFewStride;
 };
 
-// A warp's similarities: of rows mma_row(i) with candidates candidate(tile, i) of the tile.
+// A warp's similarities: of rows mma_row(i) with candidates few_candidate(tile, i) of the tile.
 __device__ __forceinline__ int few_candidate(int tile, int i) { return warp_id() * 16 + tile * 8 + mma_column(i); }
 
 template <typename A>
@@ -185,8 +186,8 @@ __device__ __forceinline__ void clear_few(A (&c)[2][4]) {
     for (int i = 0; i < 4; ++i) c[tile][i] = 0;
 }
 
-// Calls body(place, similarity) for a warp's similarities that have a place in what is kept; `transposed`: the block's
-// rows are of the term's second side.
+// Calls body(place, similarity) for a warp's similarities that are kept; `transposed`: the block's rows are of the
+// term's second side.
 template <typename A, typename Body>
 __device__ __forceinline__ void for_few_kept(A (&c)[2][4], const KeptSimilarities<A>& kept, int term, int own_first,
                                              int other_first, bool transposed, const Body& body) {
@@ -201,7 +202,7 @@ __device__ __forceinline__ void for_few_kept(A (&c)[2][4], const KeptSimilaritie
     }
 }
 
-// c ← similarities; leaves the last columns staged. Called by a block, the rows loaded.
+// c ← similarities; leaves the last columns staged. Called by a block once the rows are loaded.
 template <typename T>
 __device__ __forceinline__ void few_similarities(acc_t<T> (&c)[2][4], const FewStages<T>& stages,
                                                  const FewInputs<T>& in, const FewRows<acc_t<T>, kFewRows>& own,
@@ -233,7 +234,7 @@ __device__ __forceinline__ void few_similarities(acc_t<T> (&c)[2][4], const FewS
     for (int i = 0; i < 4; ++i) c[tile][i] *= own.factor[mma_row(i)] * other.factor[few_candidate(tile, i)];
 }
 
-// What a block asks of a pair; r, j: within the block's rows and the tile.
+// What a block needs to know of a pair; r and j count within the block's rows and the tile.
 template <typename A>
 struct FewPairs {
   const FewTerm& term;

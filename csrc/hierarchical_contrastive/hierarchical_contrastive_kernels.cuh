@@ -1,5 +1,5 @@
-// What the hierarchical contrastive loss on CUDA has beside the kernels of all contrastive losses: which samples take
-// part where, and the tiers.
+// What the hierarchical contrastive loss on CUDA adds to the kernels of all contrastive losses: which samples take part
+// where, and the tiers.
 #pragma once
 #include "contrastive/cuda/gradient_kernels.cuh"
 #include "core/optional.h"
@@ -10,7 +10,8 @@ using namespace contrastive::cuda;
 constexpr int kTermsAtOnce = 11, kSidesAtOnce = 16;  // what the 4 KiB of a kernel's parameters hold
 constexpr int kFinishThreads = 1024;                 // the one block that adds everything up
 
-// The samples of a side or of a term: those with all `modalities` (bits) and at least `least` of any.
+// The samples of a side or of a term: those that have all of `modalities` (bits), and at least `least` modalities
+// altogether.
 struct Need {
   uint64_t modalities;
   int64_t least;
@@ -32,7 +33,7 @@ struct Availability {
   }
 };
 
-// The similarities [terms, rows, rows] that the forward pass leaves to the backward pass; at no address it leaves none.
+// The similarities [terms, rows, rows] that the forward pass keeps for the backward pass; null where it keeps none.
 template <typename A>
 struct KeptSimilarities {
   A* at;
@@ -80,7 +81,7 @@ __global__ void __launch_bounds__(kRowThreads, 4) prepare_kernel(const __grid_co
   }
 }
 
-// Tier k ends with term end[k].
+// Tier k ends before term end[k].
 struct Tiers {
   static constexpr int kCount = 3;
   int64_t end[kCount];

@@ -1,5 +1,5 @@
-// InfoNCE on the CPU: tiles of similarities are computed, used and forgotten, in the forward pass and again in the
-// backward pass; what is kept are a few numbers per row and, where they are few, the similarities.
+// InfoNCE on the CPU: tiles of similarities are computed, used and discarded, in the forward pass and again in the
+// backward pass; all that is kept is a few numbers per row and, where they are few, the similarities.
 #include "info_nce/info_nce.h"
 
 #include <torch/csrc/stable/library.h>
@@ -106,7 +106,7 @@ InfoNceGradients backward(const char* op, const InfoNceInputs& in, const InfoNce
     if (known) problem.keep(const_cast<A*>(kept.const_data_ptr<A>()), true);
     load(problem, grad_out.const_data_ptr<A>(), anchor_stats.const_data_ptr<A>(), candidate_stats.const_data_ptr<A>());
     problem.add_all_gradients(in.weights ? grad_weights.template mutable_data_ptr<T>() : nullptr);
-    // After the sweep: the memory of the panels, no longer needed, serves the results.
+    // After the sweep the panels are no longer needed: their memory is released for the results.
     for (Side<A>& side : problem.sides) side.panels = Buffer<A>(), side.pairs = PairRows();
     grads.emplace(in, s);
     grads->weights = grad_weights;

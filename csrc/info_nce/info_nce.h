@@ -14,15 +14,15 @@ namespace msacore::info_nce {
 using msacore::contiguous;
 
 enum Reduction : int64_t { kNone = 0, kMean = 1, kSum = 2 };
-// Which candidates an anchor's denominator holds: all; for each positive itself and those that are not positive; only
-// those that are not positive.
+// Which candidates an anchor's denominator holds: all; for each positive, itself and the candidates that are not
+// positive; only those that are not positive.
 enum Denominator : int64_t { kAll = 0, kNegatives = 1, kDecoupled = 2 };
 
 struct InfoNceInputs {
   Tensor anchors;             // [N, d]
   OptionalTensor candidates;  // [N', d]; absent: the anchors themselves
   OptionalTensor learned_temperature, anchor_labels, candidate_labels, weights;
-  OptionalTensor negatives, negative_mask;  // [Q, d] and [Q]: candidates of the anchors that are positive for none
+  OptionalTensor negatives, negative_mask;  // [Q, d] and [Q]: further candidates, positive for no anchor
   OptionalTensor anchor_mask, candidate_mask;
 };
 
@@ -39,7 +39,7 @@ struct InfoNceSizes {
 // What the forward pass keeps of every row that may be an anchor, [rows, N], in the accumulation dtype. Similarities
 // are those before the division by the temperature; both logarithms are natural.
 enum Stat : int64_t {
-  kHighest = 0,   // highest similarity of the denominator (any shift of its size will do)
+  kHighest = 0,   // highest similarity of the denominator (any shift of similar size will do)
   kLog = 1,       // log Σ exp((similarity - highest) / temperature) of the denominator; -inf where it is empty
   kPositive = 2,  // mean similarity of the positives; with `kNegatives` the loss of the anchor
   kTotal = 3,     // total weight of the positives; 0 where the anchor drops out of the loss
@@ -47,8 +47,8 @@ enum Stat : int64_t {
 };
 inline int64_t stat_rows(int64_t denominator) { return denominator == kNegatives ? 5 : 4; }
 
-// Wide rows, few of them: the forward pass leaves their similarities [R, R'] to the backward pass, with both numbers of
-// rows padded to 16, as to compute them again would take a quarter of the products.
+// For few but wide rows, the forward pass keeps the similarities [R, R'] for the backward pass, with both numbers of
+// rows padded to 16: to compute them again would take a quarter of the products.
 constexpr int64_t kMostKept = int64_t{1} << 21;  // numbers
 constexpr int64_t kWide = 64;
 inline std::vector<int64_t> kept_shape(const InfoNceSizes& s, bool keep) {
@@ -111,7 +111,7 @@ inline InfoNceSizes check_inputs(const char* op, const InfoNceInputs& in, const 
   return {n, m, q, d};
 }
 
-// The gradient of the loss, and what the forward pass saved.
+// Checks the gradient of the loss and what the forward pass saved.
 inline void check_saved(const char* op, const InfoNceSizes& s, const InfoNceOptions& options, const Tensor& like,
                         const Tensor& grad_out, const Tensor& anchor_stats, const Tensor& candidate_stats,
                         const Tensor& kept) {
@@ -165,7 +165,7 @@ struct InfoNceResults {
   }
 };
 
-// Gradients of what was given; those of absent arguments hold nothing.
+// Gradients of the arguments; those of absent arguments are empty.
 struct InfoNceGradients {
   Tensor anchors, candidates, temperature, weights, negatives;
 
@@ -181,8 +181,8 @@ struct InfoNceGradients {
   }
 };
 
-// The operators of a device. `forward` fills its results; `backward` makes the gradients when it has the memory for
-// them. Both get contiguous arguments that were checked.
+// The operators of a device. `forward` fills its results; `backward` allocates the gradients itself, at a time when it
+// has memory for them. Both get contiguous arguments that were checked.
 template <void (*forward)(const char* op, const InfoNceInputs&, const InfoNceSizes&, const InfoNceOptions&,
                           InfoNceResults&),
           InfoNceGradients (*backward)(const char* op, const InfoNceInputs&, const InfoNceSizes&, const InfoNceOptions&,

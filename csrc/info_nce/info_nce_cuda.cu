@@ -69,7 +69,7 @@ void backward(const Pass<T>& pass, const InfoNceInputs& in, const InfoNceSizes& 
   }
   launch(project_kernel<T, 3, T>, dim3(grid_for(std::max({a.n, b.n, s.negatives}), kRowThreads / kWarp).x, members),
          dim3(kRowThreads), 0, stream, projections, problem.unit_rows);
-  if (in.learned_temperature)  // the slopes of no tile may be at no address
+  if (in.learned_temperature)  // not `slopes`, which may be null if there are no tiles
     launch(temperature_kernel, dim3(1), dim3(kSumThreads), 0, stream, pass.slopes,
            int64_t{tiles(a.rows)} * tiles(b.rows), problem.temperature,
            gradient_of(problem.temperature, grads.temperature));

@@ -1,4 +1,4 @@
-// What InfoNCE on CUDA has beside the kernels of all contrastive losses: masks, reductions, a learned temperature.
+// What InfoNCE on CUDA adds to the kernels of all contrastive losses: masks, reductions, a learned temperature.
 #pragma once
 #include "contrastive/cuda/kernels.cuh"
 
@@ -7,7 +7,7 @@ using namespace contrastive::cuda;
 
 constexpr int kFinishThreads = 1024;  // the one block that adds everything up
 
-// Anchors and candidates, with the negatives of all anchors behind the latter.
+// Anchors and candidates; the negatives, which all anchors share, follow the candidates.
 template <typename T>
 struct Roles {
   Side<T> side[2];
@@ -16,7 +16,7 @@ struct Roles {
   const bool* negative_mask;
   int64_t negative_count;
   bool normalize;
-  const int64_t* used[2];  // how many rows take part, where these are not all; else null
+  const int64_t* used[2];  // how many rows of the whole batch take part, where these are a part of it; else null
 };
 
 // The last block of a role counts; the others prepare its rows. Grid [blocks, 2].

@@ -1,6 +1,6 @@
-// InfoNCE of a part of the anchors against all candidates, for batches that lie on several processes: what the
-// operators accept and return, on every device. Partial results of candidates are merged by the caller; the gradient
-// operator then takes what was merged.
+// InfoNCE of a part of the anchors against all candidates, for batches that are distributed over several processes:
+// what the operators accept and return, on every device. Partial results of candidates are merged by the caller; the
+// gradient operator then takes the merged results.
 #pragma once
 #include "info_nce/info_nce.h"
 
@@ -14,11 +14,11 @@ constexpr int64_t kPartialRows = 4;
 // Σ w Z / (exp s + Z) over the positives. Takes the first two rows of Stat.
 constexpr int64_t kPositiveRows = 2, kDenominatorRows = 2;
 
-// `diagonal` stays so far from the limits of its type that an index may be added to it.
+// `diagonal` stays far enough from the limits of its type that an index can be added to it.
 constexpr int64_t kFarthestDiagonal = int64_t{1} << 60;
 
-// Beyond InfoNceOptions: `diagonal` is the candidate that is anchor 0, where there is one of this number: candidates
-// may be a part of a batch too. `reduction` is not used.
+// In addition to InfoNceOptions, `diagonal` is the index of the candidate that is anchor 0. Candidates may be a part of
+// a batch too, so `diagonal` may lie outside them. `reduction` is not used.
 inline InfoNceSizes check_partial(const char* op, const InfoNceInputs& in, const InfoNceOptions& options,
                                   int64_t diagonal) {
   const InfoNceSizes s = check_inputs(op, in, options, true);
@@ -54,8 +54,8 @@ struct PartialRows {
   }
 };
 
-// Those of candidates and negatives are to be added up over the parts: they, and that of the temperature, keep the
-// accumulation dtype.
+// The gradients of candidates and negatives are added up over the parts; these gradients and that of the temperature
+// keep the accumulation dtype.
 struct PartialGradients {
   Tensor anchors, candidates, temperature, weights, negatives;
 

@@ -1,4 +1,5 @@
-// InfoNCE of a part of the anchors on CUDA, in one source with that of all anchors: their kernels are compiled once.
+// InfoNCE of a part of the anchors on CUDA, in one translation unit with InfoNCE of all anchors, so that the kernels of
+// both are compiled once.
 #pragma once
 #include "info_nce/info_nce_partial.h"
 
@@ -8,7 +9,7 @@
 namespace msacore::info_nce::cuda::partial {
 namespace {
 
-// The statistics of rows and columns at hand, as sweeps take them.
+// Statistics of rows or columns that exist already, in the form that sweeps take.
 template <typename A>
 AnchorResults<A> at_hand(const A* stats) {
   return {const_cast<A*>(stats), 0, nullptr, 0};

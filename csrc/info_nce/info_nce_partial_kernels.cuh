@@ -1,4 +1,4 @@
-// Sums over a part of the anchors, as they can be merged with those of other parts.
+// Sums over a part of the anchors, in a form that can be merged with those of other parts.
 #pragma once
 #include "contrastive/cuda/negatives_kernels.cuh"
 

@@ -1,4 +1,4 @@
-// InfoNCE on CUDA as one term between two sides: the memory these live in, and their preparation.
+// InfoNCE on CUDA as one term between two sides: the memory that the sides live in, and their preparation.
 #pragma once
 #include "contrastive/cuda/classes.cuh"
 #include "contrastive/cuda/launch.cuh"
@@ -15,8 +15,9 @@ inline Denominator denominator_of(const InfoNceOptions& options) {
                                                        : Denominator::kDecoupled;
 }
 
-// Where the anchors are a part of a batch: the candidate that is anchor 0; and for the gradients how many anchors and
-// candidates take part in all of it, and the gradients of the losses of rows and columns, one number or one per row.
+// For anchors that are a part of a batch: the candidate that is anchor 0 and, for the gradients, how many anchors and
+// candidates of the whole batch take part, and the gradients of the losses of rows and columns, one number or one per
+// row.
 template <typename A>
 struct PartOfBatch {
   int64_t diagonal;
@@ -25,7 +26,8 @@ struct PartOfBatch {
   bool per_row[2];
 };
 
-// The loss as one term, and the memory its two sides live in. The negatives of all anchors lie behind the candidates.
+// The loss as one term, and the memory its two sides live in. The negatives, which all anchors share, follow the
+// candidates.
 template <typename T>
 struct Pass {
   using A = acc_t<T>;
@@ -36,9 +38,10 @@ struct Pass {
   double *losses, *slopes;
   Scratch scratch;
   Terms<T, 1> terms;
-  std::optional<Classes> classes;  // where positives are sums over them
+  std::optional<Classes> classes;  // where positives are sums over classes
 
-  // Backward, `row_stats` are those of the forward pass; `column_stats` is null where columns are not anchors.
+  // In the backward pass, `row_stats` are those of the forward pass; `column_stats` is null where columns are not
+  // anchors.
   Pass(const char* op, const InfoNceInputs& in, const InfoNceSizes& s, const InfoNceOptions& options,
        const A* row_stats, const A* column_stats, const A* grad_out, cudaStream_t stream,
        const PartOfBatch<A>* part = nullptr)
@@ -85,7 +88,7 @@ struct Pass {
     const bool apart = problem.denominator != Denominator::kAll;
     if (!apart && !part && by_classes(problem.a.labels, s.anchors, s.candidates))
       classes.emplace(problem.a.labels, s.anchors, problem.b.labels, s.candidates, in.anchors, stream);
-    // Asked of the arguments: without rows their pointers may be null.
+    // Decided by the arguments, not by their pointers, which may be null without rows.
     problem.pairwise = apart || part || in.weights || (in.anchor_labels && !classes);
     problem.gradient.out = problem.gradient.column_out = grad_out;
     problem.gradient.weight = 1;
@@ -111,7 +114,7 @@ struct Pass {
     launch(prepare_kernel<T>, dim3(blocks + 1, 2), dim3(kRowThreads), 0, stream, roles);
   }
 
-  // The first sweep leaves the similarities to the others in `kept` [R, R'], unless that has no place for them.
+  // The first sweep keeps the similarities for the others in `kept` [R, R'], unless that is empty.
   void keep(const Tensor& kept) {
     Problem<T>& problem = terms.at[0];
     problem.kept = kept_data<A>(kept);
@@ -121,12 +124,12 @@ struct Pass {
   }
 };
 
-// Gradients of similarities in memory: bfloat16 where the rows are, so that the products run at full speed; float32 for
-// float16, whose range would not do.
+// Gradients of similarities in memory: bfloat16 where the rows are bfloat16, so that the products run at full speed;
+// float32 for float16, whose range would not suffice.
 template <typename T>
 using KeptGradient = Kept<std::conditional_t<std::is_same_v<T, BFloat16>, BFloat16, acc_t<T>>, 1>;
 
-// The rows of a side from `first` on, as far as project_kernel reads them.
+// `count` rows of a side from `first` on, with the fields that project_kernel reads.
 template <typename T>
 Side<T> rows_from(Side<T> side, int64_t first, int64_t count) {
   side.n = count;

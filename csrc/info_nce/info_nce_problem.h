@@ -1,4 +1,4 @@
-// InfoNCE on the CPU as one term between one or two sides: what its sweeps do with the pairs of a tile.
+// InfoNCE on the CPU as one term, of one or two sides: what its sweeps do with the pairs of a tile.
 //
 // Owns the rows (sides) and what is kept per row (the term's directions). Forward: `sum` over all tiles, with
 // `Denominator::kNegatives` also `sum_positives` over all tiles, then losses of anchors from the sums. Backward:
@@ -28,8 +28,8 @@ inline void mark_used(uint8_t* used, const bool* mask, const int64_t* labels, in
   for (int64_t i = 0; i < n; ++i) used[i] = (!mask || mask[i]) && (!labels || labels[i] >= 0);
 }
 
-// Sums over the positives of an anchor whose denominators hold each positive and all negatives: Σ w · loss of the
-// positive, Σ w · share of the negatives in its denominator.
+// Sums over the positives of an anchor whose denominators hold one positive and all negatives: Σ w · loss of the
+// positive, and Σ w · share of the negatives in its denominator.
 struct PositiveSums {
   Buffer<double> loss, rest;
 };
@@ -45,8 +45,8 @@ struct Problem {
   std::vector<Side<A>> sides;  // anchors; candidates, then negatives
   std::vector<Term<A>> terms;
 
-  // `offset`: the candidate that is anchor 0 itself; then the two sides are never one. `known`: the similarities are at
-  // hand, see `keep`, so that none is computed.
+  // `offset`: the candidate that is anchor 0 itself; if it is given, the two sides are never the same. `known`: the
+  // similarities have been computed before, see `keep`, and none is computed here.
   Problem(const char* op, const InfoNceInputs& in, const InfoNceSizes& size, const InfoNceOptions& options,
           std::optional<int64_t> offset = std::nullopt, bool known = false)
       : size(size),
@@ -89,7 +89,7 @@ struct Problem {
     count(count_used(this->term().rows.used, size.anchors), count_used(this->term().columns.used, all));
   }
 
-  // How many anchors and candidates take part, here or beyond these tiles.
+  // Sets how many anchors and candidates take part, including those of other parts of the batch.
   void count(int64_t anchors, int64_t candidates) {
     Term<A>& t = term();
     const auto partner = [&](const Direction<A>& other, int64_t n) {
@@ -100,7 +100,7 @@ struct Problem {
     count_candidates(t.columns, size.candidates, anchors, [&](int64_t j) { return of_column(j - t.offset); });
   }
 
-  // Sweeps leave their similarities at `kept`, or find them there.
+  // Makes sweeps store the similarities at `kept` or, if `known`, read them there.
   void keep(A* kept, bool known) {
     term().kept = kept;
     term().known = known;
@@ -148,8 +148,8 @@ struct Problem {
 
   static void hide(A& similarity) { similarity = -std::numeric_limits<A>::infinity(); }
 
-  // Sums of exponentials over the denominators; totals and mean similarities of positives (their sums, of weighted
-  // ones where not `mean`).
+  // Sums of exponentials over the denominators; totals and mean similarities of positives (of weighted ones their sums,
+  // where not `mean`).
   void sum(const char* op, bool mean) {
     Term<A>& t = term();
     std::atomic<bool> negative{false};
@@ -239,13 +239,13 @@ struct Problem {
     }
   }
 
-  // Gradients of the hidden positives of the tile that this thread is at, and where they belong.
+  // Gradients of the hidden positives of the tile that this thread works on, and where they belong.
   static std::vector<std::pair<A*, A>>& hidden_gradients() {
     thread_local std::vector<std::pair<A*, A>> hidden;
     return hidden;
   }
 
-  // Once the shares of rows and columns are loaded: gradients of all rows, and of the weights.
+  // Gradients of all rows and of the weights, once `load` was called for rows and columns.
   void add_all_gradients(T* grad_weights) {
     Term<A>& t = term();
     for (Side<A>& side : sides) side.open_gradient();
@@ -315,8 +315,8 @@ struct Problem {
   }
 
  private:
-  // Gradients of rows that are anchors and candidates, of sides of their own because their masks differ. The two are
-  // added before the division by the norm, which may take each of them to an infinity of its own sign.
+  // Gradients of rows that are both anchors and candidates, on two sides because their masks differ. The two gradients
+  // are added before the division by the norm, which could turn them into infinities of opposite sign.
   template <typename Out>
   void project_both(Out* grad_x, A scale) const {
     const Side<A>&a = *term().a, &b = *term().b;

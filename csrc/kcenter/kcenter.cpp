@@ -1,4 +1,4 @@
-// The steps of greedy centre selection on the CPU. Every decision falls on float64 distances of one formula.
+// The steps of greedy centre selection on the CPU. Every decision rests on float64 distances of one formula.
 #include "kcenter/kcenter.h"
 
 #include <torch/csrc/stable/library.h>
@@ -18,7 +18,7 @@ void check_rows(const char* op, const char* name, const int64_t* rows, int64_t c
           " at position ", i);
 }
 
-// The shift of the filter, a float32 number.
+// The shift of the filter, scaled and rounded to float32.
 std::vector<double> scaled(const Tensor& shift, double scale) {
   const double* from = shift.const_data_ptr<double>();
   std::vector<double> to(from, from + shift.size(0));

@@ -13,26 +13,28 @@ namespace msacore::kcenter {
 
 enum Metric : int64_t { kEuclidean = 0, kCosine = 1 };
 
-// Rows whose column sums a scan returns as one: a node of the tree over row numbers (msacore/selection/tree.py).
+// Rows whose column sums a scan returns as one sum: a node of the tree over row numbers (msacore/selection/tree.py).
 constexpr int64_t kScanBlock = 4096;
 
 struct Sizes {
   int64_t samples, width, rows, centers;
 };
 
-// Rows of the pool that are compared with centres. `shift` and `scale` serve the filter before the exact distances.
+// Rows of the pool that are compared with centres. `shift` and `scale` serve the filter that precedes the exact
+// distances.
 struct Comparison {
   Tensor pool, rows, centers, shift;
   double scale;
   int64_t metric;
 };
 
-// What rows know already: the first `start` centres, the distance to the nearest one and its number.
+// What is already known of each row: the number `start` of centres that it was compared with, the distance to the
+// nearest of them, and the number of that centre.
 struct Known {
   Tensor start, delta, owner;
 };
 
-// Candidates in competition. group [m] or [0]: the entry of room [groups] that a pick takes from.
+// Candidates that compete for picks. group [m] or [0]: the entry of room [groups] that a pick of the candidate lowers.
 struct Candidates {
   Tensor rows, weight, delta, index, group, room, bound, bound_index;
   int64_t limit, metric;
@@ -83,12 +85,14 @@ inline void check_greedy(const char* op, const Candidates& in) {
   check_metric(op, in.metric);
 }
 
-// Column sums of blocks of rows, a checksum per row, the largest magnitude, the first row that is not finite (or N).
+// Column sums of blocks of rows, a checksum per row, the largest magnitude, and the first row that is not finite (N
+// where all are finite).
 struct Scan {
   Tensor sums, checksum, largest, bad;
 };
 
-// The operators of a device. Its functions get contiguous arguments that were checked, and fill what is allocated here.
+// The operators of a device. The functions of `Device` get checked, contiguous arguments and fill the tensors that are
+// allocated here.
 template <typename Device>
 struct KcenterOperators {
   static Tensor contiguous(const Tensor& t) { return torch::stable::contiguous(t); }

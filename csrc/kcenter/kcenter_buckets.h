@@ -1,8 +1,9 @@
 // Greedy steps among candidates of few dimensions on the CPU: candidates lie in buckets of neighbours, and a pick is
-// compared with those buckets alone whose boxes it is near enough to.
+// compared only with buckets whose boxes are near enough.
 //
-// Owns the candidates that can be picked at all, bucket after bucket: `split` cuts them, `pack` fills the arrays of a
-// bucket, then `pick` and `take_in` alternate. Distances are those of exact_distances, bit for bit.
+// Buckets owns the candidates that can be picked at all, bucket after bucket: `split` cuts them into buckets, `pack`
+// fills the arrays, then `best`, `close` and `take_in` run for every pick. Distances are those of exact_distances, bit
+// for bit.
 #pragma once
 #include <algorithm>
 #include <numeric>
@@ -23,11 +24,12 @@ inline bool precedes(const Ranked& a, const Ranked& b) {
   return a.first > b.first || (a.first == b.first && a.second < b.second);
 }
 
-constexpr int64_t kFewDimensions = 8;  // beyond them boxes of neighbours overlap too much
+constexpr int64_t kFewDimensions = 8;  // with more, the boxes of neighbours overlap too much
 constexpr int64_t kBucketRows = 64;
 
-// No squared distance from here on lowers `distance`. Squares that vanish in float64 are no bound, but nothing is below
-// 0; and the root of a total may be below a distance whose rounded square the total is not.
+// Squared distances of at least this value do not lower `distance`. A square that vanishes in float64 is not a bound,
+// except that of 0, because nothing is below 0. The factor is there because the root of a total may be below a distance
+// although the total is not below the rounded square of that distance.
 MSACORE_INLINE double bound_of(double distance) {
   const double square = distance * distance;
   return distance == 0 ? 0.0 : (square > kSafeLow ? square : kSafeLow) * (1 + 1e-15);
@@ -36,8 +38,8 @@ MSACORE_INLINE double bound_of(double distance) {
 typedef double Lanes __attribute__((vector_size(kLanes * sizeof(double))));
 typedef double LanesInMemory __attribute__((vector_size(kLanes * sizeof(double)), aligned(sizeof(double)), may_alias));
 
-// Squared distances [n] of rows x [kWidth, n] to a centre, n a multiple of kLanes; least and largest of them in
-// `range`. Returns whether one falls below `square`.
+// Squared distances [n] of rows x [kWidth, n] to a centre, n a multiple of kLanes; `range` gets the least and the
+// largest. Returns whether any is below its row's entry of `square` [n].
 template <int kWidth>
 MSACORE_SIMD bool squared_distances(const double* __restrict__ x, int64_t n, const double* __restrict__ c,
                                     const double* __restrict__ square, double* __restrict__ out,
@@ -68,8 +70,8 @@ MSACORE_SIMD bool squared_distances(const double* __restrict__ x, int64_t n, con
   return any;
 }
 
-// delta ← min(delta, √total), `square` its square or a little more; score ← weight · delta of rows that are open, whose
-// score is not -inf. Returns the largest score, and that delta in `farthest`.
+// delta ← min(delta, √total), square ← delta² or a little more; score ← weight · delta for open rows, whose score is
+// not -inf. Returns the largest score, and the largest delta in `farthest`.
 MSACORE_SIMD inline double lower_distances(const double* __restrict__ total, const double* __restrict__ weight,
                                            int64_t n, double* __restrict__ delta, double* __restrict__ square,
                                            double* __restrict__ score, double* __restrict__ farthest) {
@@ -126,7 +128,7 @@ class Buckets {
     pack();
   }
 
-  // The bucket of the best candidate that is open, and its place there; row -1: nobody.
+  // The bucket of the best open candidate, and the candidate's row in the arrays of all buckets; row -1: there is none.
   struct Place {
     int64_t bucket, row;
   };
@@ -152,10 +154,10 @@ class Buckets {
     best_[place.bucket] = largest_of(score_.get() + begins_[place.bucket], padded_size(place.bucket));
   }
 
-  // Distances to a further centre.
+  // Lowers the distances by those to a further centre.
   void take_in(const double* center) {
     box_distances(low_.get(), high_.get(), count(), center, d_, bound_.get());
-    // What rounding may make of a sum of d squares, with room to spare.
+    // Allows for the rounding of a sum of d squares, with room to spare.
     constexpr double kSlack = 1 - 1e-12;
     for (int64_t b = 0; b < count(); ++b)
       if (bound_[b] * kSlack < reach_[b] || reach_[b] > kSafeHigh) lower(b, center);
@@ -166,7 +168,7 @@ class Buckets {
   int64_t padded_size(int64_t b) const { return round_up(sizes_[b], kLanes); }
   double at(int64_t i, int64_t j) const { return static_cast<double>(x_[order_[i] * d_ + j]); }
 
-  // Cuts the candidates into buckets of at most kBucketRows: at the mean along the widest side of their box.
+  // Cuts the candidates into buckets of at most kBucketRows, at the mean along the widest side of their box.
   void split() {
     struct Node {
       int64_t begin, end, cuts;
@@ -196,7 +198,7 @@ class Buckets {
         if (side(j) > side(widest)) widest = j;
       double cut = node.low.empty() ? 0 : node.low[widest];
       int64_t middle = node.begin;
-      // Rows that pile up make cuts at the mean uneven: after so many of them rows are cut by their number.
+      // Rows that pile up make cuts at the mean uneven: after this many cuts, rows are halved by number.
       constexpr int64_t kCuts = 48;
       if (node.cuts < kCuts && d_ > 0 && side(widest) > 0) {
         double sum = 0;
@@ -214,7 +216,7 @@ class Buckets {
     }
   }
 
-  // Brings rows below `cut` in one coordinate to the front, in their order; returns where the others begin.
+  // Brings rows below `cut` in one coordinate to the front, keeping their order; returns where the others begin.
   int64_t partition(int64_t begin, int64_t end, int64_t j, double cut) {
     int64_t front = begin, behind = 0;
     for (int64_t i = begin; i < end; ++i) {
@@ -323,10 +325,10 @@ class Buckets {
   const double *weight_, *delta_;
   const int64_t* index_;
   const int64_t d_;
-  std::vector<int64_t> order_, other_;                      // candidates, bucket after bucket; room to cut them
-  std::vector<int64_t> firsts_, sizes_, begins_, padding_;  // of a bucket in order_, in the arrays below; the gap
+  std::vector<int64_t> order_, other_;  // candidates, bucket after bucket; scratch memory of partition()
+  std::vector<int64_t> firsts_, sizes_, begins_, padding_;  // per bucket: first in order_, rows, first below, gap
   Buffer<double> rows_;                                     // [d, size] of every bucket
-  Buffer<double> own_weight_, own_delta_, square_, score_;  // of every row; -inf: closed
+  Buffer<double> own_weight_, own_delta_, square_, score_;  // of every row; score -inf: closed
   Buffer<double> best_, reach_, bound_;                     // of every bucket
   Buffer<double> low_, high_;                               // [d, buckets]
 };

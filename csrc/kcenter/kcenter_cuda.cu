@@ -12,11 +12,11 @@ using namespace msacore::cuda;
 namespace {
 
 #ifndef MSACORE_SMALL_SIZES
-constexpr int64_t kChunkRows = 131072;  // packed in one go: scratch memory for them is all that grows with the rows
+constexpr int64_t kChunkRows = 131072;  // rows packed at a time, which limits their scratch memory
 #else
 constexpr int64_t kChunkRows = 1024;  // few, so that small pools already take several
 #endif
-constexpr int64_t kMatrixLimit = 16384;  // candidates whose distances are all found before the picks
+constexpr int64_t kMatrixLimit = 16384;  // up to this many candidates, all distances are computed before the picks
 
 int64_t tiles(int64_t n) { return ceil_div<int64_t>(n, kTile); }
 
@@ -58,7 +58,7 @@ void for_each_chunk(const kcenter::Comparison& in, const Sizes& s, cudaStream_t 
 
 dim3 blocks_for(const Packed& rows) { return dim3(std::min(tiles(rows.count), kMaxBlocks)); }
 
-// Calls body(tag of the dtype, whether cosine) with both known to the compiler.
+// Calls body(tag of the dtype, whether cosine) with both known at compile time.
 template <typename Body>
 void dispatch(ScalarType type, const char* op, int64_t metric, Body&& body) {
   dispatch_floating(type, op,

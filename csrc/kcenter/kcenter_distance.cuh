@@ -1,5 +1,5 @@
-// Distances of selection on the device, by the formula of kcenter_distance.h: eight partial sums of fused
-// multiply-adds, added up in one order, so that a distance depends on its two rows alone.
+// Distances for selection on the device, by the formula of kcenter_distance.h: eight partial sums of fused
+// multiply-adds, added up in one fixed order, so that a distance depends on its two rows alone.
 #pragma once
 #include "cuda/rows.cuh"
 
@@ -49,14 +49,14 @@ __device__ double rescaled_distance(const T* x, const C* c, int64_t d) {
   return xx == 0 || cc == 0 ? 1 : fmax(0.0, 1 - first / sqrt(xx * cc));
 }
 
-// 1 - cos from products whose norms are safe.
+// 1 - cos from <x, c> and the squared norms, which are safe.
 __device__ __forceinline__ double cosine_distance(double xc, double xx, double cc) {
   const double product = xx * cc;
   const double scale = is_safe(product) ? sqrt(product) : sqrt(xx) * sqrt(cc);
   return fmax(0.0, 1 - xc / scale);
 }
 
-// Distance of rows x and c, [d], found by eight neighbouring lanes that call together; every one gets it.
+// Distance of rows x and c, [d], computed by eight neighbouring lanes that call together; every lane gets it.
 template <bool kCosine, typename T>
 __device__ __forceinline__ double group_distance(const T* x, const double* c, int64_t d) {
   double first = 0, xx = 0, cc = 0;
@@ -77,7 +77,7 @@ __device__ __forceinline__ double group_distance(const T* x, const double* c, in
   return is_safe(xx) && is_safe(cc) ? cosine_distance(first, xx, cc) : rescaled_distance<kCosine>(x, c, d);
 }
 
-// The terms of one thread's pair: their sum, and the next one added to partial sum k.
+// Sum of the terms of one thread's pair; `add` adds the next term to partial sum k.
 template <bool kCosine>
 struct PairSum {
   double sum[kGroup] = {};
@@ -96,7 +96,7 @@ struct PairSum {
   }
 };
 
-// Doubles as unsigned numbers in the same order, for integer atomics and sorting.
+// Maps doubles to unsigned numbers in the same order, for integer atomics and sorting.
 __device__ __forceinline__ unsigned long long ordered_bits(double value) {
   const auto bits = static_cast<unsigned long long>(__double_as_longlong(value));
   return bits >> 63 ? ~bits : bits | 1ull << 63;

@@ -1,4 +1,5 @@
-// Distances of selection on the CPU: the one exact formula all decisions rest on, and the float32 filter before it.
+// Distances for selection on the CPU: the one exact formula on which all decisions rest, and the float32 filter before
+// it.
 #pragma once
 #include <cmath>
 #include <cstring>
@@ -32,7 +33,7 @@ int exponent_of(int64_t d, const Value& value) {
   return exponent;
 }
 
-// The same distances of rows whose squares float64 cannot hold: numbers are brought to about 1 by powers of two.
+// Distance of rows whose squares float64 cannot hold: numbers are brought to about 1 by powers of two.
 template <typename T>
 double rescaled_distance(const T* x, const double* c, int64_t d, int64_t metric) {
   const auto row = [&](int64_t j) { return static_cast<double>(x[j]); };
@@ -127,13 +128,13 @@ MSACORE_SIMD void exact_distances(const T* x, const double* centers, const int64
 }
 
 // The filter: rows and centres in float32, moved by `shift` and scaled by a power of two (or to unit length), so that
-// half · (‖x‖² + ‖c‖²) - <x, c> approximates the squared distance (the cosine distance) up to `slack · half · (‖x‖² +
-// ‖c‖²)`.
+// half · (‖x‖² + ‖c‖² - 2 <x, c>) approximates the squared distance (for cosine: the cosine distance) up to
+// slack · half · (‖x‖² + ‖c‖²).
 struct Filter {
   int64_t metric, d;
   double scale;
 
-  // Rounding to float32, a product summed in any order, three additions: (d + 6) u (‖x‖ + ‖c‖)², and
+  // Rounding to float32, a product summed in any order and three additions err by (d + 6) u (‖x‖ + ‖c‖)², and
   // (‖x‖ + ‖c‖)² <= 2 (‖x‖² + ‖c‖²).
   double slack() const { return 2.0 * static_cast<double>(d + 16) * 5.97e-8; }
   double half() const { return metric == kEuclidean ? 1.0 : 0.5; }
@@ -143,10 +144,11 @@ struct Filter {
   }
 };
 
-// Squares below this vanish in float32.
+// Squares below this may vanish in float32.
 constexpr double kTiny = 1e-30;
 
-// The unit row of one whose squares float64 cannot hold; zeros for a row of zeros.
+// pack_row, for cosine, of a row whose squares float64 cannot hold: out [d] = its unit row, or zeros for a row of
+// zeros.
 template <typename T>
 double pack_rescaled_row(const T* x, int64_t d, float* out) {
   const int exponent = exponent_of(d, [&](int64_t j) { return static_cast<double>(x[j]); });
@@ -172,7 +174,7 @@ MSACORE_INLINE double pack_row(const T* __restrict__ x, const double* __restrict
     for (int64_t j = 0; j < f.d; ++j) out[j] = static_cast<float>(static_cast<double>(x[j]) * scale);
     return 0.5;
   }
-  // 16-bit and float32 values are moved in float32, which rounds once: the shift is a float32 number.
+  // 16-bit and float32 values are shifted in float32, which rounds once, because the shift is a float32 number.
   using A = acc_t<T>;
   float norm2 = 0;
 #pragma omp simd reduction(+ : norm2)
@@ -183,7 +185,7 @@ MSACORE_INLINE double pack_row(const T* __restrict__ x, const double* __restrict
   return norm2;
 }
 
-// Rows picked out of the pool come with a cache miss each, which the processor foresees for neighbours only.
+// Each row picked out of the pool costs a cache miss, which hardware prefetchers avoid for neighbouring rows only.
 template <typename T>
 MSACORE_INLINE void prefetch(const T* row, int64_t d) {
   constexpr int64_t kCacheLine = 64;

@@ -1,4 +1,4 @@
-// Comparing rows of the pool with centres on the CPU: products in float32 rule out the pairs that cannot matter,
+// Comparing rows of the pool with centres on the CPU: products in float32 rule out the pairs that cannot matter;
 // float64 distances decide the rest.
 #pragma once
 #include <torch/csrc/stable/library.h>
@@ -17,7 +17,8 @@ using namespace msacore::cpu;
 constexpr int64_t kTileRows = 96, kTileCenters = 128;
 constexpr int64_t kDirect = 2;  // up to this many centres the exact distances cost less than the filter
 
-// Centres ready for the filter: panels of 16 [d, 16], zeros where there is no centre, and half their squared norms.
+// Centres packed for the filter: panels [d, 16] of 16 centres, zeros where there is no centre, and half() · their
+// squared norms.
 struct PackedCenters {
   std::vector<float> panels;
   std::vector<double> half_norm;
@@ -62,7 +63,7 @@ void for_each_tile(const T* pool, const int64_t* rows, const Sizes& s, const dou
   });
 }
 
-// The nearest centre so far: the smaller number wins among equals.
+// The nearest centre so far: of equally near centres the smaller number wins.
 struct Nearest {
   double distance;
   int64_t owner;
@@ -72,7 +73,7 @@ struct Nearest {
   }
 };
 
-// Rows that lack few centres, from start[i] on to the last: their distances without a filter.
+// Compares rows that lack few centres, from start[i] to the last, without the filter.
 template <typename T>
 MSACORE_SIMD void fold_few(const T* pool, const int64_t* rows, const int64_t* start, const double* centers,
                            const Sizes& s, int64_t metric, int64_t begin, int64_t end, double* delta_out,
@@ -95,7 +96,7 @@ void fold(const T* pool, const int64_t* rows, const int64_t* start, const double
           int64_t* owner_out) {
   std::copy(delta, delta + s.rows, delta_out);
   std::copy(owner, owner + s.rows, owner_out);
-  // Few centres: no filter, so nothing to pack.
+  // Few centres are compared without the filter, so there is nothing to pack.
   const auto first_of_tile = [&](int64_t begin, int64_t count) {
     const int64_t first = *std::min_element(start + begin, start + begin + count);
     if (s.centers - first > kDirect) return first;
@@ -126,7 +127,7 @@ void fold(const T* pool, const int64_t* rows, const int64_t* start, const double
         exact_distances(pool + rows[i] * s.width, centers, &center, 1, s.width, f.metric, &distance);
         best.offer(distance, center);
       };
-      // The likely nearest one first: it leaves few others to look at.
+      // The likely nearest centre first: it leaves few others to look at.
       int64_t likely = skip;
       while (likely + 1 < n && low[likely] - factor * dot[likely] > lowest_here) ++likely;
       exact(likely);

@@ -1,7 +1,7 @@
-// Rows of the pool against centres on the device. A product of 16-bit roundings on tensor cores rules out the pairs
-// that cannot matter, float64 distances decide the rest. A block owns 64 rows and goes through the centres 64 at a
-// time; pairs that need the exact distance are listed in shared memory and taken by groups of eight lanes. Minima are
-// integer atomics on ordered bits: no result depends on the order of threads.
+// Comparing rows of the pool with centres on the device. A product of rows rounded to 16 bits, on tensor cores, rules
+// out the pairs that cannot matter; float64 distances decide the rest. A block owns 64 rows and goes through the
+// centres 64 at a time; pairs that need the exact distance are listed in shared memory and taken by groups of eight
+// lanes. Minima are taken by integer atomics on ordered bits: no result depends on the order of threads.
 #pragma once
 #include <algorithm>
 
@@ -16,15 +16,15 @@ constexpr int kPairs = kTile * kTile;  // of a tile
 constexpr int kStages = 3;             // of the product
 // Dynamic shared memory of a block: the product's stages, or the distances of listed pairs.
 constexpr size_t kProductBytes = std::max<size_t>(kTileBytes<Half, Half, float, true, true, kStages>, kPairs * 8);
-constexpr double kRaise = 1 << 14;     // brings numbers below 2 under the largest of Half, far from its smallest
-constexpr float kAbove = 1 + 2.4e-7f;  // against rounding a double to float32
+constexpr double kRaise = 1 << 14;     // scales numbers below 2 to below Half's largest, far from its smallest
+constexpr float kAbove = 1 + 2.4e-7f;  // covers the rounding of a double to float32
 
-// A row rounded to Half: its squared norm, and how far from there the row itself may be.
+// A row rounded to Half: the squared norm of the rounded row, and how far from it the row itself may be.
 struct Ball {
   float norm, radius;
 };
 
-// Rows moved by a shift and scaled by a power of two (for cosine: to one length), in Half: [count, width], width a
+// Rows shifted and scaled by a power of two (for cosine: scaled to one length), in Half: [count, width], width a
 // multiple of 16 bytes; ball [count], padded to whole tiles.
 struct Packed {
   Half* rows;
@@ -34,25 +34,26 @@ struct Packed {
   __device__ Matrix<Half> tile(int64_t i) const { return {rows + i * kTile * width, width, count - i * kTile, width}; }
 };
 
-// What is known of the squared distance of two rounded rows.
+// Bounds on the squared distance of two rounded rows.
 struct Range {
   float low, high;
 };
 
 // Bounds from products of rounded rows. With a = ‖x̂‖² + ‖ĉ‖², the squared distance ‖x̂ - ĉ‖² is a - 2<x̂, ĉ> up to
-// `slack` · a: products of Half are exact in float32; of the additions of a tensor core, each taken to err by 2⁻²² of
-// the largest magnitude they meet (they cut addends off at 2⁻²³ of it, the accumulator once more), which is at most
-// ‖x̂‖ ‖ĉ‖ <= a / 2, d give 2 d 2⁻²² a / 2; the norms, three operations on them and the comparison, at most 2⁻²⁴ each
-// of numbers up to 4 a, and the float64 distances, stay far below 16 · 2⁻²² a. By the triangle inequality the distance
-// itself is ‖x̂ - ĉ‖ up to the sum of the radii, which are measured: any rounding to Half is right, a poor one only
-// leaves more pairs to float64.
+// `slack` · a. Products of Half are exact in float32. Each of the d additions of a tensor core is taken to err by 2⁻²²
+// of the largest magnitude that it meets (it truncates addends at 2⁻²³ of it, and the accumulator once more), which is
+// at most ‖x̂‖ ‖ĉ‖ <= a / 2: together 2 d 2⁻²² a / 2. The norms, three operations on them and the comparison err by at
+// most 2⁻²⁴ each of numbers up to 4 a; these errors and those of the float64 distances stay far below 16 · 2⁻²² a. By
+// the triangle inequality the distance itself is ‖x̂ - ĉ‖ up to the sum of the radii. The radii are measured, so any
+// rounding to Half is valid: a poor one only leaves more pairs to float64.
 struct Filter {
   double scale;
   float slack;
 
   Filter(double scale, int64_t width) : scale(scale), slack(static_cast<float>(width + 16) * 0x1p-22f) {}
 
-  // A distance as a length among packed rows. Rows of one length L: a cosine distance is that of their ends², / 2L².
+  // A distance as a length between packed rows. For rows of one length L, a cosine distance is the squared distance of
+  // their ends / 2L².
   template <bool kCosine>
   __device__ float length(double distance) const {
     return static_cast<float>((kCosine ? sqrt(2 * distance) : distance * scale) * kRaise);
@@ -63,7 +64,7 @@ struct Filter {
   }
 };
 
-// Where the values of packed rows come from: [samples, width], row `rows`[i] or (null) row i.
+// Where packed row i comes from: row rows[i] of values [samples, width], or row i where `rows` is null.
 template <typename In>
 struct Source {
   const In* values;
@@ -73,8 +74,8 @@ struct Source {
   __device__ const In* row(int64_t i) const { return values + (rows ? clamped(rows[i], samples) : i) * width; }
 };
 
-// A warp owns a row. shift [width]. For cosine a row of zeros is as far from any other as a right angle is; one whose
-// squared norm float64 cannot hold well goes to the exact distances.
+// A warp owns a row. shift [width]. For cosine, a row of zeros counts as perpendicular to all other rows; a row whose
+// squared norm float64 cannot hold well is left to the exact distances.
 template <bool kCosine, typename In>
 __global__ void __launch_bounds__(kThreads, 4)
     pack_kernel(Source<In> from, const double* __restrict__ shift, double scale, Packed out) {
@@ -113,7 +114,7 @@ __global__ void __launch_bounds__(kThreads, 4)
   }
 }
 
-// Which pairs a block compares: 64 of the rows `from` with the packed centres.
+// What a block compares: 64 rows of `from` with the packed centres.
 template <typename T>
 struct Comparison {
   Source<T> from;
@@ -130,7 +131,7 @@ struct Listed {
   __device__ void add(int row, int center) { pair[atomicAdd(&count, 1)] = static_cast<uint16_t>(row * kTile + center); }
 };
 
-// Calls body(place in the list, row, distance) with one lane of the eight that found it.
+// Calls body(place in the list, row, distance) in one of the eight lanes that computed the distance.
 template <bool kCosine, typename T, typename Body>
 __device__ __forceinline__ void for_listed(const Comparison<T>& args, const Listed& listed, int64_t panel, int64_t tile,
                                            const Body& body) {
@@ -149,7 +150,7 @@ __device__ __forceinline__ void multiply(const Comparison<T>& args, int64_t pane
   add_tile_product<true, true, kStages>(c, args.x.tile(panel), args.c.tile(tile), args.x.width);
 }
 
-// Calls body(across, i, column) with this thread's sums c[down][across][i] of one row: those of accumulators `half`.
+// Calls body(across, i, column) for this thread's sums c[down][across][i] of one row: i is 2 · half or 2 · half + 1.
 template <typename Body>
 __device__ __forceinline__ void for_sums_of(int half, const Body& body) {
 #pragma unroll
@@ -158,8 +159,8 @@ __device__ __forceinline__ void for_sums_of(int half, const Body& body) {
     for (int i = 2 * half; i < 2 * half + 2; ++i) body(across, i, tile_column(across, i));
 }
 
-// rows' nearest centre after centers[start …] came in, of x.count rows: delta, owner -> delta_out, owner_out. An equal
-// distance goes to the smaller number; an owner of -1 gives way to any.
+// Compares x.count rows with the centres from number start[i] on and updates the nearest centre: delta, owner ->
+// delta_out, owner_out. Of equally near centres the smaller number wins; an owner of -1 gives way to any centre.
 template <bool kCosine, typename T>
 __global__ void __launch_bounds__(kTileThreads, 4)
     fold_kernel(const __grid_constant__ Comparison<T> args, const int64_t* __restrict__ start,
@@ -168,8 +169,8 @@ __global__ void __launch_bounds__(kTileThreads, 4)
   MSACORE_SHARED(listed, Listed);
   MSACORE_SHARED(best, unsigned long long[kTile]);
   MSACORE_SHARED(before, unsigned long long[kTile]);
-  MSACORE_SHARED(nearest, unsigned long long[kTile]);  // number of the centre; -1 is the largest
-  MSACORE_SHARED(upper, float[2][kTile]);  // no length above can be the smallest: what either half of a tile found
+  MSACORE_SHARED(nearest, unsigned long long[kTile]);  // number of the centre; -1 is the largest as unsigned
+  MSACORE_SHARED(upper, float[2][kTile]);              // no length above it can be the smallest; one per half of a tile
   MSACORE_SHARED(first, int64_t[kTile]);
   unsigned long long* const distance = dynamic_shared<unsigned long long>();  // of the listed pairs, in ordered bits
   const int t = threadIdx.x, side = warp_id() % 2;
@@ -198,7 +199,7 @@ __global__ void __launch_bounds__(kTileThreads, 4)
         const float reach = above + radii;
         return !(square.low > reach * reach);
       };
-      unsigned near = 0;  // this thread's pairs that may be the least, as far as its half of the tile knows
+      unsigned near = 0;  // this thread's pairs that may be the least, by what its half of the tile knows
 #pragma unroll
       for (int down = 0; down < 2; ++down)
 #pragma unroll

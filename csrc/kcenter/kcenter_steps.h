@@ -15,7 +15,7 @@
 
 namespace msacore::kcenter::cpu {
 
-// 32-bit words of a row, for the checksum
+// Checksum of a row: the sum of its 32-bit words (16-bit words for 16-bit types), each times its key
 template <typename T>
 MSACORE_INLINE uint64_t word_sum(const T* x, const uint32_t* key, int64_t d) {
   uint64_t sum = 0;
@@ -43,7 +43,8 @@ inline uint64_t mix(uint64_t z) {
   return z ^ (z >> 31);
 }
 
-// Without their sign, the bits of floating-point numbers are ordered by magnitude: infinity and NaN above all others.
+// Without their sign, the bits of floating-point numbers are ordered by magnitude, with infinity and NaN above all
+// others.
 template <typename T>
 MSACORE_INLINE double largest_magnitude(const T* x, int64_t d) {
   using Bits = std::conditional_t<sizeof(T) == 2, int16_t, std::conditional_t<sizeof(T) == 4, int32_t, int64_t>>;
@@ -64,8 +65,8 @@ constexpr int64_t kTogether = 4;  // rows added before they go into the tree
 constexpr int64_t kLevels = 11;   // of the tree above them: 4 · 2^10 rows are a block
 
 // Adds the rows of one block along a binary tree over row numbers: sums [d]. `level` [kLevels, d]: sums of finished
-// subtrees, each waiting for the one to its right. Also the checksum of each row, the largest magnitude, and the first
-// row that is not finite (else `bad` stays).
+// subtrees, each waiting for the one to its right. Also computes the checksum of each row, the largest magnitude, and
+// the first row that is not finite (`bad` stays if there is none).
 template <typename T>
 MSACORE_SIMD void scan_block(const T* pool, int64_t rows, int64_t d, const uint32_t* key, double* level, double* sums,
                              int64_t* checksum, double* largest, int64_t* bad) {
@@ -133,11 +134,12 @@ void scan(const T* pool, int64_t n, int64_t d, double* sums, int64_t* checksum, 
   }
 }
 
-// out [count] = the first `count` of all indices in that order
+// out [count] = the first `count` of all indices in the order of `precedes`
 inline void rank(const double* score, int64_t n, int64_t count, int64_t* out) {
   if (count == 0) return;
   const auto at = [&](int64_t i) { return score[i] == score[i] ? score[i] : kLowest; };
-  // A sample tells a score that about twice as many exceed; it only saves work, and is dropped when it misses.
+  // A sample yields a score that about 2 · `count` scores exceed. It only saves work, and is dropped when fewer than
+  // `count` scores reach it.
   constexpr int64_t kSample = 4096;
   double floor = kLowest;
   const int64_t stride = n / kSample;
@@ -165,11 +167,10 @@ inline void rank(const double* score, int64_t n, int64_t count, int64_t* out) {
   for (int64_t i = 0; i < count; ++i) out[i] = found[i].second;
 }
 
-// Plain greedy among candidates, for as long as the best of them precedes `bound`, which precedes or equals everything
-// outside. picks, scores [limit]: positions of the picks, then -1, and their scores.
-// Scores only fall, so one from earlier is an upper bound: a candidate takes in the picks it lacks only while it still
-// leads the others. group [m] or null: which entry of room [groups], the picks it may still get, a candidate takes
-// from.
+// Plain greedy selection among candidates, for as long as the best of them precedes `bound`, which precedes or equals
+// everything outside. picks, scores [limit]: positions and scores of the picks, then -1 and -inf. group [m] or null:
+// the group of each candidate; room [groups]: the picks that each group may still get. Scores only fall, so an earlier
+// score is an upper bound: a candidate takes in the picks it lacks only while it still leads the others.
 template <typename T>
 void greedy(const T* candidates, const double* weight, const double* delta, const int64_t* index, const int64_t* group,
             std::vector<int64_t> room, int64_t m, int64_t d, Ranked bound, int64_t limit, int64_t metric,
@@ -182,7 +183,7 @@ void greedy(const T* candidates, const double* weight, const double* delta, cons
   struct Candidate {
     Ranked ranked;
     double delta;
-    int64_t position, taken;  // how many of the picks `delta` knows
+    int64_t position, taken;  // taken: number of picks that `delta` accounts for
   };
   const auto behind = [](const Candidate& a, const Candidate& b) { return precedes(b.ranked, a.ranked); };
   std::vector<Candidate> heap;

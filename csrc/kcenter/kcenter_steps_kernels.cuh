@@ -8,8 +8,9 @@ namespace msacore::kcenter::cuda {
 constexpr int kMatrixRows = 16, kMatrixColumns = 32, kMatrixDepth = 32;
 constexpr int kGreedyThreads = 1024;
 
-// Checksums of rows: of their 32-bit (16-bit) words, keyed by position. A warp owns a row. `largest` is the largest
-// magnitude, in ordered bits, and `bad` the first row that is not finite; both start as what an empty pool has.
+// Checksums of rows, from their 32-bit words (16-bit words for 16-bit types), keyed by position. A warp owns a row.
+// `largest` is the largest magnitude, in ordered bits, and `bad` the first row that is not finite; both start with the
+// values of an empty pool.
 template <typename T>
 __global__ void __launch_bounds__(kThreads, 4)
     scan_rows_kernel(const T* __restrict__ pool, int64_t n, int64_t d, int64_t* __restrict__ checksum,
@@ -45,11 +46,11 @@ __global__ void __launch_bounds__(kThreads, 4)
   if (lane_id() == 0) atomicMax(largest, ordered_bits(most));
 }
 
-// sums [⌈n / 4096⌉, d] of blocks of rows along the tree of the CPU: a thread owns a column of a block
+// sums [⌈n / 4096⌉, d] of blocks of rows, along the same tree as on the CPU; a thread owns a column of a block
 template <typename T>
 __global__ void __launch_bounds__(kThreads, 4)
     column_sums_kernel(const T* __restrict__ pool, int64_t n, int64_t d, double* __restrict__ sums) {
-  constexpr int kLevels = 11;  // above four rows
+  constexpr int kLevels = 11;  // of the tree above four rows
   const int64_t begin = int64_t{blockIdx.x} * kScanBlock, end = begin + kScanBlock < n ? begin + kScanBlock : n;
   for (int64_t j = threadIdx.x; j < d; j += kThreads) {
     double level[kLevels];  // sums of finished subtrees, each waiting for the one to its right
@@ -78,7 +79,8 @@ __global__ void __launch_bounds__(kThreads, 4)
   }
 }
 
-// What the scan starts from, and (largest_out not null) the largest magnitude at its end.
+// Sets what the scan starts from; where largest_out is not null, writes the largest magnitude at the end of the scan
+// instead.
 __global__ void scan_frame_kernel(int64_t n, unsigned long long* largest, unsigned long long* bad,
                                   double* __restrict__ largest_out) {
   if (largest_out) {
@@ -107,7 +109,7 @@ __global__ void __launch_bounds__(kThreads, 4)
   }
 }
 
-// Halves of a key that rises as scores fall, low, high [n]; a NaN counts as -inf, -0 as 0.
+// low, high [n]: the halves of a key that rises as scores fall; a NaN counts as -inf, -0 as 0.
 __global__ void __launch_bounds__(kThreads, 4) rank_keys_kernel(const double* __restrict__ score, int64_t n,
                                                                 int64_t* __restrict__ low, int64_t* __restrict__ high) {
   for (int64_t i = grid_thread(); i < n; i += grid_threads()) {
@@ -171,7 +173,7 @@ __global__ void __launch_bounds__(kThreads, 2)
 // A candidate in the order of picks: higher scores first, then smaller indices, then smaller positions.
 struct Ranked {
   double score;
-  int64_t index, position;  // position -1: nobody
+  int64_t index, position;  // position -1: no candidate
 
   __device__ bool precedes(const Ranked& other) const {
     return score > other.score || (score == other.score && index < other.index);
@@ -186,7 +188,7 @@ struct Ranked {
   }
 };
 
-// The best of a block's, for every thread.
+// The best candidate of a block, for every thread.
 __device__ __forceinline__ Ranked block_best(Ranked mine) {
   MSACORE_SHARED(partial, Ranked[kWarp]);
   const auto reduce = [&] {
@@ -205,8 +207,8 @@ __device__ __forceinline__ Ranked block_best(Ranked mine) {
   return mine;
 }
 
-// Candidates x [m, d] with squared norms [m] (cosine) and, where they are not null, the distances among them [m, m] and
-// the group [m] of each.
+// Candidates x [m, d] with squared norms [m] (cosine) and, where not null, the distances [m, m] among the candidates
+// and the group [m] of each.
 template <typename T>
 struct Contest {
   const T* x;
@@ -227,9 +229,10 @@ struct Contest {
   }
 };
 
-// One block picks up to `limit` candidates for as long as the best precedes the bound: positions (then -1) and scores
-// (then -inf) [limit]. now [m]: the distances so far; NaN once a candidate is picked, behind the bound for good, or of
-// a group without room. left [groups]: the room that is left, from `room`.
+// One block picks up to `limit` candidates for as long as the best precedes the bound. picks, scores [limit]: positions
+// and scores of the picks, then -1 and -inf. now [m]: the distances so far; NaN once a candidate is picked, falls
+// behind the bound for good, or belongs to a group without room. left [groups]: the room that is left, initially
+// `room`.
 template <bool kCosine, typename T>
 __global__ void __launch_bounds__(kGreedyThreads)
     greedy_kernel(Contest<T> among, const double* __restrict__ delta, const int64_t* __restrict__ room, int64_t groups,

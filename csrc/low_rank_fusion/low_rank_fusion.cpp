@@ -1,7 +1,7 @@
 // Low-rank fusion on the CPU. Tiles of rows stay in cache: for each rank the projections a_mr = [x_m; 1] factors_m[r]
-// and what is made of them. The backward pass reads the projections again, or computes them where they were not kept.
-// Threads share the ranks, and rows where ranks do not go round; what several of them add to is summed at the end, in
-// order.
+// and what is computed from them. The backward pass reads the projections again, or computes them where they were not
+// kept. Threads share the ranks, and the rows too where there are too few ranks; sums to which several threads
+// contribute are completed at the end, in order.
 #include "low_rank_fusion/low_rank_fusion.h"
 
 #include <torch/csrc/stable/library.h>
@@ -28,7 +28,7 @@ struct Range {
   int64_t begin, end;
 };
 
-// The parts of the ranks and of the rows that threads take, several each: one whose core is busy takes fewer.
+// The parts of the ranks and of the rows. Each thread takes several, and one whose core is busy takes fewer.
 struct Parts {
   int64_t ranks, rows;
   int64_t rank, batch;
@@ -69,7 +69,7 @@ struct Operands {
   std::vector<Block<const A>> x;  // [B, d_m + 1]
   std::vector<const A*> factors;  // [r, d_m + 1, width]
   int64_t width;
-  bool in_place;  // rows of results and of the caller's tensors are alike
+  bool in_place;  // rows of results are laid out like those of the caller's tensors
   const A *rank_weight, *bias;
   const bool* available = nullptr;
 
@@ -83,7 +83,7 @@ struct Operands {
       factors.push_back(padded_rows(own<T>(contiguous_as(in.factors[m])), s.rank * (s.features[m] + 1), s.width));
     }
   }
-  // The place of the projections of rows b … of rank r: in `kept` [M, r, B, width] or, where that is null, in `tile`
+  // Where the projections of rows b … of rank r lie: in `kept` [M, r, B, width] or, where that is null, in `tile`
   // [M, kTileRows, width].
   Tile<A> place(int64_t r, int64_t b, int64_t rows, A* kept, A* tile, const Sizes& s) const {
     if (!kept) return {tile, s.modalities, width, rows, kTileRows * width};
@@ -144,7 +144,7 @@ void each_tile(const Range& rows, Body&& body) {
   for (int64_t b = rows.begin; b < rows.end; b += kTileRows) body(b, std::min(kTileRows, rows.end - b));
 }
 
-// Adds members 1 … of `parts`, of `size` numbers each, to member 0, for numbers begin … end.
+// Adds members 1 … of `parts`, which hold `size` numbers each, to member 0, for numbers begin … end.
 template <typename A>
 void add_parts(A* parts, int64_t count, int64_t size, int64_t begin, int64_t end) {
   for (int64_t i = 1; i < count; ++i) add(parts + i * size + begin, parts + begin, end - begin);

@@ -77,8 +77,8 @@ struct GradTensors {
   }
 };
 
-// The operators of a device: `forward` and `backward` get arguments that were checked. They write and read
-// `projections`, which hold nothing where they are not kept.
+// The operators of a device: `forward` and `backward` get arguments that were checked. `forward` writes and `backward`
+// reads `projections`, which is empty where they are not kept.
 template <void (*forward)(const char* op, const Inputs&, const Sizes&, Tensor& out, Tensor& projections),
           void (*backward)(const char* op, const Inputs&, const Sizes&, const Tensor& grad_out,
                            const Tensor& projections, GradTensors&)>

@@ -47,7 +47,7 @@ struct Operands {
   }
 };
 
-// Computes the projections of all modalities and ranks, into `kept` where that has room for them.
+// Computes the projections of all modalities and ranks, in `kept` unless that is empty.
 template <typename T>
 Tensor project(const Problem<T>& p, const Sizes& s, const Tensor& kept, cudaStream_t stream) {
   Tensor a = kept.size(0) > 0 ? kept : empty_tensor(kept, s.projections(s.modalities));

@@ -5,8 +5,8 @@
 // times, mostly from the L2 cache. Backward: the projections are read or, where they were not kept, computed again;
 // their gradients are written once and read twice. At B = 1024, d = h = 128, r = 16, M = 3 in 16 bits: 25 MB of
 // projections, against 2.6 MB of features, factors and results. Multiplications: 2 B h r Σ (d_m + 1), 1.6 GFLOP, which
-// is the minimum, forward, and twice that backward (three times without kept projections); tiles of 64 make 129 rows of
-// the gradients of factors 192.
+// is the minimum, forward, and twice that backward (three times without kept projections); with tiles of 64, the 129
+// rows of the gradients of factors take 192.
 #pragma once
 #include "core/round.h"
 #include "cuda/augmented_rows.cuh"
@@ -15,7 +15,7 @@ namespace msacore::low_rank_fusion::cuda {
 using namespace msacore::cuda;
 
 constexpr int kThreads = 256, kMaxModalities = 32;
-constexpr int kLongStages = 4;  // of products over many steps
+constexpr int kLongStages = 4;  // for products over many steps
 
 template <typename T>
 constexpr int kBlocks = sizeof(T) == 8 ? 2 : 3;  // on a multiprocessor, at least
@@ -28,7 +28,7 @@ struct Problem {
   const T *x[kMaxModalities], *factors[kMaxModalities];  // [B, d_m], [r, d_m + 1, h]
   int64_t features[kMaxModalities];
   bool aligned[kMaxModalities];  // rows of x_m begin at multiples of 16 bytes
-  bool factors_aligned;          // and rows of all factors
+  bool factors_aligned;          // so do the rows of all factors
   const T *rank_weight, *bias;
   const bool* available;
   int64_t batch, rank, width;
@@ -63,7 +63,7 @@ struct Samples {
   }
 };
 
-// The matrices of all ranks beside each other, in columns up to whole stages.
+// The matrices of all ranks side by side, the columns of each padded to whole stages.
 template <typename T>
 struct Ranks {
   using Element = T;
@@ -163,7 +163,7 @@ template <typename T>
 constexpr int kFactorBytes = kTileBytes<acc_t<T>, T, acc_t<T>, false, false, kLongStages>;
 
 // grad_factors_m[r] = [x_m; 1]ᵀ grad_a[m, r], as the transposed grad_a[m, r]ᵀ [x_m; 1], whose left operand may be of
-// the wider type; a block's r and m are its y and z, blocks beyond d_m + 1 columns rest
+// the wider type; a block's r and m are its y and z, blocks beyond d_m + 1 columns do nothing
 template <typename T>
 __global__ void __launch_bounds__(kTileThreads, kBlocks<T>)
     factor_grads_kernel(const __grid_constant__ Problem<T> p, const acc_t<T>* __restrict__ grad_a,
@@ -190,7 +190,7 @@ template <typename T>
 constexpr int kFeatureBytes = kTileBytes<acc_t<T>, T, acc_t<T>, true, true, kLongStages>;
 
 // grad_x_m = Σ_r grad_a[m, r] factors_m[r]ᵀ without its last row, zero where hidden; a block's m is its z, blocks
-// beyond the columns of x_m rest
+// beyond the columns of x_m do nothing
 template <typename T>
 __global__ void __launch_bounds__(kTileThreads, kBlocks<T>)
     feature_grads_kernel(const __grid_constant__ Problem<T> p, const acc_t<T>* __restrict__ grad_a,

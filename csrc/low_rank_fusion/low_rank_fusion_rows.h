@@ -8,9 +8,10 @@
 namespace msacore::low_rank_fusion::cpu {
 using namespace msacore::cpu;
 
-constexpr int64_t kTileRows = 128;  // of a tile: its projections of all modalities stay in a core's cache
+constexpr int64_t kTileRows = 128;  // per tile: its projections of all modalities stay in a core's cache
 
-// The projections of a tile for one rank: those of modality m are [rows, width], `apart` numbers from the next one's.
+// The projections of a tile for one rank: those of modality m are [rows, width], and `apart` numbers further those of
+// the next.
 template <typename A>
 struct Tile {
   A* a;
@@ -81,7 +82,7 @@ MSACORE_SIMD void transpose_panels(const A* __restrict__ from, int64_t d, int64_
   }
 }
 
-// to[i] (+)= from[i]
+// to[i] += from[i]
 template <typename A>
 MSACORE_SIMD void add(const A* __restrict__ from, A* __restrict__ to, int64_t count) {
   for (int64_t i = 0; i < count; ++i) to[i] += from[i];

@@ -1,5 +1,6 @@
 // Matrix fusion on the CPU. With H = (Z_m W_rᵀ) / s, the q×k' rows W_r G = Hᵀ Z_n of a pair need no k'×k' matrix. A
-// thread takes a chunk of samples: the products with W_r run over all its tokens, the pair rows stay in its cache.
+// thread takes a chunk of samples: the products with W_r run over all tokens of the chunk, the pair rows stay in its
+// cache.
 #include "matrix_fusion/matrix_fusion.h"
 
 #include <torch/csrc/stable/library.h>
@@ -39,7 +40,7 @@ void forward(const char* op, const Inputs& in, const Sizes& s, Tensor& fused, Te
   });
 }
 
-// Sums over lanes, in their order, of `count` numbers that lie `stride` apart.
+// Sums over lanes, in their order, of `count` numbers each; lanes lie `stride` numbers apart.
 template <typename From, typename T>
 void sum_lanes(const From* lanes, int64_t lane_count, int64_t stride, int64_t count, T* out) {
   for (int64_t j = 0; j < count; ++j) {

@@ -90,7 +90,7 @@ struct GradTensors {
 };
 
 // The operators of a device: `forward` and `backward` get arguments that were checked, and fill the outputs; `forward`
-// from at least one sample. Gradients of outputs are contiguous.
+// is called with at least one sample. Gradients of outputs are contiguous.
 template <void (*forward)(const char* op, const Inputs&, const Sizes&, Tensor& fused, Tensor& pairs),
           void (*backward)(const char* op, const Inputs&, const Sizes&, const Tensor& grad_fused,
                            const Tensor& grad_pairs, GradTensors&)>

@@ -1,19 +1,20 @@
 // Gradients of matrix fusion on the device. The pair rows of some samples are computed again and replaced by their
 // gradients in global memory (q×k' per pair); four products over them on tensor cores give the rest.
 //
-// The gradients of the rows, B P q k' elements per part, are written once and read twice; a launch takes as many
-// samples as may stay in the L2 cache. x is read B L k times (M - 1) for h and for the weights each, P for the
-// gradients of h and 2 P for the rows, its gradients are written once. At B = 256, L = 50, k = 768, q = 64, M = C = 3
-// in bfloat16: 118 MB of x and its gradients at least, and 76 MB of gradients of rows. Products, in units of 2 B L k' q
-// = 1.3 GFLOP: 3 P + 3 (M - 1) = 15 is the minimum of the factored form that stores no rows; here the rows are computed
-// twice, so that a block keeps C tiles instead of C + P, and the gradients of h have two parts: 4 P + 5 (M - 1) = 22.
+// The gradients of the rows, B P q k' elements per part, are written once and read twice; a launch takes no more
+// samples than fit in the L2 cache. x is read, in units of B L k elements, M - 1 times each for h and for the weights,
+// P times for the gradients of h and 2 P times for the rows; its gradients are written once. At B = 256, L = 50,
+// k = 768, q = 64, M = C = 3 in bfloat16: 118 MB of x and its gradients at least, and 76 MB of gradients of rows.
+// Products, in units of 2 B L k' q = 1.3 GFLOP: 3 P + 3 (M - 1) = 15 is the minimum of the factored form that stores no
+// rows; here the rows are computed twice, so that a block keeps C tiles instead of C + P, and the gradients of h have
+// two parts: 4 P + 5 (M - 1) = 22.
 #pragma once
 #include "matrix_fusion/matrix_fusion_kernels.cuh"
 
 namespace msacore::matrix_fusion::cuda {
 
-// Gradients of a call's results, where those of the pair rows go, and where warps and blocks leave their shares of
-// those of the small parameters.
+// The gradients of a call's results; memory for the gradients of the pair rows, and for the shares of warps and blocks
+// in the gradients of the small parameters.
 template <typename T>
 struct RowGrads {
   const T *fused, *pairs;               // [B, C, q], [B, P, q]
@@ -30,7 +31,8 @@ struct RowGrads {
 };
 
 // From the gradients of the means to those of the pre-activations, for samples from `first_sample` on, `together`
-// channels at a time. The mean's factor 1 / k' is left to those who read `rows`: float16 would lose small gradients.
+// channels at a time. The factor 1 / k' of the mean is left to the kernels that read `rows`: float16 would lose small
+// gradients.
 template <typename T>
 __global__ void __launch_bounds__(kTileThreads, kPairKernelBlocks<T>)
     row_grads_kernel(const __grid_constant__ Problem<T> p, const T* __restrict__ h, const RowGrads<T> grads,
@@ -224,7 +226,7 @@ __global__ void __launch_bounds__(kTileThreads, sizeof(T) == 2 ? 3 : 2)
 #pragma unroll 1
     for (int parts = 0; parts < kParts<T> * kParts<T>; ++parts) {
       const int of_h = parts / kParts<T>, of_grads = parts % kParts<T>;
-      if (of_h + of_grads < kParts<T>)  // what is left out is as small as what no part holds
+      if (of_h + of_grads < kParts<T>)  // the products left out are as small as what no part holds
         add_tile_product<true, false>(c, p.tokens_from(h, of_h, m, first, count, 0),
                                       grads.from(p, of_grads, place.sample, p.pair(m, n), 0, j0), p.rows, count,
                                       p.features - j0);

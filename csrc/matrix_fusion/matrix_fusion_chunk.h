@@ -75,8 +75,8 @@ struct Operands {
   const A* parameter(const Tensor& t) { return own<A>(contiguous_as(t, acc_dtype(t.scalar_type()))); }
 };
 
-// How samples are shared out: a lane takes every `lanes`-th chunk. Depends on sizes alone, so that sums over lanes have
-// the same order for every number of threads.
+// How samples are distributed: a lane takes every `lanes`-th chunk. Depends on sizes alone, so that sums over lanes
+// have the same order for every number of threads.
 struct Plan {
   int64_t chunk, chunks, lanes;
 
@@ -123,7 +123,7 @@ class Chunk {
   int64_t first() const { return first_; }
   int64_t tokens() const { return start_[samples_]; }
 
-  // The valid tokens of samples begin … end; features are used in place where nothing of them is hidden.
+  // The valid tokens of samples begin … end; features are used in place where none of them are hidden.
   void load(int64_t begin, int64_t end) {
     first_ = begin, samples_ = end - begin;
     token_.clear();
@@ -145,7 +145,7 @@ class Chunk {
     }
   }
 
-  // h [tokens, (M-1)·q]: the projection of every modality that is the left member of a pair, over s_b.
+  // h [tokens, (M-1)·q]: the projection of every modality that is the left member of a pair, divided by s_b.
   void project() {
     for (int64_t m = 0; m + 1 < s_.modalities; ++m)
       multiply(h().columns(m * s_.rows, s_.rows), x(m), weight().transposed());
@@ -196,7 +196,7 @@ class Chunk {
  private:
   static int64_t slot(int64_t m, int64_t n) {
     return n * (n - 1) / 2 + m;
-  }  // pairs with one right member are neighbours
+  }  // pairs with the same right member are neighbours
   int64_t left() const { return (s_.modalities - 1) * s_.rows; }
   bool available(int64_t b, int64_t m) const { return !in_.available || in_.available[b * s_.modalities + m]; }
   int64_t count(int64_t b) const { return start_[b + 1] - start_[b]; }
@@ -326,7 +326,7 @@ class Chunk {
   const Operands<T>& in_;
   const Sizes& s_;
   int64_t first_ = 0, samples_ = 0, stride_;
-  std::vector<int64_t> start_, token_;  // of each sample in the packed tokens; of each packed token in [B·L]
+  std::vector<int64_t> start_, token_;  // first packed token of a sample; index of a packed token in [B·L]
   std::vector<const A*> x_;
   std::vector<A*> packed_, grad_packed_;
   std::vector<char> complete_;  // nothing of this modality is hidden in the chunk

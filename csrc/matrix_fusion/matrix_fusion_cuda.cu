@@ -14,9 +14,9 @@ using namespace msacore::cuda;
 namespace {
 
 #ifdef __CUDACC__
-constexpr int64_t kRowGradBytes = int64_t{32} << 20;  // of the gradients of pair rows at a time; an H200 caches 50 MB
+constexpr int64_t kRowGradBytes = int64_t{32} << 20;  // for the gradients of pair rows at a time; an H200 caches 50 MB
 #else
-constexpr int64_t kRowGradBytes = 64 << 10;  // little, so that small inputs already take several launches
+constexpr int64_t kRowGradBytes = 64 << 10;  // small, so that even small inputs take several launches
 #endif
 
 template <typename T>

@@ -1,11 +1,11 @@
-// Matrix fusion on the device. With h = z_m W_rᵀ / s per token, row i of a pair is Σ_l h[l, i] z_n[l, :]: a block has a
-// tile of these rows on tensor cores, pair after pair, and keeps the mixed channels of the tile in shared memory; no
-// k'×k' matrix exists and no pair row is written. What is hidden is not loaded.
+// Matrix fusion on the device. With h = z_m W_rᵀ / s per token, row i of a pair is Σ_l h[l, i] z_n[l, :]: a block
+// computes a tile of these rows on tensor cores, pair after pair, and keeps the mixed channels of the tile in shared
+// memory; no k'×k' matrix exists and no pair row is written. What is hidden is not loaded.
 //
-// Forward, in elements of the features' type: x is read B L k (M - 1) times for h and B L k P times for the rows, of
-// which B L k M must come from memory and a sample's repeated reads follow each other; h is written once, B L q (M - 1)
-// per part, and read k' / 64 times per pair from the L2 cache; column sums, 4 B q (P + C) k' / 64 bytes, are written
-// and read. At B = 256, L = 50, k = 768, q = 64, M = C = 3 in bfloat16: 59 MB of x at least, 79 MB if x_1 is not cached
+// Forward, in elements of the features' type: B L k (M - 1) of x are read for h and B L k P for the rows; B L k M of
+// these must come from memory, and repeated reads of a sample follow each other. h is written once, B L q (M - 1) per
+// part, and read k' / 64 times per pair from the L2 cache; column sums, 4 B q (P + C) k' / 64 bytes, are written and
+// read. At B = 256, L = 50, k = 768, q = 64, M = C = 3 in bfloat16: 59 MB of x at least, 79 MB if x_1 is not cached
 // between the two kernels that read it, 3 MB for h and 5 MB for the sums. Products: 2 B L k' q (M - 1 + P) = 6.3 GFLOP,
 // the minimum of the factored form; whole tiles make it 8 (L to 64, k' to 800).
 #pragma once
@@ -17,10 +17,11 @@ namespace msacore::matrix_fusion::cuda {
 using namespace msacore::cuda;
 
 constexpr int kThreads = 256, kMaxModalities = 32;
-constexpr int kLongStages = 4;  // of products over many steps
+constexpr int kLongStages = 4;  // for products over many steps
 
-// For tensor cores, what is computed on the way is kept as a sum of numbers of the features' type, as many as keep the
-// errors within those of torch: h and the gradients of pair rows, and the gradients of h, which are summed over tokens.
+// For tensor cores, intermediate results are kept as a sum of numbers of the features' type, enough of them to keep the
+// errors within those of torch: kParts for h and the gradients of pair rows, kGradParts for the gradients of h, which
+// are summed over tokens.
 template <typename T>
 constexpr int kParts = std::is_same_v<T, Half> ? 2 : 1;
 template <typename T>
@@ -52,10 +53,10 @@ struct Problem {
   const T* x[kMaxModalities];  // [B, L, k] each
   const bool *mask, *available;
   const T *row_weight, *row_bias, *pair_weight, *pair_bias;
-  const T* weights;  // `row_weight` in rows of width_stride: zeros behind k'
+  const T* weights;  // `row_weight` in rows of width_stride: zeros beyond k'
   const A* scale;    // [B·L]: 1 / s_b, 0 where masked
   int64_t batch, length, tokens, features, width, rows;
-  int64_t width_stride, row_stride;  // k' and q up to whole 16 bytes
+  int64_t width_stride, row_stride;  // k' and q padded to 16 bytes
   int modalities, pairs, channels;
   bool augment, aligned;  // `aligned`: rows of x begin at multiples of 16 bytes
   Activation activation;
@@ -99,7 +100,7 @@ struct Tokens {
 };
 
 // With σ the logistic function, gelu(x) = x σ(2u), u = sqrt(2/π) (x + 0.044715 x³). `gate` is σ, `slope` its derivative
-// σ (1 - σ), made of the exponential: 1 - σ would lose all digits where σ is near 1.
+// σ (1 - σ), from the exponential: 1 - σ would lose all digits where σ is near 1.
 template <typename A>
 struct GeluGate {
   A gate, slope;
@@ -213,7 +214,7 @@ struct PairMemory {
     return rows() + kTile + channel * kTile * kTile + (group * kTileThreads + thread_in_block()) * kTogether;
   }
 
-  // Calls body(values, down, across, i) with kTogether values of a channel after the other.
+  // Calls body(values, down, across, i) for the values of a channel, kTogether at a time.
   template <typename Body>
   __device__ __forceinline__ void for_each(int channel, const Body& body) const {
 #pragma unroll
@@ -225,7 +226,7 @@ struct PairMemory {
   }
 };
 
-// c ← W_r G_p + c 1ᵀ of the pair (m, n) at a tile, zero outside and for absent pairs. Called by all threads.
+// c ← a tile of W_r G_p + c 1ᵀ of the pair (m, n), zero outside and for absent pairs. Called by all threads.
 template <typename T>
 __device__ __forceinline__ void pair_rows(TileSums<acc_t<T>>& c, const Problem<T>& p, const T* __restrict__ h,
                                           const Place& place, int m, int n) {
@@ -292,7 +293,7 @@ __device__ __forceinline__ void mix(const PairMemory<T>& memory, const Problem<T
   }
 }
 
-// A thread's sums over the rows of a tile that it has elements of: of row tile_row(r / 2, r % 2 * 2).
+// A thread's sums over the rows of a tile in which it has elements; sum r is that of row tile_row(r / 2, r % 2 * 2).
 template <typename A>
 using RowSums = A[4];
 

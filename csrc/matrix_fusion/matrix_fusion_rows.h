@@ -12,7 +12,7 @@
 namespace msacore::matrix_fusion::cpu {
 using namespace msacore::cpu;
 
-constexpr int64_t kMaxStep = 256;  // columns of all pairs that are in the first-level cache together
+constexpr int64_t kMaxStep = 256;  // columns, of all pairs, that are in the first-level cache together
 
 // The rows of one sample: row i of pair p starts at data + offset[p] + i · stride and holds `width` columns.
 template <typename A>
@@ -36,7 +36,7 @@ struct Mix {
 };
 
 // With σ the logistic function, gelu(x) = x/2 (1 + tanh u) = x σ(2u), u = sqrt(2/π) (x + 0.044715 x³). `gate` is σ,
-// `slope` its derivative σ (1 - σ), made of the exponential: 1 - σ would lose all digits where σ is near 1.
+// `slope` its derivative σ (1 - σ), from the exponential: 1 - σ would lose all digits where σ is near 1.
 template <typename A>
 struct GeluGate {
   A gate, slope;
@@ -57,7 +57,7 @@ MSACORE_INLINE A activate(A x) {
   return x;
 }
 
-// grad · act'(x); a selection for relu, so that it vectorises.
+// grad · act'(x); for relu a selection, so that it vectorises.
 template <Activation kAct, typename A>
 MSACORE_INLINE A activation_backward(A grad, A x) {
   if constexpr (kAct == Activation::kRelu) return x <= 0 ? A(0) : grad;
@@ -69,7 +69,8 @@ MSACORE_INLINE A activation_backward(A grad, A x) {
   return grad;
 }
 
-// In double every 64 terms: the rows of a masked or linear sample are constant, and equal terms round all one way.
+// In double every 64 terms: the rows of a masked or linear sample are constant, and sums of equal terms all round in
+// the same direction.
 template <typename A>
 MSACORE_INLINE double sum_of(const A* __restrict__ values, int64_t count) {
   double total = 0;

@@ -44,8 +44,8 @@ void dispatch_modalities(int64_t modalities, Body&& body) {
   modalities == 3 ? body(std::integral_constant<int, 3>{}) : body(std::integral_constant<int, 0>{});
 }
 
-// Runs body(conversation, first element of the tile, its width) for every conversation and every tile of columns.
-// Parts are of equally many utterances; a task belongs to the part in which it begins.
+// Runs body(conversation, first element of the tile, its width) for every conversation and every tile of columns. Parts
+// are equal ranges of utterances × tiles; a task belongs to the part in which it begins.
 template <typename A, typename Body>
 void for_each_tile(const Call& call, Body&& body) {
   const WindowSizes& s = call.sizes;
@@ -95,14 +95,15 @@ MSACORE_INLINE void forward_step(const Conversation<A>& c, int64_t modalities, c
   for_each_window<kM>(h, c.length, M, c.reach, c.include_self, c.windows, use);
 }
 
-// All steps from x in c.h; returns the result's place. A state buffer holds what a node sends, zeros where it does not.
+// Runs all steps from x in c.h; returns where the result is. A state buffer holds what a node sends, zeros where it
+// does not send.
 template <int kM, typename A>
 MSACORE_SIMD Row<A>* forward_tile(const Call& call, const Conversation<A>& c) {
   const int64_t M = call.sizes.modalities;
   const A alpha = static_cast<A>(call.alpha);
   Row<A>*h = c.h, *next = c.next;
   if (call.steps == 0) return h;
-  // α = 0 drops the term rather than multiply by it: then a missing node's x is not read at all.
+  // α = 0 drops the term instead of multiplying by it: a missing node's x is then not read at all.
   for (int64_t e = 0; e < c.nodes; ++e) c.x[e] = alpha == 0 ? Row<A>{} : alpha * h[e];
   if (call.gate)
     for (int64_t e = 0; e < c.nodes; ++e) h[e] = h[e].where(c.gate[e]);
@@ -115,8 +116,8 @@ MSACORE_SIMD Row<A>* forward_tile(const Call& call, const Conversation<A>& c) {
   return h;
 }
 
-// The step of METHODS' adjoint: with λ = dL/dH of a step's result, G = (1-α) A_interᵀ λ and c.x += α (λ + G); writes
-// the input (1-α) D_intra⁻¹ G of the transposed window sum that gives λ of the step before. `first`: h holds λ itself.
+// One step of the adjoint. With λ = dL/dH of a step's result, G = (1-α) A_interᵀ λ and c.x += α (λ + G); writes the
+// input (1-α) D_intra⁻¹ G of the transposed window sum that gives λ of the step before. `first`: h holds λ itself.
 template <int kM, bool kGated, typename A>
 MSACORE_INLINE void backward_step(const Conversation<A>& c, int64_t modalities, const Gates<A>& gates, A alpha,
                                   bool first, const Row<A>* h, Row<A>* next) {
@@ -150,7 +151,7 @@ MSACORE_INLINE void backward_step(const Conversation<A>& c, int64_t modalities, 
   }
 }
 
-// The gradient of x from that of the result in c.h; returns its place.
+// Computes the gradient of x, and returns where it is, from the gradient of the result in c.h.
 template <int kM, typename A>
 MSACORE_SIMD Row<A>* backward_tile(const Call& call, const Conversation<A>& c) {
   const int64_t M = call.sizes.modalities;
@@ -176,7 +177,7 @@ MSACORE_SIMD Row<A>* backward_tile(const Call& call, const Conversation<A>& c) {
   return c.x;
 }
 
-// A_intra h, or its transpose (kTransposed): the half-step without its share of x.
+// A_intra h, or A_intraᵀ h (kTransposed): a half-step without its share of x.
 template <int kM, bool kTransposed, typename A>
 MSACORE_SIMD Row<A>* window_mean_tile(const Call& call, const Conversation<A>& c) {
   const int64_t M = kM > 0 ? kM : call.sizes.modalities;
@@ -200,7 +201,8 @@ MSACORE_SIMD Row<A>* window_mean_tile(const Call& call, const Conversation<A>& c
   return c.next;
 }
 
-// A_inter h of an utterance whose kM modalities all send, which is its own transpose; everything is read once.
+// A_inter h of an utterance whose kM modalities all send; A_inter is then its own transpose. Every element is read
+// once.
 template <int kM, typename A, typename T>
 MSACORE_INLINE void modality_mean_of_all(const T* __restrict__ h, T* __restrict__ out, int64_t d) {
   constexpr A kFactor = A(1) / (kM - 1);
@@ -216,7 +218,7 @@ MSACORE_INLINE void modality_mean_of_all(const T* __restrict__ h, T* __restrict_
   }
 }
 
-// A_inter h, or its transpose, of utterances begin … end; h and out [N, M, d], gate [N, M] or null. `sum` holds d.
+// A_inter h, or A_interᵀ h, of utterances begin … end; h and out [N, M, d], gate [N, M] or null. `sum` holds d.
 template <bool kTransposed, typename T, typename A>
 MSACORE_SIMD void modality_mean_range(const T* __restrict__ h, const bool* __restrict__ gate, T* __restrict__ out,
                                       A* __restrict__ sum, const WindowSizes& s, int64_t begin, int64_t end) {

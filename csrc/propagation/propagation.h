@@ -1,4 +1,4 @@
-// Message propagation: what the operators accept on every device, and the frame that checks and allocates for all.
+// Message propagation: what the operators accept on every device, and the code that checks and allocates for all.
 #pragma once
 #include <torch/csrc/stable/ops.h>
 
@@ -19,7 +19,7 @@ enum class Send : int64_t { kAfterFill = 0, kNever = 1 };
 
 enum class Direction { kForward, kBackward };
 
-// A_intra: who is within reach of whom. `positions` [N] or absent: then a row's number is its position.
+// A_intra: who is within reach of whom. `positions` [N]; where absent, a row's number is its position.
 struct Windows {
   Tensor offsets;
   OptionalTensor positions;
@@ -27,7 +27,8 @@ struct Windows {
   bool include_self;
 };
 
-// A call of `propagate` (h is x) or of its gradient (h is grad_out); `gate` [N, M] says who sends, absent: everybody.
+// A call of `propagate` (h is x) or of its gradient (h is grad_out); `gate` [N, M] says who sends; where absent,
+// everybody does.
 struct PropagateCall {
   WindowSizes sizes;
   Windows windows;
@@ -76,8 +77,8 @@ inline Windows contiguous(const Windows& w) {
   return {torch::stable::contiguous(w.offsets), msacore::contiguous(w.positions), w.past, w.future, w.include_self};
 }
 
-// The operators of a device. The three functions get checked, contiguous arguments; `out` is of the shape and dtype of
-// `h`. They need not look at empty ones.
+// The operators of a device. The three functions get checked, contiguous arguments; `out` has the shape and dtype of
+// `h` and may be empty.
 template <void (*propagate_on)(const char* op, const PropagateCall&, Direction, const Tensor& h, Tensor& out),
           void (*window_mean_on)(const char* op, const WindowMeanCall&, Direction, const Tensor& h, Tensor& out),
           void (*modality_mean_on)(const char* op, const ModalityMeanCall&, Direction, const Tensor& h, Tensor& out)>

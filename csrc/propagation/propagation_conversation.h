@@ -27,8 +27,9 @@ struct Call {
   Interruption* interruption;
 };
 
-// The half-steps of one step. Ungated: intra [length], inter [1]; gated: everything per node, [length, M], with all
-// bits set in `sends` where a node sends into the inter half-step, in `next_sends` where into the next intra half-step.
+// What the half-steps of one step scale by, and who sends. Ungated: intra [length], inter [1]. Gated: everything per
+// node, [length, M]; all bits are set in `sends` where a node sends into the inter half-step, and in `next_sends` where
+// it sends into the next intra half-step.
 template <typename A>
 struct Gates {
   using Bits = typename Row<A>::Bits;
@@ -46,7 +47,7 @@ class Reaches {
     int64_t first = 0, last = 0;
     for (int64_t i = 0; i < length; ++i) {
       const auto beyond = [&](int64_t from, int64_t to, int64_t side) {
-        // Positions rise, so that their distance fits an unsigned number whatever they are.
+        // Positions rise, so the distance between any two of them fits an unsigned number.
         const uint64_t apart = positions ? static_cast<uint64_t>(positions[to]) - static_cast<uint64_t>(positions[from])
                                          : static_cast<uint64_t>(to - from);
         return side >= 0 && apart > static_cast<uint64_t>(side);
@@ -69,12 +70,12 @@ struct Conversation {
   using Bits = typename Row<A>::Bits;
   int64_t length = 0, nodes = 0;
   bool include_self = true;
-  Reach reach, heard_by;  // of a row: from whom it hears; who hears it (gradients only)
+  Reach reach, heard_by;  // the rows that a row hears; the rows that hear it (gradients only)
   std::vector<A> intra, gated_intra, inter, gated_inter;
   std::vector<Bits> gate, everybody;
   Row<A>*x, *h, *next;
   WindowRows<A> windows;
-  Row<A>* others;  // of general modality counts, [M]
+  Row<A>* others;  // [M], where the modality count is not known at compile time
   mutable Interruption::Work work;
 
   void prepare(const Call& call, int64_t begin, int64_t end) {
@@ -110,7 +111,7 @@ struct Conversation {
             never && k + 1 < call.steps ? gate.data() : everybody.data()};
   }
 
-  // Counts a step; true when the call is to end.
+  // Counts a step; returns whether the call has to end.
   bool interrupted(const Call& call) const { return call.interruption->stop(work, nodes); }
 
  private:
@@ -154,12 +155,13 @@ struct Conversation {
   }
 
   Reaches reaches_, reversed_;
-  std::vector<int64_t> senders_;  // among the rows before, of one modality
+  std::vector<int64_t> senders_;  // of one modality, among the rows before each row
   std::unique_ptr<Row<A>[]> buffer_;
   int64_t capacity_ = -1;
 };
 
-// The columns of a tile that are propagated times a power of two, chosen by the values that are read.
+// Columns of a tile that are multiplied by a power of two while they are propagated, because values that are read might
+// make sums overflow.
 template <typename A>
 class ScaledColumns {
  public:

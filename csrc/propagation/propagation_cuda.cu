@@ -8,11 +8,11 @@ namespace msacore::propagation::cuda {
 using namespace msacore::cuda;
 namespace {
 
-// Shared memory of a block where the mean conversation does not need more: four blocks on a multiprocessor of 228 KiB.
+// Shared memory of a block where the mean conversation does not need more: four blocks fit a multiprocessor of 228 KiB.
 #ifndef MSACORE_SMALL_SIZES
 constexpr int64_t kShare = 56 * 1024;
 #else
-constexpr int64_t kShare = 2048;  // so that short conversations already go every way
+constexpr int64_t kShare = 2048;  // small, so that short conversations already take every path
 #endif
 
 Neighbours neighbours(const WindowSizes& s, const Windows& windows, const OptionalTensor& gate) {
@@ -27,15 +27,15 @@ Neighbours neighbours(const WindowSizes& s, const Windows& windows, const Option
           windows.include_self};
 }
 
-// Of any conversation: the host does not know their lengths.
+// Headroom for a conversation of any length: the host does not know the lengths.
 template <typename A>
 Headroom<A> headroom(const Neighbours& graph) {
   return Headroom<A>(graph.utterances * graph.modalities);
 }
 
-// Columns at a time, and shared memory of a block, which is returned. The lengths are on the device; the host knows
-// their mean alone, and gives room for twice as much: at full width if that leaves room for other blocks, else at full
-// sectors of memory.
+// Chooses the columns at a time, and returns the shared memory of a block. The lengths are on the device; the host
+// knows only their mean, and gives room for twice the mean: at full width if that leaves room for other blocks,
+// otherwise at the width of a full sector of memory.
 template <typename T>
 int64_t plan(Call<T>& call) {
   constexpr int kSectorShift = 3;

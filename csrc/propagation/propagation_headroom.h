@@ -1,5 +1,5 @@
 // Sums near the largest number. A window's sum can overflow where its mean is representable: a column that holds such
-// values is propagated times a power of two and scaled back.
+// values is multiplied by a power of two, propagated and scaled back.
 #pragma once
 #include <cstdint>
 #include <limits>
@@ -10,9 +10,9 @@
 
 namespace msacore::propagation {
 
-// Of the columns of a conversation of `nodes` nodes at most. Means keep every state within the largest |value|, and
-// gradients keep the sum of their |values| over the nodes or lower it; so no sum leaves the range where |values| are at
-// most `limit`, nor where any finite values are multiplied by `down` first, which is exact but for denormal numbers.
+// For the columns of a conversation of at most `nodes` nodes. Means keep every state within the largest |value|, and
+// gradients keep or lower the sum of their |values| over the nodes. So no sum overflows where all |values| are at most
+// `limit`, or where finite values are first multiplied by `down`, which is exact except for denormal numbers.
 template <typename A>
 struct Headroom {
   static constexpr A kLargest = std::numeric_limits<A>::max();
@@ -23,12 +23,12 @@ struct Headroom {
     limit = down * kLargest;
   }
 
-  // Of a finite value that may make a sum overflow; NaN and inf do not, they reach the result as they are.
+  // Whether a finite value may make a sum overflow. NaN and inf are not counted: they reach the result as they are.
   MSACORE_HOST_DEVICE bool is_beyond(A value) const {
     const A size = value < 0 ? -value : value;
     return size > limit && size <= kLargest;
   }
-  // Scaled back, an average: rounding may take it over the largest number, which it cannot exceed.
+  // The value scaled back. Rounding may take an average over the largest number, which the exact average cannot exceed.
   MSACORE_HOST_DEVICE A restored(A value, bool average) const {
     if (average && value > limit && value <= kLargest) return kLargest;
     if (average && value < -limit && value >= -kLargest) return -kLargest;

@@ -1,15 +1,16 @@
 // Propagation over conversations on the device, with no edge list. A block takes one conversation and some columns and
-// keeps them in shared memory for all steps: x is read once, the result written once. What a block may hold is fixed
-// before the lengths are known; so a long conversation is taken fewer columns at a time, and one of which not even one
-// column fits goes the same way through global memory. Offsets are clamped and reaches found inside a conversation: bad
-// values give wrong numbers, never an access out of bounds.
+// keeps them in shared memory for all steps: x is read once, and the result is written once. How much a block can hold
+// is fixed before the lengths are known, so a long conversation is taken fewer columns at a time; where not even one
+// column fits, the same steps run in global memory. Offsets are clamped, and reaches are searched inside a
+// conversation: bad values give wrong numbers, never an access out of bounds.
 #pragma once
 #include "cuda/rows.cuh"
 #include "propagation/propagation_task.cuh"
 
 namespace msacore::propagation::cuda {
 
-// One task: the columns from `first` on of conversation v, from, to [N, M, d].
+// One task: the columns from `first` on of the conversation of `length_` utterances from `begin` on;
+// from, to [N, M, d].
 template <bool kOnChip, Kind kKind, int kM, typename T>
 __device__ __forceinline__ void run_task(const Call<T>& call, const T* __restrict__ from, T* __restrict__ to,
                                          int64_t begin, int64_t length_, int64_t first, int shift) {

@@ -6,7 +6,7 @@
 namespace msacore::propagation::cuda {
 using namespace msacore::cuda;
 
-// The operator's graph; `positions` [N] and `gate` [N, M] may be null, past and future -1 for the whole side.
+// The operator's graph; `positions` [N] and `gate` [N, M] may be null; past and future are -1 for the whole side.
 struct Neighbours {
   const int64_t *offsets, *positions;
   const bool* gate;
@@ -45,8 +45,8 @@ struct Reach {
   }
 };
 
-// Consecutive rows that each of `threads` threads takes of `length`. A run begins with a sum over its first window; it
-// is long enough for that to be at most four additions a row, whatever the window.
+// How many consecutive rows of `length` each of `threads` threads takes. A run begins with a sum over its first window;
+// the run is long enough that this sum costs at most four additions per row, whatever the window.
 template <typename Index>
 __device__ Index run_of_rows(const Neighbours& graph, Index length, int threads) {
   const auto side = [&](int64_t reach) { return reach < 0 || reach > length ? int64_t{length} : reach; };
@@ -62,14 +62,15 @@ struct Row {
   A intra;
 };
 
-// The rows of a conversation and, where some nodes do not send, what gated half-steps scale by.
+// The rows of a conversation and, where some nodes do not send, the scales of gated half-steps.
 template <typename A, typename Index>
 struct Table {
   Row<A, Index>* rows;           // [length]
   A *gated_intra, *gated_inter;  // [length, M]
-  Index* senders;                // up to a row, [length, M]
+  Index* senders;                // up to and including a row, [length, M]
 
-  // By all threads of the block; others may read after a barrier. kTransposed: the reaches say who hears a row.
+  // Called by all threads of the block; the table may be read after a barrier. kTransposed: the reaches say who hears a
+  // row.
   template <bool kTransposed>
   __device__ void fill(const Neighbours& graph, int64_t begin, Index length, A keep) const {
     const int M = graph.modalities;
@@ -123,15 +124,15 @@ struct Slide {
   // Calls use(i, sums [G]) with Σ from[j], first(i) ≤ j ≤ last(i), for all rows; neither bound falls from row to row,
   // and first(i) ≤ last(i) + 1.
   //
-  // Some rows' windows share a place where all of them can be cut: sums from there backwards are added up once, each
-  // waiting in its row's slot, and joined by the sum from there forwards. So a row costs a fixed number of additions,
-  // and there is no difference of running sums, which would lose digits and carry a NaN beyond the windows that hold
-  // it.
+  // The windows of several rows share a place where all of them can be cut. Sums from the cut backwards are added up
+  // once, and each waits in its row's slot until the sum from the cut forwards joins it. So a row costs a fixed number
+  // of additions, and no difference of running sums is taken, which would lose digits and carry a NaN beyond the
+  // windows that hold it.
   template <typename First, typename Last, typename Use>
   __device__ __forceinline__ void run(First&& first, Last&& last, Use&& use) const {
     for (Index i = begin; i < end;) {
       const Index cut = last(i);
-      // The rows that share the cut: mostly as many as are tried first, which costs one look.
+      // The rows that share the cut: mostly kTried, the number tried first, so that one look is enough.
       Index behind = i + kTried < end ? i + kTried : end;
 #pragma unroll 1
       while (behind > i + 1 && first(behind - 1) > cut + 1) --behind;

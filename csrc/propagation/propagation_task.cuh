@@ -11,8 +11,8 @@ template <Kind kKind>
 constexpr bool kIsGradient = kKind == Kind::kPropagateGradient || kKind == Kind::kWindowMeanGradient;
 
 constexpr int kThreads = 256;
-// Columns a task stands for, 2^kTaskShift, and the most a block takes at a time: a block that takes more does so for
-// the tasks beside its own too, which then have nothing to do.
+// A task covers 2^kTaskShift columns; a block takes at most 2^kWidestShift at a time. A block that takes more than its
+// task covers also does the work of neighbouring tasks, which then have nothing to do.
 constexpr int kTaskShift = 5, kWidestShift = 6;
 
 // A call of an operator, as the kernel sees it.
@@ -22,12 +22,13 @@ struct Call {
   Neighbours graph;
   int64_t width, steps;
   Headroom<A> room;
-  A alpha, others;                         // the share of x; what an ungated inter half-step is scaled by
+  A alpha, others;                         // the share of x; the scale of an ungated inter half-step
   bool never;                              // missing nodes never send; else they do from the first inter half-step on
   bool spare;                              // a fourth buffer is needed
-  int shift = 0;                           // columns at a time, 2^shift, where a block can hold so many
-  int64_t longest[kWidestShift + 1] = {};  // conversation of which a block can hold 2^i columns
-  // States of longer ones, [3 or 4, N, M, d], and what their tables hold, [slices, N, 1 or M]; null where all fit.
+  int shift = 0;                           // columns at a time, 2^shift, where a block can hold them
+  int64_t longest[kWidestShift + 1] = {};  // [i]: longest conversation that fits a block with 2^i columns
+  // States of longer conversations, [3 or 4, N, M, d], and what their tables hold, [slices, N, 1 or M]; null where all
+  // conversations fit.
   A* scratch = nullptr;
   Row<A, int64_t>* rows = nullptr;
   A* scales = nullptr;  // [slices, N, 2 M], with a gate only
@@ -35,9 +36,9 @@ struct Call {
 
   __host__ __device__ int64_t buffers() const { return spare ? 4 : 3; }
   __host__ __device__ int64_t gated_modalities() const { return graph.gate ? graph.modalities : 0; }
-  // From a column to the next in shared memory: odd, so that threads side by side use different banks.
+  // Distance from a column to the next in shared memory: odd, so that neighbouring threads use different banks.
   __host__ __device__ int64_t pitch(int64_t length) const { return (length * graph.modalities) | 1; }
-  // Shared memory for `length` utterances, 2^of_shift columns at a time.
+  // Bytes of shared memory for `length` utterances, 2^of_shift columns at a time.
   int64_t bytes(int64_t length, int of_shift) const {
     const int64_t scales = 2 * gated_modalities() * sizeof(A), senders_ = gated_modalities() * sizeof(int);
     const int64_t states = ((buffers() * pitch(length)) << of_shift) * sizeof(A);
@@ -48,7 +49,7 @@ struct Call {
   }
 };
 
-// Values of one node after the other modality's, of one thread's column: in registers or in memory.
+// Values of the modalities of an utterance in one thread's column: in memory or in registers.
 template <typename A>
 struct InMemory {
   A* at;
@@ -61,7 +62,7 @@ struct InRegisters {
   __device__ __forceinline__ A& operator()(int m) { return at[m]; }
 };
 
-// out(m) = Σ_{n ≠ m} in(n), without the difference that would let a NaN reach its own modality.
+// out(m) = Σ_{n ≠ m} in(n), without subtracting in(m) from a total, which would let a NaN reach its own modality.
 template <int kM, typename A, typename In, typename Out>
 __device__ __forceinline__ void sum_others(In& in, int modalities, Out& out) {
   const int M = kM > 0 ? kM : modalities;
@@ -81,8 +82,8 @@ __device__ __forceinline__ void sum_others(In& in, int modalities, Out& out) {
   out(0) = after;
 }
 
-// One block's conversation and columns. A thread has one column and the utterances begin … end - 1; what it writes of
-// the states others read after a barrier. kM > 0 fixes M at compile time and keeps an utterance's sums in registers.
+// One block's conversation and columns. A thread has one column and the utterances begin … end - 1; other threads read
+// the states it writes only after a barrier. kM > 0 fixes M at compile time and keeps an utterance's sums in registers.
 template <bool kOnChip, int kM, Kind kKind, typename T>
 struct Task {
   using A = acc_t<T>;
@@ -90,17 +91,17 @@ struct Task {
   static constexpr int kGroup = kM > 0 ? kM : 1;  // modalities that slide together
 
   const Call<T>& call;
-  int64_t first_node, place;  // of the conversation; of its first node and this thread's column in [N, M, d]
+  int64_t first_node, place;  // of the conversation; offset of that node, at this thread's column, in [N, M, d]
   Index begin, end;           // this thread's rows
   Table<A, Index> table;
   A *h, *next, *third, *spare;  // at this thread's column
   bool inside;                  // the column exists
   bool gated = false;           // this step's first half-step leaves missing nodes out
   bool more = false;            // there is a step after this one
-  bool scaled = false;          // the states are propagated times a power of two
+  bool scaled = false;          // the states are multiplied by a power of two
 
   __device__ __forceinline__ int modalities() const { return kM > 0 ? kM : call.graph.modalities; }
-  // From node to node: a column is contiguous on chip, and keeps the order of [N, M, d] in global memory.
+  // Distance from node to node: a column is contiguous on chip, and keeps the order of [N, M, d] in global memory.
   __device__ __forceinline__ Index stride() const { return kOnChip ? 1 : static_cast<Index>(call.width); }
   __device__ __forceinline__ Index node(Index i, int m) const { return i * modalities() + m; }
   __device__ __forceinline__ int64_t global(Index e) const { return place + e * call.width; }
@@ -111,7 +112,7 @@ struct Task {
   __device__ __forceinline__ A intra(Index i, Index e) const {
     return kGated ? table.gated_intra[e] : table.rows[i].intra;
   }
-  // Missing nodes stay out of the second half-step, and of the next first one, where they never send.
+  // Where missing nodes never send, they stay out of the second half-step and of the first half-step of the next step.
   template <bool kGated>
   __device__ __forceinline__ A inter(Index e) const {
     return kGated && call.never ? table.gated_inter[e] : call.others;
@@ -128,7 +129,8 @@ struct Task {
       for (int m = 0; m < modalities(); ++m) use(i, node(i, m));
   }
 
-  // Calls use(i, m0, sums [kGroup]) for all rows of this thread, the sums over who is within reach in `from`.
+  // Calls use(i, m0, sums [kGroup]) for all rows i of this thread, with the sums of `from` over the rows within reach
+  // of i.
   template <typename Use>
   __device__ __forceinline__ void each_window(const A* from, Use&& use) const {
     if (!inside) return;
@@ -155,8 +157,8 @@ struct Task {
     }
   }
 
-  // Calls update(i, values, others) for all rows, `values` those of the utterance's modalities: the window sums in
-  // `from`, or with null what h holds. `others` is room for as many.
+  // Calls update(i, values, others) for all rows. `values` are those of the utterance's modalities: the window sums of
+  // `from`, or what h holds where `from` is null. `others` has room for the same number of values.
   template <typename Update>
   __device__ __forceinline__ void each_row(const A* from, Update&& update) const {
     if constexpr (kM > 0) {
@@ -183,10 +185,10 @@ struct Task {
     }
   }
 
-  // Stores come after all loads of a row, which may then stay in registers.
+  // A row is stored after all its loads, so that its values may stay in registers.
   template <typename Values>
   __device__ __forceinline__ void store_next(Index i, Values& values) const {
-    if constexpr (kM > 0) {  // else `values` is that place
+    if constexpr (kM > 0) {  // else `values` is that memory
 #pragma unroll
       for (int m = 0; m < kM; ++m) of(next, node(i, m)) = values(m);
     }
@@ -214,7 +216,8 @@ struct Task {
   }
 
   // With λ the gradient of a step's result: G = (1-α) A_interᵀ λ and `third` += α (λ + G); next = (1-α) D_intra⁻¹ G,
-  // whose transposed window sums are λ of the step before. `from`: that sum's input, null in the last step.
+  // whose transposed window sums are λ of the step before. `from`: the input of the window sums that give λ of this
+  // step; null in the last step, where h holds λ.
   template <bool kGated>
   __device__ __forceinline__ void backward_step(const A* from) const {
     const int M = modalities();
@@ -253,8 +256,8 @@ struct Task {
   __device__ __forceinline__ bool is_read(Index e) const {
     return kIsGradient<kKind> || !call.graph.gate || sends(e) || !(call.never || call.alpha == 0);
   }
-  // Writes the states of this thread's nodes, set(i, e, value), after which others may read them. Where sums of one of
-  // the block's columns could overflow, all are multiplied by a power of two.
+  // Calls set(i, e, value) to write the states of this thread's nodes; other threads may read them afterwards. Where
+  // sums of one of the block's columns could overflow, all its columns are multiplied by a power of two.
   template <typename Set>
   __device__ __forceinline__ void load_states(const T* __restrict__ from, Set&& set) {
     bool beyond = false;
@@ -282,7 +285,7 @@ struct Task {
     load_states(x, [&](Index, Index e, A value) {
       // Without a step nothing is sent, and the result is x.
       of(h, e) = call.steps > 0 && call.graph.gate && !sends(e) ? A(0) : value;
-      // α = 0 drops the term rather than multiply by it: then a missing node's x is not read at all.
+      // α = 0 drops the term instead of multiplying by it: a missing node's x is then not read at all.
       of(third, e) = alpha == 0 ? A(0) : alpha * value;
     });
     for (int64_t k = 0; k < call.steps; ++k) {

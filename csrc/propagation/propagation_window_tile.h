@@ -10,7 +10,7 @@
 namespace msacore::propagation::cpu {
 using namespace msacore::cpu;
 
-// 64 bytes of one node's columns as two vectors, which AVX2 holds in registers; older sets split them.
+// 64 bytes of one node's columns as two vectors, which fit AVX2 registers; older instruction sets split them.
 template <typename A>
 struct alignas(64) Row {
   using Bits = std::conditional_t<sizeof(A) == 4, int32_t, int64_t>;
@@ -20,14 +20,14 @@ struct alignas(64) Row {
 
   Vector low, high;
 
-  // The row where `bits` is all ones, zeros where it is 0: a NaN is dropped too, which a product would keep.
+  // The row where `bits` is all ones, zeros where it is 0. This drops a NaN too, which a product would keep.
   MSACORE_INLINE Row where(Bits bits) const {
     const BitVector mask = BitVector{} + bits;
     return {(Vector)((BitVector)low & mask), (Vector)((BitVector)high & mask)};
   }
 };
 
-// Whether |value| > limit anywhere, as it is for inf and is not for NaN.
+// Whether |value| > limit for any value; true for inf, false for NaN.
 template <typename A>
 MSACORE_SIMD bool any_beyond(const Row<A>* rows, int64_t count, A limit) {
   using Bits = typename Row<A>::Bits;
@@ -86,10 +86,10 @@ MSACORE_SIMD void store_rows(const Row<A>* __restrict__ from, int64_t rows, int6
 // Σ h[j] over a window of rows of h [length, M] whose ends never move back, kept as Σ h[first … middle), stored for
 // every first row, plus Σ h[middle … end).
 //
-// A row is added once when it enters, once when the stored sums are used up and made again from all that the window
-// holds, and once when the two are joined: three additions whatever the width, and no difference of running sums, which
-// would lose digits and carry a NaN beyond the windows that hold it. `stored` holds (longest window, at least 1) · M
-// rows, `sum` M rows.
+// A row is added once when it enters, once when the stored sums are used up and are rebuilt from the whole window, and
+// once when the two sums are joined: three additions whatever the width. No difference of running sums is taken, which
+// would lose digits and carry a NaN beyond the windows that hold it. `stored` holds max(longest window, 1) · M rows,
+// `sum` M rows.
 template <int kM, typename A>
 struct SlidingSum {
   const Row<A>* h;
@@ -97,7 +97,7 @@ struct SlidingSum {
   Row<A>*stored, *sum;
   int64_t start = 0, middle = 0, end = 0;
 
-  // To rows first … last; none where last is first - 1.
+  // Moves the window to rows first … last; it is empty where last is first - 1.
   MSACORE_INLINE void move(int64_t first, int64_t last) {
     const int64_t M = kM > 0 ? kM : modalities;
     if (first < middle) {
@@ -130,9 +130,8 @@ struct WindowRows {
   Row<A>*stored, *sums;
 };
 
-// Window sums over the `length` rows of h [length, M], each handed to use(i, sums [M]). Without `include_self` what
-// lies before i and what lies after it are windows of their own. kM > 0 fixes M at compile time and keeps sums in
-// registers.
+// Calls use(i, sums [M]) with the window sums of each of the `length` rows i of h [length, M]. Without `include_self`,
+// the rows before i and the rows after i are two windows. kM > 0 fixes M at compile time and keeps sums in registers.
 template <int kM, typename A, typename Use>
 MSACORE_INLINE void for_each_window(const Row<A>* h, int64_t length, int64_t modalities, const Reach& reach,
                                     bool include_self, const WindowRows<A>& rows, const Use& use) {
@@ -153,7 +152,7 @@ MSACORE_INLINE void for_each_window(const Row<A>* h, int64_t length, int64_t mod
   }
 }
 
-// out[m] = Σ_{n ≠ m} in[n], without the difference that would let a NaN reach its own modality.
+// out[m] = Σ_{n ≠ m} in[n], without subtracting in[m] from a total, which would let a NaN reach its own modality.
 template <int kM, typename A>
 MSACORE_INLINE void sum_others(const Row<A>* in, int64_t modalities, Row<A>* out) {
   const int64_t M = kM > 0 ? kM : modalities;

@@ -22,8 +22,8 @@ namespace {
 constexpr int64_t kTileElements = 1 << 21, kLeastTileRows = 64;
 constexpr int64_t kRowsPerTask = 16, kSamplesPerTask = 64;
 
-// The embeddings about their mean, which changes no distance and keeps the expanded squares accurate, in units of their
-// spread. A last column of ones makes a product with them a row sum too.
+// The embeddings less their mean, which changes no distance and keeps the expanded squares accurate, in units of their
+// spread. Their last column is all ones, so that a product with them gives row sums too.
 template <typename T, typename A>
 struct Centred {
   const T* embeddings;
@@ -32,7 +32,7 @@ struct Centred {
   int64_t n, width, padded;
   double to_units;
   Scratch memory;
-  A *rows, *square;  // [n, padded], [n]: far rows are zeros, of infinite square
+  A *rows, *square;  // [n, padded], [n]: far rows are zeros, their squares infinite
 
   Centred(const T* embeddings, const std::vector<int64_t>& sample, const Spread& spread, int64_t width)
       : embeddings(embeddings),
@@ -94,7 +94,7 @@ class Sweep {
         begin_(std::min(problem.anchor_begin, pool_.n)),
         end_(std::min(problem.anchor_end, pool_.n)),
         temperature_(temperature),
-        // The largest finite slope stands for those beyond, which have no finite result.
+        // Slopes beyond 1e300, which have no finite result, are cut to it.
         slope_(static_cast<A>(std::min(std::ldexp(1 / temperature, spread.exponent), 1e300))),
         tile_rows_(std::min(pool_.n, std::max(kLeastTileRows, kTileElements / pool_.n))),
         tile_(memory_.take<A>(tile_rows_ * pool_.n)) {}
@@ -114,7 +114,8 @@ class Sweep {
   // `scale` times the gradient of loss(), into the rows of the samples; returns that of the temperature.
   double gradient(double scale, T* out) {
     const int64_t n = pool_.n, padded = pool_.padded;
-    // Per sample Σ a (e_other - mean) and, in the last column, Σ a, over both ends of each pair's factor a.
+    // Per sample Σ a (e_other - mean) and, in the last column, Σ a, where each pair's factor a counts for both of its
+    // samples.
     A* sums = memory_.take<A>(n * padded);
     std::fill_n(sums, n * padded, A(0));
     std::vector<std::vector<NearPair<A>>> near(tile_rows_);
@@ -146,8 +147,9 @@ class Sweep {
   }
 
  private:
-  // on_anchor(self, its place in the tile, its row of the tile, scratch memory) for every anchor and on_part(first,
-  // count, rows of the tile) after some of them, both in parallel; on_tile(first, count) after each tile.
+  // Calls on_anchor(self, its place in the tile, its row of the tile, scratch memory) for every anchor and
+  // on_part(first, count, rows of the tile) after some of them, both in parallel; on_tile(first, count) after each
+  // tile.
   template <typename OnAnchor, typename OnPart, typename OnTile>
   void for_anchors(OnAnchor&& on_anchor, OnPart&& on_part, OnTile&& on_tile) {
     const Block<const A> all = constant(pool_.block().columns(0, pool_.width));
@@ -165,11 +167,11 @@ class Sweep {
     }
   }
 
-  // Turns products into distances and fills the scratch memory; nothing where a label gap is not a number.
+  // Turns products into distances and fills the scratch memory; nullopt where a label gap is NaN.
   std::optional<Similarities> prepare(int64_t self, A* distance, Row<A>& row) const {
     const int64_t n = pool_.n;
     row.near.clear();
-    distance[self] = -std::numeric_limits<A>::infinity();  // never near; it stands in for a neighbour below
+    distance[self] = -std::numeric_limits<A>::infinity();  // never near; replaced by a neighbour's distance below
     if (distances(distance, pool_.square, self, n) > 0)
       for (int64_t j = 0; j < n; ++j)
         if (distance[j] < 0 && j != self) {
@@ -191,8 +193,8 @@ class Sweep {
   }
 
   bool is_far(int64_t self) const { return std::is_same_v<A, double> && pool_.spread.is_far(self); }
-  // Distance to row j minus distance to the middle, for a far anchor: its distances themselves are too long for their
-  // differences to be exact.
+  // Distance to row j minus distance to the middle, for a far anchor: distances of such an anchor are too long for
+  // their differences to be exact.
   A offset(int64_t self, int64_t j, A distance) const {
     const Spread& spread = pool_.spread;
     const double both = static_cast<double>(distance) / pool_.to_units + spread.norm[self];
@@ -209,8 +211,8 @@ class Sweep {
     return is_narrow(below) ? running_sums(row, pool_.n - 1) : running_logarithms(row, pool_.n - 1);
   }
 
-  // The row becomes a_j, with which e_self - e_j enters the gradient; near pairs go to the list and become 0. Returns
-  // Σ slope · distance.
+  // The row becomes the factors a_j of e_self - e_j in the gradient; near pairs go to the list, and their factors in
+  // the row become 0. Returns Σ slope · distance.
   double factors(int64_t self, A* distance, Row<A>& row, A scale, std::vector<NearPair<A>>& near) const {
     near.clear();
     const std::optional<Similarities> below = prepare(self, distance, row);
@@ -221,7 +223,7 @@ class Sweep {
     sums(row, *below);
     is_narrow(*below) ? gradient_of_sums(row, pool_.n - 1) : gradient_of_logarithms(row, pool_.n - 1);
     row.weight[self] = 0;
-    // Slopes add up to 0, so that distances from the nearest do.
+    // Slopes add up to 0, so that distances may be taken relative to the nearest.
     const double sum = weighted_distances(row.weight.data(), offsets(self, distance, row), below->nearest, pool_.n);
     constexpr A kNoFactor = std::numeric_limits<A>::infinity();
     for (int32_t j : row.near) {
@@ -233,7 +235,7 @@ class Sweep {
     return sum;
   }
 
-  // A task owns columns, so that the order of the sums is fixed.
+  // Each task owns columns, so that the order of the sums is fixed.
   void add_near(int64_t first, int64_t count, const std::vector<std::vector<NearPair<A>>>& near, A* sums) const {
     const int64_t padded = pool_.padded;
     parallel_for(0, pool_.width, 32, [&](int64_t begin, int64_t end) {
@@ -248,7 +250,7 @@ class Sweep {
   const Labels& labels_;
   int64_t begin_, end_;
   double temperature_;
-  A slope_;  // of similarities in units of the embeddings
+  A slope_;  // 1 / temperature of distances in units
   int64_t tile_rows_;
   Scratch memory_;
   A* tile_;
@@ -261,7 +263,7 @@ double read_temperature(const char* op, const Problem& problem) {
   return value;
 }
 
-// Calls body(sweep, 1 / pairs) where there are pairs at all.
+// Calls body(sweep, 1 / pairs) if there are any pairs.
 template <typename T, typename Body>
 void with_sweep(const char* op, const Problem& problem, Body&& body) {
   const double temperature = read_temperature(op, problem);
@@ -269,7 +271,7 @@ void with_sweep(const char* op, const Problem& problem, Body&& body) {
   const double n = static_cast<double>(labels->count());
   if (n < 2) return;
   const Spread spread(problem.embeddings.const_data_ptr<T>(), labels->sample(), problem.width);
-  // Similarities, or slopes, beyond this could leave the numbers of float32.
+  // Similarities, or slopes, beyond this could leave the range of float32.
   const bool too_steep = !(std::max(spread.largest, 1.0) / temperature <= 0x1p100);
   const double share = 1 / (n * (n - 1));
   if (std::is_same_v<T, double> || too_steep || spread.any_far()) {

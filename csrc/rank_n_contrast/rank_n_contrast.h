@@ -19,9 +19,9 @@ struct Problem {
   OptionalTensor learned_temperature;  // [], float64
   OptionalTensor mask;                 // [N]
   double temperature;                  // where none is learned
-  int64_t samples, width, labels;      // N, d, k: a single label a sample is k = 1 in either shape
+  int64_t samples, width, labels;      // N, d, k: one label per sample is k = 1 in either shape
   // The anchors whose terms are summed, as places in an order of the unmasked samples that every call with the same
-  // targets and mask shares. What is divided by, n (n - 1), does not depend on them.
+  // targets and mask shares. The divisor, n (n - 1), does not depend on them.
   int64_t anchor_begin, anchor_end;
 };
 
@@ -57,8 +57,8 @@ inline Problem check_inputs(const char* op, const Tensor& embeddings, const Tens
           begin,       end};
 }
 
-// The operators of a device: `forward` and `backward` fill their outputs, from at least two samples and one anchor.
-// grad_out and grad_temperature are float64, the latter empty where the temperature is not learned.
+// The operators of a device: `forward` and `backward` fill their outputs; they are called with at least two samples and
+// one anchor. grad_out and grad_temperature are float64, the latter empty where the temperature is not learned.
 template <void (*forward)(const char* op, const Problem&, Tensor& out),
           void (*backward)(const char* op, const Problem&, const Tensor& grad_out, Tensor& grad_embeddings,
                            Tensor& grad_temperature)>

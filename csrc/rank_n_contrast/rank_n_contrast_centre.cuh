@@ -1,6 +1,6 @@
-// Rank-N-Contrast on CUDA: embeddings about a centre, in units of their spread, and the rows so far out that they must
-// stay apart. What is found out stays on the device: of the kernels for float32 and those for float64 distances, which
-// are launched one after the other, one set ends at once.
+// Rank-N-Contrast on CUDA: embeddings relative to a centre, in units of their spread, and the rows that are so far out
+// that they must be kept apart. The findings stay on the device: kernels for float32 and for float64 distances are
+// launched one after the other, and one of the two ends at once.
 #pragma once
 #include "cuda/rows.cuh"
 #include "cuda/tile_product.cuh"
@@ -13,19 +13,19 @@ constexpr int kMeanThreads = 1024, kMeanWarps = kMeanThreads / kWarp;
 constexpr int kMedianThreads = 1024;
 
 // A row is far where it lies more than this many times the median away. The contract's bound is 2^10 from the mean;
-// from a row instead of the mean distances are up to √2 longer, the median's too.
+// from a row instead of the mean, distances are up to √2 times as long, and so is the median.
 constexpr double kFar = 512;
-// Rows up to this many times the median away make the mean.
+// The mean is taken over the rows up to this many times the median away.
 constexpr double kMeanReach = 8;
 
 // What the device finds out about the samples.
 struct State {
   int64_t unmasked;  // how many
-  int64_t middle;    // the place of the row that distances are first taken from
+  int64_t middle;    // the place of the row that norms are measured from
   double median, largest;
   double to_units;     // units of length are powers of two
-  double temperature;  // of distances as they are
-  double slope;        // 1 / temperature of distances in units
+  double temperature;  // for distances as they are
+  double slope;        // 1 / temperature for distances in units
   int precise;         // whether distances are float64
 };
 
@@ -35,9 +35,9 @@ __device__ __forceinline__ bool is_far(double norm, const State& state) { return
 template <typename T>
 struct Ranked {
   const T* embeddings;    // [count, d], as they came
-  int64_t count, padded;  // all samples, and that in whole tiles
+  int64_t count, padded;  // number of samples, and that padded to whole tiles
   int64_t d;
-  int64_t* sample;  // [count]: which one stands at a place
+  int64_t* sample;  // [count]: which one is at a place
   double* norm;     // [count]: distance from `middle`
   double* mean;     // [d]: of the rows that are not far out, in units
   State* state;
@@ -46,12 +46,12 @@ struct Ranked {
   __device__ bool far(int64_t place) const { return is_far(norm[place], *state); }
 };
 
-// Their embeddings as operands of products of type A.
+// The embeddings of the samples as operands of products of type A.
 template <typename T, typename A>
 struct Pool {
   Ranked<T> ranked;
   int64_t depth;  // width of an embedding, padded with zeros to 16 bytes
-  int64_t width;  // that and 16 bytes more, the first element 1: a product with such rows sums the factors too
+  int64_t width;  // that and 16 bytes more, the first element 1, so that a product also sums the factors
   A* rows;        // [padded, width]: in units, less the mean; zeros where far, and from `unmasked` on
   A* square;      // [padded]: their squared norms, infinite where far
 
@@ -69,8 +69,8 @@ __device__ __forceinline__ double as_double(T value) {
   return static_cast<double>(static_cast<acc_t<T>>(value));
 }
 
-// ‖x - y‖, by `lanes` neighbours. Squares of float32 numbers are in range of float64; for float64 ones a sum that is
-// not is taken again, in units of the largest difference.
+// ‖x - y‖, by `lanes` neighbouring lanes. Squares of float32 numbers are in range of float64; a sum of float64 ones
+// that is out of range is taken again, in units of the largest difference.
 template <typename T>
 __device__ __forceinline__ double distance_between(const T* x, const T* y, int64_t d, int lanes) {
   double sum = 0;
@@ -108,8 +108,8 @@ __device__ __forceinline__ double power_of_two(int exponent) {
   return __longlong_as_double((static_cast<long long>(exponent) + 1023) << 52);
 }
 
-// One block: the median of the norms, by 8 bits at a time, and where it stands. With `last` also what follows from the
-// spread; `learned` [] or null is the temperature, else `temperature`.
+// One block: the median of the norms, 8 bits at a time, and where it stands. With `last` also what follows from the
+// spread; the temperature is `learned` [] or, where that is null, `temperature`.
 __global__ void __launch_bounds__(kMedianThreads, 1)
     median_kernel(const double* __restrict__ norm, State* __restrict__ state, bool last,
                   const double* __restrict__ learned, double temperature, bool always_precise) {
@@ -164,13 +164,13 @@ __global__ void __launch_bounds__(kMedianThreads, 1)
   state->largest = largest;
   state->to_units = power_of_two(-kept);
   state->temperature = t;
-  state->slope = slope < 1e300 ? slope : 1e300;  // beyond there is no finite result
-  // Similarities, or slopes, beyond 2^100 could leave the numbers of float32.
+  state->slope = slope < 1e300 ? slope : 1e300;  // steeper ones have no finite result
+  // Similarities, or slopes, beyond 2^100 could leave the range of float32.
   const bool steep = !((largest > 1 ? largest : 1) / t <= 0x1p100);
   state->precise = always_precise || steep || !(largest <= kFar * median);
 }
 
-// Grid [⌈d / 32⌉]: a lane owns a column, the warps share the rows.
+// Grid [⌈d / 32⌉]: each lane owns a column, the warps share the rows.
 template <typename T>
 __global__ void __launch_bounds__(kMeanThreads, 1) embedding_mean_kernel(const __grid_constant__ Ranked<T> ranked) {
   MSACORE_SHARED(partial, double[kMeanWarps][kWarp + 1]);

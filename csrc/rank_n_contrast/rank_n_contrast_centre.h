@@ -1,5 +1,5 @@
-// Embeddings about a centre, in units of their spread, so that products of them neither overflow nor cancel; and the
-// rows so far out that they must stay apart.
+// Embeddings relative to a centre, in units of their spread, so that products of them neither overflow nor cancel; and
+// the rows that are so far out that they must be kept apart.
 #pragma once
 #include <algorithm>
 #include <cmath>
@@ -15,9 +15,9 @@ namespace msacore::rank_n_contrast::cpu {
 using namespace msacore::cpu;
 
 // A row is far where it lies more than this many times the median away. The contract's bound is 2^10 from the mean;
-// from a row instead of the mean distances are up to √2 longer, the median's too.
+// from a row instead of the mean, distances are up to √2 times as long, and so is the median.
 constexpr double kFar = 512;
-// Rows up to this many times the median away make the mean.
+// The mean is taken over the rows up to this many times the median away.
 constexpr double kMeanReach = 8;
 
 template <typename T>
@@ -31,8 +31,8 @@ MSACORE_SIMD double sum_of_squares(const T* __restrict__ a, const T* __restrict_
   return sum;
 }
 
-// ‖a - b‖. Squares of float32 numbers are in range of float64; for float64 ones a sum that is not is taken again, in
-// units of the largest difference.
+// ‖a - b‖. Squares of float32 numbers are in range of float64; a sum of float64 ones that is out of range is taken
+// again, in units of the largest difference.
 template <typename T>
 double distance_between(const T* a, const T* b, int64_t width) {
   const double sum = sum_of_squares(a, b, width);
@@ -48,8 +48,8 @@ double distance_between(const T* a, const T* b, int64_t width) {
   return largest * std::sqrt(scaled);
 }
 
-// How far the samples lie from one of them, that of the median distance from the first: with fewer than half of the
-// rows far out it is not one of those.
+// How far the samples lie from one of them, the one at the median distance from the first: if fewer than half of the
+// rows are far out, it is not far out itself.
 struct Spread {
   int64_t middle = 0;
   std::vector<double> norm;  // [n]: distance from `middle`
@@ -84,8 +84,8 @@ struct Spread {
   double to_units() const { return std::ldexp(1.0, -exponent); }
 };
 
-// ‖own - row‖ - ‖own - middle‖ as <middle - row, (own - row) + (own - middle)> / (the sum of both), which far away
-// keeps what the difference of two long distances would cancel.
+// ‖own - row‖ - ‖own - middle‖ as <middle - row, (own - row) + (own - middle)> / (the sum of both distances), which far
+// away keeps the digits that the difference of two long distances would cancel.
 template <typename T>
 MSACORE_SIMD double offset_from(const T* __restrict__ own, const T* __restrict__ row, const T* __restrict__ middle,
                                 int64_t width, double inverse_sum) {

@@ -12,13 +12,13 @@ namespace {
 #ifndef MSACORE_SMALL_SIZES
 constexpr int64_t kStripBytes = int64_t{256} << 20;
 #else
-constexpr int64_t kStripBytes = 64 << 10;  // little, so that small inputs already take several strips
+constexpr int64_t kStripBytes = 64 << 10;  // small, so that even small inputs take several strips
 #endif
 
 unsigned tiles(int64_t count) { return static_cast<unsigned>(ceil_div(count, kTile)); }
 
-// The samples in order, and room for a strip of anchors. Distances are of type A in both of two types, float32 and
-// float64, of which the device chooses one: they share their memory.
+// The samples in order, and memory for a strip of anchors. Distances have one of two types A, float32 and float64; the
+// device chooses one of them, and they share their memory.
 template <typename T>
 struct Pass {
   const char* op;
@@ -149,8 +149,8 @@ struct Pass {
            ranked.norm, of_anchors, grad_out, losses - from);
   }
 
-  // The order that each anchor of a strip sees the others in. Gaps of several labels lie where `anchors` then puts
-  // numbers.
+  // Finds the order in which each anchor of a strip sees the others. Gaps of several labels lie in the memory where
+  // `anchors` later puts numbers.
   void sort(int64_t first, int64_t size) const {
     with_targets([&](auto tag) {
       using Target = typename decltype(tag)::type;
@@ -167,7 +167,7 @@ struct Pass {
     });
   }
 
-  // The factors of a strip's anchors into `sums`.
+  // Adds the pull of a strip's factors to `sums`.
   template <typename A>
   void pull(int64_t first, int64_t size) const {
     const Pool<T, A> p = pool<A>();

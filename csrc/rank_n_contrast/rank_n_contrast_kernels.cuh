@@ -1,6 +1,6 @@
-// Rank-N-Contrast on CUDA: distances, and what factors of pairs pull at embeddings. Both are tile products on tensor
-// cores, of embeddings less their mean, which changes no difference. Near pairs, whose difference such products would
-// cancel away, and pairs with a far row are marked, kept out and taken by differences.
+// Rank-N-Contrast on CUDA: distances, and the pull of the factors of pairs on embeddings. Both are tile products on
+// tensor cores, of embeddings less their mean, which changes no difference. Near pairs, whose difference would cancel
+// in such products, and pairs with a far row are marked, kept out of the products and computed from differences.
 #pragma once
 #include "rank_n_contrast/rank_n_contrast_centre.cuh"
 
@@ -12,24 +12,25 @@ constexpr int kWordBits = 32, kWordsPerTile = kTile / kWordBits;
 // [padded, strip / 32].
 struct Near {
   unsigned *by_anchor, *by_sample;
-  int64_t samples, anchors;  // words of a row of either
+  int64_t samples, anchors;  // words per row of by_anchor and of by_sample
 
   __device__ bool holds(int64_t anchor, int64_t sample) const {
     return by_anchor[anchor * samples + sample / kWordBits] >> sample % kWordBits & 1;
   }
 };
 
-// With ε for the error of <x, y> against ‖x‖² + ‖y‖², a distance d from products errs by ε (‖x‖² + ‖y‖²) / d² of
-// itself: no more than 4 ε where d² is at least this share of the squared norms. The mean of d² over all pairs is that
-// of the squared norms, so that few pairs are nearer unless embeddings lie in clusters.
+// With ε the error of <x, y> relative to ‖x‖² + ‖y‖², a distance d from products has the relative error
+// ε (‖x‖² + ‖y‖²) / d²: no more than 4 ε where d² is at least 1 / kNearShare of the squared norms. The mean of d² over
+// all pairs is that of the squared norms, so that few pairs are nearer unless embeddings lie in clusters.
 constexpr int kNearShare = 4;
-constexpr int kPairLanes = 8;  // that find the distance of a near pair
+constexpr int kPairLanes = 8;  // lanes that compute the distance of a near pair
 
 template <typename A>
 constexpr int kTileBlocks = sizeof(A) == 8 ? 2 : 3;  // per multiprocessor; more would spill registers
 
-// For a far anchor, ‖own - row‖ - ‖own - middle‖ as <middle - row, (own - row) + (own - middle)> / (the sum of both),
-// which keeps what the difference of two long distances would cancel. Called by kPairLanes neighbouring lanes.
+// For a far anchor, ‖own - row‖ - ‖own - middle‖ as <middle - row, (own - row) + (own - middle)> / (the sum of both
+// distances, `both`), which keeps the digits that the difference of two long distances would cancel. Called by
+// kPairLanes neighbouring lanes.
 template <typename T>
 __device__ __forceinline__ double offset_from(const T* own, const T* row, const T* middle, int64_t d, double both) {
   const double inverse = 1 / both;
@@ -42,7 +43,7 @@ __device__ __forceinline__ double offset_from(const T* own, const T* row, const 
 }
 
 // Grid [column tiles, row tiles of the strip that begins at `first`]: distances [strip, padded] in units, near pairs,
-// and of far anchors the offsets [strip, padded] that stand for distances where only differences count.
+// and, for far anchors, the offsets [strip, padded] that stand for distances where only differences count.
 template <typename T, typename A>
 __global__ void __launch_bounds__(kTileThreads, kTileBlocks<A>)
     distance_kernel(const __grid_constant__ Pool<T, A> pool, int64_t first, A* __restrict__ distance,
@@ -95,7 +96,7 @@ __global__ void __launch_bounds__(kTileThreads, kTileBlocks<A>)
   near.by_sample[(column + r) * near.anchors + row / kWordBits + word] = of_columns[r][word];
 }
 
-// One block: the sum of `count` anchors' losses over the number of all pairs, 0 where there are none.
+// One block: the sum of `count` anchors' losses, divided by the number of all pairs; 0 without pairs.
 template <typename A>
 __global__ void __launch_bounds__(kThreads, 1) loss_kernel(const double* __restrict__ losses, int64_t count,
                                                            const State* __restrict__ state, A* __restrict__ out) {
@@ -117,9 +118,9 @@ __global__ void __launch_bounds__(kThreads, 1)
   if (threadIdx.x == 0) *grad = n > 1 ? *grad_out / (n * (n - 1)) * sum * state->slope / state->temperature : 0;
 }
 
-// Grid [tiles of the width, tiles of samples]: sums ← or += Σ_other a · row_other, a block's 64 samples from row `own`
-// on, and `others` of them from row `other` on. The factors a are those of anchors `own` (`OfAnchors`: [own, padded])
-// or of anchors `other` ([others, padded]).
+// Grid [tiles of the width, tiles of samples]: sums ← or += Σ_other a · row_other, for a block's 64 samples, counted
+// from row `own` on, and over `others` samples from row `other` on. The factors a belong to the anchors `own`
+// (`OfAnchors`: [own, padded]) or to the anchors `other` ([others, padded]).
 template <bool OfAnchors, typename A>
 __global__ void __launch_bounds__(kTileThreads, kTileBlocks<A>)
     pull_kernel(const State* __restrict__ state, const A* __restrict__ rows, int64_t width,
@@ -154,7 +155,7 @@ __global__ void __launch_bounds__(kThreads, 4)
   const int64_t n = ranked.state->unmasked, warps = int64_t{gridDim.x} * kWarps;
   for (int64_t p = int64_t{blockIdx.x} * kWarps + warp_id(); p < n; p += warps) {
     const T* const own = ranked.embedding(p);
-    // words: which of the samples from row `begin` on are near p; theirs are the factors at from + place · step.
+    // words: which of the samples from row `begin` on are near p; their factors are at from[place · step].
     const auto pull = [&](const unsigned* words, int64_t count, int64_t begin, const double* from, int64_t step) {
       for (int64_t w = 0; w < count; w += kWarp) {
         const unsigned mine = w + lane_id() < count ? words[w + lane_id()] : 0;

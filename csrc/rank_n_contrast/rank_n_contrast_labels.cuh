@@ -4,7 +4,7 @@
 
 namespace msacore::rank_n_contrast::cuda {
 
-// A sum of gaps of 64 bits.
+// A sum of 64-bit gaps.
 struct WideGap {
   uint64_t high, low;
 
@@ -17,7 +17,7 @@ __device__ __forceinline__ bool operator<(const WideGap& a, const WideGap& b) {
   return a.high < b.high || (a.high == b.high && a.low < b.low);
 }
 
-// What labels are stored as for subtraction, and their gap. Gaps of integers are exact.
+// The type in which labels are subtracted, and that of their gaps. Gaps of integers are exact.
 template <typename Target>
 struct LabelTypes {
   using Value = acc_t<Target>;
@@ -44,8 +44,8 @@ __device__ __forceinline__ typename LabelTypes<Target>::Gap gap_between(Value<Ta
   }
 }
 
-// Blocks of 256 samples count those before each. `targets` [count] or null, which sorts by the mask alone; target
-// [count]: the targets in order.
+// Each block takes 256 samples and counts the samples before each of them. `targets` [count] or null, which sorts by
+// the mask alone; target [count]: the targets in order.
 template <typename Target>
 __global__ void __launch_bounds__(kThreads, 4)
     rank_kernel(const Target* __restrict__ targets, const bool* __restrict__ mask, int64_t count,
@@ -103,7 +103,7 @@ __device__ __forceinline__ int first_place(int begin, int end, Is is) {
   return begin;
 }
 
-// first_place where it is likely near `begin`, and near `end`: equal gaps are few more often than not.
+// first_place for a result that is likely near `begin`, or near `end`: groups of equal gaps are usually small.
 template <typename Is>
 __device__ __forceinline__ int first_place_after(int begin, int end, Is is) {
   int step = 1;
@@ -124,7 +124,7 @@ __device__ __forceinline__ int first_place_before(int begin, int end, Is is) {
 }
 
 // The others of each anchor of a strip, in the order of falling gaps: the place of a rank, and the rank at which its
-// group of equal gaps begins; `group` begins with -1 where a gap is not a number.
+// group of equal gaps begins; `group` begins with -1 where a gap is NaN.
 struct Order {
   int *place, *group;  // [strip, padded]
   int64_t padded;
@@ -132,10 +132,10 @@ struct Order {
   __device__ Order of(int64_t anchor) const { return {place + anchor * padded, group + anchor * padded, padded}; }
 };
 
-constexpr int kMergeItems = 8;  // of a thread
+constexpr int kMergeItems = 8;  // per thread
 
-// One label a sample, so that gaps fall by places from both ends towards the anchor: the two sides are merged. A block
-// per anchor of the strip that begins at `first`. target [count]: the labels, by place.
+// One label per sample, so that gaps fall by places from both ends towards the anchor: the two sides are merged. One
+// block per anchor of the strip that begins at `first`. target [count]: the labels, by place.
 template <typename Target>
 __global__ void __launch_bounds__(kThreads, 4)
     line_order_kernel(const Value<Target>* __restrict__ target, const State* __restrict__ state, int64_t first,
@@ -178,7 +178,7 @@ __global__ void __launch_bounds__(kThreads, 4)
   if (bad && threadIdx.x == 0) order.group[0] = -1;
 }
 
-// Several labels a sample: a stable merge sort of the others by gap. A block per anchor of the strip that begins at
+// Several labels per sample: a stable merge sort of the others by gap. One block per anchor of the strip that begins at
 // `first`. all_gaps: scratch memory [strip, padded], by place.
 template <typename Target>
 __global__ void __launch_bounds__(kThreads, 4)

@@ -16,9 +16,9 @@
 namespace msacore::rank_n_contrast::cpu {
 using namespace msacore::cpu;
 
-__extension__ typedef unsigned __int128 Wide;  // sums of gaps of 64 bits
+__extension__ typedef unsigned __int128 Wide;  // sums of 64-bit gaps
 
-// What labels are stored as for subtraction, and what their gap is. Gaps of integers are exact.
+// The type in which labels are subtracted, and that of their gaps. Gaps of integers are exact.
 template <typename Target>
 struct LabelTypes {
   using Value = acc_t<Target>;
@@ -44,7 +44,7 @@ MSACORE_INLINE uint64_t integer_gap(int64_t a, int64_t b) {
   return a > b ? left - right : right - left;
 }
 
-// The others as one anchor sees them, and memory to find that out; of one thread.
+// The others in the order in which one anchor sees them, and memory to sort them; one per thread.
 struct Order {
   std::vector<int32_t> place;  // [n - 1], by falling gap
   std::vector<uint8_t> ends;   // [n - 1]: whether a group of equal gaps ends here
@@ -63,9 +63,9 @@ class Labels {
  public:
   virtual ~Labels() = default;
   int64_t count() const { return static_cast<int64_t>(sample_.size()); }
-  // The unmasked samples: which one stands at each place.
+  // The unmasked samples: which one is at each place.
   const std::vector<int64_t>& sample() const { return sample_; }
-  // False where a gap is not a number.
+  // Finds the order of the others for anchor `self`; false where a gap is NaN.
   virtual bool order(int64_t self, Order& order) const = 0;
 
  protected:
@@ -95,7 +95,7 @@ MSACORE_SIMD bool line_gaps(const Value<Target>* __restrict__ y, int64_t self, i
   }
 }
 
-// Merges the two sides of the anchor from outside in.
+// Merges the two sides of the anchor, from the outside inwards.
 template <typename Gap>
 MSACORE_SIMD void merge_by_gap(const Gap* __restrict__ gap, int64_t self, int64_t n, int32_t* __restrict__ place,
                                uint8_t* __restrict__ ends) {
@@ -112,7 +112,7 @@ MSACORE_SIMD void merge_by_gap(const Gap* __restrict__ gap, int64_t self, int64_
   ends[n - 2] = 1;
 }
 
-// One label a sample: in the order of their labels, NaN last, the gap falls from both ends towards an anchor.
+// One label per sample: with the samples in order of label, NaN last, gaps fall from both ends towards an anchor.
 template <typename Target>
 class Line : public Labels {
  public:
@@ -161,7 +161,7 @@ MSACORE_SIMD bool round_gaps(Value<Target>* __restrict__ gap, int64_t n) {
   return bad == 0;
 }
 
-// Several labels a sample, the gap their sum in the order of the labels: every anchor sorts.
+// Several labels per sample; the gap is the sum of the labels' gaps, in the order of the labels. Every anchor sorts.
 template <typename Target, typename Gap = typename LabelTypes<Target>::Gap>
 class Space : public Labels {
  public:

@@ -44,13 +44,14 @@ MSACORE_SIMD int64_t distances(A* __restrict__ row, const A* __restrict__ square
   return near;
 }
 
-// The similarities s = -distance / temperature of a row, below its largest one, `top`.
+// The similarities s = -distance / temperature of a row, relative to its largest one, `top`.
 struct Similarities {
   double nearest;      // the distance of `top`
-  double range, fall;  // the largest top - s, and the sum of all
+  double range, fall;  // the largest of all top - s, and their sum
 };
 
-// exp(s - top) into `weight`. The anchor itself must hold the distance of another sample, so that it changes nothing.
+// exp(s - top) into `weight`. At the anchor itself, `distance` must hold the distance of another sample, so that it
+// affects no result.
 template <typename A>
 MSACORE_SIMD Similarities exponentials(const A* __restrict__ distance, A inverse_temperature, int64_t self, int64_t n,
                                        A* __restrict__ weight) {
@@ -78,11 +79,11 @@ void similarities_below_top(const A* distance, A inverse_temperature, int64_t n,
   for (int64_t j = 0; j < n; ++j) weight[j] = (nearest - distance[j]) * inverse_temperature;
 }
 
-// Beyond this range of similarities exp(s - top), or a sum of inverses, could leave the numbers of type A.
+// Beyond this range of similarities exp(s - top), or a sum of inverses, could leave the range of type A.
 template <typename A>
 constexpr double kNarrow = sizeof(A) == 8 ? 300 : 60;
 
-// Where the group of equal gaps ends that begins at `begin`.
+// The end of the group of equal gaps that begins at `begin`.
 MSACORE_INLINE int64_t group_end(const Order& order, int64_t begin) {
   while (!order.ends[begin]) ++begin;
   return begin + 1;
@@ -102,7 +103,7 @@ double running_sums(Row<A>& row, int64_t count) {
     for (; r < end; ++r) {
       row.sum[r] = sum;
       product *= sum;
-      if (product < 1e-150 || product > 1e150) {  // a logarithm for many factors at once
+      if (product < 1e-150 || product > 1e150) {  // one logarithm for many factors
         logarithm += std::log(product);
         product = 1;
       }
@@ -138,8 +139,9 @@ struct LogSum {
   }
 };
 
-// The two functions above for rows of wide range. A sum is sum[r] · exp(top[r]), in two numbers: beside a large `top`
-// the logarithm of the other would be lost, and with it how many samples tie. `weight` keeps s - top.
+// running_sums and gradient_of_sums for rows of wide range. A sum is kept as sum[r] · exp(top[r]), in two numbers:
+// added to a large `top`, the logarithm of sum[r] would be lost, and with it how many samples tie. `weight` keeps
+// s - top.
 template <typename A>
 double running_logarithms(Row<A>& row, int64_t count) {
   LogSum sum;
@@ -179,7 +181,8 @@ MSACORE_SIMD double weighted_distances(const A* __restrict__ weight, const A* __
   return sum;
 }
 
-// d(row loss)/ds in `weight`, scaled and divided by the distance: how far e_self - e_j counts in the gradient.
+// distance ← d(row loss)/ds in `weight`, scaled and divided by the distance: the factor of e_self - e_j in the
+// gradient.
 template <typename A>
 MSACORE_SIMD void divide_by_distance(const A* __restrict__ weight, A scale, A* __restrict__ distance, int64_t n) {
   for (int64_t j = 0; j < n; ++j) distance[j] = scale * weight[j] / distance[j];

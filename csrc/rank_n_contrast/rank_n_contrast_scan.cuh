@@ -1,17 +1,17 @@
 // Rank-N-Contrast on CUDA: an anchor's loss, and the factors of its gradient, from its distances. With the others in
-// the order of falling gaps, the sum over those with at least the gap of one is read off a scan, where its group of
-// equal gaps ends. The gradient takes one more scan, from the last to the first.
+// the order of falling gaps, the sum over all samples with at least a sample's gap is read off a scan, at the end of
+// its group of equal gaps. The gradient takes one more scan, from the last sample to the first.
 #pragma once
 #include "rank_n_contrast/rank_n_contrast_kernels.cuh"
 #include "rank_n_contrast/rank_n_contrast_labels.cuh"
 
 namespace msacore::rank_n_contrast::cuda {
 
-constexpr int kScanItems = 4;  // of a thread
+constexpr int kScanItems = 4;  // per thread
 constexpr double kNoNumber = NAN;
 
-// Up to this range of similarities exp(s - top) and the inverses of its sums are numbers of type A: an anchor's sums
-// are then plain ones, in float64. Beyond, the scans carry a power apart.
+// Up to this range of similarities, exp(s - top) and the inverses of its sums are in range of type A: an anchor's sums
+// are then plain numbers, in float64. Beyond it, the scans carry the exponent separately.
 template <typename A>
 constexpr double kNarrow = sizeof(A) == 8 ? 300 : 60;
 
@@ -35,7 +35,7 @@ __device__ __forceinline__ LogSum shuffle_up(const LogSum& value, int step) {
   return {shuffle_up(value.top, step), shuffle_up(value.sum, step)};
 }
 
-// An array of sums of exponentials; of LogSums each half lies apart.
+// An array of sums of exponentials; the second numbers of LogSums lie `to_second` behind the first.
 struct Numbers {
   double* at;
   int64_t to_second;
@@ -65,7 +65,7 @@ struct Sums {
   __device__ double slope(A distance, Sum sum) const { return exponential(distance) * sum - 1; }
 };
 
-// … or with a power apart.
+// … or with the exponent apart.
 template <typename A>
 struct LogSums {
   using Sum = LogSum;
@@ -82,7 +82,7 @@ struct LogSums {
   }
 };
 
-// Sum of log(sum / exp(s)) over a thread's pairs; of plain sums a logarithm is taken for many factors at once.
+// Sum of log(sum / exp(s)) over a thread's pairs; one logarithm is taken for many factors.
 template <typename A>
 struct Loss {
   double sum = 0, product = 1;
@@ -105,8 +105,7 @@ struct Loss {
   __device__ double total() const { return sum + log(product); }
 };
 
-// numbers[r] ← the sum of value over the ranks before r and r itself, of `count` that rise from 0 or (`falling`) fall
-// to it; called by a block.
+// numbers[r] ← the sum of value(k) over the ranks k ≤ r or, with `falling`, k ≥ r, of `count` ranks; called by a block.
 template <typename Kind, typename Value>
 __device__ __forceinline__ void scan(int count, bool falling, Value value, const Numbers& numbers) {
   using S = typename Kind::Sum;
@@ -212,9 +211,8 @@ struct Strip {
   Near near;
 };
 
-// An anchor per block. Writes its loss or, with `Backward`, its Σ slope · distance, and replaces its distances by the
-// factors a_j with which e_self - e_j enters the gradient: 0 for near pairs, whose factors go to the second row of
-// `numbers`.
+// One anchor per block. Writes its loss or, with `Backward`, its Σ slope · distance, and then replaces its distances by
+// the factors a_j of e_self - e_j in the gradient: 0 for near pairs, whose factors go to the second row of `numbers`.
 template <bool Backward, typename A>
 __global__ void __launch_bounds__(kThreads, 2)
     anchor_kernel(const State* __restrict__ state, const double* __restrict__ norm,
@@ -246,7 +244,7 @@ __global__ void __launch_bounds__(kThreads, 2)
   const double scale = Backward && any ? -*grad_out / pairs / state->temperature : 0;
   const auto put = [&](int j, double slope) -> double {
     const A apart = distance[j];
-    // Slopes add up to 0, so that distances from the nearest do.
+    // Slopes add up to 0, so that distances may be taken relative to the nearest.
     const double moved = slope * (static_cast<double>(relative[j]) - top);
     const double factor = apart == A(0) ? 0 : scale * slope / static_cast<double>(apart);
     const bool is_near = strip.near.holds(blockIdx.x, j);

@@ -44,8 +44,8 @@ from .pick import add_pick_arguments, pick_command
 from .report import build_report
 
 DESCRIPTION = "AL-HCL: active learning and hierarchical contrastive learning for multimodal sentiment."
-# Small enough for three minutes on two cores, which share the seeds; whatever is given on the command line wins. On the
-# embedded corpus eight seeds: what is planted then shows beyond the spread of first labels.
+# Small enough for three minutes on two cores, which share the seeds; options on the command line take precedence. The
+# embedded corpus gets eight seeds, so that the planted effects show beyond the spread of the first labels.
 DEMO = {"seeds": [0, 1, 2, 3, 4], "jobs": 2, "rounds": 2, "budget": 30, "width": 32, "pretrain_steps": 120, "steps": 20}
 DEMO_EMBEDDED = {"size": 900, "seeds": list(range(8)), "ablate": ["without contrast"]}
 
@@ -61,7 +61,7 @@ def add_run_arguments(parser: argparse.ArgumentParser) -> None:
     run.add_argument(
         "--seeds", type=int, nargs="+", default=[0, 1, 2, 3, 4], metavar="S", help="one run per seed (0 1 2 3 4)"
     )
-    run.add_argument("--resume", action="store_true", help="go on from the checkpoints in --out")
+    run.add_argument("--resume", action="store_true", help="continue from the checkpoints in --out")
     add_device_argument(run)
     _add_threads(run)
     run.add_argument(
@@ -69,16 +69,16 @@ def add_run_arguments(parser: argparse.ArgumentParser) -> None:
         type=int,
         default=1,
         metavar="N",
-        help="processes that share the seeds, on a thread each (%(default)s)",
+        help="processes that share the seeds, with one thread each (%(default)s)",
     )
     run.add_argument(
-        "--ablate", nargs="*", metavar="ARM", help="also run an arm without each part, or these of them by name"
+        "--ablate", nargs="*", metavar="ARM", help="also run an arm without each part, or only the arms named"
     )
     run.add_argument(
         "--sweep-lambda", type=float, nargs="*", metavar="λ", help="also run these contrast weights (.01 .05 .1 .3)"
     )
     run.add_argument(
-        "--demo", action="store_true", help="a quick comparison with ablations, without --data on a small corpus"
+        "--demo", action="store_true", help="a quick comparison; without --data, on a small corpus and with an ablation"
     )
     add_tensorboard_argument(run)
     add_test_arguments(parser)
@@ -86,7 +86,7 @@ def add_run_arguments(parser: argparse.ArgumentParser) -> None:
         "--test-pattern",
         choices=[k for k in KINDS if k != "fixed"],
         default="exact",
-        help="kind of pattern of --test-rates (%(default)s)",
+        help="kind of pattern for --test-rates (%(default)s)",
     )
     add_selection_arguments(parser)
     add_protocol_arguments(parser)
@@ -115,12 +115,12 @@ def _add_threads(parser: argparse._ArgumentGroup | argparse.ArgumentParser) -> N
 
 
 def demo(args: argparse.Namespace) -> dict[str, Any]:
-    """What ``--demo`` changes; the size of a file is what it is."""
+    """What ``--demo`` changes; the data of ``--data`` keep their size."""
     return {**DEMO} if args.data else {**DEMO, **DEMO_EMBEDDED}
 
 
 def chosen_ablations(arms: list[Arm], names: list[str]) -> list[Arm]:
-    """The arms of these names; all without names.
+    """The arms with these names; all of them when no name is given.
 
     Raises:
         ValueError: There is no such arm.
@@ -150,7 +150,7 @@ def run(args: argparse.Namespace) -> Report:
         corpus = load_from(args).standardise()
         data = Data.of(corpus, device, validation=args.validation, transductive=args.transductive)
     if args.demo and args.data and args.budget == DEMO["budget"]:
-        # A demo shows the way with whatever is there: at most what the train part has left.
+        # A demo must run on any data: it buys at most the labels that the train part has left.
         spare = len(data.buyable) - max(1, round(args.initial * len(data.buyable)))
         args.budget = max(1, min(args.budget, spare // args.rounds))
     base = base_arm(args)
@@ -171,7 +171,7 @@ def run(args: argparse.Namespace) -> Report:
 
 
 def run_command(args: argparse.Namespace) -> int:
-    """``run``: the experiment, where its report is, and the result in a sentence."""
+    """``run``: run the experiment, write its report, and print the result in a sentence and where the report is."""
     report = run(args)
     html, numbers = report.write(args.out)
     if report.headline:

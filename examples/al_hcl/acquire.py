@@ -1,4 +1,4 @@
-"""Which utterances to label next: a measure of uncertainty, and a strategy that spends it on the pool."""
+"""Which utterances to label next: a measure of uncertainty, and a strategy that picks from the pool by it."""
 
 from __future__ import annotations
 
@@ -23,13 +23,15 @@ class SelectionConfig:
         strategy: Any strategy of ``msacore.select``.
         uncertainty: A key of ``MEASURES``.
         initial: Share of the train part that is labelled before the first round.
-        informative: Share of them that is chosen by what it tells about the rest; the others are drawn at random.
+        informative: Share of these first labels that is chosen for what they tell about the rest; the others are drawn
+            at random.
         budget: Labels bought per round.
         rounds: Rounds after the first training.
-        keep_training: Go on from the last round's weights instead of new ones.
+        keep_training: Continue from the last round's weights instead of new ones.
         members: Models trained per round; their passes are averaged.
         gamma: Exponent of the uncertainty in "uncertainty_kcenter".
-        explore: Share of each round's budget that is drawn at random, so that what a model is sure of is labelled too.
+        explore: Share of each round's budget that is drawn at random, so that samples about which a model is certain
+            are labelled too.
         options: Options of the strategy, as ``msacore.select`` takes them.
     """
 
@@ -82,7 +84,7 @@ def acquire(pool: Prediction, available: Tensor, labelled: Tensor, config: Selec
         available: Their modalities, ``[n, M]``.
         labelled: Fused embeddings of the labelled samples, the centres that picks should differ from.
         config: Protocol.
-        seed: For the strategies that draw.
+        seed: Seed of everything that is drawn.
     """
     value = MEASURES[config.uncertainty](pool, available)
     asked = config.budget - round(config.explore * config.budget)

@@ -1,4 +1,4 @@
-"""One active-learning run: train, score, buy labels, checkpoint; again until the budget is spent."""
+"""One active-learning run: train, score, buy labels, checkpoint, and repeat until the budget is spent."""
 
 from __future__ import annotations
 
@@ -58,7 +58,7 @@ class State:
     """What a run has found so far: rows in the order they were labelled, one record per training, seconds per stage.
 
     ``embedding`` and ``prediction`` belong to the train rows and the last model; ``weights`` are kept only when
-    training goes on from them.
+    training continues from them.
     """
 
     labelled: list[int]
@@ -91,18 +91,18 @@ class Run:
         arm: The system.
         corpus: Standardised corpus.
         data: The same as tensors.
-        seed: Of the first labels, the models and the draws; arms with equal seeds start from equal labels.
+        seed: Seed of the first labels, the models and the draws; arms with equal seeds start from equal labels.
         checkpoint: File that is rewritten after every round.
-        resume: Go on from that file if it is there.
-        replayed: Finished run whose labels are bought, for arms that replay.
-        starts: Where runs of one corpus share what they learned before any label.
-        ridges: Where they share ridge regressions on equal labels.
-        patterns: What the last model may see when it is tested; the data as they are, when omitted.
+        resume: Continue from that file if it exists.
+        replayed: Finished run whose labels are bought again, for arms that replay.
+        starts: What was learned before any label, shared by the runs on one corpus.
+        ridges: Ridge regressions on equal labels, shared by the runs on one corpus.
+        patterns: Missing patterns under which the last model is tested; none when omitted.
         export: Where the last model's predictions of the test part are written; nowhere when omitted.
 
     Raises:
-        ValueError: The protocol needs more labels than the train part has, the checkpoint is corrupt or belongs to a
-            run with other arguments or data.
+        ValueError: The protocol needs more labels than the train part has, or the checkpoint is corrupt or belongs to
+            a run with other arguments or data.
     """
 
     def __init__(
@@ -141,7 +141,7 @@ class Run:
         return len(self.state.records) > self.arm.selection.rounds
 
     def rounds(self) -> Iterator[State]:
-        """Do what is left to do, one training at a time; each yields after its checkpoint is on disk."""
+        """Run the remaining rounds, one training at a time; yields after each checkpoint is on disk."""
         while not self.finished:
             self._round(len(self.state.records))
             save_checkpoint(self.checkpoint, dict(vars(self.state)), self._arguments())
@@ -163,7 +163,7 @@ class Run:
             members = [self._train(number, k, labelled, ridges) for k in range(config.members)]
             paths = [m.everywhere for m in members]
         with timer("predict"):
-            # Passes serve the choice of the next labels alone: scores are point predictions.
+            # Stochastic passes only serve the choice of the next labels: point predictions are scored.
             passes = self.arm.training.passes if number < config.rounds else 0
             seed = derive(self.seed, "predict", number)
             test = predict(members, self.data.inputs, paths, self.data.test, 0, seed)
@@ -233,7 +233,7 @@ class Run:
         }
 
     def _start(self, member: int) -> tuple[SentimentModel, Tensor]:
-        """Model before any label and the embedding of all rows: alike in every round, so checkpoints omit them."""
+        """Model before any label and its embedding of all rows: the same in every round, so checkpoints omit them."""
         key = self.arm.model, self.arm.training, self.seed, member
         if key not in self.starts:
             seed = derive(self.seed, "pretrain", member)
@@ -288,7 +288,7 @@ class Run:
 
 
 def score_per_metric(members: list[Trained], data: Data, truth: np.ndarray) -> dict[str, dict[str, float]]:
-    """Test value of each metric from the checkpoint that was best in it out of fold; mean over members."""
+    """Test value of each metric from the checkpoint with its best out-of-fold value; mean over members."""
     found = []
     for m in members:
         best = [[p.detach().clone() for p in model.parameters()] for model in m.models]

@@ -15,15 +15,16 @@ class TrainConfig:
         contrast_rows: Unlabelled rows per step that only the contrastive loss sees.
         pretrain_steps: Steps of contrast alone, before the first labels.
         pretrain_rows: Train rows per such step.
-        learning_rate: Of AdamW, falling to 0 as a cosine.
-        weight_decay: Of AdamW, on matrices.
+        learning_rate: Learning rate of AdamW, with cosine decay to 0.
+        weight_decay: Weight decay of AdamW, applied to matrices only.
         contrast_weight: λ of the contrastive loss; 0 leaves it out.
-        folds: Networks of a model, each trained without a fold of the labelled videos, which judges it.
-        check_every: Steps between looks at the error out of fold; the best weights count.
-        patience: Training ends after so many looks in a row at which the correction deserves no weight.
-        average: Share kept per step by the running average of the weights, which is what is judged and used.
+        folds: Networks of a model, each trained without one fold of the labelled videos and evaluated on that fold.
+        check_every: Steps between evaluations of the out-of-fold error; the best weights are kept.
+        patience: Training ends after this many evaluations in a row in which the correction deserves no weight.
+        average: Decay of the running average of the weights; the averaged weights are evaluated and used.
         passes: Monte-Carlo passes of a prediction.
-        view: What the closed-form path is confined to, a name in ``path.VIEWS``; a stack of everything when omitted.
+        view: Part to which the closed-form path is restricted, a name in ``path.VIEWS``; a stack of all parts when
+            omitted.
     """
 
     steps: int = 40

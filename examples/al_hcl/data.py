@@ -17,13 +17,13 @@ from .model import Inputs
 
 @dataclass(frozen=True)
 class Data:
-    """A standardised corpus as tensors: inputs, labels and their classes of all rows, row numbers, and the number of
-    each row's video; and the metric family.
+    """A standardised corpus as tensors: inputs, labels and label classes of all rows, the row numbers of each part, the
+    video number of each row, and the metric family.
 
-    ``train`` holds all rows of its part; ``buyable`` those of them that have a label; ``given`` labelled rows of the
-    validation part, where its labels may be used: they are trained on from the start and count like bought ones;
-    ``test`` labelled rows alone. ``design`` holds what ``inputs.design`` does, with its columns by name;
-    ``transductive``: in it, neighbours of other splits are heard.
+    ``train`` holds all rows of the train part, ``buyable`` those that have a label. ``given`` holds the labelled rows
+    of the validation part where its labels may be used: they are trained on from the start and count like bought ones.
+    ``test`` holds labelled rows only. ``design`` holds the same values as ``inputs.design``, with its columns by name;
+    ``transductive`` says whether they include neighbours of other splits.
     """
 
     inputs: Inputs
@@ -51,10 +51,10 @@ class Data:
 
         Args:
             corpus: The corpus.
-            device: Where to.
+            device: Device of the tensors.
             needed: Parts that must have labels.
             validation: Whether labels of the validation part are used.
-            transductive: Whether closed forms hear neighbours of other splits.
+            transductive: Whether closed forms read neighbours of other splits.
 
         Raises:
             ValueError: A part that is needed holds no labelled utterance.
@@ -84,7 +84,7 @@ class Data:
         )
 
     def ridges(self, labelled: Tensor) -> dict[str, Linear]:
-        """Ridge regressions on labelled rows: what the closed-form path is stacked of, and what a report compares."""
+        """Ridge regressions on labelled rows, which the closed-form path stacks and reports compare."""
         rows, labels = labelled.cpu().numpy(), self.labels.cpu().numpy()
         return fit_views(self.design, labels, rows, self.video.cpu().numpy())
 
@@ -92,7 +92,7 @@ class Data:
 def label_classes(labels: np.ndarray, family: str) -> np.ndarray:
     """Classes of labels for supervised contrast, int64: whole numbers on MOSI's scale, the five classes of SIMS.
 
-    A missing label counts as 0; such rows are never given their class.
+    A missing label counts as 0; the class of such a row is never used.
     """
     labels = np.nan_to_num(labels)
     if family == "sims":

@@ -10,7 +10,7 @@ from torch import Tensor, nn
 
 
 def keep(x: Tensor, mask: Tensor) -> Tensor:
-    """``x [B, L, d]`` where ``mask [B, L]``, else exactly 0, whatever is hidden there."""
+    """``x [B, L, d]`` where ``mask [B, L]`` is true, else exactly 0, whatever ``x`` holds there."""
     return torch.where(mask[..., None], x, torch.zeros((), dtype=x.dtype, device=x.device))
 
 
@@ -53,7 +53,7 @@ class Attention(nn.Module):
 
     Args:
         width: Width ``k`` of queries, tokens and answers.
-        heads: Divides ``width``.
+        heads: Number of heads; must divide ``width``.
     """
 
     def __init__(self, width: int, heads: int) -> None:
@@ -81,8 +81,8 @@ class Attention(nn.Module):
 class FusionGuidance(nn.Module):
     """Queries made of all modalities attend to each guiding modality; the answers shift the base modality.
 
-    ``q = W_q [x_0; x_1; …]``, ``a_m = attention_m(q, x_m)`` with attention of its own per guiding modality, and
-    ``LayerNorm(x_0 + W_s [x_0; a_1; …])``. The release uses one attention module for audio and vision alike.
+    ``q = W_q [x_0; x_1; …]``, ``a_m = attention_m(q, x_m)`` with separate attention for each guiding modality, and
+    ``LayerNorm(x_0 + W_s [x_0; a_1; …])``. The released code uses one attention module for both audio and vision.
 
     Args:
         width: Common width ``k``.
@@ -100,7 +100,7 @@ class FusionGuidance(nn.Module):
     def forward(self, tokens: Sequence[Tensor], masks: Sequence[Tensor]) -> Tensor:
         """Guided tokens of the base modality, ``[B, L_0, k]``; a missing modality has an empty mask.
 
-        Sequences of other lengths enter the query by their mean.
+        Sequences of a different length enter the query by their mean.
         """
         base = tokens[0]
         beside = [
@@ -129,8 +129,8 @@ class PairPerceptron(nn.Module):
         self.layers = nn.Sequential(nn.Linear(2 * in_features, rows), nn.ReLU(), nn.Linear(rows, rows))
 
     def forward(self, features: Sequence[Tensor], available: Tensor) -> tuple[Tensor, Tensor]:
-        """``features`` M tensors ``[B, k]``, ``available [B, M]`` → the pairs' features ``[B, P, q]``, twice: as what
-        is joined and as what is contrasted. A missing member counts as zeros."""
+        """``features`` M tensors ``[B, k]``, ``available [B, M]`` → the pairs' features ``[B, P, q]``, twice: once to
+        be joined, once to be contrasted. A missing member counts as zeros."""
         seen = [keep(x, available[:, m]) for m, x in enumerate(features)]
         pairs = self.layers(torch.stack([torch.cat(pair, -1) for pair in combinations(seen, 2)], 1))
         return pairs, pairs

@@ -35,7 +35,7 @@ class Ensemble:
     paths: Sequence[ClosedForm]
 
     def predict(self, inputs: Inputs, passes: int = PASSES, seed: int = 0) -> Prediction:
-        """Predict every row; the global generators are left as they were."""
+        """Predict every row; the states of the global random generators are left as they were."""
         with torch.random.fork_rng():
             paths = [path(inputs) for path in self.paths]
             rows = torch.arange(len(inputs), device=inputs.available.device).split(CHUNK)
@@ -57,10 +57,10 @@ def values(prediction: Prediction) -> tuple[np.ndarray, np.ndarray]:
 
 
 def fit_ensemble(corpus: Corpus, data: Data, labelled: Tensor, arm: Arm, seed: int) -> tuple[Ensemble, list[Trained]]:
-    """Contrast before labels, then training on the labelled rows, for every member of the arm.
+    """For every member of the arm: contrastive training before labels, then training on the labelled rows.
 
     Args:
-        corpus: Standardised.
+        corpus: Standardised corpus.
         data: The same as tensors.
         labelled: Rows to train on.
         arm: Model, training and number of members.
@@ -81,7 +81,7 @@ def fit_ensemble(corpus: Corpus, data: Data, labelled: Tensor, arm: Arm, seed: i
 
 
 def left_out(trained: Sequence[Trained]) -> np.ndarray:
-    """What members say together of the labelled rows, each by what was not fitted on their videos, ``[n]``."""
+    """Mean prediction of the members for each labelled row, by models not fitted on its video, ``[n]``."""
     found: np.ndarray = np.mean([t.left_out for t in trained], axis=0)
     return found
 

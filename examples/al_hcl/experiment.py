@@ -45,8 +45,8 @@ class Experiment:
         corpus: Standardised corpus.
         data: The same as tensors.
         folder: Checkpoints go below it.
-        resume: Go on from checkpoints that are there.
-        patterns: What the last model of each run may see when it is tested.
+        resume: Continue from existing checkpoints.
+        patterns: Missing patterns under which the last model of each run is tested.
         jobs: Processes that share the seeds; results do not depend on them.
     """
 
@@ -73,7 +73,7 @@ class Experiment:
     def rounds(self) -> Iterator[Training]:
         """Run everything, seed by seed so that early results are whole comparisons; one item per training.
 
-        Seeds that other processes run come as wholes, when they are finished.
+        With several processes, the items of a seed come together when the seed is finished.
         """
         checkpoints = self.folder / "checkpoints"
         with sole_user(checkpoints):
@@ -89,7 +89,7 @@ class Experiment:
                     yield from [Training(arm, seed, record) for record in state.records]
 
     def finish(self, seed: int) -> list[State]:
-        """All arms with one seed, to the end."""
+        """Run all arms with one seed to the end."""
         seed_everything(seed)
         for _ in self._trainings(seed):
             pass

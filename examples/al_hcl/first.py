@@ -1,4 +1,4 @@
-"""The labels bought before there is a model: some are drawn, others tell most about all the rest."""
+"""The labels bought before there is a model: some rows are drawn at random, others tell most about all the rest."""
 
 from __future__ import annotations
 
@@ -12,12 +12,12 @@ from .acquire import SelectionConfig
 from .data import Data
 from .path import LENGTHS, LearnedScale, bumps, coordinates
 
-# The covariance of so many rows at most is looked at: a matrix of 128 MB.
+# The covariance matrix covers at most this many rows: 128 MB.
 LIMIT = 4000
 
 
 def first_count(data: Data, config: SelectionConfig) -> int:
-    """Labels bought before the first training: a share of the train rows that have one, at least one.
+    """Number of labels bought before the first training: a share of the train rows that have a label, at least one.
 
     Raises:
         ValueError: The share is outside (0, 1].
@@ -28,13 +28,13 @@ def first_count(data: Data, config: SelectionConfig) -> int:
 
 
 def first_labels(data: Data, config: SelectionConfig, seed: int, learned: Tensor | None = None) -> list[int]:
-    """Those rows, in the order they are bought.
+    """The rows whose labels are bought before the first training, in the order they are bought.
 
     Args:
-        data: The corpus, of which no label is read.
+        data: The corpus; no label of it is read.
         config: Protocol.
-        seed: Of the draw.
-        learned: Embedding learned before labels ``[N, k]``, unless all are drawn.
+        seed: Seed of the draw.
+        learned: Embedding learned before labels ``[N, k]``; not needed where all rows are drawn at random.
     """
     count = first_count(data, config)
     return choose_first(data, data.buyable, count, data.given, config, derive(seed, "first labels"), learned)[0]
@@ -49,10 +49,12 @@ def choose_first(
     seed: int,
     learned: Tensor | None = None,
 ) -> tuple[list[int], list[float]]:
-    """Choose among the candidates without a model: all but a share ``config.informative`` at random, then those.
+    """Choose among the candidates without a model: first at random, then a share ``config.informative`` by what the
+    rows tell about the rest.
 
     Returns:
-        The rows in pick order, and what :func:`informative_rows` says of each, 0 for what is drawn.
+        The rows in pick order, and for each the variance that :func:`informative_rows` says it removes, 0 for rows
+        drawn at random.
     """
     order = torch.randperm(len(candidates), generator=torch.Generator().manual_seed(seed))
     asked = round(config.informative * count) if count < len(order) else 0
@@ -67,16 +69,16 @@ def choose_first(
 def informative_rows(
     data: Data, candidates: Tensor, count: int, known: Tensor, learned: Tensor, seed: int
 ) -> tuple[Tensor, Tensor]:
-    """Rows that tell most about the train part: by the mean of two kernels, on the first modality with its neighbours,
-    and on what was learned before labels.
+    """Rows that tell most about the train part under the mean of two kernels: one on the first modality with its
+    neighbours, one on the embedding learned before labels.
 
     Args:
-        data: The corpus, of which no label is read.
+        data: The corpus; no label of it is read.
         candidates: Rows that may be picked.
-        count: How many, at most the candidates that are not known.
+        count: Number of rows to pick, at most the number of candidates that are not known.
         known: Rows whose labels are known already.
-        learned: That embedding ``[N, k]``.
-        seed: Of the rows that are looked at where there are more than ``LIMIT``.
+        learned: The embedding learned before labels ``[N, k]``.
+        seed: Seed of the sample of rows that is used where there are more than ``LIMIT``.
 
     Returns:
         The rows in pick order ``[count]``, and by how much each lowers the sum of variances, float64.
@@ -106,18 +108,18 @@ def experimental_design(
 ) -> tuple[Tensor, Tensor]:
     """Greedy transductive experimental design (Yu, Bi and Tresp, 2006; a single pick: Cohn, 1996).
 
-    Each pick lowers the sum of the variances of all rows most, under a Gaussian process that is observed with noise.
-    Of equal ones the first.
+    Each pick is the row that most lowers the sum of the variances of all rows, under a Gaussian process that is
+    observed with noise. Ties go to the first row.
 
     Args:
         covariance: float64 ``[n, n]``.
         count: Number of picks.
-        candidates: bool ``[n]``: what may be picked.
-        known: The first so many rows are observed already.
+        candidates: bool ``[n]``: rows that may be picked.
+        known: Number of rows at the start that are observed already.
         noise: Variance of the noise.
 
     Returns:
-        Positions in pick order, int64 ``[count]``, and what each lowered the sum by.
+        Positions in pick order, int64 ``[count]``, and by how much each lowered the sum.
     """
     # The covariance given what is observed is the first one less ``taken.T @ taken``.
     taken = covariance.new_zeros(known + count, len(covariance))

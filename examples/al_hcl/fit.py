@@ -1,4 +1,4 @@
-"""Models that are kept: fit on all labels, saved to a folder, opened again for other data."""
+"""Saved models: fitted on all labels, written to a folder, opened again for other data."""
 
 from __future__ import annotations
 
@@ -34,16 +34,16 @@ LEFT_OUT = "labelled videos left out"
 
 
 def fit_command(args: argparse.Namespace) -> int:
-    """``fit``: train on every label, and save what predicts."""
+    """``fit``: train on every label, and save the model."""
     device = check_device(args.device)
     torch.set_num_threads(args.threads)
     seed_everything(args.seed)
     given = training_data(args, validation=False)
     statistics = given.corpus.statistics()
-    # Tokens that are hidden on purpose are hidden in training; predictions are made from all that is there.
+    # Tokens hidden on purpose are hidden in training only; predictions are made from the complete data.
     standard = given.source.standardise_by(statistics)
     data = Data.of(given.corpus.standardise_by(statistics), device, ("train",), args.validation, args.transductive)
-    # Copies of a video are one video: what is left out of a fit must be left out in all of them.
+    # Copies of a video count as one video: leaving a video out of a fit must leave out all its copies.
     data = replace(data, video=torch.tensor(given.source.video_index[given.origin], device=device))
     arm = base_arm(args)
     labelled = torch.cat([data.buyable, data.given])
@@ -83,8 +83,8 @@ def _save(
     parts: list[str],
     card: dict[str, Any],
 ) -> dict[str, dict[str, Any]]:
-    """Calibrate, score and save the members as they are; returns the scores of the labelled videos, each by what was
-    not fitted on it, and of each part whose labels were not read."""
+    """Calibrate, score and save the members as they are; returns the scores of the labelled videos, each predicted by
+    models not fitted on it, and the scores of each part whose labels were not read."""
     value, variance = ensemble.values(inputs)
     judged, truth = left_out(trained), standard.labels[rows].astype(np.float64)
     calibration = calibrate(variance[rows], judged - truth)
@@ -141,7 +141,7 @@ def _load(saved: SavedModel, device: torch.device) -> Ensemble:
 
 
 def open_model(saved: SavedModel, device: torch.device) -> Predictor:
-    """What predicts with a saved model."""
+    """The function that predicts with a saved model."""
     ensemble = load_ensemble(saved, device)
     transductive = bool(saved.card["transductive"])
     return lambda corpus: ensemble.values(Inputs.of(corpus, device, transductive))

@@ -24,12 +24,12 @@ class ModelConfig:
         heads: Attention heads.
         dropout: Share of hidden units dropped, in training and in Monte-Carlo passes.
         input_dropout: Share of raw features dropped.
-        projection: Width in which embeddings are contrasted.
-        guidance: Fusion guidance; without it the text's mean is used as it is.
+        projection: Width of the space in which embeddings are contrasted.
+        guidance: Whether to use fusion guidance; without it the text's mean is used as it is.
         high_level: What makes the high-level features of a pair: "matrix" (matrix fusion), "mlp" (a perceptron on the
-            concatenated means, of no fewer parameters), or "none"; then tier 3 is empty.
-        tier_weights: Of the three contrastive tiers.
-        temperatures: Of the three contrastive tiers.
+            concatenated means, with no fewer parameters), or "none"; then tier 3 is empty.
+        tier_weights: Weights of the three contrastive tiers.
+        temperatures: Temperatures of the three contrastive tiers.
         tier1: "cross_modal" contrasts the modalities of a sample; "intra_modal" contrasts the classes of labelled
             samples within a modality.
         heteroscedastic: Predict a noise variance per sample (Gaussian likelihood) instead of squared error.
@@ -64,9 +64,9 @@ class Inputs:
         """All rows; pooled features become sequences of one token. Tokens of a missing modality are masked.
 
         Args:
-            corpus: Standardised.
-            device: Where to.
-            transductive: Closed forms hear neighbours of other splits.
+            corpus: Standardised corpus.
+            device: Device of the tensors.
+            transductive: Whether closed forms read neighbours of other splits.
         """
         t = corpus.tensors(device)
         features = [x if x.dim() == 3 else x[:, None] for x in t["features"]]
@@ -85,7 +85,7 @@ class Inputs:
 
 @dataclass(frozen=True)
 class Outputs:
-    """What the network says: correction of the closed-form path and log variance ``[B]`` in units of the labels'
+    """Outputs of the network: correction of the closed-form path and log variance ``[B]`` in units of the labels'
     deviation, unimodal predictions ``[M, B]``, and the embeddings that the contrastive tiers compare."""
 
     correction: Tensor
@@ -102,7 +102,7 @@ class Outputs:
 
 
 class SentimentModel(nn.Module):
-    """AL-HCL on any number of modalities from two.
+    """AL-HCL on two or more modalities.
 
     Args:
         dims: Width of each modality's features; the first is the base of fusion guidance.
@@ -139,7 +139,7 @@ class SentimentModel(nn.Module):
         self.contrast = HierarchicalContrastiveLoss(
             k, config.rows, config.projection, m, weights, config.temperatures, config.tier1
         )
-        # The network starts as no correction of the closed-form path.
+        # At the start, the network does not correct the closed-form path.
         for layer in (self.head, self.noise_head):
             nn.init.zeros_(layer.weight)
             nn.init.zeros_(layer.bias)
@@ -183,8 +183,8 @@ class SentimentModel(nn.Module):
         Args:
             out: Outputs for a batch.
             available: Its modalities, ``[B, M]``.
-            classes: Class of each sample, ``[B]`` int64, of which unlabelled samples have one of their own each; read
-                by an intra-modal first tier alone.
+            classes: Class of each sample, ``[B]`` int64; each unlabelled sample has a class of its own. Read only by an
+                intra-modal first tier.
         """
         high_level = out.high_level or [out.fused.new_zeros(len(out.fused), self.config.rows)] * len(
             self.contrast.pairs
@@ -194,7 +194,7 @@ class SentimentModel(nn.Module):
 
 
 def _some_token(mask: Tensor) -> Tensor:
-    """The mask, with the first token valid in rows that have none: there the answers alone guide."""
+    """The mask, with the first token valid in rows without a valid token: there the answers alone guide."""
     first = torch.zeros_like(mask)
     first[:, 0] = ~mask.any(1)
     return mask | first

@@ -34,7 +34,7 @@ def add_selection_arguments(parser: argparse.ArgumentParser) -> None:
         "--informative",
         type=float,
         default=SelectionConfig.informative,
-        help="share of the first labels that is chosen by what it tells about the rest, not at random (%(default)s)",
+        help="share of the first labels that is chosen for what they tell about the rest, not at random (%(default)s)",
     )
     al.add_argument(
         "--gamma", type=float, default=SelectionConfig.gamma, help="exponent of the uncertainty (%(default)s)"
@@ -52,7 +52,7 @@ def add_protocol_arguments(parser: argparse.ArgumentParser) -> None:
     )
     protocol.add_argument("--rounds", type=int, default=SelectionConfig.rounds, help="rounds of buying (%(default)s)")
     protocol.add_argument(
-        "--keep-training", action="store_true", help="go on from the last round's weights, not from new ones"
+        "--keep-training", action="store_true", help="continue from the last round's weights, not from new ones"
     )
 
 
@@ -79,7 +79,7 @@ def add_model_arguments(parser: argparse.ArgumentParser) -> None:
     model.add_argument("--width", type=int, default=ModelConfig.width, help="width of the embeddings (%(default)s)")
     model.add_argument("--dropout", type=float, default=ModelConfig.dropout, help="(%(default)s)")
     model.add_argument("--input-dropout", type=float, default=ModelConfig.input_dropout, help="(%(default)s)")
-    model.add_argument("--view", choices=VIEWS, help="confine the closed-form path to this (a stack of all)")
+    model.add_argument("--view", choices=VIEWS, help="restrict the closed-form path to this part (a stack of all)")
     model.add_argument(
         "--pretrain-steps", type=int, default=TrainConfig.pretrain_steps, help="steps of contrast alone (%(default)s)"
     )
@@ -94,7 +94,7 @@ def add_model_arguments(parser: argparse.ArgumentParser) -> None:
     model.add_argument(
         "--transductive",
         action="store_true",
-        help="closed forms hear neighbours of other splits too, without their labels",
+        help="closed forms also read the features of neighbours in other splits, never their labels",
     )
     model.add_argument(
         "--steps", type=int, default=TrainConfig.steps, help="optimiser steps per training (%(default)s)"
@@ -120,7 +120,7 @@ def base_arm(args: argparse.Namespace) -> Arm:
     for name in ("explore", "informative"):
         if not 0 <= getattr(args, name, 0.0) <= 1:
             raise ValueError(f"--{name} is a share and must lie in [0, 1], got {getattr(args, name)}")
-    # Commands that choose nothing, or simulate no campaign, lack those options.
+    # Commands that choose nothing, or simulate no campaign, lack some of these options.
     names = (
         "strategy",
         "uncertainty",

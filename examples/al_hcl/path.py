@@ -1,4 +1,4 @@
-"""Closed-form path: ridge regressions and kernels, stacked by what they predict of videos left out.
+"""Closed-form path: ridge regressions and kernels, stacked by their predictions for left-out videos.
 
 The network corrects it.
 """
@@ -22,7 +22,7 @@ from .stack import drawn_weights
 KERNEL_STRENGTHS = tuple(float(s) for s in 10.0 ** np.arange(-2, 1.5, 0.5))
 # In units of a feature's deviation; the second is so long that the kernel is almost linear.
 LENGTHS = (1.0, 3.0)
-# A kernel looks at so many labelled rows at most.
+# A kernel has at most this many labelled rows as its support.
 LANDMARKS = 800
 VIEWS = ("first", "all", "learned")
 
@@ -49,11 +49,11 @@ class Kernel:
     """Part of a path that is a sum of bumps ``exp(-D / (2 length²))``.
 
     Args:
-        blocks: Columns of the design, first and past the last, that ``D`` compares: the sum over blocks of the mean
-            squared difference. The learned embedding alone where there are none.
+        blocks: Column ranges of the design (first column, and one past the last) that ``D`` compares: ``D`` is the sum
+            over blocks of the mean squared difference. Without blocks, ``D`` compares the learned embedding alone.
         length: Length scale.
-        support: Where the bumps are, float64 ``[m, k]``.
-        coefficient: Their heights in the path, float64 ``[m]``.
+        support: Centres of the bumps, float64 ``[m, k]``.
+        coefficient: Heights of the bumps in the path, float64 ``[m]``.
     """
 
     blocks: tuple[tuple[int, int], ...]
@@ -62,7 +62,7 @@ class Kernel:
     coefficient: Tensor
 
     def __call__(self, design: Tensor, learned: Tensor | None) -> Tensor:
-        """What it adds ``[N]``, given the design and the standardised embedding."""
+        """What the kernel adds to the predictions ``[N]``, given the design and the standardised embedding."""
         return bumps(coordinates(self.blocks, design, learned), self.support, self.length) @ self.coefficient
 
 
@@ -85,10 +85,10 @@ class Path:
     """A fitted path, in units of the label.
 
     Args:
-        offset: Prediction where all of the rest is 0.
-        coefficient: Of the columns of a design, float64 ``[D]``.
-        kernels: Further parts.
-        scale: Of the learned embedding.
+        offset: Prediction where everything else is 0.
+        coefficient: Coefficients of the columns of a design, float64 ``[D]``.
+        kernels: Kernels that are added.
+        scale: Standardisation of the learned embedding.
         left_out: float64 ``[n]``: prediction of each labelled row by fits without its video.
         weights: Weight of each part, by its name.
     """
@@ -119,19 +119,19 @@ def fit_path(
     video: Tensor,
     view: str | None = None,
 ) -> Path:
-    """Stack ridge regressions, and kernels on features with those of neighbours and on the embedding learned before
-    labels.
+    """Stack ridge regressions, kernels on features with those of neighbours, and kernels on the embedding learned
+    before labels.
 
     Args:
-        ridges: Fitted on the labelled rows, by name.
-        design: What they read.
+        ridges: Ridge regressions fitted on the labelled rows, by name.
+        design: What the ridge regressions read.
         learned: Embedding of all rows ``[N, k]``; its columns are standardised over ``train``.
         train: Row numbers of the train part.
-        labels: Of all rows ``[N]``, of which the labelled are read.
+        labels: Labels of all rows ``[N]``; only those of ``labelled`` are read.
         labelled: Row numbers ``[n]``.
         video: Video number of all rows ``[N]``.
-        view: One of ``VIEWS`` that the path is confined to: ridge regression on the first modality and its
-            neighbours, on all modalities, or kernels on the learned embedding.
+        view: One of ``VIEWS``, to which the path is restricted: ridge regression on the first modality and its
+            neighbours, ridge regression on all modalities, or kernels on the learned embedding.
     """
     y, groups = labels[labelled].double().cpu().numpy(), video[labelled].cpu().numpy()
     scale = LearnedScale.of(learned, train)
@@ -193,8 +193,8 @@ class _FittedKernel:
 def _fit_kernel(
     blocks: tuple[tuple[int, int], ...], design: Tensor, z: Tensor, y: np.ndarray, groups: np.ndarray, length: float
 ) -> _FittedKernel:
-    """Kernel ridge regression on the labelled rows; through ``LANDMARKS`` of them, evenly spaced, where there are more
-    (Nyström)."""
+    """Kernel ridge regression on the labelled rows; where there are more than ``LANDMARKS``, through that many evenly
+    spaced ones (Nyström)."""
     points = coordinates(blocks, design, z)
     chosen = torch.arange(len(z)) if len(z) <= LANDMARKS else torch.linspace(0, len(z) - 1, LANDMARKS).long()
     support = points[chosen]
@@ -209,11 +209,11 @@ def _fit_kernel(
 
 @dataclass(frozen=True)
 class ClosedForm:
-    """A path for utterances that it was not fitted with.
+    """A path for utterances other than those it was fitted on.
 
     Args:
-        path: Fitted.
-        learner: Model before any label, whose embedding kernels read; None where none does.
+        path: Fitted path.
+        learner: Model before any label, whose embedding the kernels read; None where no kernel reads it.
     """
 
     path: Path
@@ -246,7 +246,7 @@ class ClosedForm:
 
     @classmethod
     def load(cls, facts: Mapping[str, Any], tensors: Mapping[str, Tensor], learner: SentimentModel) -> ClosedForm:
-        """What :meth:`facts` and :meth:`tensors` gave; ``learner`` gets the weights of the model before any label.
+        """Rebuild from :meth:`facts` and :meth:`tensors`; ``learner`` gets the weights of the model before any label.
 
         Raises:
             KeyError: A tensor is missing.

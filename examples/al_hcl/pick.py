@@ -28,7 +28,7 @@ from .options import add_model_arguments, add_selection_arguments, base_arm
 from .pretrain import pretrain
 
 COLUMNS = ("id", "video", "clip", "score", "uncertainty", "nearest labelled clip")
-# Below this many labels a model says less of its own doubt than the features say of what is new.
+# With fewer labels than this, a model's uncertainty tells less about what is worth labelling than the features do.
 FEWEST = 8
 NEED_UNCERTAINTY = ("topk", "uncertainty_kcenter", "mmr", "prefilter")
 
@@ -59,7 +59,7 @@ def add_pick_arguments(parser: argparse.ArgumentParser) -> None:
 
 
 def pick_command(args: argparse.Namespace) -> int:
-    """``pick``: train on what is labelled, choose among what is not."""
+    """``pick``: train on the labelled clips, choose among the others."""
     device = check_device(args.device)
     if args.budget < 1:
         raise ValueError(f"--budget must be at least 1, got {args.budget}")
@@ -94,7 +94,7 @@ def choose(
     validation: bool = False,
     transductive: bool = False,
 ) -> tuple[Choice, list[str]]:
-    """Pick among the candidates, with a model where there are labels to train one; and what to say about it."""
+    """Pick among the candidates, with a model where there are enough labels for one; also returns notes to print."""
     notes = []
     budget = arm.selection.budget
     if budget > len(candidates):
@@ -129,7 +129,7 @@ def choose(
 def _by_features(
     pool: Corpus, candidates: np.ndarray, known: np.ndarray, arm: Arm, seed: int, device: torch.device, notes: list[str]
 ) -> tuple[Choice, list[str]]:
-    """Picks by the features: no model says how uncertain it is."""
+    """Pick by the features, without the uncertainty of a model."""
     standard = pool.standardise()
     data = Data.of(standard, device, needed=())
     start = derive(seed, "pretrain", 0)

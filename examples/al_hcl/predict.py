@@ -13,14 +13,14 @@ from .model import Inputs, SentimentModel
 
 @dataclass(frozen=True)
 class Member:
-    """Networks of one training, and what belongs to them: ``ŷ = path + scale * weight * mean correction``.
+    """Networks of one training, and the numbers of their predictions ``ŷ = path + scale * weight * mean correction``.
 
     Attributes:
         models: A network per fold, with its best averaged weights.
         centre: Mean of the known labels.
         scale: Deviation of the known labels.
-        weight: How much of the networks' correction counts, in [0, 1].
-        noise: Error out of fold (root mean square, label units), the noise of a model that predicts none.
+        weight: Weight of the networks' correction, in [0, 1].
+        noise: Out-of-fold error (root mean square, label units), taken as the noise of a model that predicts none.
     """
 
     models: list[SentimentModel]
@@ -60,18 +60,18 @@ def predict(
     passes: int,
     seed: int,
 ) -> Prediction:
-    """Predict ``rows`` with every member: once without dropout, ``passes`` times (or never) with it.
+    """Predict ``rows`` with every member: once without dropout, and ``passes`` times (possibly 0) with it.
 
-    A pass of one network differs from the point prediction by what dropout changes in it, whatever weight the
-    correction has.
+    A pass of one network differs from the point prediction by the effect of dropout on that network's correction,
+    whatever weight the correction has.
 
     Args:
         members: Models.
         inputs: All rows of a corpus.
         paths: Closed-form path of every row, per member.
         rows: Row numbers.
-        passes: Stochastic passes of each member, by its networks in turn.
-        seed: Of dropout.
+        passes: Stochastic passes of each member; its networks take turns.
+        seed: Seed of the dropout.
     """
     torch.manual_seed(seed)
     x = inputs[rows]

@@ -1,4 +1,4 @@
-"""Contrast before any label: what the modalities share is found on the whole train part."""
+"""Contrastive training before any label, which learns from the whole train part what the modalities share."""
 
 from __future__ import annotations
 
@@ -11,15 +11,15 @@ from .model import Inputs, SentimentModel
 
 
 def pretrain(model: SentimentModel, data: Data, config: TrainConfig, seed: int) -> Tensor:
-    """Lower the contrastive loss of ``model``, in place, on the train rows; no label is read.
+    """Train ``model``, in place, on the contrastive loss of the train rows; no label is read.
 
     Nothing is trained where the contrastive loss has no weight.
 
     Args:
-        model: Freshly made.
+        model: New model.
         data: The corpus.
-        config: How; ``pretrain_steps`` steps of ``pretrain_rows`` rows.
-        seed: Of batches and dropout.
+        config: Training configuration: ``pretrain_steps`` steps of ``pretrain_rows`` rows.
+        seed: Seed of batches and dropout.
 
     Returns:
         Embedding of every row of the corpus, ``[N, k]`` float32.
@@ -36,7 +36,7 @@ def pretrain(model: SentimentModel, data: Data, config: TrainConfig, seed: int) 
             chosen = torch.randperm(len(data.train), generator=order)[: config.pretrain_rows]
             rows = data.train[chosen.to(data.train.device)]
             batch = data.inputs[rows]
-            # No row has a class: each is one of its own.
+            # No row has a label: each is a class of its own.
             loss = model.contrastive_loss(model(batch), batch.available, -1 - rows)
             optimiser.zero_grad()
             loss.backward()

@@ -22,10 +22,10 @@ from .experiment import Experiment
 LEAD = (
     "Active learning with hierarchical contrastive learning and fusion guidance, re-implemented from the abstract and "
     "the published code, whose slips are corrected; contrast before the first label and a closed-form path are our own "
-    "additions. Curves give test scores. Every label that anything is trained on, chosen by or stopped by is counted: "
+    "additions. Curves give test scores. Every label used for training, selection or stopping is counted: "
     "models and hyper-parameters are chosen on the labels bought so far, by leaving out whole videos. Runs with equal "
     "seeds start from equal labels, so differences are paired; all seeds share one test part, so their spread says "
-    "nothing of other test parts."
+    "nothing about other test parts."
 )
 
 
@@ -100,9 +100,9 @@ def _result(section: Section, experiment: Experiment, summary: dict, boosting: d
         f"{given} of the validation part and the rest bought" if given else "all bought, none of the validation part"
     )
     bought = (
-        "closed forms hear the other parts' features" if experiment.data.transductive else "parts hear only themselves"
+        "also those of other parts, without labels" if experiment.data.transductive else "only those of the same part"
     )
-    section.note(f"Labels: {source}. Neighbours: {bought}; clips that are not there leave gaps.")
+    section.note(f"Labels: {source}. Neighbours: {bought}; missing clips leave gaps.")
     section.table(
         ["area under the curve", *(NAMES[m] for m in metrics)],
         [[name, *_short(summary[name]["area"], metrics)] for name in (REFERENCE, RANDOM)],
@@ -149,7 +149,7 @@ def _baselines(section: Section, experiment: Experiment, baselines: dict[str, An
 
 
 def _parts(section: Section, experiment: Experiment) -> None:
-    """What the stack and the network weigh, first member, mean over seeds."""
+    """Weights of the stack's parts and of the network, first member, mean over seeds."""
     names: dict[str, list[list[float]]] = {}
     states = experiment.states[REFERENCE]
     for state in states:
@@ -162,7 +162,7 @@ def _parts(section: Section, experiment: Experiment) -> None:
     section.table(
         ["part", *(f"{n} labels" for n in counts)],
         [[name, *(float(np.mean(w)) for w in rounds)] for name, rounds in names.items()],
-        "Weights chosen out of fold, mean over seeds. A part that helps no other gets none.",
+        "Weights chosen out of fold, mean over seeds. A part that adds nothing to the others gets weight 0.",
     )
     history = states[0].records[-1]["members"][0]["history"]
     steps = [h["step"] for h in history]
@@ -170,11 +170,11 @@ def _parts(section: Section, experiment: Experiment) -> None:
         error = {"out of fold": np.sqrt([[h["left_out_mse"] for h in history]])}
         section.figure(
             plots.curves(steps, error, "optimiser steps", "root mean squared error"),
-            f"Error out of fold while the networks train, seed {experiment.seeds[0]}, last round.",
+            f"Out-of-fold error while the networks train, seed {experiment.seeds[0]}, last round.",
         )
         loss = {"training loss": np.array([[h["loss"] for h in history[1:]]])}
         section.figure(
-            plots.curves(steps[1:], loss, "optimiser steps", "loss"), "Mean training loss since the look before."
+            plots.curves(steps[1:], loss, "optimiser steps", "loss"), "Mean training loss since the evaluation before."
         )
 
 
@@ -197,7 +197,7 @@ def _curves(section: Section, experiment: Experiment) -> None:
 
 
 def _every_baseline(experiment: Experiment, metric: str) -> dict[str, list[float]]:
-    """Areas of every ridge regression on every buyer's labels, per seed: as many labels as AL-HCL has."""
+    """Areas of every ridge regression on every buyer's labels, per seed; every buyer has as many labels as AL-HCL."""
     return {
         f"{name}, on the labels of {buyer}": areas
         for buyer in (REFERENCE, RANDOM, MARGIN)
@@ -254,7 +254,7 @@ def _selected(section: Section, experiment: Experiment) -> None:
             rows.append([record["round"] + 1, len(picks), float(np.mean(labels)), float(np.std(labels)), error, shown])
     columns = ["round", "bought", "mean label", "label sd", "mean error before", "first picks"]
     section.table(
-        columns, rows, "Mean error before: distance of the prediction, made before the purchase, to the label."
+        columns, rows, "Mean error before: distance between the label and the prediction made before the purchase."
     )
 
 

@@ -1,4 +1,4 @@
-"""Weights of the path's parts, drawn towards one of them as far as the labels do not speak against it."""
+"""Weights of the path's parts, drawn (shrunk) towards one of them as far as the labels allow."""
 
 from __future__ import annotations
 
@@ -7,26 +7,27 @@ from scipy.optimize import nnls
 
 from examples.msa.closed_form import STRETCH, fold_of, stack_weights
 
-# How many rows the part that weights are drawn to is worth, most first.
+# How many extra rows the part that weights are drawn towards counts as, strongest pull first.
 PRIOR_ROWS = (300, 100, 30, 10)
 
 
 def drawn_weights(predictions: np.ndarray, y: np.ndarray, groups: np.ndarray, home: int) -> tuple[np.ndarray, float]:
     """Non-negative weights of several predictors, from predictions of rows that they were not fitted on.
 
-    With a hundred labels, and many parts of which some tell nothing, weights that merely fit are partly chance. So
-    each candidate is a weighted mean drawn towards the part ``home``, as if that were right on so many more rows, and
-    stretched as the labels ask; the last candidate is ``stack_weights``, which is drawn to nothing. Of those whose
-    error on videos left out is within a standard error (over videos) of the least, the most drawn counts.
+    With a hundred labels and many parts, some of them uninformative, weights that are merely fitted are partly due to
+    chance. Each candidate is therefore a weighted mean drawn towards the part ``home``, as if that part were right on
+    the extra rows of ``PRIOR_ROWS``, and then stretched to fit the labels; the last candidate is ``stack_weights``,
+    which is not drawn towards any part. The candidate that is used is the most strongly drawn one whose error on
+    left-out videos is within a standard error (over videos) of the least.
 
     Args:
         predictions: ``[n, P]``.
         y: Truth ``[n]``.
         groups: Video of each row ``[n]``.
-        home: Number of that part.
+        home: Index of the part that weights are drawn towards.
 
     Returns:
-        Weights ``[P]`` and what to add: ``predictions @ weights + added``.
+        Weights ``[P]`` and a constant to add: ``predictions @ weights + added``.
     """
 
     def fit(number: int, rows: np.ndarray) -> tuple[np.ndarray, float]:
@@ -53,10 +54,10 @@ def drawn_weights(predictions: np.ndarray, y: np.ndarray, groups: np.ndarray, ho
 
 
 def _drawn(predictions: np.ndarray, y: np.ndarray, home: int, rows: int) -> tuple[np.ndarray, float]:
-    """Weights of a mean that is drawn to one part, stretched about the labels' mean by 1 to ``STRETCH``."""
+    """Weights of a mean that is drawn towards one part and stretched about the labels' mean by 1 to ``STRETCH``."""
     width = predictions.shape[1]
     pull = np.sqrt(rows * np.square(predictions - y[:, None]).mean(0).min())
-    # A row that only weights which sum to 1 satisfy, heavy enough to bind.
+    # An extra row that only weights with sum 1 satisfy, heavy enough to force them to it.
     heavy = 1e4 * float(np.sqrt(np.square(predictions).sum()) + 1e-30)
     left = np.vstack([predictions, pull * np.eye(width), np.full(width, heavy)])
     weights = nnls(left, np.concatenate([y, pull * np.eye(width)[home], [heavy]]))[0]

@@ -1,4 +1,4 @@
-"""Training on the labelled rows, with contrast on labelled and unlabelled rows, judged out of fold."""
+"""Training on the labelled rows, with contrast on labelled and unlabelled rows, evaluated out of fold."""
 
 from __future__ import annotations
 
@@ -29,10 +29,11 @@ class Trained(Member):
     Attributes:
         path: Closed-form path.
         everywhere: Its predictions of all rows, ``[N]``.
-        left_out: Predictions of the labelled rows ``[n]`` by what was not fitted on their videos, float64.
-        facts: Chosen step, errors out of fold of the path and of the whole, weights of the parts.
+        left_out: Predictions of the labelled rows ``[n]`` by models not fitted on their videos, float64.
+        facts: Chosen step, out-of-fold errors of the path alone and of the whole, weights of the parts.
         best: The best averaged weights by each metric.
-        history: Per look the step, the mean training loss since the look before, and the error out of fold.
+        history: For each look (evaluation) the step, the mean training loss since the look before, the out-of-fold
+            error, and the weight of the correction.
     """
 
     path: Path
@@ -52,21 +53,21 @@ def train(
     seed: int,
     ridges: Mapping[str, Linear] | None = None,
 ) -> Trained:
-    """Fit the closed-form path and train networks, in place, on what it leaves; other train rows enter the contrastive
+    """Fit the closed-form path and train networks, in place, on its residual; other train rows enter the contrastive
     loss only.
 
-    Every network is trained without one fold of the labelled videos. What it says of that fold, on top of the path's
-    left-out predictions, chooses the number of steps and how much of the correction counts: nothing, unless it
+    Every network is trained without one fold of the labelled videos. Its predictions for that fold, on top of the
+    path's left-out predictions, choose the number of steps and the weight of the correction: 0, unless the correction
     lowers the error by more than chance would.
 
     Args:
-        models: One for each fold, with its weights before the labels, or trained before.
+        models: One for each fold, with the weights from before any label or from an earlier round.
         data: The corpus.
         labelled: Rows whose label is known.
-        learned: Embedding of all rows that no label has shaped, ``[N, k]``.
-        config: How.
-        seed: Of batches and dropout.
-        ridges: ``data.ridges(labelled)``, where it is known already.
+        learned: Embedding of all rows, learned before any label, ``[N, k]``.
+        config: Training configuration.
+        seed: Seed of batches and dropout.
+        ridges: ``data.ridges(labelled)``, if computed already.
 
     Raises:
         ValueError: No row is labelled.
@@ -88,7 +89,7 @@ def train(
     per_metric = BestPerMetric(data.family, truth)
     best_off, best_error, best, best_weight = math.inf, path_error, [], 0.0
     best_step, best_left_out, history, idle = 0, path.left_out.cpu().numpy(), [], 0
-    # The networks train in turn, from look to look: one stream of random numbers serves all.
+    # The networks take turns, each training up to its next look: all share one stream of random numbers.
     torch.manual_seed(seed)
     networks = [
         _train_fold(model, data, labelled, fold != k, base, target, config, seed + k) for k, model in enumerate(models)
@@ -138,8 +139,8 @@ def train(
 
 @dataclass(frozen=True)
 class _Look:
-    """A network at some step: mean loss since the look before (0 at the first), its averaged weights, and what they say
-    of the labelled rows."""
+    """An evaluation of a network at some step: the mean loss since the look before (0 at the first), its averaged
+    weights, and their correction for the labelled rows."""
 
     step: int
     loss: float
@@ -152,7 +153,7 @@ def _kept(looks: Sequence[_Look], weight: float, left_out: np.ndarray) -> dict[s
 
 
 def best_in(trained: Trained, metric: str) -> Trained:
-    """The same training with the checkpoint that was best in a metric out of fold; its networks take these weights."""
+    """The same training with the checkpoint that is best in a metric out of fold; its networks get those weights."""
     state = trained.best.state
     kept = state["weights"][state["best"][metric]["when"]]
     for model, weights in zip(trained.models, kept["networks"], strict=True):
@@ -161,12 +162,13 @@ def best_in(trained: Trained, metric: str) -> Trained:
 
 
 def correction_weight(correction: np.ndarray, rest: np.ndarray, groups: np.ndarray) -> float:
-    """How much of a correction counts, in [0, 1]: its least-squares weight, shrunk by its error; 0 within two standard
-    errors of 0. The error is that over videos or that over rows, whichever is larger.
+    """Weight of a correction, in [0, 1]: the least-squares weight, shrunk according to its standard error, and 0 where
+    it is within two standard errors of 0. The standard error is that over videos or that over rows, whichever is
+    larger.
 
     Args:
-        correction: Out of fold ``[n]``.
-        rest: What it should have been ``[n]``.
+        correction: Out-of-fold correction ``[n]``.
+        rest: What the correction should have been ``[n]``.
         groups: Video of each row ``[n]``.
     """
     power = float(correction @ correction)
@@ -195,7 +197,7 @@ def _train_fold(
     config: TrainConfig,
     seed: int,
 ) -> Iterator[_Look]:
-    """Train one network on the labelled rows ``inside`` the training folds; yields looks at it on the way."""
+    """Train one network on the labelled rows marked ``inside``, its training folds; yields looks at it on the way."""
     order = torch.Generator().manual_seed(seed)
     rows_in = labelled[inside] if bool(inside.any()) else labelled
     classes = -1 - torch.arange(len(target), device=target.device)
@@ -241,7 +243,7 @@ def _train_fold(
 
 def task_loss(out: Outputs, residual: Tensor, target: Tensor, config: ModelConfig) -> Tensor:
     """Loss on the first ``len(target)`` rows of a batch: Gaussian negative log likelihood of the residual that the
-    closed-form path leaves, each sample weighted by its fixed deviation so that noisy samples are still fitted, or
+    closed-form path leaves, each sample weighted by its detached deviation so that noisy samples are still fitted, or
     squared error; plus the squared error of the unimodal heads, which reaches only those heads."""
     n = len(target)
     error = (out.correction[:n] - residual).square()
@@ -253,7 +255,7 @@ def task_loss(out: Outputs, residual: Tensor, target: Tensor, config: ModelConfi
 
 
 def _endless(rows: Tensor, size: int, order: torch.Generator) -> Iterator[Tensor]:
-    """Batches of shuffled rows without end; the last of a sweep may be smaller."""
+    """Endless batches of shuffled rows; the last batch of each pass over the rows may be smaller."""
     while True:
         yield from rows[torch.randperm(len(rows), generator=order).to(rows.device)].split(size)
 

@@ -1,8 +1,8 @@
 """msacore's operators as nodes of an ONNX graph.
 
-ONNX knows no such operators. An exported model can still be an ONNX file that names them, one node per call in the
-domain `msacore`, for a runtime that has kernels for these nodes. `evaluate` is such a runtime: ONNX's reference
-evaluator, whose nodes call the operators of msacore. It is slow, and serves to check an exported file.
+ONNX does not define these operators. A model can still be exported to an ONNX file that names them, one node per call
+in the domain `msacore`, for a runtime that has kernels for these nodes. `evaluate` is such a runtime: ONNX's reference
+evaluator, whose nodes call the operators of msacore. It is slow, and meant for checking an exported file.
 """
 
 from collections.abc import Callable, Sequence
@@ -40,7 +40,7 @@ def _kind(argument: Any) -> str:
 
 @cache
 def _schema(op: Any) -> OpSchema:
-    """Tensors are inputs, lists of them sequences; numbers are attributes."""
+    """Tensors become inputs, lists of tensors become sequences, and numbers become attributes."""
     inputs, attributes = [], []
     option = OpSchema.FormalParameterOption
     for argument in op._schema.arguments:
@@ -81,7 +81,7 @@ def export(model: torch.nn.Module, arguments: Sequence[Any], path: str | Path, *
         model: Calls msacore's operators, functions or modules.
         arguments: An example of the model's arguments.
         path: The file to write.
-        options: Of `torch.onnx.export`, such as `dynamic_shapes`.
+        options: Further options of `torch.onnx.export`, such as `dynamic_shapes`.
     """
     table = {op: _translation(op) for op in operators()}
     torch.onnx.export(

@@ -1,4 +1,4 @@
-"""``python -m examples.msa describe FILE`` and ``convert IN OUT``: what a data set holds, and a copy in other form."""
+"""``python -m examples.msa describe FILE`` and ``convert IN OUT``: what a data set holds, or a copy in another form."""
 
 from __future__ import annotations
 
@@ -16,7 +16,7 @@ from .report import to_json
 
 def parser() -> argparse.ArgumentParser:
     """The command line."""
-    result = argparse.ArgumentParser(prog="python -m examples.msa", description="Look at data sets, and convert them.")
+    result = argparse.ArgumentParser(prog="python -m examples.msa", description="Describe data sets, and convert them.")
     commands = result.add_subparsers(dest="command", required=True, metavar="COMMAND")
     describe = commands.add_parser("describe", help="what a file or folder holds, as the systems read it")
     describe.add_argument("data", type=Path, metavar="FILE", help="pickle, .npz or folder with clips.csv")
@@ -31,7 +31,7 @@ def parser() -> argparse.ArgumentParser:
 
 
 def main(argv: Sequence[str] | None = None) -> int:
-    """Run the command line; what is wrong with the data becomes one line on stderr and exit status 2."""
+    """Run the command line; errors in the data become one line on stderr and exit status 2."""
     args = parser().parse_args(argv)
     try:
         corpus = load(

@@ -1,4 +1,4 @@
-"""A page for people who label clips: self-contained, without a request, and its result is ``labels.csv``."""
+"""A page for people who label clips: it is self-contained, makes no request, and saves ``labels.csv``."""
 
 from __future__ import annotations
 
@@ -28,10 +28,10 @@ def write_page(
     """Write ``annotate.html``.
 
     Args:
-        path: Where to.
+        path: File to write.
         corpus: Ids, transcripts, media and label range.
         rows: Clips to label, in this order.
-        known: Labels that people gave before, by id: ``labels.csv`` gets them too.
+        known: Labels that people gave before, by id; ``labels.csv`` includes them.
         base: Folder that relative media paths start from.
 
     Note:
@@ -89,7 +89,7 @@ def _text(column: np.ndarray | None, row: int) -> str:
 
 
 def media_link(media: str, base: Path | None = None) -> str:
-    """Address of a recording, empty where it is none that a link should open (a script, say).
+    """Address of a recording; empty where a link should not open it (a script, for example).
 
     Example:
         >>> media_link("https://example.org/a.mp4")
@@ -112,7 +112,7 @@ def media_link(media: str, base: Path | None = None) -> str:
 
 
 def _script_json(value: Any) -> Markup:
-    """JSON that no HTML parser can leave early."""
+    """JSON in which no HTML parser can find the end of the script element."""
     text = json.dumps(value, allow_nan=False)
     for character in "<>&":
         text = text.replace(character, f"\\u{ord(character):04x}")

@@ -19,9 +19,9 @@ from .corpus import Corpus
 
 @dataclass(frozen=True)
 class Fitted:
-    """Predictions for all rows, float64 ``[N]``, the facts of the fit (chosen strength, epochs), predictions for
-    other features of the same rows, and what each metric of the test part is from its own checkpoint, as
-    ``BestPerMetric.scores`` says it (empty where a fit has no checkpoints)."""
+    """Predictions for all rows, float64 ``[N]``, the facts of the fit (best epoch, its validation error), predictions
+    for other features of the same rows, and the test value of each metric from its own checkpoint, as
+    ``BestPerMetric.scores`` gives it (empty where there is no labelled test row)."""
 
     prediction: np.ndarray
     facts: dict[str, float] = field(default_factory=dict)
@@ -36,9 +36,9 @@ def fill(corpus: Corpus, observed: np.ndarray, how: str, trained: np.ndarray | N
         corpus: Pooled or sequence features; sequences are averaged.
         observed: bool ``[N, M]``; what is False is not read.
         how: ``"mean"``: the column's mean over observed train rows (0 once standardised); ``"zero"``: the raw
-            value 0, standardised together with the rest, as a pipeline does that does not know about missing values.
-        trained: bool ``[N, M]``: what was observed in training, which the statistics belong to; ``observed`` when
-            omitted.
+            value 0, standardised together with the rest, as in a pipeline that does not know about missing values.
+        trained: bool ``[N, M]``: what was observed in training, from which the statistics are computed; ``observed``
+            when omitted.
 
     Returns:
         float32 ``[N, sum of widths]``.
@@ -64,7 +64,7 @@ def fit_boosting(x: np.ndarray, labels: np.ndarray, rows: np.ndarray) -> np.ndar
 
     Args:
         x: Features, ``[N, d]``.
-        labels: ``[N]``, of which those of ``rows`` are read.
+        labels: ``[N]``; only those of ``rows`` are read.
         rows: Labelled rows.
     """
     trees = HistGradientBoostingRegressor(early_stopping=False, max_features=0.2, random_state=0)
@@ -93,16 +93,17 @@ def fit_mlp(
         x: Features, ``[N, d]``.
         corpus: Labels and split.
         labelled: bool ``[N]``; train rows whose label is known, all of them when omitted.
-        seed: Initial weights, dropout and order of the batches; the global generators are left as they were.
+        seed: Seed of the initial weights, dropout and order of the batches; the states of the global random generators
+            are left as they were.
         hidden: Hidden units.
         dropout: Share of hidden units dropped in training.
-        epochs: Most passes over the labelled rows.
+        epochs: Maximum number of passes over the labelled rows.
         batch: Rows per step.
-        learning_rate: Of Adam.
-        weight_decay: Of Adam.
-        patience: Epochs without a better validation error before training stops; the best epoch's weights count, and
-            for each metric also those of the epoch that was best in it.
-        others: Further features of the same rows ``[N, d]`` to predict, as under other missing patterns.
+        learning_rate: Learning rate of Adam.
+        weight_decay: Weight decay of Adam.
+        patience: Epochs without a better validation error before training stops; the best epoch's weights are used,
+            and for each metric also those of the epoch that was best in it.
+        others: Further features of the same rows ``[N, d]`` to predict from, for example under other missing patterns.
     """
     train, valid = _labelled_rows(corpus, labelled), corpus.rows("valid", labelled=True)
     with torch.random.fork_rng(devices=[]):

@@ -1,4 +1,4 @@
-"""The best checkpoint of each metric: what papers report that pick another epoch for every column of a table."""
+"""The best checkpoint of each metric, as in papers that pick a different epoch for every column of a table."""
 
 from __future__ import annotations
 
@@ -18,7 +18,7 @@ class BestPerMetric:
     Args:
         family: Metric family.
         truth: Labels of the validation rows, ``[n]``.
-        state: What :attr:`state` of an earlier object was, to go on from.
+        state: :attr:`state` of an earlier object, to continue from.
     """
 
     def __init__(self, family: str, truth: np.ndarray, state: dict[str, Any] | None = None) -> None:
@@ -29,8 +29,8 @@ class BestPerMetric:
         """Judge a moment of the training.
 
         Args:
-            prediction: Of the validation rows, ``[n]``.
-            when: Number of the epoch or step; of equal moments the first counts.
+            prediction: Predictions of the validation rows, ``[n]``.
+            when: Number of the epoch or step; of equally good moments the first is kept.
             weights: Gives a copy of the weights; called only if some metric is better than before.
         """
         scores = evaluate(np.asarray(prediction, dtype=np.float64), self.truth, self.family)
@@ -48,12 +48,12 @@ class BestPerMetric:
         """Test value of each metric from its own checkpoint.
 
         Args:
-            predict: Predictions of the test rows, from weights that were kept.
-            truth: Their labels.
+            predict: Gives predictions of the test rows from kept weights.
+            truth: Labels of the test rows.
 
         Returns:
-            Per metric ``when`` its checkpoint is from, and its value there on the validation (``valid``) and the test
-            rows (``test``).
+            For each metric, the moment of its checkpoint (``when``), and its value from that checkpoint on the
+            validation rows (``valid``) and the test rows (``test``).
         """
         tested = {
             when: evaluate(np.asarray(predict(kept), dtype=np.float64), truth, self.family)

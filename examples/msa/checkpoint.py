@@ -1,4 +1,4 @@
-"""Checkpoints that resume a run bit by bit, or say why they cannot."""
+"""Checkpoints that resume a run bit for bit, or say why they cannot."""
 
 from __future__ import annotations
 
@@ -26,12 +26,12 @@ def seed_everything(seed: int) -> None:
     np.random.seed(seed % 2**32)
     torch.manual_seed(seed)
     torch.use_deterministic_algorithms(True, warn_only=True)
-    # The fill is for finding reads of unwritten memory; it costs every small operation a pass.
+    # The fill is for finding reads of unwritten memory; it costs every small operation an extra pass.
     torch.utils.deterministic.fill_uninitialized_memory = False
 
 
 def derive(seed: int, *what: object) -> int:
-    """A seed of its own for every purpose, so that a resumed run needs no generator state."""
+    """A separate seed for every purpose, so that a resumed run needs no generator state."""
     return zlib.crc32(repr((seed, *what)).encode())
 
 
@@ -60,7 +60,7 @@ def save_checkpoint(path: str | Path, state: dict[str, Any], arguments: dict[str
     """Write state, arguments and all random states, atomically.
 
     Args:
-        path: Where to; an older checkpoint there is replaced only by a whole new one.
+        path: File to write; an older checkpoint there is replaced only by a complete new one.
         state: Tensors, state dicts, numbers, strings and plain containers of them.
         arguments: What the run was started with; paths and the like are stored as text.
 
@@ -110,7 +110,7 @@ def _read(path: Path) -> dict[str, Any]:
             raise ValueError(f"its part {damaged!r} is damaged")
         payload = torch.load(path, map_location="cpu", weights_only=True)
     except Exception as e:
-        # A damaged archive can fail in any layer of zip, pickle or torch: the caller needs the one conclusion.
+        # A damaged archive can fail in any layer of zip, pickle or torch: to the caller, all of these mean one thing.
         raise ValueError(f"{path}: corrupt checkpoint, or not one ({type(e).__name__}: {e})") from e
     if not isinstance(payload, dict) or set(payload) != {"format", "arguments", "rng", "state"}:
         raise ValueError(f"{path}: not a checkpoint of these systems")

@@ -1,4 +1,4 @@
-"""Closed-form predictors: ridge regression on modalities and on what is said nearby, judged by leaving out videos."""
+"""Closed-form predictors: ridge regression on modalities and on neighbours, judged by leaving out videos."""
 
 from __future__ import annotations
 
@@ -15,11 +15,11 @@ from .corpus import Corpus
 
 STRENGTHS = tuple(float(s) for s in 10.0 ** np.arange(0, 6.5, 0.5))
 WINDOW = 2
-# Of two sides longer than this, a decomposition takes the directions that a random sketch finds.
+# A matrix with both sides longer than this is decomposed along the directions that a random sketch finds.
 LIMIT = 2000
 FOLDS = 5
 BATCH = 2**22
-# Regressions shrink; this much of it may be undone.
+# Regressions shrink their predictions; the weights of a sum may add up to this much to undo it.
 STRETCH = 1.5
 FLOOR = 0.1
 NEARBY = " nearby"
@@ -33,8 +33,9 @@ class Design:
 
     Args:
         values: float32 ``[N, D]``; what is missing is 0, the mean.
-        columns: Columns of each block: every modality by its name, its last column says where it is missing; then
-            every modality's neighbourhood, named with ``NEARBY``, its last column says where nobody is near.
+        columns: Columns of each block: every modality by its name, with a last column that is 1 where it is missing;
+            then every modality's neighbourhood, named with ``NEARBY``, with a last column that is 1 where there is no
+            neighbour.
     """
 
     values: np.ndarray
@@ -44,13 +45,13 @@ class Design:
     def of(cls, corpus: Corpus, observed: np.ndarray | None = None, transductive: bool = False) -> Design:
         """From a pooled corpus whose features are standardised.
 
-        Neighbours are utterances of the same video whose clip numbers differ by at most ``WINDOW``, so that clips
-        that are not there leave a gap; the means run over those that have the modality.
+        Neighbours are utterances of the same video whose clip numbers differ by at most ``WINDOW``, so that missing
+        clips leave a gap; the means run over those neighbours that have the modality.
 
         Args:
             corpus: The features.
             observed: bool ``[N, M]``; what is False is not read. All that is available when omitted.
-            transductive: Neighbours of other splits count too; by default a split hears itself alone.
+            transductive: Neighbours of other splits count too; by default only those of the same split do.
         """
         seen = corpus.available if observed is None else corpus.available & observed
         own, near = {}, {}
@@ -75,13 +76,13 @@ def columns(modalities: Sequence[str], dims: Sequence[int]) -> dict[str, slice]:
 
 
 def _nearby(corpus: Corpus, x: np.ndarray, there: np.ndarray, transductive: bool) -> np.ndarray:
-    """Mean of the neighbours' features, and where there is no neighbour: float32 ``[N, d + 1]``."""
+    """Mean of the neighbours' features, and a column that is 1 where there is no neighbour: float32 ``[N, d + 1]``."""
     result = np.zeros((len(x), x.shape[1] + 1), np.float32)
     video, parts = corpus.video_index, np.zeros_like(corpus.split) if transductive else corpus.split
     for code in np.unique(parts):
         rows = np.flatnonzero(parts == code)
         offsets = np.concatenate([[0], np.cumsum(np.unique(video[rows], return_counts=True)[1])])
-        # One column of ones more: its mean is 1 where somebody is near.
+        # An extra column of ones: its mean is 1 where there is a neighbour.
         states = np.column_stack([x[rows], np.ones(len(rows), np.float32)])
         mean = window_mean(
             torch.from_numpy(states)[:, None],
@@ -116,10 +117,10 @@ class Linear:
     """A fitted predictor: ``offset + design @ coefficient``.
 
     Args:
-        coefficient: float64 ``[D]``, of all columns of a design.
+        coefficient: float64 ``[D]``, one for each column of a design.
         offset: Prediction where every column is 0.
         left_out: float64 ``[n]``: for each labelled row, the prediction of the fit without its video.
-        strength: Chosen ridge strength; of a sum or a stack that of its first part.
+        strength: Chosen ridge strength; for a sum that of its first part, for a stack that of its heaviest part.
         error: Mean squared error of ``left_out``.
     """
 
@@ -135,14 +136,15 @@ class Linear:
 
 
 class Decomposition:
-    """Labelled rows of some columns, decomposed once: ridge regressions on any target and strength are then cheap.
+    """Labelled rows of some columns, decomposed once, so that ridge regressions of any target and strength are cheap.
 
-    The smaller of the two sides is decomposed: columns where there are fewer of them than rows. Where both exceed
+    The smaller side is decomposed: columns where there are no more columns than rows. Where both sides exceed
     ``LIMIT``, a sketch of that many directions (a random range finder with one power step) stands for the columns.
 
     Args:
         x: float64 ``[n, d]``.
-        groups: Video of each row ``[n]``, what is left out together; the rows themselves where all are of one video.
+        groups: Video of each row ``[n]``; the rows of a video are left out together, or one row at a time where all
+            rows belong to one video.
     """
 
     def __init__(self, x: np.ndarray, groups: np.ndarray) -> None:
@@ -170,7 +172,7 @@ class Decomposition:
         order = np.argsort(groups, kind="stable")
         split = np.split(order, np.flatnonzero(np.diff(groups[order])) + 1)
         sizes = np.array([len(g) for g in split])
-        # Videos of one length are left out in one batch, of at most so many numbers.
+        # Videos of equal length are left out in batches of at most ``BATCH`` numbers, or one video.
         self.groups: list[np.ndarray] = []
         for size in np.unique(sizes):
             same = np.stack([split[i] for i in np.flatnonzero(sizes == size)])
@@ -179,7 +181,7 @@ class Decomposition:
         self.left: dict[float, list[np.ndarray]] = {}
 
     def _without(self, strength: float) -> list[np.ndarray]:
-        """``(I - H_gg)⁻¹`` of every video, in the order of ``groups``; found once for each strength."""
+        """``(I - H_gg)⁻¹`` of every video, in the order of ``groups``; computed once for each strength."""
         if strength not in self.left:
             shrink, inverses = self.power / (self.power + strength), []
             for g in self.groups:
@@ -190,14 +192,15 @@ class Decomposition:
         return self.left[strength]
 
     def fit(self, y: np.ndarray, strengths: Sequence[float] = STRENGTHS) -> tuple[np.ndarray, float, np.ndarray, float]:
-        """Ridge regression of ``y`` ``[n]``, the intercept not penalised; the strength errs least on videos left out.
+        """Ridge regression of ``y`` ``[n]`` with the strength that errs least on left-out videos; the intercept is not
+        penalised.
 
         Returns:
             Coefficients ``[d]``, intercept, left-out predictions ``[n]`` (exact) and the strength.
 
         Note:
-            With ``H`` the hat matrix, intercept included, the fit without the rows g errs there by
-            ``(I - H_gg)⁻¹ (y - H y)_g``.
+            With ``H`` the hat matrix, intercept included, the residual of the fit without the rows ``g`` on these rows
+            is ``(I - H_gg)⁻¹ (y - H y)_g``.
         """
         s = np.asarray(strengths)[:, None]
         level = y.mean()
@@ -223,19 +226,19 @@ def fit_views(
 ) -> dict[str, Linear]:
     """Every ridge regression of :func:`views`, and the sums of those of single modalities.
 
-    A sum adds up a regression per modality, best first, each on what the sum so far leaves of the videos left out, as
-    far as it lowers the error there.
+    A sum adds up a regression per modality, best first. Each is fitted to the left-out residuals of the sum so far, and
+    is added only if it lowers the left-out error.
 
     Args:
         design: What can be read.
-        labels: ``[N]``, of which those of ``rows`` are read.
+        labels: ``[N]``; only those of ``rows`` are read.
         rows: Labelled rows ``[n]``.
         groups: Video of every row ``[N]``.
-        strengths: Candidates.
+        strengths: Candidate ridge strengths.
         only: Names of the regressions and sums that are wanted; all when empty.
 
     Returns:
-        By name; left-out predictions are in the order of ``rows``.
+        The predictors by name; left-out predictions are in the order of ``rows``.
     """
     y, where, modalities = labels[rows].astype(np.float64), groups[rows], design.modalities
     found: dict[str, Linear] = {}
@@ -279,7 +282,7 @@ def _linear(parts: Decomposition, columns: np.ndarray, width: int, y: np.ndarray
 
 
 def fold_of(groups: np.ndarray, folds: int = FOLDS) -> np.ndarray:
-    """Fold of each row ``[n]``: whole groups in turn, by size; rows in turn where there is one group alone."""
+    """Fold of each row ``[n]``: whole groups dealt out in turn, largest first; single rows where there is one group."""
     names, index, sizes = np.unique(groups, return_inverse=True, return_counts=True)
     if len(names) < 2:
         return np.arange(len(groups)) % max(2, min(folds, len(groups)))
@@ -291,8 +294,8 @@ def fold_of(groups: np.ndarray, folds: int = FOLDS) -> np.ndarray:
 def stack_weights(predictions: np.ndarray, y: np.ndarray, groups: np.ndarray) -> tuple[np.ndarray, float]:
     """Non-negative weights of several predictors, from predictions of rows that they were not fitted on.
 
-    A weighted mean, a sum with free weights and the best predictor alone compete: the least squared error
-    counts, on videos that the weights were not found on.
+    A weighted mean, a sum with free weights and the best predictor alone compete: the one with the least squared error
+    on videos that its weights were not fitted on is used.
 
     Args:
         predictions: ``[n, P]``.
@@ -300,7 +303,7 @@ def stack_weights(predictions: np.ndarray, y: np.ndarray, groups: np.ndarray) ->
         groups: Video of each row ``[n]``.
 
     Returns:
-        Weights ``[P]`` and what to add: ``predictions @ weights + added``.
+        Weights ``[P]`` and a constant to add: ``predictions @ weights + added``.
     """
     errors = np.square(predictions - y[:, None]).mean(0)
     best = int(np.argmin(errors))
@@ -322,11 +325,11 @@ def stack_weights(predictions: np.ndarray, y: np.ndarray, groups: np.ndarray) ->
 
 
 def _free(predictions: np.ndarray, y: np.ndarray) -> tuple[np.ndarray, float]:
-    """Weights of any sum from ``FLOOR`` to ``STRETCH``, and what to add."""
+    """Weights with any sum from ``FLOOR`` to ``STRETCH``, and a constant to add."""
     mean, level = predictions.mean(0), float(y.mean())
     weights = nnls(predictions - mean, y - level)[0]
     if weights.sum() < FLOOR:
-        # Nothing is known that helps; a constant would rank nothing.
+        # No predictor helps; but a constant prediction would not rank anything.
         weights = FLOOR * _convex(predictions, y)[0]
     weights *= min(1.0, STRETCH / float(weights.sum()))
     return weights, level - float(mean @ weights)
@@ -334,7 +337,7 @@ def _free(predictions: np.ndarray, y: np.ndarray) -> tuple[np.ndarray, float]:
 
 def _convex(predictions: np.ndarray, y: np.ndarray) -> tuple[np.ndarray, float]:
     """Weights that sum to 1, nothing added: a weighted mean of the predictors."""
-    # A row that only such weights satisfy, heavy enough to bind.
+    # An extra row that only weights with sum 1 satisfy, heavy enough to force them to it.
     heavy = 1e4 * float(np.sqrt(np.square(predictions).sum()) + 1e-30)
     width = predictions.shape[1]
     weights = nnls(np.vstack([predictions, np.full(width, heavy)]), np.append(y, heavy))[0]
@@ -342,7 +345,7 @@ def _convex(predictions: np.ndarray, y: np.ndarray) -> tuple[np.ndarray, float]:
 
 
 def stacked(found: Mapping[str, Linear], y: np.ndarray, groups: np.ndarray) -> tuple[Linear, dict[str, float]]:
-    """The predictors as one, and the weight of each.
+    """The predictors combined into one, and the weight of each.
 
     Args:
         found: Predictors fitted on the same rows.

@@ -50,7 +50,7 @@ def command_line(
         argv: Arguments; those of the process when omitted.
 
     Returns:
-        The exit status: 0, 2 for an error the user can mend (one sentence on stderr), 130 after Ctrl-C.
+        The exit status: 0, 2 for an error the user can fix (one sentence on stderr), 130 after Ctrl-C.
     """
     arguments = list(sys.argv[1:] if argv is None else argv)
     default = next(iter(commands))
@@ -68,7 +68,7 @@ def command_line(
         formatter_class=argparse.RawDescriptionHelpFormatter,
     )
     commands[name].add_arguments(parser)
-    parser.add_argument("--config", type=Path, metavar="FILE.toml", help="settings by name of the option; flags win")
+    parser.add_argument("--config", type=Path, metavar="FILE.toml", help="settings by option name; flags override them")
     try:
         return commands[name].run(parse(parser, arguments, commands[name].demo))
     except (ValueError, FileNotFoundError, IsADirectoryError, NotADirectoryError, PermissionError) as error:
@@ -84,7 +84,7 @@ def parse(
     argv: Sequence[str],
     demo: Callable[[argparse.Namespace], Mapping[str, Any]] | None = None,
 ) -> argparse.Namespace:
-    """Parse flags, under them the settings of ``--config``, and under those what ``--demo`` changes.
+    """Parse flags, which take precedence over the settings of ``--config``, and those over what ``--demo`` changes.
 
     Raises:
         ValueError: The settings file is not TOML, or names an unknown option or an impossible value.
@@ -97,7 +97,7 @@ def parse(
     args = parser.parse_args([*tokens, *argv])
     if demo is not None and args.demo:
         parser.set_defaults(**demo(args))
-        # Once more: a switch that the file turns off is a default too.
+        # Applied once more: a switch that the file turns off is set as a default too.
         tokens = _tokens(parser, file, argv) if file else []
         args = parser.parse_args([*tokens, *argv])
     return args
@@ -185,7 +185,7 @@ def check_device(name: str) -> torch.device:
     """The device that ``--device`` names.
 
     Raises:
-        ValueError: torch does not know it, msacore has no kernels for it, or it is not there.
+        ValueError: torch does not know it, msacore has no kernels for it, or the machine does not have it.
     """
     try:
         device = torch.device(name)

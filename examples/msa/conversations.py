@@ -1,4 +1,4 @@
-"""Which utterances belong to one video, and in which order: told from ids in the forms that people have."""
+"""Which utterances belong to one video, and in which order: inferred from ids in the forms in common use."""
 
 from __future__ import annotations
 
@@ -13,20 +13,20 @@ import numpy as np
 
 from .values import MAX_NAME
 
-# Forms that say of themselves which part is the clip.
+# Forms that show which part is the clip.
 _EXPLICIT = (
     re.compile(r"(?P<video>.+)\$_\$(?P<clip>.*)", re.S),
     re.compile(r"(?P<video>.+)\[(?P<clip>\d+)\]", re.S),
     re.compile(r"(?P<video>dia\d+)_?(?P<clip>utt\d+)", re.I),
     re.compile(r"(?P<video>Ses\d\d[FM]_.+)_(?P<clip>[FM]\d+)"),
 )
-# Forms that are taken so only if all ids of the set have them.
+# Forms that are recognised only if all ids of the set have them.
 _COMMON = (
     re.compile(r"(?P<video>.+)/(?P<clip>\d+)(\.\w{1,4})?", re.S),
     re.compile(r"(?P<video>.+)[_#:](?P<clip>\d+)", re.S),
     re.compile(r"(?P<video>.+)-(?P<clip>\d+)", re.S),
 )
-# Words for "one of all the rows": they name no video.
+# Generic words for a row: they do not name a video.
 _GENERIC = re.compile(
     r"(train|valid|val|dev|test|samples?(new)?|utt(erances?)?|clips?|rows?|items?|ids?|segments?|mmmo)", re.I
 )
@@ -59,7 +59,7 @@ class Utterances:
         return np.array(sorted(range(len(keys)), key=lambda i: keys[i]), dtype=np.int64)
 
     def numbers(self, order: np.ndarray, video_ptr: np.ndarray) -> np.ndarray | None:
-        """Clip numbers in that order, int64; row numbers in videos whose clips have none or have doubles."""
+        """Clip numbers in that order, int64; row numbers in videos whose clips lack numbers or repeat them."""
         result = np.empty(len(order), dtype=np.int64)
         known = False
         for start, stop in itertools.pairwise(video_ptr.tolist()):
@@ -86,13 +86,13 @@ def utterances(
     Args:
         where: The file, for messages.
         ids: Texts, integers, or tuples ``(video, clip)`` or ``(video, start, end)``.
-        videos: The video of each utterance, where the file says it or ``--video-key`` names it.
-        clips: The clip of each utterance, where the file says it.
+        videos: The video of each utterance, where the file gives it or ``--video-key`` names it.
+        clips: The clip of each utterance, where the file gives it.
         pattern: ``--id-pattern``: a regular expression for the whole id with a group ``video`` (or a first group), and
             a group ``clip`` (or a second group) if there is one.
 
     Raises:
-        ValueError: An id does not match the pattern, is doubled, or is endless.
+        ValueError: An id does not match the pattern, occurs twice, or is too long.
     """
     names = [_name(i) for i in ids]
     if any(len(n) > MAX_NAME for n in names):

@@ -1,4 +1,4 @@
-"""A corpus written out again: as an open folder, or as one ``.npz`` with the documented keys."""
+"""Writing a corpus to disk: as an open folder, or as one ``.npz`` with the documented keys."""
 
 from __future__ import annotations
 
@@ -19,7 +19,7 @@ SPLIT_NAMES = {number: name for name, number in SPLITS.items()}
 
 
 def convert(corpus: Corpus, out: str | Path) -> Path:
-    """Write a corpus where :func:`examples.msa.data.load` reads the same one from.
+    """Write a corpus so that :func:`examples.msa.data.load` reads the same one back.
 
     Args:
         corpus: What to write.
@@ -29,7 +29,7 @@ def convert(corpus: Corpus, out: str | Path) -> Path:
         The path.
 
     Raises:
-        ValueError: The folder holds something, or the path is that of another kind of file.
+        ValueError: The folder is not empty, or the path is that of another kind of file.
     """
     out = Path(out)
     if out.suffix == ".npz":
@@ -39,7 +39,7 @@ def convert(corpus: Corpus, out: str | Path) -> Path:
     if out.suffix in (".pkl", ".pt", ".csv", ".npy", ".h5", ".json"):
         raise ValueError(f"{out}: only a folder or a file that ends in .npz is written")
     if out.exists() and (not out.is_dir() or any(out.iterdir())):
-        raise ValueError(f"{out}: it is there already; name a new folder, or a file that ends in .npz")
+        raise ValueError(f"{out}: it already exists; name a new folder, or a file that ends in .npz")
     out.parent.mkdir(parents=True, exist_ok=True)
     # The folder appears whole or not at all.
     temporary = Path(tempfile.mkdtemp(dir=out.parent, prefix=f".{out.name}."))

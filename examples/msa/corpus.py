@@ -33,10 +33,10 @@ class Corpus:
         aligned: Sequences only: token ``l`` of every modality belongs to the same word, so all masks are equal.
         notes: Facts a report should repeat (values repaired, rows dropped, what was planted).
         clips: Number of each clip in its video, int64 ``[N]``, rising within a video; clips that are not in the data
-            leave a gap. None where the source has no numbers; :attr:`positions` always has an answer.
+            leave a gap. None where the source has no numbers; :attr:`positions` always has values.
         transcripts: What is said, str objects ``[N]``, empty where unknown; None where the source has none.
         media: Path or address of each clip's recording, str objects ``[N]``, empty where unknown; or None.
-        family_from: What the family was taken from.
+        family_from: What the family was inferred from.
         videos: Name of each video, str ``[V]``; None where the source has none.
 
     Raises:
@@ -81,7 +81,7 @@ class Corpus:
                 f"{name}: expected float32 [N, d] or [N, L, d], got {x.dtype} {x.shape}",
             )
             require(len(x) == n, f"{name} has {len(x)} rows but there are {n} labels")
-            require((x.ndim == 3) == (name in self.masks), f"{name}: sequences, and only they, need a token mask")
+            require((x.ndim == 3) == (name in self.masks), f"{name}: sequences need a token mask, other features none")
         for name, mask in self.masks.items():
             require(
                 mask.dtype == bool and mask.shape == self.features[name].shape[:2],
@@ -232,7 +232,7 @@ class Corpus:
             modality that is observed nowhere while others are.
 
         Raises:
-            ValueError: A modality that is observed somewhere is so in no train row, and is not skipped.
+            ValueError: A modality that is observed somewhere is observed in no train row, and is not skipped.
         """
         seen = self.available if observed is None else self.available & observed
         found = {}

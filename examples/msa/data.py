@@ -1,4 +1,4 @@
-"""One door to every data source, and the command-line options that reading one takes."""
+"""One entry point to every data source, and the command-line options for reading one."""
 
 from __future__ import annotations
 
@@ -31,20 +31,20 @@ def load(
 ) -> Corpus:
     """Load a file or folder, or generate the embedded synthetic corpus when there is no path.
 
-    The kind of file is told by its first bytes, not its name.
+    The kind of file is recognised by its content, not its name.
 
     Args:
         path: A pickle or torch file in the layout of MMSA or MulT, an ``.npz`` with the documented keys, or a folder
             with ``clips.csv`` (or that table itself); None for the synthetic corpus.
-        family: ``"mosi"``, ``"mosei"`` or ``"sims"``: metrics and label range, by default told from the file; for the
-            synthetic corpus its shapes.
+        family: ``"mosi"``, ``"mosei"`` or ``"sims"``: metrics and label range, by default inferred from the file; for
+            the synthetic corpus also its shapes.
         split: Split of ``mosi.npz``.
-        blocks: Feature arrays to take of an ``.npz``.
+        blocks: Feature arrays to take from an ``.npz``.
         pooled: One vector per utterance and modality instead of sequences.
-        size: Utterances of the synthetic corpus; all of the set's when omitted.
+        size: Utterances of the synthetic corpus; as many as the set has when omitted.
         seed: Seed of the synthetic corpus.
-        pairs: Of the synthetic corpus: :func:`examples.msa.synthetic.synthetic` says what it changes.
-        video_key: Key, array or column that holds the video of each utterance, where ids do not tell it.
+        pairs: Kind of pairs in the synthetic corpus, see :func:`examples.msa.synthetic.synthetic`.
+        video_key: Key, array or column that holds the video of each utterance, where ids do not show it.
         id_pattern: Regular expression for the whole id, with a group ``video`` and perhaps a group ``clip``.
         repair: Replace features that are not finite by the means of the train part instead of refusing them.
 
@@ -60,7 +60,7 @@ def load(
     if size is not None:
         raise ValueError(f"{path}: a size can be chosen for the synthetic corpus only")
     if video_key is not None and id_pattern is not None:
-        raise ValueError(f"{path}: --video-key and --id-pattern both say which video an utterance is of: give one")
+        raise ValueError(f"{path}: --video-key and --id-pattern both say which video an utterance belongs to: give one")
     reading = {"video_key": video_key, "id_pattern": id_pattern, "repair": repair, "family": family, "pooled": pooled}
     try:
         kind = _kind(path)
@@ -93,7 +93,7 @@ def _kind(path: Path) -> str:
     if magic.startswith(b"\x93NUMPY"):
         raise ValueError(f"{path}: one array alone is not a data set: put it beside a clips.csv and name the folder")
     if magic.startswith(b"version https://git-lfs"):
-        raise ValueError(f"{path}: a pointer of Git LFS, not the data it stands for: run git lfs pull")
+        raise ValueError(f"{path}: a Git LFS pointer, not the data it stands for: run git lfs pull")
     # A pickle of the old textual form ends with a full stop.
     if _is_text(magic) and not end.rstrip().endswith(b"."):
         raise ValueError(f"{path}: a text; data are a folder with a clips.csv, a pickle, a torch file or an .npz")
@@ -103,20 +103,20 @@ def _kind(path: Path) -> str:
         with zipfile.ZipFile(path) as archive:
             return "pickle" if any(n.endswith("data.pkl") for n in archive.namelist()) else "npz"
     except Exception as e:
-        # A damaged directory can fail in any way that zipfile knows.
+        # A damaged directory can make zipfile fail in any way.
         raise ValueError(f"{path}: not a readable .npz of plain arrays ({type(e).__name__}: {e})") from e
 
 
 def _is_text(start: bytes) -> bool:
     text = start.decode("utf-8", errors="ignore")
-    # Up to three bytes are of a letter that goes on beyond what was read.
+    # Up to three bytes may belong to a character that continues beyond what was read.
     return len(start) > 0 and len(start) - len(text.encode()) < 4 and all(c.isprintable() or c.isspace() for c in text)
 
 
 def add_reading_arguments(parser: argparse._ActionsContainer) -> None:
     """Add the options that say how a file is to be read."""
     parser.add_argument(
-        "--family", choices=sorted(LABEL_RANGE), help="metrics and label range (told from the file; synthetic: mosi)"
+        "--family", choices=sorted(LABEL_RANGE), help="metrics, label range (inferred from the file; synthetic: mosi)"
     )
     parser.add_argument(
         "--split", choices=sorted(MOSI_SPLITS), default="official", help="split of mosi.npz (%(default)s)"
@@ -124,7 +124,7 @@ def add_reading_arguments(parser: argparse._ActionsContainer) -> None:
     parser.add_argument("--blocks", nargs="+", metavar="BLOCK", help="feature arrays of an .npz (all of them)")
     parser.add_argument("--video-key", metavar="KEY", help="key, array or column that holds each utterance's video")
     parser.add_argument(
-        "--id-pattern", metavar="REGEX", help="for the whole id, as in '(?P<video>.+)_(?P<clip>[0-9]+)'"
+        "--id-pattern", metavar="REGEX", help="form of the whole id, as in '(?P<video>.+)_(?P<clip>[0-9]+)'"
     )
     parser.add_argument(
         "--repair", action="store_true", help="replace features that are not finite by the means of the train part"
@@ -136,7 +136,7 @@ def add_data_arguments(parser: argparse.ArgumentParser, pairs: str = "independen
 
     Args:
         parser: The system's parser.
-        pairs: The synthetic corpus the system takes unless told otherwise.
+        pairs: Default of ``--pairs``, the kind of pairs in the synthetic corpus.
     """
     group = parser.add_argument_group("data")
     group.add_argument(
@@ -147,7 +147,7 @@ def add_data_arguments(parser: argparse.ArgumentParser, pairs: str = "independen
     )
     add_reading_arguments(group)
     group.add_argument("--sequences", action="store_true", help="keep token sequences where the source has them")
-    group.add_argument("--size", type=int, metavar="N", help="utterances of the synthetic corpus (all of the set's)")
+    group.add_argument("--size", type=int, metavar="N", help="utterances of the synthetic corpus (as in the set)")
     group.add_argument(
         "--data-seed", type=int, default=0, metavar="S", help="seed of the synthetic corpus (%(default)s)"
     )
@@ -155,7 +155,7 @@ def add_data_arguments(parser: argparse.ArgumentParser, pairs: str = "independen
         "--pairs",
         choices=PAIRS,
         default=pairs,
-        help="synthetic corpus: whether what two modalities tell only together lasts over the clips (%(default)s)",
+        help="synthetic corpus: whether what only two modalities together tell lasts over the clips (%(default)s)",
     )
 
 

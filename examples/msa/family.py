@@ -1,4 +1,4 @@
-"""Which set a file is scored as: MOSI, MOSEI or SIMS, told from its path, its keys and the range of its labels."""
+"""Which set a file is scored as: MOSI, MOSEI or SIMS, inferred from its path, its keys and the range of its labels."""
 
 from __future__ import annotations
 
@@ -12,13 +12,13 @@ from .corpus import LABEL_RANGE
 
 _NAMES = re.compile(r"(mosei|mosi|sims)(?![a-uw-z])", re.I)
 _SLACK = 1e-3
-# A folder of more words is called by a sentence, not by the name of a set.
+# A folder name of more words than this is a sentence, not the name of a set.
 MAX_WORDS = 4
 
 
 @dataclass(frozen=True)
 class Family:
-    """The family, what it was taken from, and a note where that is not certain."""
+    """The family, what it was inferred from, and a note where that is not certain."""
 
     name: str
     source: str
@@ -28,10 +28,9 @@ class Family:
 def family_of(path: Path, labels: np.ndarray, unimodal: bool = False, given: str | None = None) -> Family:
     """Decide on a family.
 
-    The part of the path that is nearest to the file and names one set counts first; folders whose names are whole
-    sentences do not count. Without one, labels for each
-    modality within [-1, 1] mean SIMS, and labels beyond [-1, 1] mean MOSI. Labels within [-1, 1] alone may be of any
-    set: then the family is ``mosi``, with a note.
+    The part of the path that is nearest to the file and names one set decides; folders whose names are whole sentences
+    are ignored. Where no part of the path does, labels for each modality within [-1, 1] mean SIMS, and labels beyond
+    [-1, 1] mean MOSI. Labels within [-1, 1] alone may belong to any set: then the family is ``mosi``, with a note.
 
     Args:
         path: The file or folder.
@@ -56,11 +55,11 @@ def family_of(path: Path, labels: np.ndarray, unimodal: bool = False, given: str
     elif unimodal and len(known):
         result = Family("sims", f"labels of each modality, and labels from {low:g} to {high:g}")
     else:
-        why = f"labels from {low:g} to {high:g} may be of any set" if len(known) else "nothing is labelled"
-        result = Family("mosi", "in doubt", f"family mosi: {why}; say --family sims if they are of SIMS")
+        why = f"labels from {low:g} to {high:g} may belong to any set" if len(known) else "nothing is labelled"
+        result = Family("mosi", "in doubt", f"family mosi: {why}; give --family sims if they belong to SIMS")
     bottom, top = LABEL_RANGE[result.name]
     if low < bottom - _SLACK or high > top + _SLACK:
-        hint = "" if given else f", which was taken from {result.source}; --family says otherwise"
+        hint = "" if given else f", which was taken from {result.source}; --family overrides it"
         raise ValueError(
             f"{path}: labels reach from {low:g} to {high:g}, outside [{bottom:g}, {top:g}] of {result.name}{hint}"
         )

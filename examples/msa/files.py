@@ -10,7 +10,7 @@ TEMPORARY = ".part"
 
 
 def remove_temporaries(folder: str | Path) -> None:
-    """Remove what writers left behind that were killed in :func:`write_atomic`; no writer may be at work there."""
+    """Remove what writers killed in :func:`write_atomic` left behind; no writer may be active in the folder."""
     for file in Path(folder).glob(f".*{TEMPORARY}"):
         file.unlink(missing_ok=True)
 
@@ -18,7 +18,7 @@ def remove_temporaries(folder: str | Path) -> None:
 def write_atomic(path: str | Path, content: bytes | str) -> Path:
     """Write through a temporary file in the same folder and a rename; a failure leaves what was there before.
 
-    The folder is made when it is missing. Text is written as UTF-8.
+    The folder is created if it is missing. Text is written as UTF-8.
     """
     path = Path(path)
     path.parent.mkdir(parents=True, exist_ok=True)

@@ -49,7 +49,7 @@ def load_folder(
             a row for each line; ``NAME.npz`` with ``features`` and perhaps ``lengths``, ``mask`` and ``present``, or
             with one array per id; or a folder ``NAME`` with one ``.npy`` or ``.npz`` per id. Clips without a file lack
             the modality. Modalities may lie in a folder ``features`` too.
-        family: ``"mosi"``, ``"mosei"`` or ``"sims"``; by default told from the path and the labels.
+        family: ``"mosi"``, ``"mosei"`` or ``"sims"``; by default inferred from the path and the labels.
         pooled: Means over time instead of sequences.
         video_key: Column with the video of each clip, where it is not called ``video``.
         id_pattern: Regular expression for ids, see :func:`examples.msa.conversations.utterances`.
@@ -153,9 +153,9 @@ def _facts(path: Path, intake: Intake) -> None:
         family, notes = facts["family"], facts["notes"]
         aligned = facts["aligned"]
         if family not in LABEL_RANGE or not all(isinstance(n, str) for n in notes) or not isinstance(aligned, bool):
-            raise ValueError("other values than it has")
+            raise ValueError("unexpected values")
     except (ValueError, KeyError, TypeError, RecursionError) as e:
-        raise ValueError(f"{file}: not the facts that convert writes ({e}); remove the file to do without") from e
+        raise ValueError(f"{file}: not the facts that convert writes ({e}); remove the file to do without it") from e
     intake.stored_family, intake.stored_aligned = family, aligned
     intake.notes += notes
 
@@ -287,7 +287,7 @@ def _by_clip(
             continue
         if a.dtype.kind not in "biuf" or a.ndim not in (1, 2):
             raise ValueError(f"{source}: the features of a clip must be [d] or [L, d], got {a.dtype} {a.shape}")
-        # Frames of a film are many: their mean is taken before they are padded to one length.
+        # A video clip has many frames: their mean is taken before the clips are padded to one length.
         if pool and a.ndim == 2:
             rows[i] = a.mean(0, dtype=np.float64).astype(np.float32)
     if len({a.ndim for a in rows if a is not None}) > 1:

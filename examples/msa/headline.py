@@ -1,4 +1,4 @@
-"""The sentence on top of a report: how far a system is ahead of the best of its baselines."""
+"""The sentence at the top of a report: how far a system is ahead of the best of its baselines."""
 
 from __future__ import annotations
 
@@ -17,12 +17,13 @@ def against_best(metric: str, ours: Sequence[float], baselines: Mapping[str, Seq
 
     Args:
         metric: What the scores are.
-        ours: The system's, one per seed.
-        baselines: Theirs in the same order, by name; those of other lengths and with undefined scores do not count.
+        ours: Scores of the system, one per seed.
+        baselines: Scores of the baselines in the same order, by name; baselines with another number of scores or with
+            undefined scores are ignored.
 
     Returns:
         The fields of ``paired_difference``, positive where the system is better, and ``metric``, ``baseline`` (the name
-        of the best) and ``among`` (how many there are); None where nothing can be compared.
+        of the best) and ``among`` (the number of baselines); None where nothing can be compared.
     """
     sign = 1 if HIGHER_IS_BETTER.get(metric, True) else -1
     own = sign * np.asarray(ours, dtype=np.float64)
@@ -35,10 +36,10 @@ def against_best(metric: str, ours: Sequence[float], baselines: Mapping[str, Seq
 
 
 def headline(system: str, what: str, found: Sequence[dict[str, Any] | None]) -> str:
-    """One sentence on these differences; empty where there is none.
+    """One sentence on the differences that were found; empty where there is none.
 
     Args:
-        system: Its name.
+        system: Name of the system.
         what: What is compared and under which conditions.
         found: Results of :func:`against_best`, one per metric.
 

@@ -29,9 +29,9 @@ class Part:
         features: float32 ``[N, d]`` or ``[N, L, d]`` of each modality, checked.
         masks: bool ``[N, L]`` of each sequence.
         available: bool ``[N]`` of each modality.
-        videos: The video of each row, where the file says it: names, or numbers that give the videos' order.
+        videos: The video of each row, where the file gives it: names, or numbers in the order of the videos.
         video_names: The name of each row's video, where ``videos`` are numbers.
-        clips: The clip of each row, where the file says it.
+        clips: The clip of each row, where the file gives it.
         transcripts: Texts, where there are any.
         media: Paths or addresses of recordings, where there are any.
     """
@@ -52,7 +52,7 @@ class Part:
 
 @dataclass
 class Intake:
-    """One file on its way in.
+    """One file while it is read, with the options it is read by.
 
     Args:
         path: The file or folder, for messages and the family.
@@ -64,7 +64,7 @@ class Intake:
         unimodal: The file has labels for each modality.
         counts: Utterances or values by (kind, modality), for notes at the end.
         means: Column means of the train part, where values are to be repaired.
-        kinds: Dimensions of each modality, alike in all parts.
+        kinds: Number of dimensions of each modality, the same in all parts.
         stored_family: The family, where the file itself names it.
         stored_aligned: False where the file itself says that its sequences are not aligned.
     """
@@ -98,11 +98,11 @@ class Intake:
         Args:
             where: File and part, for messages.
             values: float32 ``[N, d]`` or ``[N, L, d]`` of each modality.
-            train: Rows whose statistics repair others, bool ``[N]``. Parts come with the train part first.
-            lengths: Steps of each utterance, where the file says it.
+            train: Rows whose means repair other rows, bool ``[N]``. The train part must come first.
+            lengths: Steps of each utterance, where the file gives it.
             words: Mask of the words, see :func:`examples.msa.streams.masks_of`.
             masks: Masks that the file itself holds; these are taken as they are.
-            available: Rows that have the modality, where the file says it.
+            available: Rows that have the modality, where the file gives it.
             rows: Number of each row in the file, where some are left out.
 
         Returns:
@@ -113,7 +113,7 @@ class Intake:
         """
         for m, x in values.items():
             if self.kinds.setdefault(m, x.ndim) != x.ndim:
-                raise ValueError(f"{where}: {m!r} is {x.shape}, in another split it has {self.kinds[m]} dimensions")
+                raise ValueError(f"{where}: {m!r} is {x.shape}, but in another split it has {self.kinds[m]} dimensions")
         given, present = masks or {}, available or {}
         n = len(train)
         there = {m: present.get(m, np.ones(n, bool)) for m in values}
@@ -168,7 +168,7 @@ class Intake:
                 "--repair replaces them by the means of the train part"
             )
         self.counts["repaired", name] += count
-        # Where a whole step is lost there is nothing to fill in: it is padding.
+        # A step without a single finite value cannot be filled in: it becomes padding.
         lost = bad.all(-1, keepdims=True)
         return np.where(bad, np.where(lost, np.float32(0), self.means[name]), x)
 
@@ -199,7 +199,7 @@ class Intake:
                 self.notes.append(f"{m}: the same values in every utterance: read as missing")
                 available[:, column] = False
         if not available.any():
-            raise ValueError(f"{self.path}: no modality holds data: all its features are constant or empty")
+            raise ValueError(f"{self.path}: no modality holds data: all features are constant or empty")
         if lost := int((~available.any(1)).sum()):
             self.counts["lost", ""] = lost
         self._say_counts(len(ids))
@@ -236,7 +236,7 @@ class Intake:
             raise ValueError(f"{self.path}: {modality!r} has different shapes in the splits: {shapes}")
         if kind == "available" or (kind == "features" and arrays[0].ndim == 2):
             return np.concatenate(arrays)
-        # Splits may be padded to lengths of their own.
+        # Splits may be padded to different lengths.
         steps = max(a.shape[1] for a in arrays)
         rest = [(0, 0)] * (arrays[0].ndim - 2)
         return np.concatenate([np.pad(a, [(0, 0), (0, steps - a.shape[1]), *rest]) for a in arrays])
@@ -278,7 +278,7 @@ def _column_means(x: np.ndarray) -> np.ndarray:
 def _constant(x: np.ndarray, mask: np.ndarray | None, seen: np.ndarray) -> bool:
     """Whether all values (valid steps of rows that have the modality) are equal, column by column."""
     places = np.flatnonzero(seen)
-    # Hardly a set is constant: a few rows settle it, and the others need not be copied.
+    # Few modalities are constant: a few rows usually show that one is not, and the others need not be copied.
     for chosen in (places[:16], places):
         rows = x[chosen] if mask is None else x[chosen][mask[chosen]]
         low, high = (rows.min(0), rows.max(0)) if len(rows) > 1 else (rows, 2 * rows)

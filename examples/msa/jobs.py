@@ -1,4 +1,4 @@
-"""Work that is shared by processes, and folders that one run at a time may use, also after a run was killed."""
+"""Work shared among processes, and folders that only one run at a time may use, also after a run was killed."""
 
 from __future__ import annotations
 
@@ -26,7 +26,7 @@ PATIENCE = 60.0
 def sole_user(folder: Path) -> Iterator[None]:
     """Hold a folder for one run.
 
-    The workers of a run that was killed may live on for a moment: they are waited for.
+    The workers of a run that was killed may live on for a moment: this waits for them to end.
 
     Raises:
         ValueError: Another run is using the folder.
@@ -48,7 +48,7 @@ def spread(work: Callable[[A], B], items: Sequence[A], jobs: int, folder: Path) 
         work: Picklable, and the same for all workers.
         items: What to work on.
         jobs: Processes; with 1 the work is done in this one.
-        folder: Held by :func:`sole_user`; workers share it.
+        folder: Folder held by :func:`sole_user`; workers share it.
 
     Note:
         Workers end within a moment of this process, however it ends.
@@ -63,8 +63,8 @@ def spread(work: Callable[[A], B], items: Sequence[A], jobs: int, folder: Path) 
         return
     # A forked child inherits locks of OpenMP threads that it does not have.
     context = multiprocessing.get_context("spawn")
-    # Bytes, both ways: between processes torch would move a tensor to shared memory, and an array that looks at its old
-    # memory, from `tensor.numpy()`, would then read what has been freed.
+    # Bytes in both directions: between processes torch would move a tensor to shared memory, and an array that shared
+    # its old memory, from `tensor.numpy()`, would then read freed memory.
     pool = ProcessPoolExecutor(jobs, context, _start_worker, (pickle.dumps(work), folder))
     try:
         yield from map(pickle.loads, pool.map(_work, items))
@@ -100,7 +100,8 @@ def _start_worker(work: bytes, folder: Path) -> None:
 
 
 def _end_with(sentinel: int) -> None:
-    """A worker waits for work on a pipe whose other end it holds itself: it would outlive a killed parent for good."""
+    """End this worker with its parent: it waits for work on a pipe whose other end it holds itself, and would otherwise
+    outlive a killed parent forever."""
     multiprocessing.connection.wait([sentinel])
     os._exit(1)
 

@@ -1,4 +1,4 @@
-"""Labels under the names and in the kinds that files have them: scores, classes, or none."""
+"""Labels under the names and in the forms that files use: scores, classes, or none."""
 
 from __future__ import annotations
 
@@ -11,7 +11,7 @@ import numpy as np
 from .values import numbers, texts
 
 SCORES = ("regression_labels", "labels", "label")
-# What a file calls unlabelled beside NaN: no score of any set is near it.
+# Scores below this mean unlabelled, as NaN does: no score of any set comes near it.
 UNLABELLED_BELOW = -90.0
 _WORDS = {"negative": -1.0, "neg": -1.0, "neutral": 0.0, "neu": 0.0, "positive": 1.0, "pos": 1.0}
 _CLASSES = {
@@ -26,7 +26,8 @@ def labels_of(path: Path, splits: Mapping[str, Mapping], notes: list[str]) -> di
     """Scores of each split, float32 ``[N]`` with NaN where there is none; None for a split without any.
 
     ``regression_labels``, else MulT's ``labels``, else ``classification_labels`` or the words of ``annotations`` as
-    whole scores. A set without any is unlabelled; so are a valid or test part without, but not a train part alone.
+    integer scores. A file without any of these is unlabelled, and so is a valid or test part without the scores that
+    other parts have; a train part without them is an error.
 
     Raises:
         ValueError: They are not scores, or the train part lacks them where others have them.

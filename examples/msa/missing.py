@@ -1,8 +1,8 @@
 """Which modalities and which labels a run may see: seeded, exact, hashed, and independent of the order of the rows.
 
 Every random number is a hash of (purpose, seed, utterance id), so an utterance keeps its draw when rows are reordered.
-For one seed, a higher rate of ``exact`` or ``closed_form`` hides all that a lower one hides, so curves over the rate
-compare like with like.
+For one seed, a higher rate of ``exact`` or ``closed_form`` hides everything that a lower rate hides, so curves over the
+rate compare like with like.
 """
 
 from __future__ import annotations
@@ -49,7 +49,7 @@ def max_rate(modalities: int) -> float:
 
 
 def keep_probability(rate: float, modalities: int) -> float:
-    """Chance that a modality beside the protected one stays, so that the expected missing share is ``rate``.
+    """Chance that a modality other than the protected one stays, so that the expected missing share is ``rate``.
 
     Example:
         >>> keep_probability(0.5, 3)
@@ -69,19 +69,19 @@ def missing_mask(
     """Draw which modalities of each utterance are observed.
 
     ============ ===========================================================================================
-    exact        one random modality of an utterance is protected; of all other entries, exactly as many are
-                 hidden as make the overall share ``rate``: ``round(rate * entries)``
-    closed_form  one is protected, each other stays with :func:`keep_probability`; rows are independent
+    exact        one random modality of an utterance is protected; of all other entries, exactly
+                 ``round(rate * entries)`` are hidden, so that the overall share is ``rate``
+    closed_form  one is protected, each of the others stays with :func:`keep_probability`; rows are independent
     bernoulli    each entry is hidden with chance ``rate``; ``keep_one=False`` lets an utterance lose all
     fixed        all modalities but ``keep`` are hidden everywhere (``rate`` is not used)
-    block        per video and modality one run of clips (it may wrap from the last clip to the first), runs of
-                 the modalities staggered so that one stays at each clip
+    block        per video and modality one run of clips is hidden (it may wrap from the last clip to the first);
+                 the runs of the modalities are staggered so that one modality stays at each clip
     ============ ===========================================================================================
 
     Args:
         corpus: Gives ids, modalities, conversations and the entries that exist at all (``available``).
         kind: The protocol, from the table.
-        rate: Share to hide, of the entries that exist.
+        rate: Share of the existing entries to hide.
         seed: Seed of the draw.
         keep: Names that stay, for ``"fixed"``.
         keep_one: ``"bernoulli"``: give an utterance that lost everything its protected modality back; ``"fixed"``:
@@ -91,7 +91,7 @@ def missing_mask(
         Observed entries, bool ``[N, M]``, and the pattern to store with the results.
 
     Raises:
-        ValueError: Unknown kind or name, a rate outside [0, max_rate], or ``fixed`` leaves an utterance nothing.
+        ValueError: The kind or a name is unknown, the rate is out of range, or ``fixed`` leaves an utterance nothing.
     """
     if kind not in KINDS:
         raise ValueError(f"missing_mask: kind must be one of {list(KINDS)}, got {kind!r}")
@@ -178,7 +178,7 @@ def mask_sha256(mask: np.ndarray, ids: np.ndarray) -> str:
 
 
 def rate_limit(present: np.ndarray) -> float:
-    """Highest share of the entries that exist (bool ``[N, M]``) which can be hidden with one left to each row."""
+    """Highest share of the existing entries (bool ``[N, M]``) that can be hidden so that each row keeps one."""
     removable = np.maximum(present.sum(1) - 1, 0).sum()
     return float(removable / max(1, present.sum()))
 

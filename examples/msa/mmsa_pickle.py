@@ -43,8 +43,8 @@ def load_mmsa(
     (:func:`examples.msa.streams.masks_of`). ``-inf`` in audio becomes 0, as in MMSA.
 
     Args:
-        path: The file. It is read without running any code from it, and of its keys only those that are needed.
-        family: ``"mosi"``, ``"mosei"`` or ``"sims"``; by default told from the file
+        path: The file. No code from it is run, and only the keys that are needed are read.
+        family: ``"mosi"``, ``"mosei"`` or ``"sims"``; by default inferred from the file
             (:func:`examples.msa.family.family_of`).
         pooled: Masked means over time, split by split, instead of sequences.
         video_key: Key of each split that holds the video of each utterance.
@@ -90,7 +90,7 @@ def _splits(path: Path, root: Mapping) -> dict[str, Mapping]:
             key = "train_mix"
         if key is not None:
             found[name] = root[key]
-    # New data to predict often comes as one part; of a set with two, the third is more likely lost.
+    # New data to predict often come as one part; in a file with two, the third has more likely been lost.
     if len(found) in (0, 2):
         lost = next(name for name in SPLITS if name not in found)
         raise ValueError(f"{path}: it lacks the split {lost!r}; it has {sorted(map(str, root))[:20]}")
@@ -98,7 +98,7 @@ def _splits(path: Path, root: Mapping) -> dict[str, Mapping]:
 
 
 def _modalities(path: Path, splits: Mapping[str, Mapping]) -> dict[str, str]:
-    """Key of each modality that the file has; what is in one split must be in all."""
+    """Key of each modality that the file has; a modality of one split must be in all splits."""
     found: dict[str, str] = {}
     for name, keys in MODALITIES.items():
         having = {s: next((k for k in keys if is_stored(part.get(k))), None) for s, part in splits.items()}
@@ -207,7 +207,7 @@ def _unlabelled(
 
 
 def _distinct(parts: list[Part]) -> None:
-    """Numbers that start anew in every split get the split's name in front."""
+    """Prefix ids that are numbers starting anew in every split with the name of the split."""
     names = Counter(i for p in parts for i in p.ids)
     if all(isinstance(i, int) for i in names) and max(names.values()) > 1:
         for p in parts:

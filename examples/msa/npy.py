@@ -17,7 +17,7 @@ import numpy as np
 from .stand_ins import from_bytes
 
 MAX_HEADER = 10_000
-# How far a packed file may unfold: padding packs well, features do not.
+# How far a compressed file may unfold: padding compresses well, features do not.
 FREE_BYTES = 64 << 20
 MAX_RATIO = 32
 _HEADER = re.compile(
@@ -27,11 +27,11 @@ _HEADER = re.compile(
 
 
 class NotPlain(ValueError):
-    """The file is damaged, or holds something else than plain arrays."""
+    """The file is damaged, or holds something other than plain arrays."""
 
 
 class HoldsObjects(NotPlain):
-    """The array is sound, as far as can be seen, but of objects or records."""
+    """The array looks intact, but holds objects or records."""
 
 
 @dataclass(frozen=True)
@@ -51,7 +51,7 @@ class Header:
         """The array of ``size`` bytes, writable.
 
         Raises:
-            ValueError: A text in it is none.
+            ValueError: A text in it has an invalid character.
         """
         flat = from_bytes(bytearray(data), self.dtype)
         return flat.reshape(self.shape, order="F" if self.fortran else "C")
@@ -61,16 +61,16 @@ def read_header(f: IO[bytes], size: int) -> Header:
     """Read the header of an array that takes ``size`` bytes in all.
 
     Raises:
-        NotPlain: It is not one, or its shape does not fit the size.
+        NotPlain: It is not the header of a plain array, or its shape does not fit the size.
     """
     prefix = f.read(8)
     if len(prefix) < 8 or prefix[:6] != b"\x93NUMPY" or prefix[6] not in (1, 2, 3):
-        raise NotPlain("no NumPy array")
+        raise NotPlain("not a NumPy array")
     form = "<H" if prefix[6] == 1 else "<I"
     field = f.read(struct.calcsize(form))
     length = struct.unpack(form, field)[0] if len(field) == struct.calcsize(form) else MAX_HEADER + 1
     if length > MAX_HEADER:
-        raise NotPlain("an array with an endless header")
+        raise NotPlain("an array with an oversized header")
     match = _HEADER.fullmatch(f.read(length).decode("latin1"))
     if match is None:
         raise HoldsObjects("an array of objects or records: only plain numbers and texts are read")

@@ -1,4 +1,4 @@
-"""Array files: any ``.npz`` with the documented keys, with what is special to CMU-MOSI and ICT-MMMO as published here.
+"""Array files: any ``.npz`` with the documented keys, and two with keys of their own, for CMU-MOSI and ICT-MMMO.
 
 Documented keys, ``N`` utterances: features (any other name) ``[N, d]`` or ``[N, L, d]``; ``label`` ``[N]``; ``split``
 ``[N]`` (0, 1, 2, or -1 for rows to leave out); ``utt_id`` ``[N]``; ``video_index`` ``[N]`` or ``video_id`` ``[N]`` or
@@ -44,23 +44,23 @@ def load_npz(
     id_pattern: str | None = None,
     repair: bool = False,
 ) -> Corpus:
-    """Load an ``.npz``; ``mosi.npz`` and ``mmmo_seq.npz`` are told by their keys.
+    """Load an ``.npz``; ``mosi.npz`` and ``mmmo_seq.npz`` are recognised by their keys.
 
     Args:
         path: The file. Only the arrays that are needed are read.
         split: MOSI only: ``"official"``, ``"bclstm"`` or ``"clean752"``; rows the split does not use are dropped.
             ``bclstm`` has no validation part, so every seventh of its train videos becomes one.
-        blocks: Feature arrays to take. Of MOSI at most one of text; by default text and audio for the official split,
-            and all three modalities for the others. Of other files all, unless told otherwise.
+        blocks: Feature arrays to take. From MOSI at most one text array; by default text and audio for the official
+            split, and all three modalities for the others. From other files all features by default.
         pooled: Masked means over time instead of sequences.
-        family: ``"mosi"``, ``"mosei"`` or ``"sims"``; by default told from the file.
+        family: ``"mosi"``, ``"mosei"`` or ``"sims"``; by default inferred from the file.
         video_key: Array ``[N]`` that holds the video of each utterance.
         id_pattern: Regular expression for ids, see :func:`examples.msa.conversations.utterances`.
         repair: Replace values that are not finite by the means of the train part.
 
     Returns:
         The corpus; modalities of MOSI and ICT-MMMO are called ``text``, ``audio`` and ``vision``, those of other files
-        as their arrays.
+        have the names of their arrays.
 
     Raises:
         ValueError: The file is corrupt, lacks a key, or the blocks leak labels into the split.

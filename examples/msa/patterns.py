@@ -37,7 +37,7 @@ class TestPattern:
 
 
 def subsets(modalities: Sequence[str]) -> Iterator[tuple[str, ...]]:
-    """Every non-empty set of modalities, small ones first.
+    """Every non-empty subset of the modalities, smaller ones first.
 
     Example:
         >>> ["+".join(s) for s in subsets(["text", "audio"])]
@@ -56,7 +56,7 @@ def add_test_arguments(parser: argparse.ArgumentParser) -> None:
         type=float,
         nargs="*",
         metavar="R",
-        help="also test with this share of the entries hidden, modality by modality (0 0.1 … as far as one can stay)",
+        help="also test with this share of entries hidden, modality by modality (0 0.1 … while each clip keeps one)",
     )
     group.add_argument(
         "--test-mask", type=Path, nargs="+", default=[], metavar="FILE.json", help="also test under these masks"
@@ -70,7 +70,7 @@ def test_patterns(corpus: Corpus, args: argparse.Namespace, kind: str, seed: int
         corpus: The data that is tested on.
         args: Options of :func:`add_test_arguments`.
         kind: Kind of pattern for ``--test-rates``.
-        seed: Seed of these.
+        seed: Seed of the patterns of ``--test-rates``.
 
     Raises:
         ValueError: A rate is not possible, or a mask does not fit the data.
@@ -90,7 +90,7 @@ def test_patterns(corpus: Corpus, args: argparse.Namespace, kind: str, seed: int
     return found
 
 
-# Imported by test modules, it is not a test.
+# Test modules import this function, but it is not a test.
 test_patterns.__test__ = False  # type: ignore[attr-defined]
 
 
@@ -103,13 +103,14 @@ def possible_rates(corpus: Corpus) -> list[float]:
 def write_mask(path: str | Path, corpus: Corpus, observed: np.ndarray, pattern: MissingPattern) -> Path:
     """Write a mask as JSON: the pattern's facts, the modalities, and per utterance a 1 for each that is observed.
 
-    The hash in it is that of the mask and its ids in sorted order, so that copies under other names are known.
+    The hash in the file is that of the mask and its ids in sorted order, so that copies under other names are
+    recognised.
     """
     rows = {
         str(name): row for name, row in zip(corpus.utterance_ids.tolist(), observed.astype(int).tolist(), strict=True)
     }
     head = {**pattern.as_dict(), "modalities": list(corpus.modalities)}
-    # A line for each utterance, so that masks can be compared with the tools for text.
+    # A line for each utterance, so that masks can be compared with text tools.
     lines = ",\n".join(f"  {json.dumps(name, ensure_ascii=False)}: {json.dumps(row)}" for name, row in rows.items())
     text = json.dumps(head, ensure_ascii=False, indent=1)[:-2] + f',\n "observed": {{\n{lines}\n }}\n}}\n'
     return write_atomic(path, text)

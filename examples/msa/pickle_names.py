@@ -52,7 +52,7 @@ def _scalar(dtype: Any, data: Any) -> Any:
 def _ordered(*items: Any) -> dict:
     pairs = items[0] if items else []
     if len(items) > 1 or not isinstance(pairs, list):
-        refuse("an OrderedDict of something else than pairs")
+        refuse("an OrderedDict of something other than pairs")
     return {checked_key(k): v for k, v in pairs}
 
 
@@ -71,7 +71,7 @@ def checked_key(value: Any) -> Any:
 
 
 def _load_from_bytes(data: Any) -> StoredStorage:
-    # That module runs the machine, which looks names up here.
+    # Imported here: torch_file runs the machine, which looks names up in this module.
     from .torch_file import load_from_bytes
 
     return load_from_bytes(data)

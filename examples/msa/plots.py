@@ -10,7 +10,7 @@ from matplotlib.figure import Figure
 
 from .metrics import mean_interval
 
-# Okabe and Ito: told apart with colour-blind eyes as well.
+# Okabe and Ito: distinguishable with colour-blind vision as well.
 COLOURS = ("#0072B2", "#D55E00", "#009E73", "#CC79A7", "#E69F00", "#56B4E9", "#555555", "#B8A800")
 SIZE = (6.4, 3.8)
 
@@ -23,8 +23,7 @@ def curves(
     log_x: bool = False,
     within: tuple[float, float] = (-np.inf, np.inf),
 ) -> Figure:
-    """Mean over runs with its 95 % t-interval as a band; without one where there are fewer than three runs, whose
-    intervals say nothing.
+    """Mean over runs with its 95 % t-interval as a band; fewer than three runs get no band, as it would say nothing.
 
     Args:
         x: Label counts or missing rates, ``[P]``.
@@ -32,7 +31,7 @@ def curves(
         xlabel: Axis text.
         ylabel: Axis text.
         log_x: Logarithmic x axis, as for label counts.
-        within: Least and greatest value that there can be; bands end there.
+        within: Least and greatest possible value; bands end there.
     """
     figure, axes = _figure()
     for i, (name, values) in enumerate(runs.items()):

@@ -29,7 +29,7 @@ def write_predictions(
     """Write ``predictions.csv``: a row for every utterance, in the corpus's order.
 
     Args:
-        path: Where to.
+        path: File to write.
         corpus: Ids and modalities.
         value: Predicted scores, ``[N]``.
         uncertainty: Expected error of each, in units of the label, ``[N]``; the column is empty when omitted or nan.
@@ -131,14 +131,14 @@ def no_labels(corpus: Corpus) -> np.ndarray:
 
 
 def with_labels(corpus: Corpus, given: np.ndarray) -> Corpus:
-    """The corpus with labels that people gave (NaN: none), which go before its own.
+    """The corpus with labels that people gave (NaN: none), which take precedence over its own.
 
-    Where the data themselves have no label at all, the parts mean nothing yet: all rows become one train part.
+    Where the data themselves have no label at all, the split means nothing yet: all used rows become one train part.
     """
     notes, split = list(corpus.notes), corpus.split
     differing = int((np.isfinite(given) & corpus.labelled & (given != corpus.labels)).sum())
     if differing:
-        notes.append(f"{differing} labels of the data are replaced by other ones of the labels file")
+        notes.append(f"{differing} labels of the data are replaced by different ones from the labels file")
     if not corpus.labelled.any():
         used = split != UNUSED
         split = np.where(used if used.any() else True, TRAIN, UNUSED).astype(np.int8)

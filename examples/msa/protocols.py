@@ -1,4 +1,4 @@
-"""Report sections on how a number was come by: which checkpoint it is of, and what the model could see."""
+"""Report sections on how numbers were obtained: from which checkpoint, and what the model could see."""
 
 from __future__ import annotations
 
@@ -13,12 +13,12 @@ Runs = Mapping[str, Sequence[Mapping[str, Any]]]
 
 
 def add_checkpoints(report: Report, metrics: Sequence[str], runs: Runs, judge: str = "the validation part") -> None:
-    """Every metric from one checkpoint and from its own; the report's JSON gets both, by these names.
+    """Every metric from one checkpoint and from its own; the report's JSON gets both, under ``ONE`` and ``EACH``.
 
     Args:
-        report: Gets a section.
-        metrics: What is shown.
-        runs: Per name its runs, each with ``test`` and ``test_per_metric``; names without the latter are left out.
+        report: Report to which a section is added.
+        metrics: Metrics to show.
+        runs: The runs of each name, each with ``test`` and ``test_per_metric``; names without the latter are left out.
         judge: Labels that chose the checkpoints.
     """
     stored = {}
@@ -51,12 +51,12 @@ def add_checkpoints(report: Report, metrics: Sequence[str], runs: Runs, judge: s
 
 
 def add_patterns(report: Report, metrics: Sequence[str], runs: Runs) -> None:
-    """Test scores under every further pattern; the section is left out where there is only the data as they are.
+    """Test scores under every further pattern; the section is left out where only the data as they are were tested.
 
     Args:
-        report: Gets a section.
-        metrics: What is shown.
-        runs: Per name its runs, each with ``patterns``: scores by the pattern's name.
+        report: Report to which a section is added.
+        metrics: Metrics to show.
+        runs: The runs of each name, each with ``patterns``: scores by the pattern's name.
     """
     names = list(dict.fromkeys(p for found in runs.values() for r in found for p in r["patterns"]))
     if len(names) < 2:

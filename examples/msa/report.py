@@ -55,7 +55,7 @@ class Section:
             strong: Numbers of the rows to set in bold.
 
         Raises:
-            ValueError: A row has another number of cells than there are columns.
+            ValueError: A row does not have as many cells as there are columns.
         """
         for row in rows:
             if len(row) != len(columns):
@@ -67,7 +67,7 @@ class Section:
         return self
 
     def figure(self, figure: Figure, caption: str) -> Section:
-        """Add a figure; the caption serves readers who cannot see it as well."""
+        """Add a figure; its caption also serves readers who cannot see it."""
         self.items.append({"kind": "figure", "source": figure_uri(figure), "caption": caption})
         return self
 
@@ -79,7 +79,7 @@ class Report:
     Args:
         title: Heading of the page.
         lead: One paragraph: what was run, and what the numbers are and are not.
-        headline: The result in a sentence, above all else; left out where it is empty.
+        headline: The result in a sentence, above everything else; left out where it is empty.
         data: Every number behind the page, for the JSON file.
         run: The run card, see :func:`run_card`.
     """
@@ -126,7 +126,7 @@ class Report:
 def run_card(
     corpus: Corpus, arguments: Mapping[str, Any], seeds: Sequence[int], timer: StageTimer, **more: Any
 ) -> dict[str, Any]:
-    """What it takes to trust and repeat a run: versions, build, machine, data, arguments, seeds, times, memory."""
+    """What is needed to trust and repeat a run: versions, build, machine, data, arguments, seeds, times, memory."""
     return {
         "finished": datetime.now(timezone.utc).isoformat(timespec="seconds"),
         "versions": versions(),
@@ -142,7 +142,7 @@ def run_card(
 
 
 def versions() -> dict[str, str]:
-    """Versions of Python and of the packages that shape results."""
+    """Versions of Python and of the packages that affect results."""
     found = {"python": platform.python_version()}
     for name in ("torch", "msacore", "numpy", "scipy", "sklearn", "faiss"):
         try:

@@ -1,9 +1,10 @@
 """A pickle reader that builds plain containers, NumPy arrays and tensors, and nothing else, within bounds.
 
-A pickle is a program. This machine runs its operations itself: nothing of Python's or NumPy's own reconstruction is
-exposed to it. A forged dtype state can make NumPy take bytes for pointers, a count of a few bytes can ask for
-gigabytes, and nesting or sharing can make a small file endless to walk through. Here every operation costs no more than
-the bytes it was read from, containers have a greatest depth, and shared parts are counted as often as they appear.
+A pickle is a program. This machine runs its operations itself and exposes none of Python's or NumPy's own
+reconstruction code to it: a forged dtype state can make NumPy take bytes for pointers, a count of a few bytes can ask
+for gigabytes, and nesting or sharing can make a small file endless to walk through. Here every operation costs no more
+than the bytes it was read from, the depth of containers is limited, and shared parts are counted as often as they
+appear.
 """
 
 from __future__ import annotations
@@ -22,7 +23,7 @@ from .stand_ins import LongText, StoredArray, StoredDType, StoredStorage, refuse
 from .stand_ins import plain as plain
 
 MAX_DEPTH = 64
-# A part that appears in several places counts each time: what a reader may walk through, as a multiple of the file.
+# What a reader may walk through, as a multiple of the file; a part that appears in several places counts each time.
 MAX_SHARING = 16
 # Containers and remembered values take some 100 bytes each, whatever the file spends on them.
 FREE_OBJECTS = 1 << 20
@@ -63,7 +64,7 @@ class Machine:
         self.memo: dict[int, Any] = {}
 
     def load(self) -> Any:
-        """Run up to the end of the pickle; ``position`` is then behind it."""
+        """Run up to the end of the pickle; ``position`` is then just past it."""
         view = self.view
         while True:
             code = view[self.position]
@@ -119,7 +120,7 @@ class Machine:
         return node
 
     def marked(self) -> list[Any]:
-        """What lies above the last mark, taken off together with it."""
+        """Take everything above the last mark off the stack, and the mark itself."""
         items = []
         while self.stack:
             value = self.stack.pop()
@@ -346,5 +347,5 @@ def guarded(path: Path, read: Callable[[], Any]) -> Any:
     except pickle.UnpicklingError as e:
         raise ValueError(f"{path}: refused or corrupt pickle: {e}") from e
     except Exception as e:
-        # A damaged stream can fail in any way the machine of the format can: each means "corrupt" to the caller.
+        # A damaged stream can make any operation of the format fail: to the caller, each failure means "corrupt".
         raise ValueError(f"{path}: corrupt or truncated pickle ({type(e).__name__}: {e})") from e

@@ -52,7 +52,7 @@ class SavedModel:
 
 
 def describe_inputs(corpus: Corpus, statistics: Mapping[str, tuple[np.ndarray, np.ndarray]]) -> dict[str, Any]:
-    """The part of ``model.json`` that tells what a model reads, from the corpus it was fitted on."""
+    """The part of ``model.json`` that says what a model reads, from the corpus it was fitted on."""
     return {
         "family": corpus.family,
         "modalities": dict(zip(corpus.modalities, corpus.dims, strict=True)),
@@ -64,12 +64,12 @@ def describe_inputs(corpus: Corpus, statistics: Mapping[str, tuple[np.ndarray, n
 
 
 def save_model(folder: str | Path, system: str, card: Mapping[str, Any], weights: Mapping[str, Tensor]) -> Path:
-    """Write a model folder; a model that is there is replaced.
+    """Write a model folder; an existing model is replaced.
 
     Args:
-        folder: Where to; it is made when missing.
-        system: Whose model it is.
-        card: Everything of ``model.json`` but format, system, versions and the hash of the weights.
+        folder: Folder to write to; it is created if missing.
+        system: Name of the system that the model belongs to.
+        card: Everything in ``model.json`` except format, system, versions and the hash of the weights.
         weights: Tensors by name.
 
     Raises:
@@ -94,7 +94,7 @@ def load_model(folder: str | Path, system: str) -> SavedModel:
     """Read what :func:`save_model` wrote.
 
     Raises:
-        ValueError: A file is damaged, of another format, or the model belongs to another system.
+        ValueError: A file is damaged or of another format, or the model belongs to another system.
         FileNotFoundError: There is no model in the folder.
     """
     folder = Path(folder)
@@ -104,7 +104,7 @@ def load_model(folder: str | Path, system: str) -> SavedModel:
     try:
         card = json.loads((folder / CARD).read_text(encoding="utf-8"))
     except ValueError as error:
-        raise ValueError(f"{folder / CARD}: damaged, or no JSON file ({error})") from None
+        raise ValueError(f"{folder / CARD}: damaged, or not a JSON file ({error})") from None
     if not isinstance(card, dict) or card.get("format") != FORMAT:
         raise ValueError(f"{folder / CARD}: not a model of format {FORMAT} of these systems")
     absent = [key for key in KEYS if key not in card]
@@ -126,8 +126,8 @@ def load_model(folder: str | Path, system: str) -> SavedModel:
 def fit_inputs(corpus: Corpus, model: SavedModel) -> Corpus:
     """The corpus as the model reads it: its modalities in its order, standardised by its statistics.
 
-    A modality that the corpus lacks is missing in every utterance; one that the model does not know is left out. Both
-    are noted.
+    A modality that the corpus lacks is missing in every utterance; one that the model does not know is left out. Notes
+    say so.
 
     Raises:
         ValueError: No modality is shared, a width differs, or one has sequences and the other does not.
@@ -179,13 +179,13 @@ def calibrated(variance: np.ndarray, calibration: Mapping[str, float]) -> np.nda
 
 
 def calibrate(variance: np.ndarray, error: np.ndarray) -> dict[str, float]:
-    """Make the mean square of :func:`calibrated` that of the errors on the validation part.
+    """A calibration for which the mean square of :func:`calibrated` equals the mean square of the errors.
 
-    What the passes leave unexplained is added to every variance; where they say too much, all are scaled down.
+    What the variances leave unexplained is added to each of them; where they are too large, all are scaled down.
 
     Args:
-        variance: Of the stochastic passes, per validation row.
-        error: Prediction minus label, per validation row.
+        variance: Variance of the stochastic passes, per row.
+        error: Prediction minus label, per row; the model must not have been fitted on these labels.
     """
     claimed, found = float(np.mean(variance)), float(np.mean(np.square(error)))
     if claimed > found:

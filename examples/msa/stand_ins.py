@@ -1,4 +1,4 @@
-"""What a file says of an array, a dtype or a tensor, kept until it is wanted and built from checked parts."""
+"""What a file says about an array, a dtype or a tensor, kept until it is needed and built from checked parts."""
 
 from __future__ import annotations
 
@@ -11,7 +11,7 @@ from typing import Any, NoReturn
 import numpy as np
 
 _SPEC = re.compile(r"[<>=|]?(\?|[biufUSO]\d{0,6}|bool|u?int\d{1,2}|float\d{2}|object|str)")
-# Files hold no more dimensions than this: text_bert has three.
+# No array of these files has more dimensions than this: text_bert has three.
 _MAX_DIMENSIONS = 8
 
 
@@ -21,7 +21,7 @@ def refuse(what: str) -> NoReturn:
 
 
 def checked_shape(shape: Any, limit: int) -> tuple[int, ...]:
-    """A shape of sane integers whose elements number at most ``limit``; empty arrays have modest dimensions."""
+    """A valid shape of at most ``limit`` elements; the dimensions of empty arrays are bounded too."""
     if not isinstance(shape, (tuple, list)) or len(shape) > _MAX_DIMENSIONS:
         refuse("an array with an odd shape")
     if not all(isinstance(s, int) and not isinstance(s, bool) and s >= 0 for s in shape):
@@ -32,7 +32,7 @@ def checked_shape(shape: Any, limit: int) -> tuple[int, ...]:
 
 
 def from_bytes(data: Any, dtype: np.dtype) -> np.ndarray:
-    """A flat array over bytes. NumPy makes texts of any 32-bit number, which Python's own functions then fail on.
+    """A flat array over bytes. NumPy accepts any 32-bit number as a character; Python's own functions fail on some.
 
     Raises:
         ValueError: An element of a text is not a character.
@@ -56,8 +56,8 @@ class LongText:
 
 
 class StoredDType:
-    """The element type of arrays: numbers, texts or objects. Others (times, records) are None: arrays of them are no
-    fault of the file, but cannot be read."""
+    """The element type of arrays: numbers, texts or objects. Other types (times, records) are None: a file may hold
+    arrays of them, but these cannot be read."""
 
     def __init__(self, spec: Any, align: Any = False, copy: Any = False) -> None:
         known = isinstance(spec, str) and _SPEC.fullmatch(spec)
@@ -84,7 +84,7 @@ class StoredArray:
         self.fill(shape, dtype, bool(fortran), data)
 
     def fill(self, shape: Any, dtype: Any, fortran: bool, data: Any) -> None:
-        """Take the parts, checked against each other.
+        """Set the parts, checked against each other.
 
         Raises:
             pickle.UnpicklingError: They do not fit together.
@@ -146,7 +146,7 @@ class StoredStorage:
 
     @staticmethod
     def named(name: str) -> str | None:
-        """The element type of a class of storages, None for other names."""
+        """The element type of a storage class by its name, None for other names."""
         return _STORAGES.get(name)
 
     @property

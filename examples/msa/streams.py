@@ -18,7 +18,7 @@ class Masks:
     Args:
         masks: bool ``[N, L_m]`` of each modality.
         aligned: Step ``l`` belongs to the same word in every modality.
-        front: Utterances of each modality that are padded at the front though lengths were given.
+        front: Utterances of each modality that are padded at the front although lengths were given.
         kept: Utterances of each modality whose values reach beyond the length given, and count as data.
         cut: Utterances of each modality whose values reach beyond the length given, and are left out.
         apart: The modalities have equal lengths, but are padded at different ends.
@@ -37,15 +37,16 @@ def masks_of(features: dict[str, np.ndarray], lengths: dict[str, np.ndarray], wo
 
     Args:
         features: ``[N, L_m, d_m]`` of each modality; a step is padding where it is 0 in every column.
-        lengths: Steps of each utterance, int ``[N]``, of the modalities for which the file says it.
-        words: Mask of the words, bool ``[N, L]``: it holds for text, and gives the length of every other modality
-            of the same ``L`` that has none of its own.
+        lengths: Steps of each utterance, int ``[N]``, of the modalities for which the file gives them.
+        words: Mask of the words, bool ``[N, L]``: it is the mask of text, and gives the length of every other modality
+            of the same ``L`` that has no length of its own.
 
     Returns:
-        For each utterance: where values lie within the length from the start, that mask; where they lie within it
-        from the end, that one; where an utterance could be either, the end that most of the others have. Values that
-        reach beyond the length are data too, but not where they fill the whole sequence (then only the length tells
-        data from padding) or run on behind the last word. Zero steps between two others are data.
+        For each utterance: where the values lie within the length counted from the start, the mask from the start;
+        where they lie within the length counted from the end, the mask up to the end; where both hold, the one that
+        most other utterances have. Values that reach beyond the length are data too, unless they fill the whole
+        sequence (then only the length tells data from padding) or continue past the last word. Zero steps between two
+        other steps are data.
     """
     spans = {m: _span(x) for m, x in features.items()}
     steps = {m: x.shape[1] for m, x in features.items()}
@@ -68,7 +69,7 @@ def masks_of(features: dict[str, np.ndarray], lengths: dict[str, np.ndarray], wo
         )
         result.masks[m] = mask
         if borrowed and m == "text":
-            # A language model gives values for padding too: they contradict nothing.
+            # A language model gives values for padding too: they do not contradict the length.
             cut = np.zeros_like(cut)
         for counts, rows in ((result.front, front), (result.kept, kept), (result.cut, cut)):
             if rows.any():
@@ -80,7 +81,7 @@ def masks_of(features: dict[str, np.ndarray], lengths: dict[str, np.ndarray], wo
 
 
 def _span(x: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
-    """First step with a value and the step behind the last one, int ``[N]``; both 0 in empty rows."""
+    """First step with a value and the step after the last one, int ``[N]``; both 0 in empty rows."""
     there = (x != 0).any(-1)
     size = there.shape[1]
     first = np.where(there.any(1), there.argmax(1), 0)
@@ -100,7 +101,7 @@ def _union(spans: dict[str, tuple[np.ndarray, np.ndarray]], size: int) -> np.nda
 
 
 def _end(first: np.ndarray, stop: np.ndarray, size: int) -> int:
-    """The end at which most rows are padded: -1 the front, 1 the back, 0 where none or as many are at either."""
+    """The end at which most rows are padded: -1 the front, 1 the back, 0 where both are equally common."""
     front = ((first > 0) & (stop == size)).sum()
     back = ((first == 0) & (stop < size) & (stop > 0)).sum()
     return int(np.sign(int(back) - int(front)))
@@ -109,7 +110,8 @@ def _end(first: np.ndarray, stop: np.ndarray, size: int) -> int:
 def _follow(
     first: np.ndarray, stop: np.ndarray, size: int, length: np.ndarray, words: np.ndarray | None
 ) -> tuple[np.ndarray, np.ndarray, np.ndarray, np.ndarray]:
-    """Mask of one modality; rows padded at the front; rows whose values beyond their length are kept, and are cut."""
+    """Mask of one modality; rows padded at the front; rows whose values beyond their length are kept; those where they
+    are cut."""
     start, end = np.zeros_like(first), np.full_like(first, size)
     there = stop > first
     back, front = there & (stop <= length), there & (first >= size - length)
@@ -118,9 +120,9 @@ def _follow(
     mostly_front = int((front & ~back).sum()) > int((back & ~front).sum())
     back, front = (back & ~either, front) if mostly_front else (back, front & ~either)
     at_back = _between(start, length, size) if words is None else words
-    # A length that was counted on words is not that of the stream: there the values alone say where it starts.
+    # A length counted in words is not that of the stream: there the values alone say where the stream starts.
     at_front = _between(size - length if words is None else first, end, size)
-    # What fills the whole sequence shows no padding, and what runs on behind the words belongs to none of them.
+    # Values that fill the whole sequence show no padding, and values past the last word belong to no word.
     cut = beyond & (first == 0) & (length > 0) & ((stop == size) | (words is not None))
     kept = beyond & ~cut
     by_length = at_front if mostly_front and words is None else at_back

@@ -54,13 +54,13 @@ def synthetic(
     Per utterance there are latent variables, each of unit variance:
 
     * ``s`` sentiment, ``e`` tone and ``d`` stance. Each is a video effect (30 % of the variance) plus a first-order
-      autoregression over the clips (coefficient .75), so neighbours tell about an utterance, also about its missing
-      modalities.
+      autoregression over the clips (coefficient .75), so neighbours tell something about an utterance, also about its
+      missing modalities.
     * ``g`` congruence of what is said with how it is said, and three carriers of sign ±1, one per pair of modalities:
       one member of the pair shows the carrier, the other the carrier times ``g``. With ``pairs="independent"`` all
       four are drawn anew for every utterance. With ``"persistent"`` ``g`` is made like ``s``, and a carrier is a habit
-      that turns with chance .05 from clip to clip: neighbours also tell what a missing member of a pair would show,
-      and who rebuilds it has the pair again.
+      that flips with probability .05 from clip to clip: neighbours also tell what a missing member of a pair would
+      show, and a model that rebuilds that member has the pair again.
     * a topic. Two common topics are mild (``s`` counts .7); in each of ten rare ones ``s`` counts 1.3 and text shows it
       along a direction of its own. Common topics hold 80 % of the train part but only 30 % of the others: most labels
       of the pool are redundant, and a labelled set that covers the rare topics is worth more than a random one.
@@ -70,7 +70,7 @@ def synthetic(
 
         y ∝ .8 s' + .5 e + .5 d + .8 g + noise
 
-    The noise has deviation .25, but 1.0 in the last rare topic: uncertain there for good, whatever is labelled.
+    The noise has deviation .25, but 1.0 in the last rare topic, which stays uncertain whatever is labelled.
 
     * ``s'`` is shown by all modalities, by text best (noise .5 against .8); ``e`` by audio and vision (noise .4). This
       is what the modalities share, among carriers and nuisance: contrasting the modalities with each other (first
@@ -78,9 +78,9 @@ def synthetic(
     * ``d`` is shown by text alone (noise .3): no other modality tells that this part of text matters, and a fused
       embedding contrasted with each modality (second tier) keeps it.
     * No function of one modality tells ``g``, nor does a sum of such functions: a carrier has mean zero. The product of
-      the two members of a pair does, up to noise of deviation .25, so what fuses the modalities must multiply (matrix
-      fusion) or learn to, and it is the same in all three pairs: contrasting the pairs (third tier) finds it without
-      labels.
+      the two members of a pair does, up to noise of deviation .25, so a model that fuses the modalities must multiply
+      (matrix fusion) or learn to. ``g`` is the same in all three pairs: contrasting the pairs (third tier) finds it
+      without labels.
 
     Features are a fixed random orthonormal mixing of the latent views plus white noise (.05 pooled, .15 per
     token). In sequence form all modalities share the tokens' intensities (gamma distributed, mean 1), so token products
@@ -89,11 +89,13 @@ def synthetic(
     Args:
         name: Whose sizes to take: ``"mosi"``, ``"mosei"`` or ``"sims"``.
         seed: Seed of everything.
-        size: Total utterances, split and spread over videos in the set's proportions; all of the set's when omitted.
+        size: Total utterances, split and spread over videos in the set's proportions; as many as the set has when
+            omitted.
         pooled: One vector per utterance and modality; else aligned sequences of up to ``length`` tokens.
         length: Longest sequence, with ``pooled=False``.
         dims: Feature widths of text, audio and vision; the set's when omitted.
-        pairs: Whether neighbours tell what two modalities tell only together: ``"independent"`` or ``"persistent"``.
+        pairs: Whether neighbours tell what only two modalities together tell (``"persistent"``) or not
+            (``"independent"``).
 
     Raises:
         ValueError: The name or the kind of pairs is unknown, or a size or width is too small.
@@ -179,7 +181,7 @@ def _persistent(rng: np.random.Generator, video_ptr: np.ndarray) -> np.ndarray:
 
 
 def _habits(rng: np.random.Generator, video_ptr: np.ndarray) -> np.ndarray:
-    """Signs ``[3, N]``: drawn at the start of a video, then turning now and then."""
+    """Signs ``[3, N]``: drawn at the start of a video, then flipping now and then."""
     turns = np.full(int(video_ptr[-1]), TURNING)
     turns[video_ptr[:-1]] = 0.5
     return np.where(rng.random((3, len(turns))) < turns, -1.0, 1.0).cumprod(axis=1)
@@ -188,7 +190,7 @@ def _habits(rng: np.random.Generator, video_ptr: np.ndarray) -> np.ndarray:
 def _latents(
     rng: np.random.Generator, video_ptr: np.ndarray, split: np.ndarray, pairs: str
 ) -> tuple[dict[str, np.ndarray], np.ndarray]:
-    """What each modality shows, most telling columns first, and the label before scaling."""
+    """What each modality shows, most informative columns first, and the label before scaling."""
     n = int(video_ptr[-1])
     s, e, d = (_persistent(rng, video_ptr) for _ in range(3))
     if pairs == "persistent":

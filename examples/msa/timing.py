@@ -20,7 +20,7 @@ class StageTimer:
     """Adds up wall time by stage name.
 
     Args:
-        seconds: Times to go on from, for a resumed run.
+        seconds: Times to continue from, for a resumed run.
 
     Example:
         >>> timer = StageTimer()
@@ -72,7 +72,7 @@ def progress(
         what: What the items are.
         total: How many there are.
         hide: Show nothing.
-        describe: Words for an item: then a log has a line for each, as soon as it is done.
+        describe: Gives a description of an item; a log then gets a line for each item as soon as it is done.
     """
     if hide:
         yield from items

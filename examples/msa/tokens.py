@@ -35,11 +35,11 @@ class TokenPattern:
     """What was hidden, stored with every result.
 
     Args:
-        rate: Chance of a token to be hidden.
+        rate: Chance that a token is hidden.
         realised: Share that is hidden.
         seed: Seed of the draw.
         keep_ends: Modalities whose first and last token stay.
-        sha256: Hash of the hidden tokens' places by utterance and modality, equal for reordered rows.
+        sha256: Hash of the hidden tokens' positions by utterance and modality, equal for reordered rows.
     """
 
     rate: float
@@ -58,9 +58,9 @@ def hide_tokens(
 ) -> tuple[Corpus, TokenPattern]:
     """Hide single tokens of every modality, each with chance ``rate``.
 
-    A modality whose tokens are all hidden is missing in that utterance. For one seed, a higher rate hides all that a
-    lower one hides. Tokens that the source has encoded in context may still tell of hidden ones; LNLN hides words
-    before its text encoder reads them.
+    A modality whose tokens are all hidden is missing in that utterance. For one seed, a higher rate hides everything
+    that a lower rate hides. Tokens that the source has encoded in context may still carry information about hidden
+    ones; LNLN hides words before its text encoder reads them.
 
     Args:
         corpus: Sequences.
@@ -72,7 +72,7 @@ def hide_tokens(
         The corpus with fewer valid tokens, and the facts to store.
 
     Raises:
-        ValueError: The corpus has no sequences, the rate is out of range, or a name is no modality.
+        ValueError: The corpus has no sequences, the rate is out of range, or a name is not a modality.
     """
     if not 0.0 <= rate <= 1.0:
         raise ValueError(f"hide_tokens: rate must lie in [0, 1], got {rate}")
@@ -89,7 +89,7 @@ def _require_sequences(corpus: Corpus, keep_ends: Sequence[str]) -> None:
 
 
 def _hidden(corpus: Corpus, rates: Sequence[np.ndarray], draw: str, keep_ends: Sequence[str]) -> dict[str, np.ndarray]:
-    """Valid tokens that go, bool ``[N, L_m]`` by modality, from rates ``[N]`` for each modality."""
+    """Valid tokens to hide, bool ``[N, L_m]`` by modality, from rates ``[N]`` for each modality."""
     _require_sequences(corpus, keep_ends)
     hidden = {}
     for rate, (name, mask) in zip(rates, corpus.masks.items(), strict=True):
@@ -108,7 +108,7 @@ def _without(corpus: Corpus, hidden: dict[str, np.ndarray]) -> Corpus:
 
 
 def _table(corpus: Corpus, hidden: dict[str, np.ndarray]) -> dict[str, list[list[int]]]:
-    """Per utterance and modality the hidden tokens' numbers among the valid ones: padding does not count."""
+    """For each utterance and modality the numbers of the hidden tokens among the valid ones: padding does not count."""
     table: dict[str, list[list[int]]] = {str(i): [] for i in corpus.utterance_ids.tolist()}
     for name, mask in corpus.masks.items():
         number = np.cumsum(mask, 1) - 1
@@ -135,7 +135,7 @@ def _pattern(
 def write_token_mask(
     path: str | Path, corpus: Corpus, rate: float, seed: int, keep_ends: Sequence[str]
 ) -> TokenPattern:
-    """Draw hidden tokens and write them as JSON, a line for each utterance: per modality the numbers of those hidden.
+    """Draw hidden tokens and write them as JSON, a line for each utterance: the hidden tokens' numbers by modality.
 
     Raises:
         ValueError: As :func:`hide_tokens`.
@@ -152,7 +152,7 @@ def write_token_mask(
 
 
 def is_token_mask(path: str | Path) -> bool:
-    """Whether a file says of itself that it hides tokens."""
+    """Whether a file states that it hides tokens."""
     try:
         content = json.loads(Path(path).read_text(encoding="utf-8"))
     except (OSError, ValueError):
@@ -199,9 +199,9 @@ def read_token_mask(path: str | Path, corpus: Corpus) -> tuple[Corpus, TokenPatt
 def hide_tokens_in_training(
     corpus: Corpus, draws: int, seed: int = 0, keep_ends: Sequence[str] = ()
 ) -> tuple[Corpus, np.ndarray, dict[str, Any]]:
-    """Training data under LNLN's protocol: the train part ``draws`` times over, each with other tokens hidden.
+    """Training data under LNLN's protocol: ``draws`` copies of the train part, each with different tokens hidden.
 
-    LNLN draws anew in every epoch. Here an epoch over ``draws`` copies stands for so many of its epochs, which leaves
+    LNLN draws anew in every epoch. Here an epoch over ``draws`` copies stands for that many of its epochs, which leaves
     the training loops as they are. In the validation part tokens are hidden once, with chance .5; the test part stays
     whole, because :func:`hide_tokens` hides there what a test asks for.
 
@@ -212,11 +212,11 @@ def hide_tokens_in_training(
         keep_ends: Modalities whose first and last token stay.
 
     Returns:
-        The corpus, the row of the given one that each of its rows comes from, and the facts to store: kind, draws,
-        realised share of each part, seed, keep_ends.
+        The corpus, for each of its rows the row of the given corpus that it comes from, and the facts to store: kind,
+        draws, realised share of each part, seed, keep_ends.
 
     Raises:
-        ValueError: ``draws`` is below 1, the corpus has no sequences, or a name is no modality.
+        ValueError: ``draws`` is below 1, the corpus has no sequences, or a name is not a modality.
     """
     if draws < 1:
         raise ValueError(f"--train-token-draws must be at least 1, got {draws}")
@@ -247,7 +247,7 @@ def _share(corpus: Corpus, hidden: dict[str, np.ndarray], rows: np.ndarray) -> f
 
 
 def _only_train(corpus: Corpus) -> Corpus:
-    """The videos that have train utterances; their other utterances are of no part."""
+    """The videos that have train utterances; their other utterances belong to no part."""
     part = corpus.keep_videos(np.unique(corpus.video_index[corpus.split == TRAIN]))
     return replace(part, split=np.where(part.split == TRAIN, part.split, np.int8(-1)).astype(np.int8))
 
@@ -286,11 +286,11 @@ def add_token_arguments(parser: argparse.ArgumentParser) -> None:
         "--train-token-draws",
         type=int,
         metavar="K",
-        help="hide tokens in training and validation as LNLN does, in K draws that each hide others",
+        help="hide tokens in training and validation as LNLN does, in K draws that each hide different ones",
     )
     group.add_argument(
-        "--token-mask", type=Path, metavar="FILE.json", help="hide there what this file of `mask --tokens` says"
+        "--token-mask", type=Path, metavar="FILE.json", help="hide what this file of `mask --tokens` lists"
     )
     group.add_argument(
-        "--keep-ends", nargs="+", default=[], metavar="MODALITY", help="whose first and last token always stay"
+        "--keep-ends", nargs="+", default=[], metavar="MODALITY", help="modalities whose first and last token stay"
     )

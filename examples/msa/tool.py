@@ -25,7 +25,7 @@ from .report import to_json
 from .saved import SavedModel, calibrated, fit_inputs, load_model, rescaled
 from .tokens import hide_tokens, hide_tokens_in_training, is_token_mask, read_token_mask
 
-# Predictions [N] and the variance of stochastic passes [N], float64, of a corpus that `fit_inputs` made.
+# Predictions [N] and the variance of stochastic passes [N], float64, for a corpus that `fit_inputs` made.
 Predictor = Callable[[Corpus], tuple[np.ndarray, np.ndarray]]
 Opener = Callable[[SavedModel, Device], Predictor]
 VALIDATION = 0.15
@@ -34,8 +34,8 @@ VALIDATION = 0.15
 def with_validation(corpus: Corpus) -> Corpus:
     """The corpus with a validation part that has labels: where there is none, some labelled train videos become one.
 
-    Whole videos, in an order that depends on their first id alone, as many as have nearest to 15 % of the labels (at
-    least one); with a single labelled video, some of its utterances. A note says so.
+    Whole videos are taken, in an order that depends on their first id alone, so that their labels come nearest to 15 %
+    of all (at least one video); with a single labelled video, some of its utterances are taken. A note says so.
 
     Raises:
         ValueError: The train part has fewer than two labels to share between training and validation.
@@ -75,7 +75,7 @@ class TrainingData:
     """What ``fit`` learns from.
 
     Args:
-        corpus: With tokens hidden as the options ask, perhaps several times over.
+        corpus: The data with tokens hidden as the options ask, possibly in several copies.
         source: The data as they are.
         origin: For each row of ``corpus`` the row of ``source`` it comes from.
         tokens: What was hidden; None where the options ask for nothing.
@@ -88,14 +88,14 @@ class TrainingData:
 
 
 def training_data(args: argparse.Namespace, validation: bool = True) -> TrainingData:
-    """The data that ``fit`` reads, with the labels of ``--labels``, and tokens hidden.
+    """The data that ``fit`` reads, with the labels of ``--labels`` and with tokens hidden as the options ask.
 
     Args:
         args: Parsed options of ``fit``.
         validation: Whether there must be a validation part with labels; one is made where there is none.
 
     Raises:
-        ValueError: The options contradict each other, or the data have no sequences to hide tokens of.
+        ValueError: The options contradict each other, or the data have no sequences in which to hide tokens.
     """
     draws, mask = args.train_token_draws, args.token_mask
     prepared = with_validation if validation else lambda corpus: corpus
@@ -111,7 +111,7 @@ def training_data(args: argparse.Namespace, validation: bool = True) -> Training
     args.sequences = not pooled
     if mask is not None:
         hidden, pattern = read_token_mask(mask, whole)
-        # The test part stays whole: evaluate --test-mask hides there.
+        # The test part stays whole: evaluate --test-mask hides tokens there.
         used = np.isin(whole.split, (TRAIN, VALID))
         masks = {k: np.where(used[:, None], m, whole.masks[k]) for k, m in hidden.masks.items()}
         corpus = replace(hidden, masks=masks, available=np.where(used[:, None], hidden.available, whole.available))
@@ -122,16 +122,16 @@ def training_data(args: argparse.Namespace, validation: bool = True) -> Training
 
 
 def add_each_metric_argument(parser: argparse.ArgumentParser) -> None:
-    """Option of ``fit``: a model for each metric beside the one chosen by absolute error."""
+    """Option of ``fit``: a model for each metric in addition to the one chosen by absolute error."""
     parser.add_argument(
         "--each-metric",
         action="store_true",
-        help="also keep the weights that were best in each metric where they are judged, as OUT/by_metric/NAME",
+        help="also save the weights that were best in each metric on held-out labels, as OUT/by_metric/NAME",
     )
 
 
 def say_notes(corpus: Corpus) -> None:
-    """Print the notes of a corpus on stderr: what a person must know of how the data were read."""
+    """Print the notes of a corpus on stderr: what a person must know about how the data were read."""
     for note in corpus.notes:
         print(f"note: {note}", file=sys.stderr)
 
@@ -144,7 +144,7 @@ def add_model_arguments(parser: argparse.ArgumentParser, pairs: str) -> None:
 
 
 def open_saved(args: argparse.Namespace, system: str, opener: Opener) -> tuple[SavedModel, Predictor, Corpus]:
-    """The model, what predicts with it, and the data as the model reads them."""
+    """The model, the function that predicts with it, and the data as the model reads them."""
     device = check_device(args.device)
     model = load_model(args.model, system)
     args.sequences = model.card["sequences"]
@@ -197,7 +197,7 @@ def evaluate_arguments(pairs: str) -> Callable[[argparse.ArgumentParser], None]:
             "--pattern",
             choices=[k for k in KINDS if k != "fixed"],
             default="exact",
-            help="of --test-rates (%(default)s)",
+            help="kind of pattern for --test-rates (%(default)s)",
         )
         parser.add_argument(
             "--test-token-rates",
@@ -212,16 +212,16 @@ def evaluate_arguments(pairs: str) -> Callable[[argparse.ArgumentParser], None]:
             nargs="+",
             default=[],
             metavar="MODALITY",
-            help="of --test-token-rates: whose first and last token stay",
+            help="with --test-token-rates: modalities whose first and last token stay",
         )
-        parser.add_argument("--seed", type=int, default=0, help="of --test-rates and --test-token-rates (%(default)s)")
+        parser.add_argument("--seed", type=int, default=0, help="for --test-rates, --test-token-rates (%(default)s)")
         parser.add_argument("--out", type=Path, metavar="FILE.json", help="also write every number here")
 
     return add
 
 
 def evaluate_command(system: str, opener: Opener) -> Callable[[argparse.Namespace], int]:
-    """``evaluate``: scores of a saved model on the labelled utterances of each part, under every asked pattern."""
+    """``evaluate``: scores of a saved model on the labelled utterances of each part, under every requested pattern."""
 
     def run(args: argparse.Namespace) -> int:
         model, predictor, corpus = open_saved(args, system, opener)
@@ -229,7 +229,7 @@ def evaluate_command(system: str, opener: Opener) -> Callable[[argparse.Namespac
         if not parts:
             raise ValueError(f"{corpus.name} has no labelled utterance to score")
         if corpus.family != model.card["family"]:
-            note = f"fitted on {model.card['family']}, scored as {corpus.family}: scores are set to its label range"
+            note = f"fitted on {model.card['family']}, scored as {corpus.family}: rescaled to its label range"
             corpus = replace(corpus, notes=(*corpus.notes, note))
         say_notes(corpus)
         results = []

@@ -14,7 +14,7 @@ MAGIC = 0x1950A86A20F9469CFC6C
 
 
 def _storage(identity: Any) -> tuple[str, StoredStorage]:
-    """Key and storage of torch's persistent id ``("storage", kind, key, place, count, …)``."""
+    """Key and storage of torch's persistent id ``("storage", kind, key, location, count, …)``."""
     if not isinstance(identity, tuple) or len(identity) < 5 or identity[0] != "storage":
         refuse("an odd persistent id")
     _, kind, key, _, count = identity[:5]
@@ -69,7 +69,7 @@ class _Parts:
     """The parts of a torch file: a pickle, and a part for each storage.
 
     Args:
-        archive: The file; it stays open as long as a tensor of it is not yet read.
+        archive: The file; it stays open as long as one of its tensors is not yet read.
     """
 
     def __init__(self, archive: zipfile.ZipFile) -> None:
@@ -84,7 +84,7 @@ class _Parts:
 
     def read(self, name: str) -> bytes:
         info = self.names[name]
-        # torch stores its parts as they are: a packed one is not torch's, and could unpack to anything.
+        # torch stores its parts uncompressed: a compressed part is not torch's, and could unpack to any size.
         if info.compress_type != zipfile.ZIP_STORED or info.file_size != info.compress_size or info.flag_bits & 1:
             refuse(f"a packed part {name[:80]!r}")
         return self.archive.read(info)

@@ -11,7 +11,7 @@ import numpy as np
 
 from .stand_ins import LongText, StoredArray, plain
 
-# Sequences of very uneven length grow when they are padded to the longest: no further than this.
+# Sequences of very uneven length grow when they are padded to the longest; this limits how far.
 FREE_VALUES = 1 << 24
 MAX_PADDING = 64
 MAX_NAME = 500
@@ -27,11 +27,11 @@ def numbers(where: str, key: str, value: Any) -> tuple[np.ndarray, np.ndarray | 
             with zeros at the end; None is an empty sequence.
 
     Returns:
-        The array, and the lengths ``[N]`` where sequences had to be padded (of single vectors 1, or 0 for an empty
+        The array, and the lengths ``[N]`` where sequences had to be padded (for single vectors 1, or 0 for an empty
         one), else None.
 
     Raises:
-        ValueError: There are other things than numbers in it, or rows of unequal width.
+        ValueError: It holds something other than numbers, or rows of unequal width.
     """
     with _named(where, key, "is not an array of numbers"):
         value = _unstored(value)
@@ -95,7 +95,7 @@ def column(where: str, key: str, value: Any, n: int) -> list[Any]:
     """One plain entry for each of ``n`` utterances: text, number, or a tuple of them.
 
     Raises:
-        ValueError: There is another number of entries, or something else in it.
+        ValueError: The number of entries is not ``n``, or an entry is something else.
     """
     with _named(where, key, "cannot be read"):
         value = _unstored(value)

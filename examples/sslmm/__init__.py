@@ -1,1 +1,1 @@
-"""SSLMM: semi-supervised learning with missing modalities, re-implemented from the abstract and nearest relatives."""
+"""SSLMM: semi-supervised learning with missing modalities, re-implemented from the abstract and related work."""

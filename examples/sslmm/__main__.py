@@ -36,7 +36,7 @@ from .options import add_pattern_arguments, mask_for, pattern_of
 from .page import build
 
 DESCRIPTION = (
-    "SSLMM: semi-supervised learning with missing modalities, re-implemented from the abstract and nearest relatives."
+    "SSLMM: semi-supervised learning with missing modalities, re-implemented from the abstract and related work."
 )
 GRID_RATES = (0.0, 0.1, 0.2, 0.3, 0.4, 0.5, 0.6)
 GRID_SHARES = (0.1, 0.5, 1.0)
@@ -59,17 +59,17 @@ def add_run_arguments(parser: argparse.ArgumentParser) -> None:
         choices=METHODS,
         default=list(METHODS),
         metavar="METHOD",
-        help=f"of the main comparison: {', '.join(METHODS)}",
+        help=f"methods of the main comparison: {', '.join(METHODS)}",
     )
     run.add_argument("--grid", action="store_true", help="also all missing rates and labelled shares")
     run.add_argument("--rates", type=float, nargs="+", default=list(GRID_RATES), help="missing rates of the grid")
     run.add_argument("--shares", type=float, nargs="+", default=list(GRID_SHARES), help="labelled shares of the grid")
-    run.add_argument("--resume", action="store_true", help="go on with the cells that --out holds")
+    run.add_argument("--resume", action="store_true", help="continue with the cells that --out holds")
     add_device_argument(run)
     run.add_argument(
         "--jobs", type=int, default=0, metavar="N", help="processes that share the cells (one per thread of torch)"
     )
-    run.add_argument("--demo", action="store_true", help="a quick run: fewer methods, with --data fewer epochs")
+    run.add_argument("--demo", action="store_true", help="a quick run: fewer methods; with --data, fewer epochs")
     add_progress_argument(run)
     add_tensorboard_argument(run)
     add_test_arguments(parser)
@@ -77,7 +77,7 @@ def add_run_arguments(parser: argparse.ArgumentParser) -> None:
 
 
 def demo(args: argparse.Namespace) -> dict[str, Any]:
-    """What ``--demo`` changes: fewer methods, and on a file, whose size is what it is, fewer epochs.
+    """What ``--demo`` changes: fewer methods, and with ``--data`` fewer epochs.
 
     On the embedded corpus training is as by default: one and a half minutes on two cores.
     """
@@ -91,7 +91,7 @@ def cells_of(args: argparse.Namespace, corpus: Corpus) -> list[Cell]:
     points = [(m, rate, args.share) for m in args.methods]
     if args.grid:
         if kind in ("fixed", FROM_FILE):
-            raise ValueError("--grid varies the missing rate, which --pattern fixed and --mask leave no room for")
+            raise ValueError("--grid varies the missing rate, for which --pattern fixed and --mask leave no room")
         rates = [r for r in args.rates if r <= max_rate(len(corpus.modalities)) + 1e-9]
         points += [(m, r, s) for m in GRID_METHODS for r in rates for s in args.shares]
     return [
@@ -177,14 +177,14 @@ def add_mask_arguments(parser: argparse.ArgumentParser) -> None:
     add_pattern_arguments(parser, rate=0.5)
     parser.add_argument("--tokens", action="store_true", help="hide single tokens, each with chance --rate")
     parser.add_argument(
-        "--keep-ends", nargs="+", default=[], metavar="MODALITY", help="of --tokens: whose first and last token stay"
+        "--keep-ends", nargs="+", default=[], metavar="MODALITY", help="for --tokens: whose first and last token stay"
     )
     parser.add_argument("--seed", type=int, default=0, help="(%(default)s)")
     parser.add_argument("--out", type=Path, default=Path("mask.json"), metavar="FILE.json", help="(%(default)s)")
 
 
 def mask_command(args: argparse.Namespace) -> int:
-    """``mask``: draw a missing pattern and keep it."""
+    """``mask``: draw a missing pattern and write it to a file."""
     if args.tokens:
         args.sequences = True
         hidden = write_token_mask(args.out, load_from(args), args.rate, args.seed, args.keep_ends)
@@ -207,7 +207,7 @@ COMMANDS = {
     "evaluate": Command(
         "scores of a saved model on other data", evaluate_arguments(PAIRS), evaluate_command(SYSTEM, open_model)
     ),
-    "mask": Command("draw which modalities are missing and keep it as a file", add_mask_arguments, mask_command),
+    "mask": Command("draw which modalities are missing and write a mask file", add_mask_arguments, mask_command),
 }
 
 
@@ -215,7 +215,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     """Run the command line; returns the exit status.
 
     Raises:
-        SystemExit: The user can mend something; one sentence on stderr says what.
+        SystemExit: There is an error that the user can fix; one sentence on stderr says what it is.
     """
     status = command_line("examples.sslmm", DESCRIPTION, COMMANDS, argv)
     if status:

@@ -31,15 +31,15 @@ FROM_FILE = "mask"
 
 @dataclass(frozen=True)
 class Cell:
-    """One run: everything that tells it from the others.
+    """One run: everything that distinguishes it from the others.
 
     Args:
         method: One of ``METHODS``.
         rate: Missing rate in training and test; for the patterns ``fixed`` and ``mask`` the share that is hidden.
         share: Labelled share.
-        seed: Of masks, labels and training.
+        seed: Seed of masks, labels and training.
         pattern: Kind of missing pattern, or ``mask`` for one read from a file.
-        label_unit: What is labelled or not.
+        label_unit: What keeps or loses its labels as a whole: ``utterance`` or ``video``.
         keep: Modalities that stay, for ``fixed``.
     """
 
@@ -68,7 +68,7 @@ class Tests:
     """What is read and written besides a cell's scores.
 
     Args:
-        patterns: What the trained model may see in further tests.
+        patterns: Missing patterns of further tests of the trained model.
         mask: Observed entries ``[N, M]`` and their facts, for cells whose pattern is ``mask``.
         predictions: Folder for the predictions of the test part; none are written when omitted.
         masks: Folder for the masks; none are written when omitted.
@@ -114,8 +114,8 @@ def run_cell(
 
     Returns:
         The cell, metrics of the test and validation parts, the missing pattern, the label facts, and facts of the fit;
-        ``patterns``: test metrics under each further pattern; ``test_per_metric``: what each metric is when the
-        validation part chooses its checkpoint for it alone.
+        ``patterns``: test metrics under each further pattern; ``test_per_metric``: the value of each metric when the
+        validation part chooses a checkpoint for that metric alone.
     """
     tests = tests or Tests()
     observed, pattern = mask_of(corpus, cell, tests)
@@ -166,7 +166,7 @@ def _baseline(
     checkpoint: Path | None,
     resume: bool,
 ) -> Outcome:
-    """A perceptron trains in seconds: it keeps no state."""
+    """A perceptron trains in seconds, so it keeps no state."""
     how = BASELINES[cell.method]
     others = [fill(corpus, p.observed, how, observed) for p in patterns]
     fitted = fit_mlp(fill(corpus, observed, how), corpus, labelled, seed=cell.seed, others=others)
@@ -184,8 +184,8 @@ def _closed(
     checkpoint: Path | None,
     resume: bool,
 ) -> Outcome:
-    """A closed form, on the labels that the system sees; the validation part is predicted by fits without each of its
-    videos, by trees that have not read it."""
+    """A closed form, on the labels that the system sees. A validation video is predicted by ridge regressions fitted
+    without it, or by trees fitted without the validation part."""
     standard = corpus.standardise(observed)
     design = Design.of(standard, observed, config.transductive)
     others = [Design.of(replace(standard, available=p.observed), None, config.transductive) for p in patterns]
@@ -219,7 +219,7 @@ def _system(
     trainer = Trainer(standard, observed, labelled, ablated(config, cell.method), cell.seed, device)
     fit = trainer.fit(checkpoint, resume=resume)
     seen = replace(standard, available=standard.available & observed)
-    # No one asks how sure the model is of what it was trained on.
+    # The uncertainty of predictions for train rows is not needed.
     _, variance = predict_corpus(trainer.model, seen, device=device, parts=(VALID, TEST))
     design = Design.of(seen, None, config.transductive)
     mixed = blend(seen, design, labelled, fit.prediction)

@@ -1,4 +1,4 @@
-"""Closed forms beside the graph: ridge regressions as baselines, and a stack of them that the graph adds to."""
+"""Closed forms beside the graph: ridge regressions as baselines, and a stack of them that is mixed with the graph."""
 
 from __future__ import annotations
 
@@ -21,8 +21,8 @@ BOOSTING = "gradient boosting"
 
 
 def labelled_rows(corpus: Corpus, labelled: np.ndarray) -> np.ndarray:
-    """Rows whose label may be read: the labelled ones of the train part, and the validation part, by which the graph
-    stops and which closed forms are fitted on as well."""
+    """Rows whose label may be read: the labelled ones of the train part and of the validation part, which stops the
+    training of the graph and which closed forms are fitted on as well."""
     return np.flatnonzero(corpus.labelled & (labelled & (corpus.split == 0) | (corpus.split == VALID)))
 
 
@@ -43,11 +43,12 @@ class Blend:
 
     Args:
         coefficient: float64 ``[D]``.
-        offset: What is added.
+        offset: Constant that is added.
         network: Weight of the graph's prediction.
         weights: Weight of every part, by its name.
-        left_out: Prediction ``[n]`` of the rows it was weighed on, each by what was not fitted on its video.
-        rows: These rows: the labelled ones of the validation part.
+        left_out: Predictions ``[n]`` of the rows on which the weights were chosen, each by models not fitted on its
+            video.
+        rows: Numbers of those rows: the labelled ones of the validation part.
     """
 
     coefficient: Tensor
@@ -72,16 +73,16 @@ def blend(
 ) -> Blend:
     """Weigh a stack of ridge regressions against the graph on the validation part.
 
-    The regressions are stacked by what each predicts of labelled videos left out. Of the validation part the graph has
-    seen no label but to stop, so that what both say of it is comparable; the weights are not negative, and one gets all
-    where a mixture does not do better.
+    The regressions are stacked by their predictions for left-out labelled videos. The graph has used the labels of the
+    validation part only to stop, so the predictions of both for that part are comparable. The weights are not negative,
+    and one of the two gets all the weight where a mixture does not do better.
 
     Args:
-        corpus: Standardised.
-        design: Of the corpus.
+        corpus: Standardised corpus.
+        design: Design of the corpus.
         labelled: bool ``[N]``; train rows whose label is known.
         graph: Predictions of every row by the graph, ``[N]``.
-        ridges: ``ridges_of`` the same, where they are known already.
+        ridges: What :func:`ridges_of` returns for the same arguments, if computed already.
     """
     rows, groups = labelled_rows(corpus, labelled), corpus.video_index
     found = ridges_of(corpus, design, labelled) if ridges is None else ridges

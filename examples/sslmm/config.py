@@ -8,44 +8,44 @@ from dataclasses import dataclass, fields, replace
 
 @dataclass(frozen=True)
 class Config:
-    """Settings of model and training. Where the paper is silent they follow its nearest relatives, or are ours.
+    """Settings of model and training. Where the paper is silent they follow related work, or are our own.
 
     Args:
         width: Width of a node.
         steps: Alternations of intra-modal and inter-modal propagation.
         alpha: Share of a node's own features kept in each half-step.
-        window: Neighbouring utterances on either side that an utterance hears.
-        transductive: Whether utterances of other splits are heard, without their labels; else they leave gaps.
+        window: Neighbours on either side that an utterance receives messages from.
+        transductive: Whether utterances of other splits are neighbours too, without their labels; else they leave gaps.
         variant: Propagation: ``"linear"``, ``"gcnii"`` or ``"gated"``.
         send: When missing nodes send: ``"after_fill"`` or ``"never"``.
         readout: What the head reads: ``"nodes"`` (after propagation) or ``"products"`` (also low-rank products of
             every two modalities before propagation, missing ones rebuilt).
-        dropout: Of encoders and head.
-        learning_rate: Of Adam, both stages.
-        weight_decay: Of Adam, both stages.
+        dropout: Dropout after the encoders and in the head.
+        learning_rate: Learning rate of Adam in both stages.
+        weight_decay: Weight decay of Adam in both stages.
         conversations: Conversations in a batch, at least.
-        utterances: Where conversations are short, a batch holds as many more as make up so many utterances.
-        pretrain_epochs: Stage A; 0 leaves it out.
-        finetune_epochs: Stage B, at most.
-        patience: Stage B stops after so many epochs without a better validation error.
+        utterances: Where conversations are short, a batch holds more of them, up to about this many utterances.
+        pretrain_epochs: Epochs of stage A; 0 leaves it out.
+        finetune_epochs: Epochs of stage B, at most.
+        patience: Stage B stops after this many epochs without a better validation error.
         mask_share: Stage A: share of the observed nodes that are masked and reconstructed.
         sce_power: Exponent of the scaled cosine error.
         node_weight: Stage A: weight of rebuilding masked nodes.
         modality_weight: Stage A: weight of rebuilding a dropped modality.
         contrast_weight: Stage A: weight of contrasting the modalities of an utterance.
-        view_weight: Stage A: weight of contrasting two views of an utterance; 0 leaves it out, it did not help.
-        contrast_temperature: Of both contrastive terms.
+        view_weight: Stage A: weight of contrasting two views of an utterance; 0 leaves it out, as it did not help.
+        contrast_temperature: Temperature of both contrastive terms.
         task: Supervised loss: ``"l1"`` or ``"mse"``.
-        unlabelled: Consistency on all train utterances: ``"mean_teacher"`` (who also predicts in the end),
-            ``"rankup"`` or ``"none"``.
-        unlabelled_weight: Its weight after the ramp.
+        unlabelled: Consistency on all train utterances: ``"mean_teacher"`` (the teacher also makes the final
+            predictions), ``"rankup"`` or ``"none"``.
+        unlabelled_weight: Weight of consistency after the ramp.
         ramp: Share of stage B over which that weight rises.
         teacher_passes: Dropout passes of the teacher per step.
         teacher_decay: Highest decay of the teacher's moving average.
         noise: Deviation of Gaussian noise on the student's features.
         reconstruction: Targets of stage B: ``"observed"`` (modalities dropped on purpose), ``"oracle"`` (the clean
             features that the simulation hid) or ``"none"``.
-        reconstruction_weight: Its weight.
+        reconstruction_weight: Weight of reconstruction in stage B.
     """
 
     width: int = 64

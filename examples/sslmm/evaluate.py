@@ -23,7 +23,7 @@ __all__ = ["BASELINES", "METHODS", "Cell", "Grid", "area_over_rates", "column", 
 
 
 class Grid:
-    """Cells of one corpus and configuration in a folder; a cell that is there is not run again.
+    """Cells of one corpus and configuration in a folder; a cell whose result is there is not run again.
 
     Args:
         corpus: The data.
@@ -31,7 +31,7 @@ class Grid:
         folder: Where results and states are kept.
         resume: Use what the folder holds; otherwise it must hold no cells.
         device: Where to train.
-        jobs: Processes that share the cells. Each cell trains on one thread, so its bits do not depend on them.
+        jobs: Processes that share the cells. Each cell trains on one thread, so its bits do not depend on their number.
         tests: Further tests of every cell, and what is written besides.
 
     Raises:
@@ -83,7 +83,7 @@ class Grid:
         if not file.exists():
             result = run_cell(self.corpus, cell, self.config, self.device, checkpoint, self.resume, self.tests)
             write_atomic(file, to_json(result))
-        # Also what a run left that was killed between the two.
+        # This also removes what a run left that was killed between the two steps.
         checkpoint.unlink(missing_ok=True)
         return json.loads(file.read_text())
 

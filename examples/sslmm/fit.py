@@ -1,4 +1,4 @@
-"""Models that are kept: fit on what the data show, saved to a folder, opened again for other data."""
+"""Saved models: fitted on what the data show, written to a folder, opened again for other data."""
 
 from __future__ import annotations
 
@@ -39,7 +39,7 @@ def add_fit_arguments(parser: argparse.ArgumentParser) -> None:
         "--out", type=Path, default=Path("runs/sslmm-model"), metavar="DIR", help="folder of the model (%(default)s)"
     )
     parser.add_argument("--seed", type=int, default=0, help="(%(default)s)")
-    parser.add_argument("--resume", action="store_true", help="go on from the state that --out holds")
+    parser.add_argument("--resume", action="store_true", help="continue from the state that --out holds")
     add_device_argument(parser)
     parser.add_argument("--share", type=float, default=1.0, help="share of the train labels to use (%(default)s)")
     add_each_metric_argument(parser)
@@ -49,13 +49,13 @@ def add_fit_arguments(parser: argparse.ArgumentParser) -> None:
 
 
 def fit_command(args: argparse.Namespace) -> int:
-    """``fit``: train on the labels and modalities that are there, or on fewer, and save what predicts."""
+    """``fit``: train on the labels and modalities that are there, or on fewer, and save the model."""
     device = check_device(args.device)
     torch.set_num_threads(1)
     data = training_data(args)
     corpus, source = data.corpus.pooled(), data.source.pooled()
     observed, pattern = mask_for(source, args, args.seed)
-    # What is hidden on purpose is hidden in training; new data are predicted from all they have.
+    # What is hidden on purpose is hidden in training only; new data are predicted from everything they have.
     used = np.isin(source.split, (TRAIN, VALID))[:, None]
     labelled, labels = label_mask(source, args.share, args.seed)
     seen = np.where(used, observed, source.available)[data.origin] & corpus.available
@@ -110,7 +110,7 @@ def _save(
     graph, variance = predict_corpus(model, whole, device=device)
     value, variance = mixed(design.values, graph), mixed.network**2 * variance
     calibration = calibrate(variance[mixed.rows], mixed.left_out - whole.labels[mixed.rows])
-    # What the validation part is scored by was not fitted on its videos.
+    # The validation part is scored on predictions by models that were not fitted on its videos.
     judged = value.copy()
     judged[mixed.rows] = mixed.left_out
     parts = [part for part in SPLITS if part != "train" and len(whole.rows(part, labelled=True))]
@@ -131,7 +131,7 @@ def _save(
 
 
 def open_model(saved: SavedModel, device: torch.device) -> Predictor:
-    """What predicts with a saved model.
+    """The function that predicts with a saved model.
 
     Raises:
         ValueError: Card and weights do not fit together.

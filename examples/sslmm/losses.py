@@ -1,4 +1,4 @@
-"""The losses of both stages; each returns a scalar and reads only what the batch observes."""
+"""The losses of both stages; they read only what the batch observes, or what an argument ``where`` marks."""
 
 from __future__ import annotations
 
@@ -66,7 +66,7 @@ def pretraining_loss(model: SSLMM, batch: Batch) -> dict[str, Tensor]:
             temperature=config.contrast_temperature,
             symmetric=True,
         )
-    # Before propagation: afterwards the modalities of an utterance have told each other, and nothing is left to learn.
+    # Before propagation: after it, the modalities of an utterance know each other, and nothing is left to learn.
     modalities = batch.observed.shape[1]
     cross = own.new_zeros(())
     for m in range(modalities):
@@ -131,7 +131,7 @@ def consistency_loss(
 ) -> Tensor:
     """The semi-supervised term of stage B, after its ramp.
 
-    The harder view answers to the label where there is one, else to the teacher's mean (or to the ranking, RankUp).
+    The target of the harder view is the label where there is one, else the teacher's mean (or the ranking, RankUp).
     """
     config: Config = model.config
     if config.unlabelled == "rankup":

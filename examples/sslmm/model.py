@@ -23,7 +23,7 @@ class Batch:
         features: Per modality, float32 ``[N, d_m]``; rows that ``observed`` hides may hold anything.
         observed: bool ``[N, M]``.
         offsets: int64 ``[V + 1]``.
-        positions: Clip numbers, int64 ``[N]``: clips that are not there leave a gap.
+        positions: Clip numbers, int64 ``[N]``: missing clips leave a gap.
     """
 
     features: Sequence[Tensor]
@@ -51,7 +51,7 @@ def rows_of(where: Tensor, modality: int) -> Tensor:
 
 
 class Dropout(nn.Module):
-    """Dropout that draws bytes: a fifth of the time of Bernoulli draws on a CPU; the chance is rounded to 1/256."""
+    """Dropout that draws bytes, in a fifth of the time of Bernoulli draws on a CPU; ``chance`` is rounded to n/256."""
 
     def __init__(self, chance: float) -> None:
         super().__init__()
@@ -69,11 +69,11 @@ class SSLMM(nn.Module):
     """Encoders, mask tokens, alternating propagation, read-out, sentiment head, reconstruction heads.
 
     A missing modality starts as its mask token and receives what its neighbours and the other modalities of the
-    utterance send (METHODS: nodes per utterance and modality as in MMGCN, teleport as in APPNP, reconstruction as in
-    GCNet). The read-out concatenates the nodes of an utterance. Propagation averages, so what an utterance alone says,
-    and what only two modalities together say, is faint in them; ``readout="products"`` puts a low-rank product of
-    every two modalities beside them. Products take the nodes from before propagation, and what the reconstruction heads
-    make of the propagated node for a modality that is missing.
+    utterance send (nodes per utterance and modality as in MMGCN, teleport as in APPNP, reconstruction as in GCNet). The
+    read-out concatenates the nodes of an utterance. Propagation averages, so what an utterance alone says, and what
+    only two modalities together say, is faint in these nodes; ``readout="products"`` puts a low-rank product of every
+    two modalities beside them. Products take the nodes from before propagation, and for a missing modality what its
+    reconstruction head makes of the propagated node.
     """
 
     def __init__(self, dims: Sequence[int], config: Config) -> None:
@@ -132,7 +132,7 @@ class SSLMM(nn.Module):
         return self.propagation(own, batch.offsets, available=batch.observed, positions=batch.positions)
 
     def read(self, own: Tensor, batch: Batch) -> Output:
-        """Propagate and predict from what :meth:`encode` gave; every call drops out anew."""
+        """Propagate and predict from what :meth:`encode` gave; every call draws its own dropout."""
         own = self.dropout(own)
         nodes = self.propagate(own, batch)
         parts = [nodes.flatten(1)]
@@ -145,8 +145,8 @@ class SSLMM(nn.Module):
     def fill(self, own: Tensor, nodes: Tensor, observed: Tensor) -> list[Tensor]:
         """Per modality ``[N, width]``: its node before propagation; where missing, its rebuilt features encoded.
 
-        These are not normalised: the less the neighbours tell of them, the shorter they are, and the more the other
-        member of a pair stands alone.
+        The encoded features are not normalised: the less the neighbours tell about them, the shorter they are, and the
+        more the other member of a pair stands alone.
         """
         rebuilt = self.reconstruct(nodes, ~observed)
         return [
@@ -161,7 +161,8 @@ class SSLMM(nn.Module):
     def reconstruct_masked(self, nodes: Tensor, masked: Tensor, batch: Batch) -> list[Tensor]:
         """As :meth:`reconstruct`, from masked nodes that are masked again first: only neighbours can fill them.
 
-        The error of this task knows no length, so it has heads of its own (GraphMAE drops its decoder afterwards too).
+        The error of this task ignores lengths, so the task has heads of its own (GraphMAE, too, drops its decoder
+        afterwards).
         """
         hidden = torch.where(masked[..., None], self.remask_token, nodes)
         filled = msacore.propagate(

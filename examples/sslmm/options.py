@@ -19,15 +19,15 @@ def add_pattern_arguments(parser: argparse._ArgumentGroup | argparse.ArgumentPar
     parser.add_argument(
         "--rate", type=float, default=rate, help="share of the modality entries that is hidden (%(default)s)"
     )
-    parser.add_argument("--pattern", choices=KINDS, default="exact", help="what goes missing (%(default)s)")
+    parser.add_argument("--pattern", choices=KINDS, default="exact", help="kind of missing pattern (%(default)s)")
     parser.add_argument(
-        "--keep", nargs="+", default=[], metavar="MODALITY", help="with --pattern fixed: what stays, for all utterances"
+        "--keep", nargs="+", default=[], metavar="MODALITY", help="with --pattern fixed: what stays, in all utterances"
     )
-    parser.add_argument("--mask", type=Path, metavar="FILE.json", help="hide what this file says, instead of drawing")
+    parser.add_argument("--mask", type=Path, metavar="FILE.json", help="hide what this file lists, instead of drawing")
 
 
 def pattern_of(corpus: Corpus, args: argparse.Namespace) -> tuple[str, float, tuple[str, ...]]:
-    """Kind, rate and kept modalities that the options ask for; for ``fixed`` and a file the rate is what is hidden.
+    """Kind, rate and kept modalities that the options ask for; for ``fixed`` and files, the rate is the hidden share.
 
     Raises:
         ValueError: The options contradict each other.

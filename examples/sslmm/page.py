@@ -18,10 +18,10 @@ from .config import ABLATIONS
 from .evaluate import METHODS, area_over_rates, column, compare
 
 LEAD = (
-    "SSLMM is re-implemented from the paper's abstract and its nearest relatives; the paper's details are not public: "
+    "SSLMM is re-implemented from the paper's abstract and related work; the paper's details are not public: "
     "node granularity, propagation depth, pseudo-label rule, reconstruction target and feature sets are this project's "
-    "choices. Numbers of this page belong to the corpus in the run card and to no other. "
-    "All seeds share one test part, so their spread says nothing of other test parts."
+    "choices. The numbers on this page belong to the corpus in the run card and to no other. "
+    "All seeds share one test part, so their spread says nothing about other test parts."
 )
 PUBLISHED = {"mosi": 0.802, "mosei": 0.817, "sims": 0.771}
 
@@ -59,12 +59,12 @@ def build(
     labels = _runs(results, methods[0], rate, share)[0]["labels"]
     main.note(
         f"Every method reads {labels['labels']} train labels and the {labels['validation']} of the validation part: "
-        "the graph stops by the latter and is weighed against the closed forms by them; closed forms choose their "
-        "strength on all, by leaving out videos. "
+        "the latter stop the training of the graph and weigh it against the closed forms; closed forms choose their "
+        "strength on all of these labels, by leaving out videos. "
         + (
-            "Utterances of other splits are heard, without their labels (transductive)."
+            "Utterances of other splits are used as neighbours, without their labels (transductive)."
             if results[0]["transductive"]
-            else "Utterances of other splits are not heard: they leave gaps, as do clips that are not there."
+            else "Utterances of other splits are not used: they leave gaps, as do missing clips."
         )
     )
     main.table(["method", *named], rows, "Test part: mean ± deviation over seeds and 95 % interval of the mean", [0])
@@ -111,7 +111,7 @@ def _starred(difference: dict[str, Any]) -> str:
 
 
 def _made_of(report: Report, runs: Sequence[dict[str, Any]]) -> None:
-    """What the graph and the closed forms weigh, and how the losses fell."""
+    """Weights of the graph and the closed forms, and how the losses fell."""
     if not runs:
         return
     section = report.section("What SSLMM's predictions are made of")
@@ -119,7 +119,7 @@ def _made_of(report: Report, runs: Sequence[dict[str, Any]]) -> None:
     section.table(
         ["part", "weight"],
         [[name, mean_interval([r["fit"]["weights"][name] for r in runs])] for name in parts],
-        "Weights chosen on the validation part, of which no part has seen the labels it is judged by",
+        "Weights chosen on the validation part, by predictions of models not fitted on the labels they predict",
     )
     alone = {
         m: mean_interval(

@@ -65,15 +65,15 @@ def predict_corpus(
 ) -> tuple[np.ndarray, np.ndarray]:
     """Predict every utterance from what ``corpus.available`` shows of it.
 
-    Neighbours of other splits are heard where ``model.config.transductive`` says so; else they leave gaps.
+    Neighbours of other splits are used where ``model.config.transductive`` says so; else they leave gaps.
 
     Args:
         model: On ``device``.
         corpus: Pooled and standardised as the model's training set was.
         passes: Stochastic passes for the variance.
         device: Where to compute.
-        seed: Of dropout; the global generators are left as they were.
-        parts: Codes of the splits to predict; 0 stands for the others.
+        seed: Seed of the dropout; the states of the global random generators are left as they were.
+        parts: Codes of the splits to predict; utterances of other splits get 0.
 
     Returns:
         Predictions and their variance, float64 ``[N]`` each.

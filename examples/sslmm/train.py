@@ -1,4 +1,4 @@
-"""One run: a corpus, what is hidden of it, and a configuration give predictions for every utterance."""
+"""One run: from a corpus, what is hidden of it, and a configuration to predictions for every utterance."""
 
 from __future__ import annotations
 
@@ -33,7 +33,7 @@ class Fit:
 
 
 class Trainer:
-    """Both stages for one corpus; all of its state can be saved after any epoch and resumed bit by bit.
+    """Both stages for one corpus; all of its state can be saved after any epoch and resumed bit for bit.
 
     Args:
         corpus: Pooled, standardised on observed train rows.
@@ -44,7 +44,7 @@ class Trainer:
         device: Where to train.
 
     Raises:
-        ValueError: No train utterance is labelled, or no validation utterance to stop on.
+        ValueError: No train utterance is labelled, or no validation utterance, which early stopping needs.
     """
 
     def __init__(
@@ -93,12 +93,12 @@ class Trainer:
         )
 
     def fit(self, checkpoint: Path | None = None, every: int = 10, resume: bool = False) -> Fit:
-        """Train from where the trainer stands and predict every utterance.
+        """Train from the current state on and predict every utterance.
 
         Args:
             checkpoint: File to keep the state in; none when omitted.
-            every: Epochs between two states.
-            resume: Go on from the file if it is there.
+            every: Epochs between saved states.
+            resume: Continue from the file if it exists.
         """
         arguments = {"config": asdict(self.config), "seed": self.seed}
         if resume and checkpoint is not None and checkpoint.is_file():
@@ -123,7 +123,7 @@ class Trainer:
         }
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
-        """Take over what :meth:`state_dict` gave."""
+        """Restore what :meth:`state_dict` gave."""
         self.model.load_state_dict(state["model"])
         self.teacher.load_state_dict(state["teacher"])
         self.optimiser.load_state_dict(state["optimiser"])
@@ -132,7 +132,7 @@ class Trainer:
         self.per_metric.state = state["per_metric"]
 
     def _epochs(self) -> Iterator[int]:
-        """Run the epochs that are left; yields their number, counted over both stages."""
+        """Run the remaining epochs; yields the number of each, counted over both stages."""
         config = self.config
         if not any(self.history.values()):
             # Another trainer may have drawn from the global generators since this one was made.
@@ -202,7 +202,7 @@ class Trainer:
         torch._foreach_lerp_(list(self.teacher.parameters()), list(self.model.parameters()), 1 - decay)
 
     def _keep_best(self) -> None:
-        # The mean of the weights predicts where one is kept (as in Mean Teacher).
+        # Where a mean of the weights is kept, it predicts (as in Mean Teacher).
         model = self.teacher if self.config.unlabelled == "mean_teacher" else self.model
         predicted, _ = predict_conversations(
             model, self.features, self.observed, self.positions, self.conversations["valid"]

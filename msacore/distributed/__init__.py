@@ -1,4 +1,4 @@
-"""More than one process: what ``group=`` of the losses and of ``select`` takes. On torch.distributed, gloo and NCCL."""
+"""Several processes: what ``group=`` of the losses and of ``select`` takes, on torch.distributed with gloo or NCCL."""
 
 from msacore.distributed.overlap import join, start
 from msacore.distributed.sharding import Sharding

@@ -1,4 +1,4 @@
-"""The arguments of one rank before rows travel: sizes, checks that need no values, what must be alike on all ranks."""
+"""The arguments of one rank before rows travel: sizes, checks without values, what must be equal on all ranks."""
 
 from collections.abc import Callable, Mapping, Sequence
 from numbers import Real
@@ -14,10 +14,10 @@ from msacore.ops._check import describe as in_words
 
 
 def on_meta(value: Any) -> Any:
-    """The same argument without values, for checks."""
+    """The argument on the meta device: shapes and dtypes without values, for checks."""
     if isinstance(value, Tensor):
         if value.is_nested or value.layout is not torch.strided:
-            return value  # refused as it is
+            return value  # the checks refuse it as it is
         return value.detach().to("meta").requires_grad_(value.requires_grad)
     return [on_meta(item) for item in value] if isinstance(value, (list, tuple)) else value
 
@@ -27,13 +27,13 @@ def _is_sequence(value: Any) -> bool:
 
 
 def rows_of(value: Any) -> int:
-    """Rows of a tensor, or of the first of a sequence; 0 where it is neither, which the checks say later."""
+    """Rows of a tensor, or of the first one of a sequence; 0 for anything else, which the checks refuse later."""
     first = next(iter(value), None) if _is_sequence(value) else value
     return first.shape[0] if isinstance(first, Tensor) and not first.is_nested and first.dim() > 0 else 0
 
 
 def describe(value: Any) -> Any:
-    """What must be equal on all ranks, of an argument: kind, dtype and widths of tensors, everything of numbers."""
+    """The part of an argument that must be equal on all ranks: kind, dtype and widths of tensors, values of numbers."""
     if isinstance(value, Tensor):
         if value.is_nested or value.layout is not torch.strided:
             return in_words(value)
@@ -47,7 +47,7 @@ def describe(value: Any) -> Any:
 
 
 def describe_numbers(value: Any) -> Any:
-    """The same of numbers that may be tensors on the CPU, whose values count."""
+    """The same for a sequence of numbers, which may be tensors on the CPU: their values must be equal."""
     try:
         return [describe(float(item)) for item in value]
     except (TypeError, ValueError, RuntimeError):
@@ -63,11 +63,11 @@ def _tensors(name: str, value: Any) -> list[tuple[str, Tensor]]:
 
 
 def check_values(op: str, rows: Mapping[str, Any], temperatures: Mapping[str, Any]) -> None:
-    """What checks without values do not see: devices, and on the CPU temperatures and the sign of weights.
+    """Check what checks without values cannot see: devices and, on the CPU, temperatures and the sign of weights.
 
     Raises:
-        RuntimeError: A tensor is not where the first one of ``rows`` is, a temperature is not positive and finite, or
-            a weight is negative.
+        RuntimeError: A tensor is not on the device of the first one of ``rows``, a temperature is not positive and
+            finite, or a weight is negative.
     """
     learned = [found for name, value in temperatures.items() for found in _tensors(name, value)]
     found = [pair for name, value in rows.items() for pair in _tensors(name, value)] + learned
@@ -84,7 +84,7 @@ def check_values(op: str, rows: Mapping[str, Any], temperatures: Mapping[str, An
 
 
 def needs_gradient(*values: Any) -> bool:
-    """Whether backward will come by: then it must on every rank, where it is collective."""
+    """Whether there will be a backward pass; where it is collective, every rank must then run it."""
     found = [tensor for value in values for _, tensor in _tensors("", value)]
     return torch.is_grad_enabled() and any(tensor.requires_grad for tensor in found)
 
@@ -96,13 +96,13 @@ def sizes(
     described: Callable[[], dict[str, Any]],
     check: Callable[[], None],
 ) -> list[list[int]]:
-    """``counts`` of every rank. With a capacity they are not exchanged, and those of this rank stand for all.
+    """``counts`` of every rank. With a capacity they are not exchanged: those of this rank stand for all ranks.
 
     Args:
         op: Name of the operator.
         sharding: The ranks.
         counts: Sizes that may differ between ranks.
-        described: What must be equal on all ranks, by argument.
+        described: Returns what must be equal on all ranks, by argument.
         check: Raises where the arguments of this rank are wrong.
     """
     if sharding.capacity is None and torch.compiler.is_compiling():
@@ -112,8 +112,8 @@ def sizes(
         )
     if sharding.check and torch.compiler.is_compiling():
         raise RuntimeError(
-            f"msacore::{op}: expected `check` of Sharding to be False under torch.compile, got True: the host compares "
-            "what ranks say"
+            f"msacore::{op}: expected `check` of Sharding to be False under torch.compile, got True: the checks "
+            "compare values on the host"
         )
     if sharding.capacity is None or sharding.check:
         options = {name: describe(getattr(sharding, name)) for name in ("mode", "capacity", "memory", "check")}

@@ -1,6 +1,6 @@
 """The collectives of this package: torch's functional ones, behind names that do not change.
 
-Torch moves them from a private module to a public one; both are tried. They can be traced by ``torch.compile``.
+Torch is moving them from a private module to a public one, so both are tried. ``torch.compile`` can trace them.
 """
 
 import importlib
@@ -35,7 +35,7 @@ def _failed(op: str, what: str, group: dist.ProcessGroup, error: Exception) -> C
 
 
 def begin_gather(op: str, x: Tensor, group: dist.ProcessGroup) -> Tensor:
-    """:func:`all_gather`, of which nobody waits for the end yet: pass the result to :func:`wait`."""
+    """Start :func:`all_gather` without waiting for it; pass the result to :func:`wait`."""
     if torch.compiler.is_compiling():
         return _gather(x.contiguous(), 0, group)
     try:
@@ -45,7 +45,7 @@ def begin_gather(op: str, x: Tensor, group: dist.ProcessGroup) -> Tensor:
 
 
 def wait(op: str, x: Tensor, group: dist.ProcessGroup) -> Tensor:
-    """What a collective that has begun brings."""
+    """The result of a collective that was started."""
     if torch.compiler.is_compiling():
         return _functional.wait_tensor(x)
     try:
@@ -55,17 +55,17 @@ def wait(op: str, x: Tensor, group: dist.ProcessGroup) -> Tensor:
 
 
 def all_gather(op: str, x: Tensor, group: dist.ProcessGroup) -> Tensor:
-    """``[n, …]`` of every rank, one after the other: ``[W · n, …]``; n must be the same everywhere."""
+    """``[n, …]`` of every rank, concatenated in rank order: ``[W · n, …]``; n must be the same on all ranks."""
     return wait(op, begin_gather(op, x, group), group)
 
 
 def all_to_all(op: str, x: Tensor, group: dist.ProcessGroup) -> Tensor:
-    """Block r of ``x`` ``[W · n, …]`` goes to rank r; returns the blocks that came, in the order of ranks."""
+    """Send block r of ``x`` ``[W · n, …]`` to rank r; returns the received blocks in rank order."""
     return exchange(op, x, None, None, group)
 
 
 def exchange(op: str, x: Tensor, come: list[int] | None, go: list[int] | None, group: dist.ProcessGroup) -> Tensor:
-    """The first ``go[0]`` rows of ``x`` go to rank 0, the next to rank 1, …; ``come[r]`` rows come from rank r."""
+    """Send the first ``go[0]`` rows of ``x`` to rank 0, the next to rank 1, …; receive ``come[r]`` rows from rank r."""
     if torch.compiler.is_compiling():
         return _functional.wait_tensor(_functional.all_to_all_single(x.contiguous(), come, go, group))
     try:
@@ -75,7 +75,7 @@ def exchange(op: str, x: Tensor, come: list[int] | None, go: list[int] | None, g
 
 
 def begin_pass_on(op: str, x: Tensor, group: dist.ProcessGroup) -> Tensor:
-    """The tensor of the next rank, while this one's goes to the one before; pass the result to :func:`wait`."""
+    """Start sending ``x`` to the previous rank and receiving the next one's; pass the result to :func:`wait`."""
     world, rank = dist.get_world_size(group), dist.get_rank(group)
     come, go = ([len(x) if other == (rank + step) % world else 0 for other in range(world)] for step in (1, -1))
     if torch.compiler.is_compiling():
@@ -87,7 +87,7 @@ def begin_pass_on(op: str, x: Tensor, group: dist.ProcessGroup) -> Tensor:
 
 
 def sum_in_order(op: str, x: Tensor, group: dist.ProcessGroup) -> Tensor:
-    """Block r of the sum over ranks of ``x`` ``[W · n, …]``, on rank r; added in the order of ranks on any backend."""
+    """On rank r, block r of the sum over ranks of ``x`` ``[W · n, …]``, added in rank order on every backend."""
     world = dist.get_world_size(group)
     parts = all_to_all(op, x, group).unflatten(0, (world, -1))
     total = parts[0].clone()
@@ -97,7 +97,7 @@ def sum_in_order(op: str, x: Tensor, group: dist.ProcessGroup) -> Tensor:
 
 
 def gather_objects(op: str, value: Any, group: dist.ProcessGroup) -> list[Any]:
-    """What every rank has, by rank. Pickles: for messages about errors, never for rows."""
+    """``value`` of every rank, in rank order. It is pickled: for messages about errors, never for rows."""
     found: list[Any] = [None] * dist.get_world_size(group)
     try:
         dist.all_gather_object(found, value, group=group)

@@ -1,4 +1,4 @@
-"""Which way a loss with ``group=`` goes: one process, every rank on everything, or every rank on its share."""
+"""How a loss with ``group=`` is computed: in one process, in full on every rank, or in one share per rank."""
 
 from collections.abc import Callable, Sequence
 from typing import Any
@@ -9,7 +9,8 @@ from msacore.distributed import replicated, ring, sharded, sweep
 from msacore.distributed.overlap import Started
 from msacore.distributed.sharding import Sharding, as_sharding
 
-# Up to so many multiplications of a sweep, the whole batch on every rank costs less than a second round of messages.
+# With at most this many multiplications in a sweep, the whole batch on every rank costs less than a second round of
+# messages.
 MOST_REPLICATED = 1 << 32
 
 
@@ -24,7 +25,7 @@ def run(op: str, local: Callable[..., Any], group: Any, *rows: Any, **options: A
 
 
 def _mode(sharding: Sharding, products: int, held: int) -> str:
-    """A rule on the sizes of the whole batch, which all ranks know alike.
+    """Choose the mode by the sizes of the whole batch, which are the same on all ranks.
 
     Args:
         sharding: The ranks.
@@ -39,7 +40,7 @@ def _mode(sharding: Sharding, products: int, held: int) -> str:
 
 
 def _check_gradients(op: str, collective: bool, needed: Sequence[bool]) -> None:
-    """A backward pass in which ranks wait for one another must come by on all of them, or on none."""
+    """A backward pass in which ranks wait for one another must run on all of them or on none."""
     if collective and len(set(needed)) > 1:
         rank, other = needed.index(True), needed.index(False)
         raise RuntimeError(
@@ -96,7 +97,7 @@ def _rank_n_contrast(
     local: Any, sharding: Sharding, embeddings: Any, targets: Any, *, temperature: Any, mask: Any
 ) -> Tensor:
     layout, mask, gradients = replicated.rank_layout(local, sharding, embeddings, targets, temperature, mask)
-    # An anchor's terms need all rows in the order of targets: there is no ring.
+    # An anchor's terms need all rows in the order of targets, so there is no ring.
     if sharding.mode == "ring":
         raise ValueError(
             'msacore::rank_n_contrast: expected `mode` to be "auto", "replicated" or "sharded", got "ring": the loss '

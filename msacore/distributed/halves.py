@@ -1,7 +1,7 @@
-"""An embedding against itself: of two ranks one visits the pairs between their rows, for both.
+"""An embedding against itself: one of any two ranks visits the pairs between their rows, for both.
 
 Rank r visits its own pairs and those with the next ⌊W/2⌋ ranks, as in a tournament; where W is even, ranks that are
-opposite each other share their pairs. That is half the work and half the messages of a sweep over all rows.
+opposite each other share their pairs. This takes half the work and half the messages of a sweep over all rows.
 """
 
 from collections.abc import Sequence
@@ -18,7 +18,7 @@ from msacore.distributed.tiles import POSITIVES, SUMS, Rows, Tile, add, merge
 
 
 def _others(sharding: Sharding) -> int:
-    """How many of the next ranks a rank visits."""
+    """The number of next ranks that a rank visits."""
     return sharding.world // 2
 
 
@@ -32,7 +32,7 @@ def _fetch(op: str, sharding: Sharding, x: Tensor) -> list[Tensor]:
 
 
 def _give_back(op: str, sharding: Sharding, parts: Sequence[Tensor], like: Tensor) -> list[Tensor]:
-    """What this rank has found of the next ranks' rows goes to them; what the ranks before say of this rank's rows."""
+    """Send the next ranks what was found for their rows; returns what the previous ranks found for this rank's rows."""
     world, rank, count = sharding.world, sharding.rank, _others(sharding)
     to = [len(like) if 1 <= (other - rank) % world <= count else 0 for other in range(world)]
     come = [len(like) if 1 <= (rank - other) % world <= count else 0 for other in range(world)]
@@ -49,12 +49,12 @@ def gather(
     tensors: Sequence[Tensor | None],
     unread: Sequence[Tensor | None],
 ) -> list[Tensor | None]:
-    """Every tensor with the rows of the next ranks, one rank after the other.
+    """For every tensor, the rows of the next ranks, one rank after the other.
 
     Args:
         op: Name of the operator.
         sharding: The ranks.
-        layout: Of the rows.
+        layout: Layout of the rows.
         tensors: ``[rows, …]`` each; all of them travel in one buffer of bytes.
         unread: For each tensor, which of its rows ``[rows]`` are never read: they travel as zeros, whatever they hold.
     """
@@ -75,7 +75,7 @@ def _next(layout: Layout) -> list[int]:
 
 @dataclass(frozen=True)
 class _Visit:
-    """Some of this rank's rows against some of those that were fetched.
+    """Some of this rank's rows against some of the fetched rows.
 
     Attributes:
         tile: The pairs.
@@ -89,11 +89,11 @@ class _Visit:
 
 
 def _visits(plan: Plan, given: Given, k: int) -> tuple[Tile, list[_Visit]]:
-    """The pairs of term k among this rank's own rows, and those with others."""
+    """The pairs of term k among this rank's own rows, and the visits to fetched rows."""
     layout, own, whole = plan.of_anchors, given.anchors(plan, k), given.whole[plan.terms[k].anchors]
     assert whole is not None
     role, n, ranks = given.roles[k], layout.rows, _next(layout)
-    # The fetched rows have no number that one of this rank's rows has.
+    # Fetched rows get row numbers that no row of this rank has.
     fetched = Rows(whole, role.all_labels, role.all_mask, own.begin + 2 * layout.total + 1)
     ends = [0]
     for rank in ranks:
@@ -105,7 +105,7 @@ def _visits(plan: Plan, given: Given, k: int) -> tuple[Tile, list[_Visit]]:
 
     shared = len(layout.counts) % 2 == 0
     visits = [visit((0, n), (0, ends[len(ranks) - shared]))] if len(ranks) > shared else []
-    if shared:  # of the opposite rank's rows the first half, or the second half of this rank's
+    if shared:  # the first half of the opposite rank's rows, or the second half of this rank's
         begin, end = ends[-2], ends[-1]
         if layout.rank < ranks[-1]:
             visits.append(visit((0, n), (begin, begin + (end - begin) // 2)))
@@ -115,13 +115,13 @@ def _visits(plan: Plan, given: Given, k: int) -> tuple[Tile, list[_Visit]]:
 
 
 def _widen(part: Tensor, at: tuple[int, int], size: int, nothing: Tensor) -> Tensor:
-    """``part`` ``[R, end - begin]`` at its place among ``size`` columns; the others are ``nothing`` ``[R]``."""
+    """``part`` ``[R, end - begin]`` at its place among ``size`` columns; the other columns are ``nothing`` ``[R]``."""
     before, after = (nothing.unsqueeze(1).expand(-1, count) for count in (at[0], size - at[1]))
     return torch.cat([before, part, after], 1)
 
 
 def _deliver(plan: Plan, of_terms: Sequence[Tensor]) -> list[list[Tensor]]:
-    """``[R, fetched]`` of every term to the ranks whose rows they are; what others have found of this rank's.
+    """Send ``[R, fetched]`` of every term to the owners of the rows; returns what others found for this rank's rows.
 
     ``[R, rows]`` each, by term and then by rank.
     """
@@ -137,7 +137,7 @@ def _deliver(plan: Plan, of_terms: Sequence[Tensor]) -> list[list[Tensor]]:
 
 
 def _of_fetched(plan: Plan, of_terms: Sequence[Tensor]) -> Sequence[Tensor]:
-    """``[R, rows]`` of this rank's rows, by term, as ``[R, fetched]`` of the fetched ones."""
+    """Exchange ``[R, rows]`` of this rank's rows for ``[R, fetched]`` of the fetched rows, by term."""
     layout, own = plan.of_anchors, torch.cat(list(of_terms))
     blocks = _fetch(plan.op, plan.sharding, pad_rows(own.T, max(layout.counts) - layout.rows))
     cut = [block[: layout.counts[rank]] for block, rank in zip(blocks, _next(layout), strict=True)]
@@ -145,7 +145,7 @@ def _of_fetched(plan: Plan, of_terms: Sequence[Tensor]) -> Sequence[Tensor]:
 
 
 def _fetched(plan: Plan) -> int:
-    """How many rows were fetched."""
+    """The number of fetched rows."""
     return sum(plan.of_anchors.counts[rank] for rank in _next(plan.of_anchors))
 
 
@@ -172,7 +172,7 @@ def sums(plan: Plan, given: Given) -> tuple[list[Tensor], list[Tensor]]:
 def positives(
     plan: Plan, given: Given, of_rows: Sequence[Tensor], of_columns: Sequence[Tensor]
 ) -> tuple[list[Tensor], list[Tensor]]:
-    """The same of the positives against the negatives, ``[2, rows]``."""
+    """Merged sums ``[2, rows]`` of the positives against the negatives."""
     rows, size, sofar, of_others = plan.of_anchors.rows, _fetched(plan), [], []
     for k, (known, known_others) in enumerate(zip(of_rows, _of_fetched(plan, of_rows), strict=True)):
         alone, visits = _visits(plan, given, k)

@@ -11,12 +11,12 @@ from msacore.distributed.collectives import all_gather, gather_objects
 from msacore.distributed.sharding import Sharding
 
 VERSION = 1
-_COUNTS = 5  # of every operator, so that headers of different ones can be told apart
+_COUNTS = 5  # sizes in every header, so that headers of different operators have one length and can be compared
 _ERROR = 1
 
 
 def device_of(sharding: Sharding) -> torch.device:
-    """Where small messages live: the CPU, or the current GPU where the group speaks NCCL only."""
+    """Device of small messages: the CPU, or the current GPU where the group has only NCCL."""
     backends = dist.get_backend_config(sharding.group)
     return torch.device("cpu") if "cpu" in str(backends) or "gloo" in str(backends) else torch.device("cuda")
 

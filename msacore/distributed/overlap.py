@@ -26,7 +26,7 @@ class Started:
         return self.candidates.shape
 
     def whole(self, factor: float) -> Tensor:
-        """The candidates of all ranks; the gradient of this rank's is multiplied by ``factor``."""
+        """The candidates of all ranks; the gradient of this rank's candidates is multiplied by ``factor``."""
         rows = join_blocks(wait("info_nce", self._gathered, self.sharding.group), self.layout.counts)
         begin, end = self.layout.begin, self.layout.begin + self.layout.counts[self.layout.rank]
         own = pad_rows(self.candidates, self.layout.padding)
@@ -34,11 +34,11 @@ class Started:
 
 
 def start(candidates: Tensor, group: Any) -> Started:
-    """Begin gathering ``candidates`` of all ranks, so that the network works while the anchors are computed.
+    """Start gathering ``candidates`` of all ranks, so that they are sent while the anchors are computed.
 
     Args:
-        candidates: This rank's candidates, ``[n, d]``. They travel as they are: rows that a mask hides later should
-            hold no values that must stay on this rank.
+        candidates: This rank's candidates, ``[n, d]``. They are sent as they are, so rows that a mask hides later
+            should not hold values that must stay on this rank.
         group: What ``group=`` takes.
 
     Returns:
@@ -68,7 +68,7 @@ def start(candidates: Tensor, group: Any) -> Started:
 
 
 def _without_rows(value: Any, made: dict[int, Tensor] | None = None) -> Any:
-    """The same arguments with tensors of no rows; one that stands in two places stays one, which the losses notice."""
+    """The same arguments with tensors of no rows; a tensor in two places stays one tensor, which the losses notice."""
     made = {} if made is None else made
     if isinstance(value, Tensor):
         if id(value) not in made:
@@ -94,34 +94,34 @@ class _Shadow(JoinHook):
 class join(Joinable):
     """A context in which ranks may make different numbers of steps.
 
-    A rank that has left its loop goes on taking part with empty batches until all have left theirs:
+    A rank that has left its loop keeps taking part with empty batches until all ranks have left theirs:
 
         with msacore.distributed.join(loss):
             for batch in loader:
                 loss(*encode(batch)).backward()
 
     Args:
-        loss: A module of `msacore.nn`, or one that calls a loss with ``group=``, called once a step. Where its encoders
-            are under DistributedDataParallel it must hold these too, so that their collectives are shadowed as well.
-        group: The process group of its loss.
-        device: Where the count of running ranks is summed.
+        loss: A module of `msacore.nn`, or one that calls a loss with ``group=``; it is called once per step. Encoders
+            under DistributedDataParallel must be part of it, so that their collectives are shadowed as well.
+        group: The process group of the loss.
+        device: Device on which the running ranks are counted.
 
     Raises:
         ValueError: Parameters of ``loss`` are sharded (FSDP): a rank without steps would not update its share. Call
-            model and loss with ``[0, d]`` there, and the optimizer.
+            the model and the loss with ``[0, d]`` there, and step the optimizer.
 
     Note:
-        A rank that leaves without having made any step cannot know the widths of a batch and raises. Its empty batches
-        leave its gradients alone. At the end parameters and buffers of ``loss`` become those of a rank that went on to
-        the end; states of optimizers stay as they are, as under torch's ``Join``.
+        A rank that leaves without having made any step cannot know the widths of a batch and raises. Empty batches
+        leave its gradients unchanged. At the end, all ranks take the parameters and buffers of ``loss`` from a rank
+        that ran to the end; optimizer states stay as they are, as under torch's ``Join``.
     """
 
     def __init__(self, loss: nn.Module, group: Any = None, device: torch.device | str = "cpu") -> None:
         super().__init__()
         if any(hasattr(p, "device_mesh") for p in loss.parameters()):
             raise ValueError(
-                "msacore::join: expected parameters of `loss` that every rank holds in full, got sharded ones, of "
-                "which a rank without steps would not update its share; call the model and the loss with tensors [0, d]"
+                "msacore::join: expected parameters of `loss` that every rank holds in full, got sharded ones: a rank "
+                "without steps would not update its share; call the model and the loss with tensors [0, d]"
             )
         self.loss = loss
         self._group: Any = dist.group.WORLD if group is None else as_sharding("join", group).group
@@ -162,7 +162,7 @@ class join(Joinable):
                 parameter.grad = grad
 
     def _share_temperatures(self, runs: bool) -> None:
-        """A rank without steps does not step its optimizer, but the temperature it has counts in its empty batch."""
+        """Copy temperatures to ranks without steps: their optimizers stand still, but an empty batch reads them."""
         single = [p for p in self.loss.parameters() if p.numel() == 1]
         if not single:
             return
@@ -176,7 +176,7 @@ class join(Joinable):
                     parameter.fill_(value)
 
     def adopt(self, went_on: bool) -> None:
-        """Parameters and buffers of a rank that ``went_on`` to the end, on all."""
+        """Copy the parameters and buffers of a rank that ``went_on`` to the end to all ranks."""
         last = torch.tensor(dist.get_rank(self._group) if went_on else -1, device=self._device)
         dist.all_reduce(last, dist.ReduceOp.MAX, group=self._group)
         source = dist.get_global_rank(self._group, int(last))

@@ -1,7 +1,8 @@
 """Replicated losses: every rank gathers all rows and evaluates the operator of one process on them.
 
-Bits equal those of one process. One collective forward and none backward, so that a rank that skips its backward pass
-cannot hang the others. For batches of some thousand rows; see `Sharding` for larger ones.
+The result equals that of one process bit for bit. There is one collective in the forward pass and none in the backward
+pass, so a rank that skips its backward pass cannot hang the others. For batches of a few thousand rows; see `Sharding`
+for larger ones.
 """
 
 from collections.abc import Callable, Sequence
@@ -39,14 +40,14 @@ def _check_capacity(op: str, sharding: Sharding, count: int) -> None:
 
 
 def _valid(mask: Tensor | None, sharding: Sharding, layout: Layout, like: Tensor) -> Tensor | None:
-    """The mask of this rank's rows; with a capacity it must exist, also on a rank that is full: others pad."""
+    """The mask of this rank's rows; with a capacity even a full rank needs one, because others pad."""
     if mask is None and sharding.capacity is not None:
         return torch.ones(layout.rows, dtype=torch.bool, device=like.device)
     return mask
 
 
 def hidden(mask: Tensor | None, labels: Tensor | None = None) -> Tensor | None:
-    """Rows that are never read."""
+    """Which rows are never read."""
     hidden = None if mask is None else ~mask
     if labels is None:
         return hidden
@@ -55,7 +56,7 @@ def hidden(mask: Tensor | None, labels: Tensor | None = None) -> Tensor | None:
 
 @dataclass
 class Contrast:
-    """The arguments of `info_nce` on this rank, checked, and how their rows lie over the ranks."""
+    """The arguments of `info_nce` on this rank, checked, and the layouts of their rows."""
 
     anchors: Tensor
     candidates: Tensor | None  # None: the anchors themselves
@@ -70,8 +71,8 @@ class Contrast:
     of_anchors: Layout
     of_candidates: Layout
     of_negatives: Layout
-    one_role: bool  # every row that is an anchor is a candidate with the same label, and there are no others
-    gradients: tuple[bool, ...]  # by rank: whether it needs gradients
+    one_role: bool  # every anchor is a candidate with the same label, and there are no other candidates
+    gradients: tuple[bool, ...]  # whether each rank needs gradients
 
     @property
     def own(self) -> bool:
@@ -123,7 +124,7 @@ def contrast(
     def check() -> None:
         _check_capacity(op, sharding, max(n, m))
         on_slab = dict(given)
-        if columns and weights is not None:  # the rank's own columns stand for those of all ranks, which come later
+        if columns and weights is not None:  # the rank's own columns stand in for those of all ranks, counted later
             on_slab["weights"] = weights.detach().new_empty((len(weights), m), device="meta")
         first, second, *rest = on_slab.items()
         of_rows = {name: on_meta(value) for name, value in rest}
@@ -153,7 +154,7 @@ def contrast(
             rank, size = wrong[0]
             raise RuntimeError(
                 f"msacore::{op}: on rank {rank}: expected `weights` to have shape [n, N'] = "
-                f"[{size[0]}, {of_candidates.total}], one column a candidate of all ranks, got [{size[0]}, {size[3]}]"
+                f"[{size[0]}, {of_candidates.total}], one column per candidate of all ranks, got [{size[0]}, {size[3]}]"
             )
         weights = weights.reshape(n, of_candidates.total)
     given_labels = labels if isinstance(labels, (tuple, list)) else (labels, None)
@@ -257,7 +258,7 @@ def hierarchy_layout(
     labels: Tensor | None,
     options: dict[str, Any],
 ) -> tuple[Layout, Tensor | None, tuple[bool, ...]]:
-    """How the rows of the hierarchical loss lie over the ranks, what is available on this one, who needs gradients."""
+    """Layout of the hierarchical loss's rows, what is available on this rank, and which ranks need gradients."""
     op = "hierarchical_contrastive_loss"
     n = rows_of(fused)
     given = dict(unimodal=unimodal, fused=fused, high_level=high_level, available=available, labels=labels)
@@ -316,7 +317,7 @@ def rank_layout(
     temperature: float | Tensor,
     mask: Tensor | None,
 ) -> tuple[Layout, Tensor | None, tuple[bool, ...]]:
-    """How the rows of `rank_n_contrast` lie over the ranks, the mask of this rank's, and who needs gradients."""
+    """Layout of the rows of `rank_n_contrast`, the mask of this rank's rows, and which ranks need gradients."""
     op = "rank_n_contrast"
     n = rows_of(embeddings)
     given = dict(embeddings=embeddings, targets=targets, mask=mask)

@@ -1,7 +1,8 @@
 """Blocks of candidates pass from rank to rank, for batches that no rank can hold: memory linear in a rank's own rows.
 
-What is known of the candidates of a block travels with it: in the forward pass their sums, in the backward pass their
-gradients. After as many steps as there are ranks it is home. The next block is under way while a rank works on one.
+What is known about the candidates of a block travels with it: their sums in the forward pass, their gradients in the
+backward pass. After W steps, one per rank, a block is back at its owner. While a rank works on a block, the next one is
+already on its way.
 """
 
 from collections.abc import Callable, Sequence
@@ -16,7 +17,7 @@ from msacore.distributed.tiles import POSITIVES, SUMS, Rows, Tile, merge
 
 
 class _Block:
-    """What travels of this rank's candidates: rows, labels and masks, each once, and ``extra`` ``[rows, E]``."""
+    """What is sent of this rank's candidates: rows, labels and masks, each once, and ``extra`` ``[rows, E]``."""
 
     def __init__(self, plan: Plan, given: Given, extra: Tensor) -> None:
         found: list[Tensor | None] = [None, extra]
@@ -44,7 +45,7 @@ class _Block:
         return [None, *unpack(buffer, self._tensors)]
 
     def rows(self, plan: Plan, k: int, found: Sequence[Tensor | None], begin: int) -> Rows:
-        """The candidates of term k in what was read."""
+        """The candidates of term k among the tensors ``found`` that were read."""
         labels, mask = self._roles[k]
         x = found[self._rows[plan.terms[k].candidates]]
         assert x is not None
@@ -54,15 +55,15 @@ class _Block:
 def _travel(
     plan: Plan, given: Given, extra: Tensor, start: Tensor, visit: Callable[[int, list[Tile], Tensor, Tensor], Tensor]
 ) -> Tensor:
-    """Every rank visits every block; returns what has travelled with this rank's own.
+    """Every rank visits every block; returns what has travelled with this rank's own block.
 
     Args:
         plan: What is computed.
         given: This rank's tensors.
-        extra: ``[rows, E]``, what others should know of this rank's candidates.
+        extra: ``[rows, E]``, what other ranks need to know about this rank's candidates.
         start: ``[rows, A]``, what travels with the block and changes.
-        visit: Called with the rank whose block it is, tiles of all terms, ``extra`` of the block, and what has come
-            with it; returns what goes on.
+        visit: Called with the rank that owns the block, tiles of all terms, ``extra`` of the block, and what has
+            travelled with it so far; returns what travels on.
     """
     op, group, layout = plan.op, plan.sharding.group, plan.of_candidates
     most, world = max(layout.counts), plan.sharding.world
@@ -91,7 +92,7 @@ def _travel(
 
 
 def _like(given: Given) -> Tensor:
-    """An empty tensor on the device of the rows."""
+    """A 0-d float64 tensor on the device of the rows, from which others are made."""
     return given.own[0].new_zeros((), dtype=torch.float64)
 
 
@@ -122,7 +123,7 @@ def sums(plan: Plan, given: Given) -> tuple[list[Tensor], list[Tensor]]:
 def positives(
     plan: Plan, given: Given, of_rows: Sequence[Tensor], of_columns: Sequence[Tensor]
 ) -> tuple[list[Tensor], list[Tensor]]:
-    """The same of the positives against the negatives, ``[2, rows]``."""
+    """Merged sums ``[2, rows]`` of the positives against the negatives, for the same rows."""
     rows, like, width = plan.of_candidates.rows, _like(given), POSITIVES
     result: list[Tensor | None] = [None] * len(plan.terms)
 

@@ -1,4 +1,4 @@
-"""Rows of all ranks on every rank, in one collective; the gradient of a rank's own rows."""
+"""Gathers the rows of all ranks on every rank in one collective, with the gradient of a rank's own rows."""
 
 import math
 from collections.abc import Sequence
@@ -40,7 +40,7 @@ class Layout:
 
 
 class _Scale(torch.autograd.Function):
-    """The same rows, whose gradient is multiplied by a number."""
+    """The identity, with its gradient multiplied by a number."""
 
     @staticmethod
     def forward(ctx: Any, x: Tensor, factor: float) -> Tensor:
@@ -57,7 +57,7 @@ def scale_gradient(x: Tensor, factor: float) -> Tensor:
 
 
 def pad_rows(x: Tensor, rows: int) -> Tensor:
-    """Zeros (False) behind the rows of ``x``."""
+    """``x`` followed by ``rows`` rows of zeros (False)."""
     return x if rows == 0 else torch.cat([x, x.new_zeros((rows, *x.shape[1:]))])
 
 
@@ -71,7 +71,7 @@ def _from_bytes(rows: Tensor, like: Tensor) -> Tensor:
     shape = (len(rows), *like.shape[1:])
     if rows.shape[1] == 0:
         return like.new_empty(shape)
-    # A copy: the bytes of a slice need not begin where a wider type may.
+    # A copy, because the bytes of a slice may be misaligned for a wider type.
     return rows.new_empty(rows.shape).copy_(rows).view(like.dtype).reshape(shape)
 
 
@@ -110,10 +110,10 @@ def gather_rows(
     Args:
         op: Name of the operator.
         sharding: The ranks.
-        layout: Of the rows.
+        layout: Layout of the rows.
         tensors: ``[rows, …]`` each, padded here; all of them travel in one buffer of bytes.
         unread: For each tensor, which of its rows ``[rows]`` are never read: they travel as zeros, whatever they hold.
-        factor: The gradients of this rank's rows are multiplied by it.
+        factor: Multiplies the gradients of this rank's rows.
     """
     present = [(x, hidden) for x, hidden in zip(tensors, unread, strict=True) if x is not None]
     own = [pad_rows(x, layout.padding) for x, _ in present]
@@ -132,7 +132,7 @@ def gather_rows(
 
 
 class _OwnRows(torch.autograd.Function):
-    """A rank's rows of the losses of all anchors; backward gathers what every rank says of its own."""
+    """A rank's own rows of the losses of all anchors; backward gathers every rank's gradient of its own rows."""
 
     @staticmethod
     def forward(ctx: Any, losses: Tensor, op: str, sharding: Sharding, layout: Layout) -> Tensor:

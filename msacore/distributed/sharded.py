@@ -1,7 +1,7 @@
 """Sharded losses: a rank evaluates its share of the pairs of rows.
 
-The gradient is exact; see `terms` for how the shares make the whole. Both passes are collective: every rank must call
-backward.
+The gradient is exact; see `terms` for how the shares add up to the whole. Both passes are collective: every rank
+must call backward.
 """
 
 from collections.abc import Callable, Sequence
@@ -20,20 +20,20 @@ from msacore.distributed.terms import Given, Plan, Role, Term
 from msacore.distributed.tiles import ALL, DECOUPLED, NEGATIVES
 from msacore.ops._check import as_flag, as_number_or_tensor, as_optional_indices
 
-_Members = tuple[int, ...]  # the modalities that must be there
-_Edges = list[tuple[int, int, int, _Members]]  # of terms: their tier, their two embeddings
+_Members = tuple[int, ...]  # the modalities that must be available
+_Edges = list[tuple[int, int, int, _Members]]  # per term: its tier, its two embeddings, the modalities they need
 
 _DENOMINATORS = {"all": ALL, "negatives": NEGATIVES, "decoupled": DECOUPLED}
 
 
 def _compute_dtype(x: Tensor) -> torch.dtype:
-    """What the losses compute in: float32 for 16-bit rows under autocast."""
+    """The dtype that the losses compute in: float32 for 16-bit rows under autocast."""
     cast = torch.is_autocast_enabled(x.device.type) and x.dtype in (torch.float16, torch.bfloat16)
     return torch.float32 if cast else x.dtype
 
 
 def _temperatures(op: str, values: Sequence[tuple[str, Any]]) -> tuple[list[float], list[int | None], list[Tensor]]:
-    """Numbers, which of the learned ones each is, and the learned ones."""
+    """The temperatures as numbers; the place of each among the learned ones, or None; the learned ones."""
     numbers: list[float] = []
     which: list[int | None] = []
     learned: list[Tensor] = []
@@ -68,7 +68,7 @@ def info_nce(
     labels = c.anchor_labels if c.candidate_labels is None else c.candidate_labels
     whole = all_labels = all_mask = None
     if way is sweep and c.one_role:
-        way, symmetric = halves, False  # both directions are one
+        way, symmetric = halves, False  # both directions are the same
         sent, gone = [c.anchors, labels, c.anchor_mask], replicated.hidden(c.anchor_mask, labels)
         whole, all_labels, all_mask = halves.gather(op, sharding, c.of_anchors, sent, [gone, None, None])
     elif way is sweep:
@@ -80,7 +80,7 @@ def info_nce(
     (number,), (which,), learned = _temperatures(op, [("temperature", temperature)])
     code = _DENOMINATORS[denominator]
     if code == NEGATIVES and c.anchor_labels is None and c.weights is None:
-        code = ALL  # of one positive a row the two are the same, and this is one sweep
+        code = ALL  # with one positive per row the two are the same, and this takes one sweep
     own = c.candidates is None
     plan = Plan(
         op=op,
@@ -126,13 +126,13 @@ class _Hierarchy:
 
     Attributes:
         sharding: The ranks.
-        layout: Of the rows.
-        embeddings: Those of modalities, the fused one, those of pairs; this rank's rows.
-        modalities: Their number.
+        layout: Layout of the rows.
+        embeddings: Those of the modalities, the fused one, those of the pairs; this rank's rows.
+        modalities: Number of modalities.
         available: ``[rows, modalities]`` bool, or None.
         labels: ``[rows]``, or None.
         numbers: Temperatures of the tiers.
-        which: Which of the learned ones each is, or None.
+        which: Place of each among the learned ones, or None.
         learned: Temperatures that are tensors.
         normalize: As in `msacore.hierarchical_contrastive_loss`.
     """
@@ -149,7 +149,7 @@ class _Hierarchy:
     normalize: bool
 
     def losses(self, edges: _Edges, way: Any) -> Tensor:
-        """Losses of some of the terms."""
+        """Losses of the terms ``edges``."""
         op, layout = "hierarchical_contrastive_loss", self.layout
         plan = Plan(
             op=op,
@@ -197,7 +197,7 @@ class _Hierarchy:
 
 
 def _all_of(available: Tensor | None, members: _Members) -> Tensor | None:
-    """``[rows]``: where all these modalities are there."""
+    """``[rows]``: where all these modalities are available."""
     return None if available is None else available[:, list(members)].all(1)
 
 
@@ -220,7 +220,7 @@ def hierarchical_contrastive_loss(
 ) -> Any:
     """`msacore.hierarchical_contrastive_loss` of the rows of all ranks.
 
-    One embedding of every term travels: together all but the first modality and the first pair.
+    One embedding of every term is sent: with "cross_modal", all but the first modality and the first pair.
     """
     op = "hierarchical_contrastive_loss"
     m, embeddings = len(unimodal), [*unimodal, fused, *high_level]
@@ -236,7 +236,7 @@ def hierarchical_contrastive_loss(
     shared = _Hierarchy(
         sharding, layout, embeddings, m, available, labels, numbers, which, learned, as_flag(op, "normalize", normalize)
     )
-    # Modalities against themselves come first: they take half the work.
+    # Terms of a modality against itself are the first edges; `halves` takes half the work for them.
     itself = m if intra_modal and way is sweep else 0
     losses = shared.losses(edges[itself:], way)
     if itself:
@@ -262,7 +262,7 @@ def rank_n_contrast(
 ) -> Tensor:
     """`msacore.rank_n_contrast` of the rows of all ranks; a rank takes an even share of the anchors, not its own rows.
 
-    An anchor's terms need the order of all targets, which every rank sorts alike.
+    An anchor's terms need the order of all targets, which every rank sorts in the same way.
     """
     op = "rank_n_contrast"
     unread = replicated.hidden(mask)

@@ -1,4 +1,4 @@
-"""How a batch lies over the ranks of a process group."""
+"""How a batch is distributed over the ranks of a process group."""
 
 from dataclasses import dataclass
 from typing import Any, Literal, get_args
@@ -11,20 +11,20 @@ MODES: tuple[Mode, ...] = get_args(Mode)
 
 @dataclass(frozen=True)
 class Sharding:
-    """A process group with options of the losses; every function with ``group=`` takes one, `select` its group alone.
+    """A process group with options for the losses. Functions with ``group=`` take one; `select` uses only the group.
 
     Args:
         group: A ``ProcessGroup``, a 1-D ``DeviceMesh`` or ``(mesh, dimension)``.
-        capacity: Rows a rank can have at most. All ranks pad to it, so that shapes are static: no exchange of sizes, no
-            host synchronisation, and ``torch.compile(fullgraph=True)`` works. Every rank must then have as many
-            entries of a queue ``negatives``. Without it a small header travels first.
+        capacity: Maximum number of rows of a rank. All ranks pad to it, so that shapes are static: no exchange of
+            sizes, no host synchronisation, and ``torch.compile(fullgraph=True)`` works. A queue ``negatives`` must
+            then have the same number of entries on every rank. Without a capacity, a small header is exchanged first.
         mode: "replicated" (every rank evaluates the whole batch), "sharded" (a rank evaluates its rows against all),
-            "ring" (the same, but the rows of others pass by in blocks, so that memory is linear in a rank's own rows;
-            not of `rank_n_contrast`) or "auto", a rule on sizes that is the same on every rank.
-        memory: Bytes of a rank's memory that "auto" reckons with: it takes the ring where the rows of all ranks that
-            a rank would hold are more than an eighth of them.
-        check: Compare the upstream gradients of the ranks in backward, which must be equal (those of "none" belong to
-            rows and are not compared), and with ``capacity`` the headers too; costs a small collective each.
+            "ring" (the same, but the rows of other ranks pass by in blocks, so that memory is linear in a rank's own
+            rows; not for `rank_n_contrast`) or "auto", a rule on sizes that is the same on every rank.
+        memory: Bytes of memory that "auto" assumes for a rank: it chooses the ring where the rows of all ranks, which
+            a rank would otherwise hold, take more than an eighth of this memory.
+        check: In backward, check that the upstream gradients of all ranks are equal (those of "none" belong to rows
+            and are not compared); with ``capacity``, compare the headers too. Each check costs a small collective.
 
     Raises:
         ValueError: An argument has the wrong kind or range.
@@ -88,7 +88,7 @@ def _process_group(group: Any) -> Any:
 
 
 def as_sharding(op: str, group: Any) -> Sharding:
-    """What ``group=`` of a public function holds, as a Sharding."""
+    """The argument ``group=`` of a public function, as a Sharding."""
     if isinstance(group, Sharding):
         return group
     try:

@@ -1,4 +1,4 @@
-"""A rank visits its anchors against the candidates of all ranks, which it holds: one sweep for both directions."""
+"""A rank visits its anchors against the candidates of all ranks, which it holds: one sweep serves both directions."""
 
 from collections.abc import Sequence
 
@@ -19,7 +19,7 @@ def _tile(plan: Plan, given: Given, k: int) -> Tile:
 
 
 def _of_owners(plan: Plan, columns: Sequence[Tensor], numbers: int) -> list[list[Tensor]]:
-    """For every symmetric term, what each rank has found of this rank's candidates, ``[numbers, rows]``."""
+    """For every symmetric term, what each rank has found for this rank's candidates, ``[numbers, rows]``."""
     if not plan.columns:
         return []
     packed = torch.cat([columns[k] for k in plan.columns])
@@ -28,7 +28,7 @@ def _of_owners(plan: Plan, columns: Sequence[Tensor], numbers: int) -> list[list
 
 
 def _everywhere(plan: Plan, columns: Sequence[Tensor]) -> dict[int, Tensor]:
-    """By symmetric term ``[R, N']``: what every rank knows of its candidates."""
+    """For every symmetric term, what every rank knows about its candidates, ``[R, N']``."""
     if not plan.columns:
         return {}
     numbers = len(columns[0])
@@ -47,7 +47,7 @@ def sums(plan: Plan, given: Given) -> tuple[list[Tensor], list[Tensor]]:
 def positives(
     plan: Plan, given: Given, of_rows: Sequence[Tensor], of_columns: Sequence[Tensor]
 ) -> tuple[list[Tensor], list[Tensor]]:
-    """The same of the positives against the negatives, ``[2, rows]``."""
+    """Merged sums ``[2, rows]`` of the positives against the negatives, for the same rows."""
     everywhere = _everywhere(plan, of_columns)
     found = []
     for k in range(len(plan.terms)):
@@ -59,7 +59,7 @@ def positives(
 
 def gradients(plan: Plan, given: Given, known: Known) -> Gradients:
     result, of_rows, of_columns = Gradients(given), known.of_rows, known.of_columns
-    if plan.columns and plan.reduction == "none":  # candidates are weighted one by one, as their owners say
+    if plan.columns and plan.reduction == "none":  # every candidate has a scale of its own, which its owner knows
         of_columns = [
             torch.cat([stats, known.scales[k][1].unsqueeze(0)])
             for k, stats in zip(plan.columns, of_columns, strict=True)

@@ -1,9 +1,9 @@
 """Contrastive losses over ranks as terms between embeddings: what every way of sharing the work has in common.
 
-A way of sharing (`sweep` is one) knows which rank visits which pairs of rows; it gives the sums of a rank's rows over
-all pairs, and from them gradients. Here is what comes between: losses, counts of the whole batch, factors. The gradient
-is exact: one rank visits a pair of rows, with the numbers of the whole batch. Sums over ranks are added in one order on
-every backend. Both passes are collective: every rank must call backward.
+A way of sharing (`sweep` is one) decides which rank visits which pairs of rows; it computes the sums of a rank's rows
+over all pairs, and later gradients from such sums. This module does what comes between: losses, counts over the whole
+batch, factors. The gradient is exact: one rank visits each pair of rows, with the sums over the whole batch. Sums over
+ranks are added in one order on every backend. Both passes are collective: every rank must call backward.
 """
 
 from collections.abc import Sequence
@@ -24,12 +24,12 @@ class Term:
     """InfoNCE of one embedding against another, or against itself.
 
     Attributes:
-        anchors: Number of the embedding whose rows are anchors.
-        candidates: Number of the embedding whose rows are candidates.
+        anchors: Index of the embedding whose rows are anchors.
+        candidates: Index of the embedding whose rows are candidates.
         symmetric: The mean of both directions.
-        exclude_self: Leave out pairs of equal number.
+        exclude_self: Leave out pairs of equal row number.
         temperature: A number; not read where there is ``learned``.
-        learned: Number of the learned temperature, or None.
+        learned: Index of the learned temperature, or None.
     """
 
     anchors: int
@@ -42,20 +42,20 @@ class Term:
 
 @dataclass(frozen=True)
 class Plan:
-    """Everything but tensors.
+    """What is computed: everything but tensors.
 
     Attributes:
         op: Name of the operator.
         sharding: The ranks.
-        way: Module that shares the work.
-        terms: Each of them a loss.
-        of_anchors: How anchors lie over the ranks.
-        of_candidates: How candidates lie.
-        of_queue: How the entries of the queue lie.
-        dtype: What rows are computed in.
+        way: Module that shares the work: `sweep`, `ring` or `halves`.
+        terms: The terms, each with a loss of its own.
+        of_anchors: Layout of the anchors.
+        of_candidates: Layout of the candidates.
+        of_queue: Layout of the entries of the queue.
+        dtype: Dtype that rows are converted to.
         normalize: As in `msacore.info_nce`.
-        denominator: As the operators number them.
-        reduction: "mean", "sum" or "none" (of one term).
+        denominator: Code of the denominator, as in the operators.
+        reduction: "mean", "sum" or "none" (with one term only).
     """
 
     op: str
@@ -72,12 +72,12 @@ class Plan:
 
     @property
     def columns(self) -> list[int]:
-        """Numbers of the symmetric terms."""
+        """Indices of the symmetric terms."""
         return [k for k, term in enumerate(self.terms) if term.symmetric]
 
     @property
     def sent(self) -> list[int]:
-        """Numbers of the embeddings whose rows are candidates on other ranks."""
+        """Indices of the embeddings whose rows are candidates on other ranks."""
         return sorted({term.candidates for term in self.terms})
 
 
@@ -98,7 +98,7 @@ class Role:
 
 
 def place_in(tensors: list[Tensor | None], tensor: Tensor | None) -> int:
-    """Where ``tensor`` is in ``tensors``; it is added where it is not."""
+    """Index of ``tensor`` in ``tensors``, to which it is appended if it is missing."""
     for place, other in enumerate(tensors):
         if other is tensor:
             return place
@@ -118,7 +118,7 @@ class Given:
         queue: ``[Q, d]``, the queue of all ranks, or None.
         queue_mask: ``[Q]``, or None.
         whole: For every embedding ``[N, d]``, its rows on all ranks, or None where it was not gathered.
-        roles: One a term.
+        roles: One per term.
     """
 
     own: Sequence[Tensor]
@@ -131,7 +131,7 @@ class Given:
     roles: Sequence[Role]
 
     def flat(self) -> tuple[list[Tensor | None], tuple[int, ...]]:
-        """All tensors, those of roles once each, and which of these the roles hold."""
+        """All tensors, each tensor of the roles once, and the places of the roles' tensors among the latter."""
         first: list[Tensor | None] = [*self.own, *self.learned, self.weights, self.own_queue]
         first += [self.queue, self.queue_mask, *self.whole]
         tensors: list[Tensor | None] = []
@@ -173,7 +173,7 @@ class Given:
         return Rows(self.own[plan.terms[k].candidates], role.candidate_labels, role.candidate_mask, layout.begin)
 
     def tile(self, plan: Plan, k: int, anchors: Rows, candidates: Rows, **options: Any) -> Tile:
-        """A tile of term k; without weights and queue."""
+        """A tile of term k; without weights and queue unless ``options`` hold them."""
         term = plan.terms[k]
         learned = None if term.learned is None else self.learned[term.learned]
         options = {"symmetric": term.symmetric, "exclude_self": term.exclude_self, **options}
@@ -187,12 +187,12 @@ class Given:
 
 @dataclass(frozen=True)
 class Known:
-    """What is known of the terms over the whole batch when gradients are taken, by term.
+    """What is known over the whole batch when gradients are computed, by term.
 
     Attributes:
-        scales: Gradient of the losses of anchors, and of candidates as anchors; 0-d or one a row.
+        scales: Gradient of the losses of anchors, and of candidates as anchors; 0-d or one per row.
         of_rows: What :func:`finish` keeps of anchors.
-        of_columns: The same of the candidates of the symmetric terms.
+        of_columns: The same for the candidates of the symmetric terms.
         used: How many anchors and candidates take part.
     """
 
@@ -256,11 +256,11 @@ def losses(plan: Plan, given: Given) -> Tensor:
     return _Terms.apply(plan, len(given.own), places, *tensors)
 
 
-_NUMBERS = 6  # of a term: sums of losses and counts of anchors, of rows and of columns; rows and columns that take part
+_NUMBERS = 6  # per term: sum of losses and count of anchors, for rows and for columns; how many of each take part
 
 
 def _losses(plan: Plan, given: Given) -> tuple[Tensor, list[Tensor], Tensor]:
-    """Losses; for every term what is kept of anchors, then of the candidates of symmetric terms; the counts."""
+    """The losses; what is kept of the anchors of every term, then of the candidates of symmetric terms; the counts."""
     of_rows, of_columns = plan.way.sums(plan, given)
     more_rows: Sequence[Tensor | None] = [None] * len(of_rows)
     more_columns: Sequence[Tensor | None] = [None] * len(of_columns)

@@ -13,8 +13,8 @@ from msacore.ops.info_nce_partial import (
 )
 
 ALL, NEGATIVES, DECOUPLED = 0, 1, 2  # denominators, as the operators number them
-SUMS = 4  # numbers of a row that `Tile.sums` gives
-POSITIVES = 2  # and `Tile.positives`
+SUMS = 4  # numbers per row in `Tile.sums`
+POSITIVES = 2  # and in `Tile.positives`
 
 
 @dataclass(frozen=True)
@@ -25,7 +25,7 @@ class Rows:
         x: ``[n, d]``.
         labels: ``[n]``, or None.
         mask: ``[n]`` bool, or None.
-        begin: Number of the first row in the whole batch.
+        begin: Row number of the first row in the whole batch.
     """
 
     x: Tensor
@@ -38,7 +38,7 @@ class Rows:
         return Rows(self.x[begin:end], labels, mask, self.begin + begin)
 
     def takes_part(self) -> Tensor | None:
-        """``[n]`` bool; None where all rows do."""
+        """Which rows take part, ``[n]`` bool; None where all do."""
         if self.labels is None:
             return self.mask
         labelled = self.labels >= 0
@@ -52,19 +52,19 @@ class Rows:
 
 @dataclass(frozen=True)
 class Tile:
-    """Pairs of anchors and candidates; those of equal number are positive where neither labels nor weights are given.
+    """Pairs of anchors and candidates; without labels and weights, pairs of equal row number are positive.
 
     Attributes:
         anchors: ``[n, d]``.
         candidates: ``[m, d]``.
         symmetric: The candidates are anchors of the anchors too.
-        exclude_self: Leave out pairs of equal number.
+        exclude_self: Leave out pairs of equal row number.
         normalize: As in `msacore.info_nce`.
         denominator: ``ALL``, ``NEGATIVES`` or ``DECOUPLED``.
         temperature: A number; not read where there is ``learned``.
         learned: 0-d, or None.
         weights: ``[n, m]``, or None.
-        queue: ``[Q, d]`` further candidates of the anchors, positive of none, or None.
+        queue: ``[Q, d]`` further candidates of every anchor, positive for none; or None.
         queue_mask: ``[Q]`` bool, or None.
     """
 
@@ -95,22 +95,22 @@ class Tile:
         }
 
     def sums(self) -> tuple[Tensor, Tensor]:
-        """Of anchors ``[4, n]`` and, where symmetric, candidates ``[4, m]``; :func:`merge` takes them."""
+        """Sums of anchors ``[4, n]`` and, where symmetric, of candidates ``[4, m]``, for :func:`merge`."""
         return info_nce_partial(*self._inputs(), **self._options(), denominator=self.denominator)
 
     def positives(self, of_rows: Tensor, of_columns: Tensor) -> tuple[Tensor, Tensor]:
-        """Sums over the positives against the negatives, whose :func:`negatives` over all tiles are known."""
+        """Sums over the positives against the negatives, given :func:`negatives` of the sums over all tiles."""
         dtype = self.dtype
         return info_nce_partial_positives(*self._inputs(), of_rows.to(dtype), of_columns.to(dtype), **self._options())
 
     def gradients(
         self, scale: tuple[Tensor, Tensor], stats: tuple[Tensor, Tensor], used: tuple[Tensor, Tensor]
     ) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
-        """Of anchors, candidates, temperature, weights and queue.
+        """Gradients of anchors, candidates, temperature, weights and queue.
 
         Args:
-            scale: Gradient of the loss of every anchor, and of every candidate as an anchor; 0-d or one a row.
-            stats: Of anchors and, where symmetric, candidates, from :func:`finish`.
+            scale: Gradient of the loss of every anchor, and of every candidate as an anchor; 0-d or one per row.
+            stats: What :func:`finish` keeps of anchors and, where symmetric, of candidates.
             used: How many anchors and candidates take part in all tiles.
         """
         dtype = self.dtype
@@ -123,7 +123,7 @@ class Tile:
 
     @property
     def dtype(self) -> torch.dtype:
-        """Of what is kept of a row."""
+        """Dtype of what is kept of a row."""
         return torch.float64 if self.anchors.x.dtype == torch.float64 else torch.float32
 
     @property
@@ -154,7 +154,7 @@ def add(parts: Sequence[Tensor]) -> Tensor:
 
 
 def negatives(sums: Tensor) -> Tensor:
-    """What `Tile.positives` takes of merged sums: highest similarity and logarithm relative to it, ``[2, n]``."""
+    """What `Tile.positives` needs of merged sums: highest similarity and logarithm relative to it, ``[2, n]``."""
     base = torch.where(sums[0].isfinite(), sums[0], 0.0)
     return torch.stack([base, sums[1].log()])
 
@@ -162,7 +162,7 @@ def negatives(sums: Tensor) -> Tensor:
 def finish(
     sums: Tensor, positives: Tensor | None, denominator: int, tau: float | Tensor
 ) -> tuple[Tensor, Tensor, Tensor]:
-    """From the sums over all candidates of some anchors: their losses, what backward takes, and which of them count."""
+    """From the sums of anchors over all candidates: the losses, what backward needs, and which anchors count."""
     base, log = negatives(sums)
     weight, similarity = sums[2], sums[3]
     if denominator == DECOUPLED:

@@ -1,1 +1,1 @@
-"""The operators: fake kernels, autograd formulas, autocast rules and public functions, a file per family."""
+"""The operators: fake kernels, autograd formulas, autocast rules and public functions, one file per family."""

@@ -16,9 +16,9 @@ def _to_float32(value: Any) -> Any:
 
 
 def compute_in_float32(name: str, keep: Collection[int] = ()) -> None:
-    """Make ``msacore::<name>`` cast its 16-bit tensors to float32 inside autocast, but those at the positions ``keep``.
+    """Make ``msacore::<name>`` cast its 16-bit tensors to float32 inside autocast, except at the positions ``keep``.
 
-    ``torch.library.register_autocast`` would do, but refuses operators with keyword-only arguments.
+    ``torch.library.register_autocast`` would do this, but refuses operators with keyword-only arguments.
     """
     op = getattr(torch.ops.msacore, name).default
 

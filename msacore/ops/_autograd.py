@@ -65,8 +65,8 @@ def _refuse_tangents(op: Any, arguments: Sequence[Any]) -> None:
 class _Saved:
     """What a backward formula sees of the context, with the saved tensors read.
 
-    They are read once, because each reading unpacks, which checkpoints allow only once; and they are read before
-    anything else, because a checkpoint runs the model's forward pass again when they are.
+    They are read only once, because each reading unpacks them, which checkpoints allow only once; and they are read
+    before anything else, because reading them makes a checkpoint run the model's forward pass again.
     """
 
     def __init__(self, ctx: Any) -> None:
@@ -79,7 +79,7 @@ def _short_function(op: Any, setup_context: Formula | None, backward: Formula) -
     """The formula as an autograd function, which costs less host time than torch's registered form of it."""
 
     # The older form of forward: torch inspects the signature of the newer one on every call. What is not a tensor comes
-    # last, so that `ctx.needs_input_grad` counts as it does in the registered formula.
+    # last, so that `ctx.needs_input_grad` has the positions that the registered formula expects.
     def forward(ctx: Any, *inputs: Any) -> Any:
         *flat, lists, options = inputs
         arguments = _nest(flat, lists.arguments) if lists else flat
@@ -99,8 +99,8 @@ def _short_function(op: Any, setup_context: Formula | None, backward: Formula) -
         if ctx.lists:
             saved.needs_input_grad = _nest(ctx.needs_input_grad, ctx.lists.arguments)
             grads = ctx.lists.nest_results(grads)
-        # create_graph=True, forward mode, transforms: the gradient operator is called as any other, and refuses what is
-        # not implemented.
+        # create_graph=True, forward mode, transforms: the gradient operator is called like any other, and refuses what
+        # is not implemented.
         if torch.is_grad_enabled() or _torch.forward_mode_may_be_active() or _torch.is_in_transform():
             return *_flatten(backward(saved, *grads)), None, None
         with _torch.below_autograd():
@@ -156,7 +156,7 @@ class _GuardedLibrary(torch.library.Library):
         super().impl(op_name, self._guard(fn) if dispatch_key == "Autograd" else fn, dispatch_key, **options)
 
 
-_libraries: list[torch.library.Library] = []  # a library that is collected takes its kernels with it
+_libraries: list[torch.library.Library] = []  # a library that is garbage-collected takes its kernels with it
 
 
 def _register(op: Any, setup_context: Formula | None, backward: Formula) -> type[torch.autograd.Function]:
@@ -208,7 +208,7 @@ def differentiable(op: Any, setup_context: Formula, backward: Formula) -> Formul
     """Register an operator's autograd formula; return what the public function calls.
 
     The formula is that of ``torch.library.register_autograd``. Eager calls take a shorter way to it, because the
-    registered one costs more host time than small inputs need to compute. Compilers, tracers, function transforms,
+    registered one costs more host time than computing small inputs takes. Compilers, tracers, function transforms,
     autocast and direct calls of the operator use the registered one.
     """
     apply = _torch.short_apply(_register(op, setup_context, backward))
@@ -228,5 +228,5 @@ def differentiable(op: Any, setup_context: Formula, backward: Formula) -> Formul
 
 
 def will_differentiate(*tensors: Tensor) -> bool:
-    """Whether a call should keep for its backward pass what costs memory. A trace must not depend on it."""
+    """Whether a call should keep memory-consuming results for its backward pass. A trace must not depend on this."""
     return _torch.is_tracing() or (torch.is_grad_enabled() and any(t.requires_grad for t in tensors))

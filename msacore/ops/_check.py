@@ -1,4 +1,4 @@
-"""Argument checks: of the fake kernels, in the words of the C++ ones (csrc/core/check.h), and of the public functions.
+"""Argument checks of the fake kernels, worded like the C++ ones (csrc/core/check.h), and of the public functions.
 
 The functions called ``as_…`` take what a user passed, of whatever type, and return what an operator takes.
 """
@@ -50,7 +50,7 @@ def check_device(op: str, name: str, tensor: Tensor, like: Tensor) -> None:
 
 
 def describe(value: Any) -> str:
-    """What came, in the words of a message."""
+    """The value that was given, in the words of a message."""
     if isinstance(value, Tensor):
         if value.is_nested:
             return "a nested tensor"
@@ -93,7 +93,7 @@ def as_indices(op: str, name: str, value: Any) -> Tensor:
         fail(op, f"expected `{name}` to have dtype int64 or another integer one, got {dtype_name(tensor.dtype)}")
     wide = tensor.to(torch.int64)
     if tensor.dtype == torch.uint64 and type(tensor) is Tensor and tensor.is_cpu and not torch.compiler.is_compiling():
-        # What is too large for int64 would become negative, which says something else. The CPU alone reads values.
+        # A value too large for int64 would become negative, which has another meaning. Values are read on the CPU only.
         large = wide[wide < 0]
         if len(large):
             fail(op, f"expected `{name}` of dtype uint64 below 2^63, got {(1 << 64) + int(large[0])}")
@@ -105,7 +105,7 @@ def as_optional_indices(op: str, name: str, value: Any) -> Tensor | None:
 
 
 def _item(op: str, name: str, tensor: Tensor) -> Any:
-    """The value of a tensor that stands for a number: nothing that autograd or a CUDA graph would have to know of."""
+    """The value of a tensor that stands for a number; refused where autograd or a CUDA graph would record it."""
     if tensor.requires_grad:
         fail(op, f"`{name}` is not differentiable: expected a number, got a tensor that requires grad; detach it")
     if tensor.is_nested or tensor.numel() != 1:
@@ -148,7 +148,7 @@ def as_number_or_tensor(op: str, name: str, value: Any) -> tuple[float, Tensor |
 
 
 def as_integer(op: str, name: str, value: Any) -> Any:
-    """Return a whole number of 64 bits that is not a bool; a tensor with one is read by value."""
+    """Return an integer of 64 bits that is not a bool; a tensor that holds one is read by value."""
     if isinstance(value, Tensor):
         value = _item(op, name, value)
     if isinstance(value, bool) or not isinstance(value, (Integral, torch.SymInt)):
@@ -169,7 +169,7 @@ def as_flag(op: str, name: str, value: Any) -> bool:
 
 
 def as_choice(op: str, name: str, value: Any, choices: Mapping[str, int]) -> int:
-    """Return the code of an option that is one of few words."""
+    """Return the code of an option that is one of a few words."""
     if isinstance(value, str) and value in choices:
         return choices[value]
     *names, last = (f'"{choice}"' for choice in choices)

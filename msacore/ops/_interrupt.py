@@ -1,4 +1,4 @@
-"""Operators with long loops: on the CPU they run the handlers of signals and end when one raises, as Ctrl-C does."""
+"""Operators with long loops: on the CPU they run signal handlers and end when one raises, as Ctrl-C's does."""
 
 from collections.abc import Callable
 from typing import Any
@@ -11,7 +11,7 @@ _C.hear_signals()
 
 
 def interruptible(op: Callable[..., Any]) -> Callable[..., Any]:
-    """Wrap an operator so that what a handler raised comes out of it, and not the error that ended its loop."""
+    """Wrap an operator so that it raises what a signal handler raised, and not the error that ended its loop."""
 
     def call(*arguments: Any, **options: Any) -> Any:
         if torch.compiler.is_compiling():

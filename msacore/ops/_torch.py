@@ -21,7 +21,7 @@ def _find(*path: str) -> Any:
 
 
 def _apply_of(function: type[torch.autograd.Function]) -> Any:
-    """``function.apply`` less its detour for function transforms, which the dispatcher handles here."""
+    """``function.apply`` without its detour for function transforms, which the dispatcher handles here."""
     return getattr(super(torch.autograd.Function, function), "apply", None)
 
 
@@ -48,12 +48,12 @@ def forward_mode_may_be_active() -> bool:
 
 
 def is_tracing() -> bool:
-    """``torch.jit.trace`` records the call."""
+    """Whether ``torch.jit.trace`` records the call."""
     return not torch.compiler.is_compiling() and _is_tracing()
 
 
 def is_plain_eager() -> bool:
-    """No compiler, tracer, autocast region, function transform or forward mode wants to see the registered operator."""
+    """Whether no compiler, tracer, autocast, function transform or forward mode needs the registered operator."""
     return not (
         torch.compiler.is_compiling()
         or not HAS_SHORT_WAY
@@ -65,7 +65,7 @@ def is_plain_eager() -> bool:
 
 
 def is_in_transform() -> bool:
-    """A function transform (``torch.func.grad``, ``vjp``, …) is on, and a function can be applied at its level."""
+    """Whether a function transform (``torch.func.grad``, …) is on and a function can be applied at its level."""
     return HAS_SHORT_WAY and _HAS_TRANSFORMS and _transforms_are_active()
 
 
@@ -86,6 +86,6 @@ def apply_in_transform(function: type[torch.autograd.Function], *inputs: Any) ->
 
 @contextmanager
 def outer_transforms() -> Iterator[None]:
-    """Inside of a function's forward: lets the transforms around the innermost one differentiate what is called."""
+    """Inside a function's forward, let the transforms around the innermost one differentiate what is called."""
     with torch.enable_grad(), _set_forward_mode(True):
         yield

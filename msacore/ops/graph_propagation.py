@@ -166,7 +166,7 @@ def graph_propagate(
     ``steps`` times: ``h[i] = (1 - alpha) · Σ_{e in rowptr[i]:rowptr[i+1]} weight[e] · h[col[e]] + alpha · x[i]``
 
     Args:
-        x: Node features, ``[n, d]``, or ``[n, H, d]`` in H heads; float16, bfloat16, float32 or float64.
+        x: Node features, ``[n, d]``, or ``[n, H, d]`` with H heads; float16, bfloat16, float32 or float64.
         rowptr: Row offsets, ``[n + 1]``, integers, non-decreasing, ``rowptr[-1] == E``. With ``steps=1`` and
             ``alpha=0`` the targets may be m other nodes: ``[m + 1]``.
         col: Source node of each edge, ``[E]``, integers in ``[0, n)``.
@@ -176,11 +176,12 @@ def graph_propagate(
         alpha: Share of the initial features kept in each step, in ``[0, 1]``; a number, not differentiable.
 
     Returns:
-        The shape of ``x`` (its first size m for other targets), dtype and device of ``x``, contiguous. With
+        A tensor of the shape (with m rows for m other targets), dtype and device of ``x``, contiguous. With
         ``alpha=0``, nodes without edges get zeros.
 
     Raises:
-        RuntimeError: A shape, dtype, device or range above does not hold (values inside tensors: on CPU only).
+        RuntimeError: A shape, dtype, device or range above does not hold (values inside tensors are checked on the CPU
+            only).
         KeyboardInterrupt: Ctrl-C during many steps on the CPU.
 
     Note:
@@ -217,7 +218,7 @@ def alternating_graph_propagate(
     Args:
         x: Node features, ``[n, d]``; float16, bfloat16, float32 or float64.
         intra: Graph of the first half-steps, ``(rowptr [n + 1], col [E], weight [E])``: integers, integers and the
-            dtype of ``x``; None for weights of one.
+            dtype of ``x``; a weight of None stands for ones.
         inter: Graph of the second half-steps, of the same form with its own number of edges.
         first_intra: Replaces ``intra`` in the first step.
         steps: Number of steps, at least 0.
@@ -227,7 +228,8 @@ def alternating_graph_propagate(
         ``[n, d]``, dtype and device of ``x``, contiguous.
 
     Raises:
-        RuntimeError: A shape, dtype, device or range above does not hold (values inside tensors: on CPU only).
+        RuntimeError: A shape, dtype, device or range above does not hold (values inside tensors are checked on the CPU
+            only).
         KeyboardInterrupt: Ctrl-C during many steps on the CPU.
 
     Note:

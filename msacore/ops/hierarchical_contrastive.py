@@ -159,7 +159,7 @@ _eager = differentiable(_loss, _setup_context, _backward)
 
 
 def _temperatures_of(value: Any) -> tuple[list[float], list[Tensor | None]]:
-    """The three temperatures, and in their places those that are tensors."""
+    """The three temperatures as numbers, and those that are tensors, each at its place."""
     op = "hierarchical_contrastive_loss"
     if isinstance(value, (Tensor, str, Mapping)) or not hasattr(value, "__iter__"):
         fail(op, f"expected `temperatures` to be a sequence of 3 numbers or tensors, got {describe(value)}")

@@ -62,7 +62,7 @@ def check_info_nce(
 ) -> tuple[Any, Any]:
     """The checks of csrc/info_nce/info_nce.h; returns N and N'.
 
-    ``is_part``: the anchors are a part of a batch, and the caller checks which candidates they are.
+    ``is_part``: the anchors are a part of a batch, and the caller checks their place among the candidates.
     """
     check_floating(op, "anchors", anchors)
     check_shape(op, "anchors", anchors, (-1, -1), "[N, d]")
@@ -120,7 +120,7 @@ def check_info_nce(
 
 
 def stat_rows(denominator: int) -> int:
-    """Numbers that the forward pass keeps of a row; csrc/info_nce/info_nce.h says which."""
+    """How many numbers the forward pass keeps per row; csrc/info_nce/info_nce.h says which."""
     return 5 if denominator == _DENOMINATORS["negatives"] else 4
 
 
@@ -246,7 +246,7 @@ def info_nce(
     anchor_labels, candidate_labels = _labels_of(labels, candidates is None or candidates is anchors)
     code = as_choice(op, "denominator", denominator, _DENOMINATORS)
     if code == _DENOMINATORS["negatives"] and labels is None and weights is None:
-        code = _DENOMINATORS["all"]  # of one positive a row the two are the same, and this is one sweep
+        code = _DENOMINATORS["all"]  # with one positive per row the two are the same, and this takes one sweep
     tensors = {"weights": weights, "negatives": negatives}
     weights, negatives = (as_optional_tensor(op, name, tensor) for name, tensor in tensors.items())
     wanted = (anchors, candidates, learned, weights, negatives)

@@ -1,4 +1,4 @@
-"""InfoNCE of a part of the anchors against all candidates: what several processes merge to the loss of one batch."""
+"""InfoNCE of a part of the anchors against all candidates: what several processes merge into the loss of one batch."""
 
 from typing import Any, NoReturn
 
@@ -75,8 +75,8 @@ def _(row_scale: Tensor, column_scale: Tensor, *arguments: Any, **options: Any) 
 def _refuse_derivatives_of(name: str) -> None:
     def refuse(ctx: Any, *grads: Any) -> NoReturn:
         raise RuntimeError(
-            f"msacore::{name}: not differentiable by itself; gradients come from info_nce_partial_backward, given what "
-            "all parts have merged"
+            f"msacore::{name}: not differentiable by itself; gradients come from info_nce_partial_backward, given the "
+            "merged results of all parts"
         )
 
     torch.library.register_autograd(f"msacore::{name}", refuse)

@@ -14,7 +14,7 @@ fold = torch.ops.msacore.kcenter_fold.default
 count = torch.ops.msacore.kcenter_count.default
 products = torch.ops.msacore.kcenter_products.default
 
-SCAN_BLOCK = 4096  # rows whose column sums `scan` returns as one
+SCAN_BLOCK = 4096  # `scan` returns one set of column sums per block of this many rows
 
 
 def _check_metric(op: str, metric: int) -> None:

@@ -165,8 +165,8 @@ def low_rank_fusion(
 
     Note:
         Features that ``available`` hides are never read, and their gradient is zero. Differentiable once in every
-        floating argument; keeps the M·r projections ``[B, h]`` for the backward pass, or projects again where they
-        are more than 64 MiB. Accumulates in float32 for 16-bit types. Under autocast, arguments of mixed dtypes are
+        floating argument; keeps the M·r projections ``[B, h]`` for the backward pass, or computes them again where
+        they exceed 64 MiB. Accumulates in float32 for 16-bit types. Under autocast, arguments of mixed dtypes are
         cast to the features' dtype. Deterministic. No host synchronisation; safe in CUDA graphs. The low-rank
         multimodal fusion of Liu et al., 2018 (docs/ops.md).
 

@@ -177,7 +177,7 @@ def matrix_fusion(
 
     Raises:
         RuntimeError: A shape, dtype or device above does not hold.
-        ValueError: ``activation`` is none of the three.
+        ValueError: ``activation`` is not one of the three.
 
     Note:
         Features that ``mask`` or ``available`` hide are never read, and their gradient is zero. Differentiable once in

@@ -112,7 +112,7 @@ def _fake_modality_mean(op: str, name: str) -> None:
         return h.new_empty(h.shape)
 
 
-# All three operators are linear in their first argument: the gradient needs the others only, and no activation.
+# All three operators are linear in their first argument: the gradient needs only the others, and no activation.
 def _save(ctx: Any, inputs: tuple[Any, ...], keyword_only_inputs: dict[str, Any], output: Tensor) -> None:
     ctx.save_for_backward(*inputs[1:])
     ctx.options = keyword_only_inputs
@@ -166,15 +166,15 @@ def propagate(
     ``-past <= p[j] - p[i] <= future``, ``A_inter`` over the other modalities of the same utterance.
 
     Args:
-        x: Initial states, ``[N, M, d]``; float16, bfloat16, float32 or float64. A missing node holds what stands for
-            it, such as a mask token.
+        x: Initial states, ``[N, M, d]``; float16, bfloat16, float32 or float64. A missing node holds a placeholder,
+            such as a mask token.
         offsets: Utterances of conversation ``v`` are ``offsets[v]:offsets[v + 1]``; ``[V + 1]``, integers,
             non-decreasing from 0 to ``N``.
         available: Which nodes are present, ``[N, M]``, bool; all when omitted.
         positions: The utterances' numbers ``p``, ``[N]``, integers that increase strictly within a conversation:
-            utterances that are not there leave a gap. The row's number when omitted.
+            missing utterances leave a gap. The row's number when omitted.
         window: ``(past, future)``, how far each side reaches; one integer for both; -1 for the whole side.
-        include_self: Whether an utterance is in its own window. A window that then holds nobody sends nothing.
+        include_self: Whether an utterance is in its own window. A window that is then empty sends nothing.
         steps: Number of steps, at least 0 (0 gives a copy of ``x``).
         alpha: Share of ``x`` kept in each half-step, in ``[0, 1]``; a number, not differentiable.
         send: Missing nodes always receive. With ``"after_fill"`` they send from the first inter half-step on, with
@@ -184,17 +184,17 @@ def propagate(
         ``[N, M, d]``, dtype and device of ``x``, contiguous.
 
     Raises:
-        RuntimeError: A shape, dtype, device or range above does not hold (values of ``offsets`` and ``positions``: on
-            the CPU only; CUDA then gives wrong numbers, but stays in bounds).
-        ValueError: ``send`` is another word.
+        RuntimeError: A shape, dtype, device or range above does not hold (values of ``offsets`` and ``positions`` are
+            checked on the CPU only; with wrong ones, CUDA gives wrong numbers but stays in bounds).
+        ValueError: ``send`` is not one of the two.
         KeyboardInterrupt: Ctrl-C during many steps on the CPU.
 
     Note:
-        The work does not depend on the window, and nothing is stored for the gradient, which is one pass more of the
+        The work does not depend on the window, and nothing is stored for the gradient, which is one more pass of the
         same kind. Accumulates in float32 for 16-bit types. Deterministic. Differentiable once in ``x``. No host
-        synchronisation; safe in CUDA graphs. Sums never subtract: a non-finite ``x`` reaches only nodes within reach.
-        Relations are named by who receives: ``past`` are utterances before the receiving one. GCNet's code names them
-        by the sender's view, so that its "past" edges are ``future`` here.
+        synchronisation; safe in CUDA graphs. Sums are formed without subtraction, so a non-finite ``x`` affects only
+        nodes within reach. Relations are named from the receiver's point of view: ``past`` are the utterances before
+        the receiving one. GCNet's code names them from the sender's, so that its "past" edges are ``future`` here.
 
     Example:
         >>> x = torch.tensor([[[1.0], [3.0]], [[5.0], [7.0]]])
@@ -233,7 +233,7 @@ def window_mean(
         h: States, ``[N, M, d]``; float16, bfloat16, float32 or float64.
         offsets: Utterances of conversation ``v`` are ``offsets[v]:offsets[v + 1]``; ``[V + 1]``, integers,
             non-decreasing from 0 to ``N``.
-        senders: Nodes that count in a mean, ``[N, M]``, bool; all when omitted. The others are unread.
+        senders: Nodes that count in a mean, ``[N, M]``, bool; all when omitted. The others are not read.
         positions: The utterances' numbers, ``[N]``, integers that increase strictly within a conversation; the row's
             number when omitted.
         window: ``(past, future)``, how far each side reaches; one integer for both; -1 for the whole side.
@@ -243,8 +243,8 @@ def window_mean(
         ``[N, M, d]``, dtype and device of ``h``, contiguous; zeros where no sender is in the window.
 
     Raises:
-        RuntimeError: A shape, dtype, device or range above does not hold (values of ``offsets`` and ``positions``: on
-            the CPU only).
+        RuntimeError: A shape, dtype, device or range above does not hold (values of ``offsets`` and ``positions`` are
+            checked on the CPU only).
 
     Note:
         ``out[i, m] = Σ_j s[j, m] h[j, m] / Σ_j s[j, m]`` with work that does not depend on the window. Accumulates in
@@ -275,7 +275,7 @@ def modality_mean(h: Tensor, *, senders: Tensor | None = None) -> Tensor:
 
     Args:
         h: States, ``[N, M, d]``; float16, bfloat16, float32 or float64.
-        senders: Nodes that count in a mean, ``[N, M]``, bool; all when omitted. The others are unread.
+        senders: Nodes that count in a mean, ``[N, M]``, bool; all when omitted. The others are not read.
 
     Returns:
         ``[N, M, d]``, dtype and device of ``h``, contiguous; zeros where no other modality sends.

@@ -110,11 +110,11 @@ _eager = differentiable(_rank_n_contrast, _setup_context, _backward)
 
 
 def as_targets(op: str, value: Any) -> Tensor:
-    """Continuous labels: floating ones as they are, integers of any width as int64 of the same differences."""
+    """Continuous labels: floating ones as they are, integers of any width as int64 with the same differences."""
     targets = as_tensor(op, "targets", value)
     if targets.requires_grad:
         fail(op, "`targets` get no gradient: expected a tensor that does not require grad; detach it")
-    if targets.dtype == torch.uint64:  # less 2^63
+    if targets.dtype == torch.uint64:  # minus 2^63
         return targets.view(torch.int64) ^ torch.iinfo(torch.int64).min
     if targets.dtype in INTEGERS and targets.dtype != torch.int64:
         return targets.to(torch.int64)
@@ -131,8 +131,8 @@ def rank_n_contrast(
 ) -> Tensor:
     """:func:`msacore.rank_n_contrast` of one process.
 
-    ``anchors`` (begin, count) are the places, in an order that all calls with these targets and this mask share, whose
-    terms are summed; count -1 stands for all. What is divided by does not depend on them.
+    ``anchors`` (begin, count) are the anchors whose terms are summed: places in an order that all calls with these
+    targets and this mask share; count -1 stands for all. The divisor does not depend on them.
     """
     op = "rank_n_contrast"
     number, learned = as_number_or_tensor(op, "temperature", temperature)

@@ -5,10 +5,10 @@ from torch import Tensor
 
 
 def unit_rows(x: Tensor) -> Tensor:
-    """Rows divided by their norm, which is taken of numbers near 1; a zero row stays zero, with a zero gradient."""
+    """Rows divided by their norm, computed from numbers near 1; a zero row stays zero, with a zero gradient."""
     largest = x.detach().abs().amax(-1, keepdim=True) if x.shape[-1] else x.new_zeros(len(x), 1)
     zero = largest == 0
-    # Twice the root of a power of two: the power itself may be out of range.
+    # A power of two as the product of two, because the power itself may be out of range.
     half = torch.where(zero | ~largest.isfinite(), 1, largest).frexp().exponent.neg().double() / 2
     scaled = x * half.floor().exp2().to(x) * half.ceil().exp2().to(x)
     return scaled / torch.where(zero, 1, scaled).norm(dim=-1, keepdim=True)
@@ -17,7 +17,7 @@ def unit_rows(x: Tensor) -> Tensor:
 def _direction(logits: Tensor, allowed: Tensor, positives: Tensor, denominator: str) -> tuple[Tensor, Tensor]:
     """Losses per anchor of one direction (zero where dropped), and how many anchors count."""
     n, m = logits.shape
-    beside = positives.new_zeros(n, m - positives.shape[1])  # negatives alone
+    beside = positives.new_zeros(n, m - positives.shape[1])  # the queue: negatives only
     positives = torch.where(allowed, torch.cat([positives, beside], 1), 0)
     is_negative = allowed & (positives == 0)
     total = positives.sum(-1)

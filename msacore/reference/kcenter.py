@@ -1,4 +1,4 @@
-"""Plain PyTorch of greedy centre selection: the definition that the lazy-batched method must reproduce."""
+"""Greedy centre selection in plain PyTorch: the definition that the lazy-batched method must reproduce."""
 
 import torch
 from torch import Tensor
@@ -17,7 +17,7 @@ def distances(x: Tensor, centers: Tensor, metric: str = "euclidean") -> Tensor:
 
 
 def fold(x: Tensor, centers: Tensor, delta: Tensor, metric: str = "euclidean") -> tuple[Tensor, Tensor]:
-    """Distance to the nearest centre so far, ``min(delta, D(x, centers))``, and its number (-1: an old one)."""
+    """Distance to the nearest centre so far, ``min(delta, D(x, centers))``, and its index (-1: an earlier one)."""
     nearest, owner = distances(x, centers, metric).min(1)
     return torch.minimum(delta, nearest), owner.where(nearest < delta, -1)
 
@@ -28,7 +28,7 @@ def count(x: Tensor, centers: Tensor, radius: float, metric: str = "euclidean") 
 
 
 def rank(score: Tensor, count: int) -> Tensor:
-    """The first ``count`` indices by falling score, ties by index."""
+    """The first ``count`` indices by descending score, ties by index."""
     return score.sort(descending=True, stable=True).indices[:count]
 
 
@@ -52,8 +52,8 @@ def greedy(
 ) -> tuple[Tensor, Tensor]:
     """``steps`` times: pick ``argmax weight · delta`` (smallest index among equals), fold it into ``delta``.
 
-    A sample with ``delta`` of -inf is never picked, nor one of a ``group`` ``[N]`` that has got its ``room`` ``[G]`` of
-    picks; without any other it ends. Returns picks and their scores.
+    A sample with ``delta`` of -inf is never picked, nor is one of a ``group`` ``[N]`` that already has its ``room``
+    ``[G]`` of picks; it ends early when no other sample is left. Returns picks and their scores.
     """
     delta = delta.clone()
     picks: list[int] = []

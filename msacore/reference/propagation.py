@@ -15,12 +15,12 @@ def window_mean(
     window: int | tuple[int, int] = (2, 2),
     include_self: bool = True,
 ) -> Tensor:
-    """Add up the neighbours one row's distance after the other, and divide by how many sent."""
+    """Add up the neighbours, one distance after another, and divide by the number of senders."""
     utterances = h.shape[0]
     conversation = torch.repeat_interleave(offsets.diff())
     longest = int(offsets.diff().max()) if len(offsets) > 1 else 0
     sides = (window, window) if isinstance(window, int) else window
-    # Python's numbers: two positions may be further apart than an int64 can say.
+    # Python's integers, because two positions may be further apart than an int64 can hold.
     places = list(range(utterances)) if positions is None else positions.tolist()
     sends = h.new_ones(h.shape[:2], dtype=torch.bool) if senders is None else senders
     sent = torch.where(sends[..., None], h, 0)
@@ -62,7 +62,7 @@ def propagate(
     alpha: float = 0.1,
     send: str = "after_fill",
 ) -> Tensor:
-    """Alternate the two half-steps; each mixes in ``alpha · x``, which α = 0 leaves unread."""
+    """Alternate the two half-steps; each mixes in ``alpha · x``, which is not read for α = 0."""
     kept = alpha * x if alpha else torch.zeros_like(x)
     intra_mean = partial(window_mean, positions=positions, window=window, include_self=include_self)
     h = x.clone()

@@ -5,7 +5,7 @@ from torch import Tensor
 
 
 def _gap(targets: Tensor, i: int) -> Tensor:
-    """|y_j - y_i|, over several labels their sum in the accumulation type, rounded to the dtype of the targets."""
+    """|y_j - y_i|; for several labels their sum in the accumulation type, rounded to the dtype of the targets."""
     gap = (targets - targets[i]).abs()
     if gap.dim() == 1:
         return gap
@@ -21,7 +21,7 @@ def _gap(targets: Tensor, i: int) -> Tensor:
 def rank_n_contrast(
     embeddings: Tensor, targets: Tensor, *, temperature: float | Tensor = 2.0, mask: Tensor | None = None
 ) -> Tensor:
-    """One anchor after another; the others that are at least as far in label form the denominator of each."""
+    """One anchor after another; a pair's denominator runs over the others whose labels are at least as far away."""
     if not targets.is_floating_point():
         targets = targets.long()
     if mask is not None:

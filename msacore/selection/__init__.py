@@ -71,13 +71,13 @@ class Selection:
     Attributes:
         indices: Rows of the pool in the order they were picked, ``[budget]`` int64, without duplicates; fewer where a
             `radius` was reached or no row was left to be picked.
-        scores: What each pick was chosen for, ``[budget]`` float64; inf for a first pick without any centre.
-        radius: Largest distance of a sample that is neither labelled nor selected to its nearest centre, also of those
-            that may not be picked; inf without centres, 0 with nothing left. For "kcenter" no choice of as many centres
-            has less than half of it (Gonzalez, 1985): see `lower_bound`.
+        scores: The score for which each pick was chosen, ``[budget]`` float64; inf for a first pick without any centre.
+        radius: Largest distance from a sample that is neither labelled nor selected to its nearest centre, including
+            samples that may not be picked; inf without centres, 0 with no sample left. For "kcenter", no equally
+            large set of centres has a radius below half of it (Gonzalez, 1985): see `lower_bound`.
         backend: What ran: "native", "faiss-cpu" or "faiss-gpu".
         pool_reads: How many times the pool was read, counted in rows and rounded up, the check for NaN included.
-        state: Pass it to :func:`select` with a larger budget to go on. Plain tensors, numbers and text.
+        state: Pass it to :func:`select` with a larger budget to continue. Plain tensors, numbers and text.
     """
 
     indices: Tensor
@@ -89,9 +89,9 @@ class Selection:
 
     @property
     def lower_bound(self) -> float:
-        """Half the radius; for "kcenter" with euclidean distance no choice of as many centres reaches less.
+        """Half the radius; for "kcenter" with euclidean distance, no equally large set of centres has a smaller radius.
 
-        NaN with candidates, groups or cosine distance, where this is not so.
+        NaN with candidates, groups or cosine distance, where this bound does not hold.
         """
         identity = self.state["identity"]
         holds = identity["distance"] == "euclidean" and not identity["candidates"] and not identity["groups"]
@@ -102,7 +102,7 @@ class SelectionInterrupted(KeyboardInterrupt):
     """Ctrl-C during :func:`select`.
 
     Attributes:
-        state: Everything picked so far; pass it as `state=` to go on.
+        state: Everything picked so far; pass it as `state=` to continue.
     """
 
     def __init__(self, state: dict[str, Any]) -> None:
@@ -111,7 +111,7 @@ class SelectionInterrupted(KeyboardInterrupt):
 
 
 class _Bar(tqdm):
-    """A progress bar that also says what goes on where no pick is made."""
+    """A progress bar that also says what is being done while no pick is made."""
 
     def __init__(self, strategy: str, shown: bool) -> None:
         super().__init__(total=0, desc=str(strategy), unit="pick", disable=not shown)
@@ -132,7 +132,7 @@ class _Bar(tqdm):
 
 @contextlib.contextmanager
 def _full_precision() -> Iterator[None]:
-    """Float32 products in float32: the error bound of the filter counts on it."""
+    """Compute float32 products in full float32, which the error bound of the filter relies on."""
     before = torch.get_float32_matmul_precision()
     torch.set_float32_matmul_precision("highest")
     try:
@@ -167,18 +167,18 @@ def select(
     Args:
         embeddings: The pool, ``[N, d]``: torch tensor (CPU or CUDA), NumPy array, or ``np.memmap``, which is read in
             chunks and may be larger than memory. Floating or integer. Or :func:`gradient_embeddings`. Or a sequence of
-            2-D tensors, arrays or paths of ``.npy`` files of one width and dtype: one pool, rows numbered through.
-        budget: Total number of picks, at most the number of samples that may be picked. None: as many as ``radius``
-            asks for.
+            2-D tensors, arrays or paths of ``.npy`` files of one width and dtype: one pool, numbered consecutively.
+        budget: Total number of picks, at most the number of samples that may be picked. None: the number that
+            ``radius`` needs.
         strategy: One of `STRATEGIES`.
         uncertainty: How uncertain the model is about each sample, ``[N]``, at least 0; needed by "topk",
             "uncertainty_kcenter", "mmr" and "prefilter".
-        labeled: Samples that have a label already: indices ``[n]`` int, never picked and used as centres, or centres
-            from elsewhere ``[n, d]``.
+        labeled: Samples that already have a label: indices ``[n]`` int, which serve as centres and are not
+            picked, or centres from outside the pool ``[n, d]``.
         candidates: Only these samples may be picked, ``[N]`` bool or indices ``[n]``; all by default. The others still
             count in the radius, in clusters, in coverage and in the mean.
         groups: Group of each sample (speaker, video, class), ``[N]`` integer.
-        max_per_group: No group gets more picks than this, those labelled by index counted in; at least 1.
+        max_per_group: Maximum number of picks of a group, samples labelled by index included; at least 1.
         radius: "kcenter" only: stop when no sample that may be picked is farther than this from its nearest centre, at
             ``budget``, or when none is left.
         first: Index of the first pick where there is no centre; not for "random" and "topk".
@@ -191,27 +191,27 @@ def select(
         options: "mmr_weight" (0.5), "noise" of "maxdet" (1e-6), "neighbours" of "typiclust" (20), "factor" of
             "prefilter" (5), "delta" of "probcover" (no default).
         progress: Show a progress bar with the remaining time.
-        state: The `.state` of an earlier Selection, to go on to a larger budget or a smaller radius.
-        group: Ranks that share the pool out: a ``ProcessGroup``, a ``DeviceMesh`` of one dimension, or a
-            ``msacore.distributed.Sharding``. Each gives its rows, and with them its part of ``uncertainty``, ``groups``
-            and a bool ``candidates``; indices are those of the whole pool, and their union over ranks counts; centres
-            from elsewhere are joined in rank order; all else must be equal. Every rank gets the picks of one process.
-            Not for "typiclust" and "probcover".
+        state: The `.state` of an earlier Selection, to continue to a larger budget or a smaller radius.
+        group: Ranks that share the pool: a ``ProcessGroup``, a ``DeviceMesh`` of one dimension, or a
+            ``msacore.distributed.Sharding``. Each rank passes its rows and, with them, its part of ``uncertainty``,
+            ``groups`` and a bool ``candidates``; indices refer to the whole pool, and their union over the ranks
+            counts; centres from outside the pool are joined in rank order; everything else must be equal on all ranks.
+            Every rank gets the picks that one process would make. Not for "typiclust" and "probcover".
 
     Returns:
-        The picks with their scores, the radius they leave, and a state to go on from.
+        The picks with their scores, the radius they leave, and a state to continue from.
 
     Raises:
         ValueError: An argument has the wrong shape, type or range, a value is not finite (the first row is named), the
-            budget exceeds what is left, or the state is damaged or belongs to another selection. With ``group`` the
-            same on all ranks.
+            budget exceeds what is left, or the state is damaged or belongs to another selection. With ``group``, the
+            same error on all ranks.
         ImportError: ``backend="faiss"`` and FAISS does not load.
-        SelectionInterrupted: Ctrl-C; carries the state. With ``group`` on all ranks, after the same step.
+        SelectionInterrupted: Ctrl-C; carries the state. With ``group``, raised on all ranks after the same step.
 
     Note:
-        Distances are decided as ``sqrt(Σ (x - c)²)`` in float64 from the stored values, ties go to the smallest index:
+        Distances are ``sqrt(Σ (x - c)²)`` in float64 from the stored values, and ties go to the smallest index:
         "kcenter" and "uncertainty_kcenter" give the picks of the plain greedy algorithm, reading the pool a few times.
-        Deterministic, whatever the number of threads, files or ranks. Memory beside the pool is linear in N.
+        Deterministic, whatever the number of threads, files or ranks. Memory beyond the pool is linear in N.
 
     Example:
         >>> pool = torch.tensor([[0.0], [1.0], [9.0], [10.0]])
@@ -245,7 +245,7 @@ def run(
     progress: bool,
     checkpoint: Callable[[Callable[[], dict[str, Any]]], None] | None = None,
 ) -> Selection:
-    """:func:`select`, calling ``checkpoint`` after every round with what gives the state at that moment."""
+    """:func:`select`, calling ``checkpoint`` after every round with a function that returns the current state."""
     with ranks.listening(), _full_precision(), torch.no_grad(), contextlib.ExitStack() as stack:
         bar = stack.enter_context(_Bar(given.strategy, progress and ranks.rank == 0))
         job = _prepared(given, ranks, bar)
@@ -272,7 +272,7 @@ def run(
 
 
 def _prepared(given: Given, ranks: Alone, bar: _Bar) -> Job:
-    """The job of arguments that were checked, here and against those of the other ranks."""
+    """The job for ``given``, whose arguments are checked here and against those of the other ranks."""
     held: list[Local] = []
 
     def header() -> dict[str, Any]:
@@ -332,7 +332,7 @@ def _prepared(given: Given, ranks: Alone, bar: _Bar) -> Job:
 
 
 def _add_given_first(job: Job) -> None:
-    """Pick what `first` names, where nothing is picked yet."""
+    """Pick the row that `first` names, if nothing is picked yet."""
     if job.first is None or job.made or not job.left:
         return
     rows = torch.tensor([job.first], device=job.pool.device)

@@ -44,8 +44,8 @@ def _parser() -> argparse.ArgumentParser:
     parser.add_argument(
         "pool",
         nargs="+",
-        help="embeddings [N, d]; several files, or a folder of .npy files, are one pool, rows numbered through; .npy "
-        "files are read in chunks and may be larger than memory",
+        help="embeddings [N, d]; several files, or a folder of .npy files, are one pool with consecutive row numbers; "
+        ".npy files are read in chunks and may be larger than memory",
     )
     parser.add_argument("--budget", type=int, help="total number of picks")
     parser.add_argument(
@@ -56,7 +56,7 @@ def _parser() -> argparse.ArgumentParser:
     parser.add_argument("--labeled", help="labelled samples: indices [n] or centres [n, d]")
     parser.add_argument("--candidates", help="samples that may be picked: [N] bool or indices [n]")
     parser.add_argument("--groups", help="group of each sample [N], integers; with --max-per-group")
-    parser.add_argument("--max-per-group", type=int, help="picks of one group at most, labelled samples counted in")
+    parser.add_argument("--max-per-group", type=int, help="maximum picks per group, labelled samples included")
     parser.add_argument("--first", type=int, help="index of the first pick where nothing is labelled")
     parser.add_argument("--strategy", default="uncertainty_kcenter", choices=list(selection.STRATEGIES))
     parser.add_argument("--distance", default="euclidean", choices=["euclidean", "cosine"])
@@ -117,7 +117,7 @@ class _Inputs:
         )
 
     def _own(self, parts: list[Any], values: dict[str, Any], ranks: Alone) -> tuple[list[Any], dict[str, Any]]:
-        """An even share of the rows; indices and centres are named by rank 0 alone."""
+        """An even share of the rows; indices and centres are passed by rank 0 alone."""
         total = sum(len(part) for part in parts)
         begin, end = total * ranks.rank // ranks.size, total * (ranks.rank + 1) // ranks.size
         own: list[Any] = []
@@ -141,7 +141,7 @@ class _Inputs:
         return own, mine
 
     def named(self, message: str, state: Path) -> str:
-        """The message with the file that it speaks of."""
+        """The message, preceded by the file that it is about."""
         for name, part in re.findall(r"`(\w+)(?:\[(\d+)\])?`", message):
             if name == "embeddings":
                 file = self.parts[int(part)] if part and int(part) < len(self.parts) else ", ".join(self.args.pool)
@@ -173,7 +173,7 @@ def _result(done: selection.Selection, args: argparse.Namespace) -> bytes:
 
 
 class _Signals:
-    """SIGTERM stops a selection as Ctrl-C does; while files are written both wait."""
+    """SIGTERM stops a selection as Ctrl-C does; both wait while files are written."""
 
     def __init__(self) -> None:
         self.status = _STOPPED
@@ -225,7 +225,7 @@ class _Store:
             files.write(self.state, files.serialised(state))
 
     def checkpoint(self, state: Callable[[], dict[str, Any]]) -> None:
-        """Saves now and then. A disk that is full ends no long run: the end of it may find room."""
+        """Save from time to time. A full disk does not end a long run: there may be room again by the end of it."""
         if time.monotonic() - self._saved <= _CHECKPOINT_SECONDS:
             return
         try:
@@ -237,7 +237,7 @@ class _Store:
         self._saved = time.monotonic()
 
     def finish(self, done: selection.Selection, args: argparse.Namespace) -> None:
-        """Both files, the result also where the state finds no room."""
+        """Write both files, and the result even where there is no room for the state."""
         if not self._writes:
             return
         try:
@@ -319,5 +319,5 @@ def main(argv: list[str] | None = None) -> int:
 
 
 if __name__ == "__main__":
-    faulthandler.enable()  # a pool that shrinks while a piece of it is read ends the process: say where
+    faulthandler.enable()  # a pool file that shrinks while it is read ends the process: say where
     raise SystemExit(main())

@@ -60,7 +60,7 @@ def _choice(name: str, value: Any, known: Any) -> None:
 
 
 def check_values(given: Given, known: Any) -> dict[str, Any]:
-    """Checks what needs no pool; returns all options, given or default."""
+    """Check what does not depend on the pool; returns all options, given or default."""
     _choice("strategy", given.strategy, known)
     _choice("distance", given.distance, ("euclidean", "cosine"))
     _choice("backend", given.backend, ("auto", "native", "faiss"))
@@ -156,7 +156,7 @@ class Local:
             self.pool = FactoredPool(given.embeddings.scale, given.embeddings.features, note)
         else:
             self.pool = Pool(given.embeddings, given.distance, note)
-        # In memory a pass over the pool is quick, and what is wrong with the pool is told first.
+        # A pass over a pool in memory is quick, and errors in the pool are then reported first.
         self.scanned = self.pool.scan(0, self.pool.n) if ranks.size == 1 and self.pool.in_memory else None
         self.uncertainty = self._uncertainty()
         self.labeled = self._labeled()
@@ -261,12 +261,12 @@ class Local:
 
 @dataclass
 class Joined:
-    """What all ranks together were given, the same on all of them but for rows held by one."""
+    """The arguments of all ranks together, the same on all of them except for what belongs to a rank's own rows."""
 
     offset: int
     total: int
-    centers: Tensor | None  # from elsewhere
-    labeled: Tensor | None  # rows of the pool, rising
+    centers: Tensor | None  # from outside the pool
+    labeled: Tensor | None  # rows of the pool, ascending
     open_rows: Tensor
     rest: Tensor
     candidates: Tensor | None
@@ -275,10 +275,10 @@ class Joined:
 
 
 def join(local: Local, messages: list[dict[str, Any]], ranks: Alone) -> Joined:
-    """Checks the arguments of all ranks against each other.
+    """Check the arguments of all ranks against each other.
 
     Raises:
-        ValueError: Something differs between ranks that must be equal, or is out of range; the same on all ranks.
+        ValueError: Something that must be equal differs between ranks, or is out of range; the same on all ranks.
     """
     _check_agreement(messages)
     device = local.pool.device
@@ -346,7 +346,7 @@ def _check_agreement(messages: list[dict[str, Any]]) -> None:
 
 
 def limits(joined: Joined, ranks: Alone) -> int:
-    """Labelled rows take from their groups' room; returns how many rows may be picked in all."""
+    """Subtract the labelled rows from their groups' room; returns how many rows may be picked in all."""
     groups = joined.groups
     if groups is None:
         return sum(ranks.share(lambda: int(joined.open_rows.sum())))

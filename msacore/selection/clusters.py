@@ -52,7 +52,7 @@ def k_means(job: Job, k: int) -> tuple[Tensor, Tensor]:
 
 
 def _added(sums: Tensor, cluster: Tensor, rows: Tensor) -> Tensor:
-    """Sums ``[k, d]`` plus the rows of every cluster, in their order: ``index_add_`` has none on CUDA."""
+    """Sums ``[k, d]`` plus the rows of every cluster, added in row order: ``index_add_`` has no fixed order on CUDA."""
     member_of = torch.cat([torch.arange(len(sums), device=cluster.device), cluster])
     rowptr = torch.cat([cluster.new_zeros(1), torch.bincount(member_of).cumsum(0)])
     return graph_propagate(torch.cat([sums, rows]), rowptr, member_of.argsort(stable=True))
@@ -118,10 +118,10 @@ def probcover(job: Job) -> None:
 
 
 def check_options(strategy: str, options: dict[str, Any]) -> None:
-    """Ranges of the options.
+    """Check that "probcover" has its `delta`; the ranges of options are checked elsewhere.
 
     Raises:
-        ValueError: An option is out of range, or "probcover" lacks its `delta`.
+        ValueError: "probcover" lacks its `delta`.
     """
     if strategy == "probcover" and options["delta"] is None:
         raise ValueError("select: the strategy `probcover` needs options={'delta': radius of the balls}")

@@ -12,10 +12,10 @@ from msacore.selection.greedy import picked
 from msacore.selection.job import Job
 from msacore.selection.pool import Pool, unit_rows
 
-_NOTHING_LEFT = 1e-12  # of the largest squared norm: residuals below this are rounding
-_CANDIDATES = 512  # of all holders together
-_ROUND = 64  # picks at most, so that an interrupt is heard and the bar moves
-_UNITS = 64  # of the last place by which rows that differ in nothing but rounding may differ from their mean
+_NOTHING_LEFT = 1e-12  # of the largest squared norm: residuals below this are rounding errors
+_CANDIDATES = 512  # over all holders together
+_ROUND = 64  # picks per round at most, so that an interrupt is noticed and the bar moves
+_UNITS = 64  # units in the last place by which rows that differ only by rounding may miss their mean
 
 
 def _center(job: Job) -> Tensor:
@@ -38,9 +38,9 @@ def _center(job: Job) -> Tensor:
 
 
 def _more(values: Tensor, products: Tensor, skipped: Tensor) -> Tensor:
-    """``values`` ``[A]`` and the squares of ``products`` ``[A, q]``, but of the first ``skipped``, added one by one.
+    """``values`` ``[A]`` plus the squares of ``products`` ``[A, q]``, except the first ``skipped``.
 
-    One by one, so that the sum does not depend on how many directions came at once.
+    They are added one by one, so that the sum does not depend on how many directions came at once.
     """
     for j, column in enumerate(products.T):
         values = torch.where(skipped <= j, values + column.square(), values)
@@ -50,8 +50,8 @@ def _more(values: Tensor, products: Tensor, skipped: Tensor) -> Tensor:
 class Directions:
     """Orthogonal directions of the centres and picks so far, ``[q, d]``.
 
-    Each takes ``<x, direction>²`` from the variance of x. All sums go in the fixed order of `kcenter_products`, so that
-    they depend neither on threads nor on what is computed beside them.
+    Each reduces the variance of x by ``<x, direction>²``. All sums have the fixed order of `kcenter_products`, so that
+    they depend neither on threads nor on what is computed along with them.
     """
 
     def __init__(self, all_directions: Tensor, noise: float) -> None:
@@ -76,7 +76,7 @@ class Directions:
 class Residuals:
     """Squared residual of every row held here given the directions, brought up to date on demand.
 
-    It only falls, so that a stale one is an upper bound.
+    Residuals only decrease, so a stale one is an upper bound.
     """
 
     def __init__(self, pool: Pool, center: Tensor, directions: Directions) -> None:
@@ -87,7 +87,7 @@ class Residuals:
         self.folded = torch.zeros(pool.n, dtype=torch.int64, device=pool.device)
 
     def value(self) -> Tensor:
-        """Bounds of the squared residuals, ``[n]``."""
+        """Upper bounds on the squared residuals, ``[n]``."""
         return (self.norms - self.taken).clamp_min(0)
 
     def refresh(self, rows: Tensor) -> None:
@@ -125,7 +125,7 @@ class Residuals:
 
 
 def factor(pool: Pool) -> float:
-    """What centred rows are multiplied by, a power of two: 1 but for values whose squares float64 cannot hold."""
+    """What centred rows are multiplied by, a power of two: 1 except for values whose squares float64 cannot hold."""
     return pool.safe if pool.metric == steps.METRICS["euclidean"] else 1.0
 
 
@@ -149,7 +149,7 @@ def squared_distances(values: Tensor, center: Tensor, scale: float = 1.0) -> Ten
 def _decide(
     proposals: Sequence[dict[str, Any]], directions: Directions, threshold: float, limit: int, room: Tensor | None
 ) -> dict[str, Any]:
-    """Greedy picks among the candidates of all while the best precedes the bound; "ended" where no residual is left."""
+    """Greedy picks among all candidates while the best one precedes the bound; "ended" where no residual is left."""
     index, norm, taken, rows, group = (
         tree.concatenated(proposals, key) for key in ("index", "norm", "taken", "rows", "group")
     )
@@ -190,7 +190,7 @@ def maxdet(job: Job) -> None:
     """Greedy maximum of det(X_S X_Sᵀ + noise · I), X the rows minus their mean: plain pivoted Cholesky.
 
     Chen, Zhang and Zhou, 2018; with a Gaussian model it is BatchBALD. Scores are conditional variances. Once every
-    residual is rounding, what is left goes by index, with score 0.
+    residual is rounding error, the remaining picks go by index, with score 0.
     """
     if not job.left:
         return

@@ -1,4 +1,4 @@
-"""Who answers nearest-neighbour questions: the kernels of this package, or FAISS with an exact check behind it."""
+"""The engines for nearest-neighbour queries: the kernels of this package, or FAISS followed by an exact check."""
 
 from collections.abc import Iterator
 
@@ -9,7 +9,7 @@ from msacore.ops import kcenter
 from msacore.selection.pool import Pool
 
 BLOCK = 2048  # centres folded, or queries answered, in one go
-SPARE = 8  # neighbours looked at beyond those asked for, against rounding
+SPARE = 8  # neighbours examined beyond those asked for, because of rounding
 
 
 class Native:
@@ -24,7 +24,7 @@ class Native:
         return "native"
 
     def nearest(self, rows: Tensor, centers: Tensor) -> Tensor:
-        """Number of the nearest centre of each of ``rows``, the smallest among equals."""
+        """Index of the nearest centre of each of ``rows``, the smallest among equals."""
         infinite = torch.full(rows.shape, torch.inf, dtype=torch.float64, device=rows.device)
         none = torch.full_like(rows, -1)
         return self.pool.fold(rows, torch.zeros_like(rows), centers, infinite, none)[1]
@@ -43,16 +43,16 @@ class Native:
             yield rows[begin : begin + BLOCK]
 
     def bounds(self, centers: Tensor) -> Tensor | None:
-        """Upper bounds of the distances to the nearest of ``centers``, ``[N]``, or None where none are cheap."""
+        """Upper bounds on the distances to the nearest of ``centers``, ``[N]``, or None where none are cheap."""
         return None
 
     def neighbour_distances(self, members: Tensor, k: int) -> Tensor:
-        """Distances ``[n, k]``, rising, from each of ``members`` to its nearest others among them."""
+        """Distances ``[n, k]``, ascending, from each of ``members`` to its nearest others among them."""
         x = self.pool.centers(members)
         return self.distances_among(x, torch.arange(len(x), device=x.device), k)
 
     def distances_among(self, x: Tensor, queries: Tensor, k: int) -> Tensor:
-        """Distances ``[n, k]``, rising, from the rows ``queries`` of ``x`` to their nearest others in ``x``."""
+        """Distances ``[n, k]``, ascending, from the rows ``queries`` of ``x`` to their nearest others in ``x``."""
         euclidean, found = self.pool.metric == kcenter.METRICS["euclidean"], []
         scale = self.pool.safe if euclidean else 1.0
         x = x * scale
@@ -73,7 +73,7 @@ def approximate(a: Tensor, b: Tensor, metric: int) -> Tensor:
 
 
 def exact(x: Tensor, queries: Tensor, others: Tensor, metric: int) -> Tensor:
-    """Exact distances from rows ``queries`` to rows ``others`` ``[n, m]``, rising along m."""
+    """Exact distances from rows ``queries`` to rows ``others`` ``[n, m]``, ascending along m."""
     q, o = x[queries][:, None], x[others]
     if metric == kcenter.METRICS["cosine"]:
         norms = q.square().sum(-1) * o.square().sum(-1)

@@ -1,5 +1,5 @@
-"""FAISS behind the same questions, with the same answers: its float32 distances are checked against their error bound,
-and what they leave open is decided by the exact kernels. The one module that imports faiss, when it is asked for."""
+"""FAISS as an engine with the same answers: its float32 distances are checked against their error bound, and the exact
+kernels decide what they leave open. This is the only module that imports faiss, and only when it is asked for."""
 
 from typing import Any
 
@@ -28,9 +28,9 @@ def load() -> Any:
 
 
 class Faiss(Native):
-    """Brute-force FAISS indices, on the GPU where FAISS finds one and for what its GPU indices can do.
+    """Brute-force FAISS indices, on the GPU where FAISS finds one and its GPU indices support the query.
 
-    ``name`` is "faiss-gpu" where all of it ran there.
+    ``name`` is "faiss-gpu" if all queries ran there.
     """
 
     def __init__(self, pool: Pool) -> None:
@@ -46,7 +46,7 @@ class Faiss(Native):
     def _packed(self, x: Tensor, side: int) -> Tensor:
         """Float32 rows whose squared distances are the pool's (cosine: twice the distance), up to the bound.
 
-        Zero rows have cosine distance 1 to everything, each other too: two more coordinates, one per side of a pair.
+        Two more coordinates, one per side of a pair, give zero rows the cosine distance 1 to all rows.
         """
         if self.pool.metric == kcenter.METRICS["euclidean"]:
             return ((x.double() - self.pool.mean) * self.pool.scale).float()
@@ -57,7 +57,7 @@ class Faiss(Native):
         return torch.cat([x / norms.where(norms > 0, 1), extra], 1).float()
 
     def _bound(self, queries: Tensor, largest: Tensor) -> Tensor:
-        """Error of FAISS' squared distances: rounding, products summed in any order (csrc/kcenter)."""
+        """Error bound of FAISS' squared distances: rounding, with products summed in any order (csrc/kcenter)."""
         width = queries.shape[1]
         return 4 * (width + 16) * 5.97e-8 * (queries.double().square().sum(1) + largest) + 1e-30
 
@@ -75,7 +75,7 @@ class Faiss(Native):
         return torch.from_numpy(squares).to(queries.device).double(), torch.from_numpy(found).to(queries.device)
 
     def bounds(self, centers: Tensor) -> Tensor:
-        """Distances no smaller than those to the nearest centre, ``[N]``: FAISS' own plus their error."""
+        """Upper bounds on the distances to the nearest centre, ``[N]``: FAISS' own plus their error."""
         index, largest = self._index(self._packed(centers, 1), True)
         out = []
         for _, values in self.pool.parts():
@@ -132,7 +132,7 @@ class Faiss(Native):
         for part in torch.arange(len(x), device=x.device).split(BLOCK):
             queries = self._packed(x[part], 0)
             squares, found = self._search(index, queries, asked)
-            # The sample itself goes last: it, or the last one found where more than `asked` equal it.
+            # The sample itself goes last and is dropped, or the last one found if more than `asked` samples equal it.
             own = found == part[:, None]
             order = own.int().argsort(stable=True, dim=1)
             others = found.gather(1, order)[:, :-1]

@@ -1,4 +1,4 @@
-"""What the command line reads and writes: inputs by what they are, results whole or not at all."""
+"""What the command line reads and writes: inputs recognised by their content, results whole or not at all."""
 
 import io
 import os
@@ -35,7 +35,7 @@ def read(text: str) -> Values:
     """The array in an ``.npy`` (mapped), ``.npz`` (``FILE.npz:key`` where it holds several) or ``.pt`` file.
 
     Raises:
-        ValueError: It cannot be read, or is something else, which is named.
+        ValueError: The file cannot be read, or is something else, which the message names.
     """
     path, key = named_file(text)
     if path.is_dir():
@@ -100,7 +100,7 @@ def _from_pt(path: Path) -> torch.Tensor:
 
 
 def pool_files(names: list[str]) -> list[str]:
-    """The files of a pool: as named, folders by their ``.npy`` files in order of name."""
+    """The files of a pool: files as named, and in place of a folder its ``.npy`` files in order of name."""
     found: list[str] = []
     for name in names:
         if not Path(name).is_dir():
@@ -114,10 +114,10 @@ def pool_files(names: list[str]) -> list[str]:
 
 
 def check_out(out: Path, state: Path, inputs: list[str], folders: list[str]) -> None:
-    """Refuses what could not be written, or would take an input's place.
+    """Refuse an output that could not be written, or would replace an input.
 
     Raises:
-        ValueError: Why.
+        ValueError: The output is refused; the message says why.
     """
     for path in (out, state):
         if path.is_dir():
@@ -149,7 +149,7 @@ def _part(path: Path) -> Path:
 
 
 def clear_parts(*paths: Path) -> None:
-    """Takes away what runs that were killed while they wrote one of ``paths`` left behind."""
+    """Remove the part files that were left behind by runs killed while they wrote one of ``paths``."""
     for path in paths:
         for part in path.absolute().parent.iterdir():
             number = part.name.removeprefix(f".{path.name}.").removesuffix(".part")
@@ -171,7 +171,7 @@ def write(path: Path, content: bytes) -> None:
     """Write a file whole or not at all.
 
     Raises:
-        OSError: It could not be written, with its name; what was there before still is.
+        OSError: The file, which the error names, could not be written; its earlier content is kept.
     """
     part = _part(path)
     try:
@@ -180,7 +180,7 @@ def write(path: Path, content: bytes) -> None:
             file.flush()
             os.fsync(file.fileno())  # the name must not reach the disk before the content
         os.replace(part, path)
-    except OSError as error:  # a full disk names no file
+    except OSError as error:  # the error of a full disk names no file
         raise OSError(error.errno, error.strerror or str(error), str(path)) from error
     finally:
         part.unlink(missing_ok=True)
@@ -196,7 +196,7 @@ def read_state(path: Path) -> dict[str, Any] | None:
     """The state in a file, or None without one.
 
     Raises:
-        ValueError: It cannot be read.
+        ValueError: The file cannot be read.
     """
     try:
         content = path.read_bytes()
@@ -212,5 +212,5 @@ def read_state(path: Path) -> dict[str, Any] | None:
     except Exception as error:  # what a damaged file raises is not documented
         raise ValueError(f"{path} cannot be read: {_line(error)}") from error
     if not isinstance(state, dict):
-        raise ValueError(f"{path} cannot be read: it holds no state but {type(state).__name__}")
+        raise ValueError(f"{path} cannot be read: it holds no state, but an object of type {type(state).__name__}")
     return state

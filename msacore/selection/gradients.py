@@ -10,9 +10,9 @@ from torch import Tensor
 from msacore.ops import kcenter
 from msacore.selection.pool import Pool
 
-# Squared distances below this share of the squared norms are rounding: such samples are equal.
+# Squared distances below this share of the squared norms are rounding errors: such samples are equal.
 _ROUNDING = 1e-13
-_BLOCK = 4096  # rows compared with all centres in one go
+_BLOCK = 4096  # rows compared with all centres at once
 
 
 @dataclass(frozen=True)
@@ -31,7 +31,7 @@ class GradientEmbeddings:
 def gradient_embeddings(
     features: Tensor, probabilities: Tensor | None = None, *, uncertainty: Tensor | None = None, bias: bool = False
 ) -> GradientEmbeddings:
-    """Gradients of the loss in the weights of a linear head, for ``select(..., strategy="kmeans++")``.
+    """Gradients of the loss with respect to the weights of a linear head, for ``select(..., strategy="kmeans++")``.
 
     Args:
         features: Input of the head, ``[N, d]``; floating.
@@ -43,11 +43,11 @@ def gradient_embeddings(
         The factors, ``[N, K]`` (regression: ``[N, 1]``) and ``[N, d + bias]``. The K·d products are never formed.
 
     Raises:
-        ValueError: A shape does not fit, or both or neither kind of head are described.
+        ValueError: A shape, dtype or range above does not hold, or ``uncertainty`` is given with ``probabilities``.
 
     Note:
         Classification (Ash et al., 2020): the cross-entropy gradient at the most likely class,
-        ``(p_i - onehot(argmax p_i)) ⊗ x_i``. Regression has no label-free residual; its root mean square stands for it:
+        ``(p_i - onehot(argmax p_i)) ⊗ x_i``. Regression has no label-free residual; its root mean square replaces it:
         ``sqrt(u_i) · x_i``. ``‖g_i - g_j‖² = ‖p_i‖²‖x_i‖² + ‖p_j‖²‖x_j‖² - 2 (p_i · p_j)(x_i · x_j)``.
 
     Example:
@@ -101,7 +101,7 @@ class FactoredPool(Pool):
         return rows[:, : self._classes].contiguous(), rows[:, self._classes :].contiguous()
 
     def _squares(self, rows: Tensor, centers: Tensor) -> Tensor:
-        """Squared distances ``[A, n]``, from sums of a fixed order, so that they depend on the two rows alone."""
+        """Squared distances ``[A, n]``, from sums in a fixed order, so that each depends on its two rows alone."""
         (p, x), (q, y) = self._factors(rows), self._factors(centers)
         here, there = _squared_norms(p) * _squared_norms(x), _squared_norms(q) * _squared_norms(y)
         total = here[:, None] + there[None, :]

@@ -1,4 +1,4 @@
-"""Exact greedy k-centre that reads the pool a few times, not once a pick.
+"""Exact greedy k-centre that reads the pool a few times, not once per pick.
 
 A pick can only lower distances, so a stale score is an upper bound. A round sets a floor that a few thousand samples
 should reach, brings the samples whose bound reaches it up to date, and drops each as soon as it falls below. The rest
@@ -18,19 +18,19 @@ from msacore.ops import kcenter
 from msacore.selection import tree
 from msacore.selection.engine import Native
 
-_CANDIDATES = 4096  # of all holders together, at least; up to four times as many for a large budget
-_FEWEST = 1  # of one holder
-_PER_PICK = 32  # candidates
-_ROUND = 1024  # picks at most, so that an interrupt is heard and the bar moves
+_CANDIDATES = 4096  # at least, over all holders together; up to four times this number for a large budget
+_FEWEST = 1  # candidates of one holder
+_PER_PICK = 32  # candidates per pick
+_ROUND = 1024  # picks per round at most, so that an interrupt is noticed and the bar moves
 _SAMPLE = 2048  # samples whose scores tell where the floor should be
-_STAGE = 32  # centres taken in before the first samples are dropped; each further stage takes twice as many
-_PRIMING = 32  # centres
-_WHOLE = 2048  # rows in memory that are all candidates at once: so few cost less than a choice among them
-_WHOLE_NARROW = (131_072, 8)  # rows, and their dimensions: the steps among candidates skip most of so narrow ones
+_STAGE = 32  # centres folded in before the first samples are dropped; the number doubles with every stage
+_PRIMING = 32  # centres that give a first bound
+_WHOLE = 2048  # with at most this many rows in memory, all are candidates: choosing among them costs more
+_WHOLE_NARROW = (131_072, 8)  # the same for rows of at most this width: the steps skip most of them
 
 
 class Cover:
-    """Distance of every sample to its nearest centre, brought up to date for a sample when that is asked for."""
+    """Distance of every sample to its nearest centre, brought up to date only for the samples asked for."""
 
     def __init__(self, engine: Native, centers: Tensor, capacity: int) -> None:
         self.pool = pool = engine.pool
@@ -42,7 +42,7 @@ class Cover:
         self.delta = unknown if bounds is None else bounds
         self.owner = torch.full((pool.n,), -1, device=pool.device)
         self.folded = torch.zeros(pool.n, dtype=torch.int64, device=pool.device)
-        self.farthest: float | None = None  # distance of a row that is no centre, where a step among all rows told it
+        self.farthest: float | None = None  # largest distance of a row that is not a centre, if a step found it
 
     def add(self, centers: Tensor) -> None:
         self.farthest = None
@@ -64,18 +64,18 @@ class Cover:
         if not bool(stale.all()):
             rows, folded = rows[stale], folded[stale]
         if self.pool.in_memory and int(folded.max() - folded.min()) > _STAGE:
-            # Rows that lack the same centres come together, in the order of the pool.
+            # Rows that lack the same centres are put together, in the order of the pool.
             order = (folded * self.pool.n + rows).argsort()
             rows, folded = rows[order], folded[order]
         self._take(rows, rows, folded, upto)
 
     def _folded(self, rows: Tensor | slice, upto: int) -> Tensor:
-        """How many of the first ``upto`` centres ``rows`` know; one at distance 0 leaves nothing to know."""
+        """How many of the first ``upto`` centres are folded into ``rows``; at distance 0 the others change nothing."""
         return self.folded[rows].clamp_max(upto).where(self.delta[rows] > 0, upto)
 
     def _take(self, rows: Tensor, where: Tensor | slice, folded: Tensor, upto: int) -> None:
         delta, owner = self.pool.fold(rows, folded, self.centers[:upto], self.delta[where], self.owner[where])
-        # In this order an interrupt between two lines costs no more than folding the same centres again.
+        # In this order, an interrupt between two lines only costs folding the same centres again.
         self.owner[where] = owner
         self.delta[where] = delta
         self.folded[where] = self.folded[where].clamp_min(upto)
@@ -83,12 +83,12 @@ class Cover:
     def prime(self, rows: Tensor) -> None:
         """Give every one of ``rows`` a finite bound from the first few centres; most need no more."""
         unknown = rows[self.delta[rows].isinf()]
-        if 2 * len(unknown) > self.pool.n:  # all of them in order cost less
+        if 2 * len(unknown) > self.pool.n:  # taking all rows in order costs less
             unknown = torch.arange(self.pool.n, device=rows.device)
         self.refresh(unknown, min(self.count, _PRIMING))
 
     def sift(self, rows: Tensor, weight: Tensor, floor: float | Tensor) -> Tensor:
-        """Those of ``rows`` with ``weight · distance >= floor``, up to date; the others only until they fall below."""
+        """Those of ``rows`` with ``weight · distance >= floor``, up to date; others only until they fall below it."""
         step = _STAGE if self.pool.in_memory else self.count  # what is not in memory is read once
         upto = int(self._folded(rows, self.count).min()) + step if len(rows) else self.count
         while upto < self.count:
@@ -100,7 +100,7 @@ class Cover:
         return rows[weight[rows] * self.delta[rows] >= floor]
 
     def radius(self, rows: Tensor) -> float:
-        """Largest distance among ``rows``, with as few of them brought up to date as that takes."""
+        """Largest distance among ``rows``, bringing up to date only the rows that this needs."""
         if not len(rows):
             return 0.0
         if self.count == 0:
@@ -117,11 +117,11 @@ class Cover:
 
 
 class Shard:
-    """The rows of one holder in greedy k-centre of highest ``weight · distance`` among rows that are open.
+    """The rows of one holder in greedy k-centre, which picks the open row of highest ``weight · distance``.
 
     :meth:`propose` and :meth:`Cover.add` are all that holders of parts of a pool need: proposals are plain tensors, and
-    whoever has those of all shards can tell the next picks by :func:`decide`. (Selection over shards of the pool: a row
-    outside of every proposal has a score no better than its shard's bound, and scores never rise.)
+    whoever has those of all shards can find the next picks with :func:`decide`. This is exact because a row outside
+    every proposal has a score no better than its shard's bound, and scores never rise.
     """
 
     def __init__(self, cover: Cover, weight: Tensor, open_rows: Tensor, group: Tensor | None = None) -> None:
@@ -137,7 +137,7 @@ class Shard:
         return pool.in_memory and pool.n <= rows and self.cover.count <= 2 * _PRIMING
 
     def propose(self, size: int) -> dict[str, Any]:
-        """About ``size`` open rows of highest score, up to date, and what every other row comes behind.
+        """About ``size`` open rows of highest score, up to date, and a bound that every other row comes after.
 
         Keys: "index" in the whole pool, "weight", "delta", "rows" and (with groups) "group" of the candidates;
         "bound", the score and index of the best row that may have been left out.
@@ -165,7 +165,7 @@ class Shard:
         front = (score >= floor).nonzero()[:, 0] if left else open_rows
         rows = cover.sift(front, weight, floor)
         score[front] = weight[front] * cover.delta[front]
-        # Nothing outside reaches the floor; where more do than are wanted, the best one left out is the bound.
+        # No row outside reaches the floor; if more rows reach it than are wanted, the best one left out is the bound.
         if len(rows) > 2 * size:
             order = kcenter.rank(score[rows], count=size + 1)
             floor, floor_index = float(score[rows[order[-1]]]), int(rows[order[-1]]) + pool.offset
@@ -180,7 +180,7 @@ class Shard:
         }
 
     def _everything(self) -> dict[str, Any]:
-        """All rows as candidates; those that are not open have a weight with which none is picked."""
+        """All rows as candidates; those that are not open get the weight -inf, with which no row is picked."""
         pool = self.cover.pool
         rows = torch.arange(pool.n, device=pool.device)
         self.cover.refresh(rows)
@@ -201,17 +201,17 @@ def decide(
     room: Tensor | None = None,
     radius: float | None = None,
 ) -> dict[str, Tensor]:
-    """The next picks of all shards: greedily among their candidates while the best precedes all else.
+    """The next picks over all shards: greedy among their candidates while the best one precedes all other rows.
 
     Args:
-        proposals: One of every shard.
-        limit: Picks at most.
-        metric: Of :data:`msacore.ops.kcenter.METRICS`.
+        proposals: One per shard.
+        limit: Maximum number of picks.
+        metric: A value of :data:`msacore.ops.kcenter.METRICS`.
         room: How many more picks each group may get, ``[G]``.
         radius: No pick at a score of this or less.
 
     Returns:
-        "place" among all candidates and "score" of the picks, in order; :func:`picked` tells the rest.
+        "place" among all candidates and "score" of the picks, in order; :func:`picked` gives the rest.
     """
     index, weight, delta, rows, group = (
         tree.concatenated(proposals, key) for key in ("index", "weight", "delta", "rows", "group")
@@ -236,11 +236,11 @@ def decide(
 
 
 def picked(proposals: Sequence[dict[str, Any]], places: Tensor) -> dict[str, Tensor]:
-    """ "index", "rows" (centres) and, where there are groups, "group" of candidates by their place among all."""
+    """ "index", "rows" (centres) and, where there are groups, "group" of the candidates at ``places`` among all."""
     index, rows, group = (tree.concatenated(proposals, key) for key in ("index", "rows", "group"))
     return {"index": index[places], "rows": rows[places].double(), "group": group[places] if len(group) else group}
 
 
 def candidates(limit: int, holders: int) -> int:
-    """How many candidates each of so many holders of rows should propose for ``limit`` picks."""
+    """How many candidates each of ``holders`` holders of rows should propose for ``limit`` picks."""
     return max(_FEWEST, min(max(_CANDIDATES, _PER_PICK * limit), 4 * _CANDIDATES) // holders)

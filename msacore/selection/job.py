@@ -1,4 +1,4 @@
-"""One selection: its arguments, what it has picked so far, and the steps in which those who share the pool agree."""
+"""One selection: its arguments, what it has picked so far, and the steps in which the ranks agree."""
 
 from collections.abc import Callable
 from dataclasses import dataclass, field
@@ -18,11 +18,11 @@ DEFAULTS: dict[str, Any] = {"mmr_weight": 0.5, "noise": 1e-6, "neighbours": 20, 
 
 @dataclass
 class Groups:
-    """Samples of which only so many may be picked together.
+    """Groups of samples, each with a limit on its picks.
 
     Attributes:
         number: Group of each row held here, ``[n]`` int64 in ``[0, G)``.
-        room: How many more picks each group may get, ``[G]`` int64; the same for everybody.
+        room: How many more picks each group may get, ``[G]`` int64; the same on all ranks.
     """
 
     number: Tensor
@@ -38,20 +38,20 @@ class Job:
 
     Attributes:
         pool: The rows held here.
-        ranks: Who takes part.
+        ranks: The ranks that take part.
         budget: Total number of picks at most.
         identity: Everything the picks depend on; a state of another identity is refused.
         uncertainty: ``[n]`` float64, or None.
-        centers: Labelled centres, ``[c, d]`` float64, the same for everybody.
+        centers: Labelled centres, ``[c, d]`` float64, the same on all ranks.
         open_rows: Rows that may be picked, ``[n]`` bool.
         rest: Rows that are neither labelled nor picked, ``[n]`` bool.
         options: Every option, given or default.
         seed: Seed of the random strategies.
-        engine: Which engine answers nearest-neighbour questions.
-        groups: What limits the picks of a group, or None.
+        engine: The engine for nearest-neighbour queries.
+        groups: Limits on the picks of each group, or None.
         radius: Where "kcenter" may stop, or None.
         first: The first pick where there is no centre, or None.
-        report: Called with the number of new picks and what gives the state at that moment.
+        report: Called with the number of new picks and a function that returns the state at that moment.
         rounds: Picks so far and their scores, in parts.
         made: Number of picks so far.
     """
@@ -90,7 +90,7 @@ class Job:
         return self.budget - self.made
 
     def share(self, message: Callable[[], Any]) -> list[Any]:
-        """The messages of all who take part, on this pool's device."""
+        """The messages of all ranks, on this pool's device."""
         return [on_device(one, self.pool.device) for one in self.ranks.share(message)]
 
     def from_first(self, message: Callable[[], Any]) -> Any:
@@ -122,7 +122,7 @@ class Job:
         if self.groups is not None and groups is not None:
             self.groups.room -= torch.bincount(groups, minlength=len(self.groups.room))
             self.open_rows &= ~self.groups.full()
-        self.rounds.append((indices, scores.to(torch.float64)))  # in one step: an interrupt may come between two
+        self.rounds.append((indices, scores.to(torch.float64)))  # one step: an interrupt may come between two steps
         self.made += len(indices)
         self.report(len(indices), self.state)
 
@@ -147,8 +147,8 @@ class Job:
     def best(self, score: Callable[[], Tensor]) -> dict[str, Tensor]:
         """The open row of highest score ``[n]``, smallest index among equals.
 
-        As "index" and "score" ``[1]``, its centre "rows" ``[1, d]`` and its "group". A row of score -inf is not taken;
-        there must be another.
+        Returned as "index" and "score" ``[1]``, its centre "rows" ``[1, d]`` and its "group". A row of score -inf is
+        not taken; there must be another one.
         """
 
         def offer() -> dict[str, Any] | None:
@@ -177,15 +177,15 @@ class Job:
         return best
 
     def add_in_order(self, order: Callable[[], Tensor], named: float | None = None) -> None:
-        """Pick what is left by falling score ``[n]``, smallest index among equals, as far as groups allow.
+        """Make the remaining picks by descending score ``[n]``, smallest index among equals, as far as groups allow.
 
-        Scores of the picks are these, or ``named`` for all.
+        The picks have these scores, or all of them the score ``named``.
         """
 
         def offer() -> dict[str, Tensor]:
             score = order()
             rows = self.open_rows.nonzero()[:, 0]
-            # Rows beyond a group's room come behind enough of their own group here, so behind enough of it anywhere.
+            # A row beyond its group's room has enough rows of the group before it here, and so among all ranks too.
             count = len(rows) if self.groups is not None else min(self.left, len(rows))
             rows = rows[kcenter.rank(score[rows], count=count)]
             rows = rows[self._admitted(self.groups_of(rows), len(rows))][: self.left]
@@ -201,7 +201,7 @@ class Job:
         self.add(index[ranked[chosen]], score, group[chosen] if len(group) else None)
 
     def _admitted(self, groups: Tensor, count: int) -> Tensor:
-        """Which of picks in this order their groups have room for, ``[count]`` bool."""
+        """Whether each pick, in this order, still has room in its group, ``[count]`` bool."""
         if self.groups is None:
             return torch.ones(count, dtype=torch.bool, device=self.pool.device)
         return tree.occurrence(groups) < self.groups.room[groups]
@@ -211,10 +211,10 @@ class Job:
         return state.pack(self.identity, self.budget, self.picked().cpu(), self.picked_scores().cpu())
 
     def resume(self, given: Any) -> None:
-        """Go on where a state ends.
+        """Continue from a state.
 
         Raises:
-            ValueError: The state is none, is damaged, is of another selection, or holds what may not be picked.
+            ValueError: The state is not one, is damaged, is of another selection, or holds rows that may not be picked.
         """
         picked, scores = state.unpack(given, self.identity, self.budget, self.pool.total)
         if not len(picked):
@@ -228,7 +228,7 @@ class Job:
 
         messages = self.share(mine)
         if any(message["closed"] for message in messages):
-            raise ValueError("select: `state` holds picks that are labelled, no candidates, or of a full group")
+            raise ValueError("select: `state` holds picks that are labelled, not candidates, or of a full group")
         groups = None
         if self.groups is not None:
             groups = torch.empty_like(picked)

@@ -13,12 +13,12 @@ from msacore.selection import tree
 from msacore.selection.source import Parts, open_source
 
 _CHUNK_BYTES = 4 << 20  # of an array that may be larger than memory
-_PAIRS = 1 << 27  # of sample and centre: about a second's work, so that an interrupt is heard
-_DENSE = 8  # rows so many apart cost as much one by one as together with those between
+_PAIRS = 1 << 27  # of sample and centre: about a second's work, so that an interrupt is noticed
+_DENSE = 8  # rows this far apart cost as much read one by one as read together with those between
 _LARGEST = 1e290  # beyond it sums over the pool may overflow in float64
-_MAX_EXPONENT = 1000  # of a factor that float64 holds in both directions
+_MAX_EXPONENT = 1000  # of a power of two; float64 holds the power and its inverse
 _MAX_FLOAT_EXPONENT = 120  # the filter multiplies float32 and 16-bit rows in float32
-_SAFE_EXPONENT = 300  # numbers up to two to it have squares, and sums of them, that float64 holds
+_SAFE_EXPONENT = 300  # float64 holds the squares, and sums of squares, of numbers up to two to this power
 
 
 def check_magnitude(name: str, magnitude: float) -> None:
@@ -27,11 +27,11 @@ def check_magnitude(name: str, magnitude: float) -> None:
 
 
 def _silent(text: str) -> None:
-    """Nobody watches."""
+    """Ignore the note."""
 
 
 def unit_rows(values: Tensor) -> Tensor:
-    """Rows ``[A, d]`` in float64 with length 1; those of zeros stay."""
+    """Rows ``[A, d]`` in float64, scaled to length 1; rows of zeros stay."""
     rows = values.double()
     largest = rows.abs().amax(1, keepdim=True) if rows.shape[1] else rows
     rows = torch.ldexp(rows, -torch.frexp(largest).exponent.clamp_min(-_MAX_EXPONENT))
@@ -48,7 +48,7 @@ class Pool:
     """Samples ``[n, d]`` and their exact distances to centres, which are float64 rows ``[n, d]``.
 
     Rows are numbered from 0 within the process; ``offset`` is the number of the first one in the whole pool, which has
-    ``total`` rows. ``note`` is told what goes on during steps that make no pick.
+    ``total`` rows. ``note`` is called with what is being done in steps that make no pick.
     """
 
     def __init__(self, embeddings: Any, distance: str, note: Callable[[str], Any] = _silent) -> None:
@@ -63,7 +63,7 @@ class Pool:
         self.offset, self.total, self.rows_read, self.magnitude = 0, self.n, 0, 0.0
 
     def scan(self, offset: int, total: int) -> dict[str, Any]:
-        """One pass over these rows, which are those from ``offset`` on of ``total``: what :meth:`learn` needs of them.
+        """One pass over these rows, which start at row ``offset`` of ``total``; returns what :meth:`learn` needs.
 
         Raises:
             ValueError: A value is not finite, or too large.
@@ -87,7 +87,7 @@ class Pool:
         }
 
     def learn(self, messages: list[dict[str, Any]]) -> None:
-        """What the scans of all holders tell of the whole pool."""
+        """Take in what the scans of all holders say about the whole pool."""
         head = f"{self.total} {self.width} {self.dtype}"
         self.fingerprint = tree.joined_digest(head, [message["digests"] for message in messages])
         self.mean = self._mean([message["sums"] for message in messages])
@@ -114,7 +114,7 @@ class Pool:
         exponent = math.frexp(self.magnitude)[1] if self.magnitude > 0 else 0
         largest = _MAX_EXPONENT if self.dtype == torch.float64 else _MAX_FLOAT_EXPONENT
         self.scale = 2.0 ** -max(-largest, exponent)
-        # Squares of numbers times this neither overflow nor vanish.
+        # Squares of values multiplied by this neither overflow nor vanish.
         self.safe = 1.0 if abs(exponent) < _SAFE_EXPONENT else self.scale
 
     @property
@@ -132,7 +132,7 @@ class Pool:
         return -(-self.rows_read // max(self.n, 1))
 
     def parts(self) -> Iterator[tuple[slice, Tensor]]:
-        """All rows in order and in pieces of moderate size, with their place among them."""
+        """All rows in order, in pieces of moderate size, each with its place."""
         step = self._chunk_rows()
         if self._values is not None:
             self.rows_read += self.n
@@ -168,9 +168,9 @@ class Pool:
         return self._parts.take(rows.numpy(), room)
 
     def _blocks(self, rows: Tensor, centers: int) -> Iterator[tuple[slice, Tensor, Tensor]]:
-        """Parts of ``rows`` as (which ones, values, their rows in the values), to be compared with so many centres.
+        """Parts of ``rows`` as (which ones, values, their rows in the values), to be compared with ``centers`` centres.
 
-        From files, the values are there until the next part is asked for.
+        Values from files are valid until the next part is asked for.
         """
         if self._values is not None:
             step = max(1, _PAIRS // max(1, centers))
@@ -182,7 +182,7 @@ class Pool:
                 yield part, self._values, rows[part]
             return
         assert self._parts is not None
-        room = self._parts.room(min(self._chunk_rows(), self.n))  # each part is read over the one before
+        room = self._parts.room(min(self._chunk_rows(), self.n))  # each part overwrites the one before
         for part, dense in self._parts_of(rows):
             here = rows[part]
             first = int(here[0]) if dense else 0
@@ -190,7 +190,7 @@ class Pool:
             yield part, values, here - first if dense else torch.arange(len(here))
 
     def _parts_of(self, rows: Tensor) -> Iterator[tuple[slice, bool]]:
-        """Parts of ``rows`` of about a chunk's size, and which of them rise and lie densely enough to read through."""
+        """Parts of ``rows`` of about a chunk's size, and whether each is ascending and dense enough to read through."""
         step, begin = self._chunk_rows(), 0
         rising = bool((rows.diff() > 0).all())
         windows = torch.arange(0, self.n + step, step) if rising else torch.empty(0, dtype=torch.int64)
@@ -207,7 +207,7 @@ class Pool:
             yield slice(begin, len(rows)), False
 
     def fold(self, rows: Tensor, start: Tensor, centers: Tensor, delta: Tensor, owner: Tensor) -> tuple[Tensor, Tensor]:
-        """Nearest centre of each of ``rows`` after ``centers[start:]`` came in: distance and the centre's number."""
+        """Nearest centre of each of ``rows`` after ``centers[start:]`` are added: distance and the centre's index."""
         parts = [
             kcenter.fold(
                 values,

@@ -1,7 +1,7 @@
-"""Who takes part in a selection: one process, or the ranks of a torch.distributed group that share the pool out.
+"""Who takes part in a selection: one process, or the ranks of a torch.distributed group that share the pool.
 
-All of them go through the same steps. A step does its own work in the function that makes its message, so that what
-goes wrong there, and Ctrl-C, travels in place of the message and is raised by everybody after the same step.
+All of them go through the same steps. A step does its own work in the function that makes its message, so that an error
+there, or Ctrl-C, is sent in place of the message and is raised by all ranks after the same step.
 """
 
 import contextlib
@@ -23,7 +23,7 @@ class Alone:
     rank, size = 0, 1
 
     def share(self, message: Callable[[], Message]) -> list[Message]:
-        """The messages of all ranks in their order."""
+        """The messages of all ranks, in rank order."""
         return [message()]
 
     def from_first(self, message: Callable[[], Message]) -> Message:
@@ -32,7 +32,7 @@ class Alone:
 
     @contextlib.contextmanager
     def listening(self) -> Iterator[None]:
-        """Within, Ctrl-C is held back until the message that carries it."""
+        """Within this context, Ctrl-C is held back until the message that carries it."""
         yield
 
     def say(self, text: str) -> str:
@@ -96,7 +96,7 @@ class Ranks(Alone):
             return
 
         def stop(number: int, frame: Any) -> None:
-            if self._stop:  # asked for again: perhaps the others are gone
+            if self._stop:  # the second Ctrl-C: perhaps the other ranks are gone
                 raise KeyboardInterrupt
             self._stop = True
 

@@ -15,7 +15,7 @@ _FLOATING = (torch.float16, torch.bfloat16, torch.float32, torch.float64)
 
 
 def as_array(name: str, value: Any) -> Tensor | np.ndarray:
-    """A tensor or array in a dtype the operators take; integers become float64. Memory-mapped arrays stay mapped."""
+    """A tensor in a dtype that the operators take (integers become float64), or an array as it is, mapped or not."""
     if isinstance(value, Tensor):
         value = value.detach()
         if value.is_complex() or value.layout != torch.strided:
@@ -56,7 +56,7 @@ class _Mapped:
             base = below
 
     def check(self) -> None:
-        """A file that shrank under its mapping would end the process without a message."""
+        """Raise if the file shrank under its mapping: reading it would end the process without a message."""
         if self._file is not None and self._file.size() < self._bytes:
             raise ValueError(
                 f"select: the file of `{self.name}` has become shorter than it was ({self._file.size()} bytes, mapped "
@@ -64,13 +64,13 @@ class _Mapped:
             )
 
     def release(self) -> None:
-        """Give back the mapped pages, which count as ours until then."""
+        """Give back the mapped pages, which count as memory of this process until then."""
         if self._file is not None and hasattr(mmap, "MADV_DONTNEED"):
             self._file.madvise(mmap.MADV_DONTNEED)
 
 
 class Parts:
-    """Arrays in files, one below the other."""
+    """Arrays in files, stacked along their rows."""
 
     def __init__(self, arrays: Sequence[tuple[str, np.ndarray]]) -> None:
         self._parts = [_Mapped(name, array) for name, array in arrays]
@@ -80,7 +80,7 @@ class Parts:
         self._raw = arrays[0][1].dtype
 
     def room(self, rows: int) -> np.ndarray:
-        """Memory for so many rows, for parts that are read one after another."""
+        """Memory for ``rows`` rows, reused for parts that are read one after another."""
         return np.empty((rows, self.shape[1]), self._raw)
 
     def read(self, begin: int, end: int, room: np.ndarray | None = None) -> Tensor:
@@ -142,7 +142,7 @@ def open_source(name: str, value: Any) -> Tensor | Parts:
     """The rows ``[N, d]`` that ``value`` holds: in memory as they are, mapped files as parts.
 
     Raises:
-        ValueError: It is not a pool, or its parts differ in width, dtype or device; the part is named.
+        ValueError: ``value`` is not a pool, or its parts differ in width, dtype or device; the part is named.
     """
     if not _is_parts(value):
         whole = _opened(name, value)
@@ -151,7 +151,7 @@ def open_source(name: str, value: Any) -> Tensor | Parts:
             return Parts([(name, whole)])
         return as_tensor(whole) if isinstance(whole, np.ndarray) else whole.contiguous()
     names = [f"{name}[{i}]" for i in range(len(value))]
-    # As they came: that an int32 and an int64 file both become float64 makes them no less different.
+    # The dtypes as given: an int32 and an int64 file differ, although both become float64.
     dtypes = [_dtype_name(one) if isinstance(one, (np.ndarray, Tensor)) else None for one in value]
     parts = [_opened(part, one) for part, one in zip(names, value, strict=True)]
     dtypes = [known or _dtype_name(one) for known, one in zip(dtypes, parts, strict=True)]

@@ -1,4 +1,4 @@
-"""The state from which a selection goes on: its picks, what they depend on, and a checksum over both."""
+"""The state from which a selection continues: its picks, what they depend on, and a checksum over both."""
 
 import hashlib
 import json
@@ -42,7 +42,7 @@ def unpack(given: Any, identity: dict[str, Any], budget: int, total: int) -> tup
     """Picks and scores of a state that belongs to the selection ``identity`` of ``total`` rows.
 
     Raises:
-        ValueError: What is wrong with the state.
+        ValueError: The state is refused; the message says what is wrong with it.
     """
     if isinstance(given, dict) and type(given.get("format")) is int and given["format"] == 1 and "memory" in given:
         raise ValueError(

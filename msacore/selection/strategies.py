@@ -27,7 +27,7 @@ def _scaled(values: Tensor, low: float, high: float) -> Tensor:
 
 
 def _scaled_over_all(job: Job, values: Callable[[], Tensor]) -> Tensor:
-    """``values`` of the rows held here, scaled by the least and the largest of everybody's."""
+    """``values`` of the rows held here, scaled by the minimum and maximum over all ranks."""
     mine = torch.empty(0)
 
     def extremes() -> tuple[float, float]:
@@ -68,7 +68,7 @@ def _start(job: Job, first_score: Callable[[], Tensor]) -> Cover:
 
 
 def _weighted(job: Job, weight: Tensor, first_score: Callable[[], Tensor], allowed: Tensor | None = None) -> Cover:
-    """Greedy k-centre with weighted distances, among the ``allowed`` samples only where they are given."""
+    """Greedy k-centre with weighted distances, only among the ``allowed`` samples if these are given."""
     if allowed is not None:
         closed = job.open_rows & ~allowed
         job.open_rows &= allowed
@@ -78,7 +78,7 @@ def _weighted(job: Job, weight: Tensor, first_score: Callable[[], Tensor], allow
     plain = job.ranks.size == 1 and groups is None and bool((weight == 1).all())
     while job.left:
         limit = job.left
-        # Where any row that is left may come next, the score of one pick more than wanted is the radius.
+        # Where every row that is left may be picked, the score of one pick beyond the limit is the radius.
         further = int(plain and shard.whole and torch.equal(job.open_rows, job.rest))
         size = candidates(limit, job.ranks.size)
         proposals = job.share(lambda: shard.propose(size))  # noqa: B023  # called at once
@@ -111,7 +111,7 @@ def kcenter(job: Job) -> Cover:
 
 
 def uncertainty_kcenter(job: Job) -> Cover:
-    """``argmax u^γ · distance`` with u scaled to [1e-3, 1]: weighted farthest points as of Dyer and Frieze, 1985.
+    """``argmax u^γ · distance`` with u scaled to [1e-3, 1]: weighted farthest points as in Dyer and Frieze, 1985.
 
     Scores are these products.
     """
@@ -123,7 +123,7 @@ def uncertainty_kcenter(job: Job) -> Cover:
 def _shortlist(job: Job, size: int) -> Tensor:
     """The most uncertain rows that were open at first, ``[n]`` bool.
 
-    The fewest, at least ``size`` of all ranks together, from which the budget can be picked.
+    They are the fewest from which the budget can be picked, but at least ``size`` over all ranks.
     """
     uncertainty, before = job.needed_uncertainty(), job.open_before
     while True:
@@ -140,10 +140,10 @@ def _shortlist(job: Job, size: int) -> Tensor:
         order = by_index[steps.rank(score[by_index], count=len(index))]
         last = min(size, len(order))
         if job.room_before is not None and len(order):
-            # Picks allowed among the first so many.
+            # How many picks groups allow up to each row.
             allowed = (tree.occurrence(group[order]) < job.room_before[group[order]]).cumsum(0)
             last = max(last, int((allowed < job.budget).sum()) + 1)
-        # Beyond the first `size` the order is known only where nobody has more to show.
+        # Beyond the first `size` rows, the order is known only if no rank has more rows to offer.
         if last <= size or not any(one["left"] for one in offers):
             break
         size *= 4
@@ -154,7 +154,7 @@ def _shortlist(job: Job, size: int) -> Tensor:
 
 
 def prefilter(job: Job) -> Cover:
-    """k-centre among the ``factor · budget`` most uncertain samples: Zhdanov, 2019, with k-centre for its k-means.
+    """k-centre among the ``factor · budget`` most uncertain samples: Zhdanov, 2019, with k-centre in place of k-means.
 
     Scores are distances.
     """
@@ -182,7 +182,7 @@ def kmeans_plus_plus(job: Job) -> Cover:
 
     while job.left:
         parts: dict[tree.Span, float] = {}
-        for value in (squares, lambda: torch.ones_like(cover.delta)):  # all the same where no distance is left
+        for value in (squares, lambda: torch.ones_like(cover.delta)):  # equal chances where no distance is left
             parts = {}
             for one in job.ranks.share(lambda: sums(value)):  # noqa: B023  # called at once
                 parts |= one

@@ -1,8 +1,8 @@
-"""What is added up or digested over the pool, in one order however its rows are shared out.
+"""Sums and digests over the pool, in one order however its rows are distributed.
 
-Sums go along a binary tree over row numbers: a node holds the rows ``[i · 2^l, (i + 1) · 2^l)`` of the pool, cut off at
-its end, and its sum is that of its left half plus that of its right half. Whoever holds some of the rows sums the
-largest nodes among them, its spans; the nodes above are the same for everybody. Digests are taken of blocks of rows.
+Sums follow a binary tree over row numbers: a node holds the rows ``[i · 2^l, (i + 1) · 2^l)`` of the pool, cut off at
+its end, and its sum is that of its left half plus that of its right half. A holder of some of the rows sums the
+largest nodes among them, its spans; the nodes above are the same for all holders. Digests are taken of blocks of rows.
 """
 
 import hashlib
@@ -12,12 +12,12 @@ from typing import Any
 import torch
 from torch import Tensor
 
-Span = tuple[int, int]  # first row, row behind the last
+Span = tuple[int, int]  # first row, and one past the last
 DIGEST_ROWS = 65_536
 
 
 def spans(begin: int, end: int, total: int, largest: int | None = None) -> list[Span]:
-    """The largest nodes of the tree over ``total`` rows that lie in ``[begin, end)``, of ``largest`` rows at most."""
+    """The largest nodes of the tree over ``total`` rows in ``[begin, end)``, each of at most ``largest`` rows."""
     found = []
     while begin < end:
         size = 1
@@ -63,7 +63,7 @@ def _node(parts: dict[Span, Any], total: int, begin: int, size: int) -> Any:
 
 
 class Shares:
-    """Numbers ``[n]`` of at least 0 for the rows from ``begin`` on, to draw one in proportion."""
+    """Numbers ``[n]`` of at least 0 for the rows from ``begin`` on, in proportion to which a row is drawn."""
 
     def __init__(self, values: Tensor, begin: int, total: int) -> None:
         self._levels: dict[Span, list[Tensor]] = {}
@@ -77,7 +77,7 @@ class Shares:
         return {span: float(levels[-1][0]) for span, levels in self._levels.items()}
 
     def find(self, span: Span, target: float) -> int:
-        """The row of ``span`` at which the numbers up to and with it exceed ``target``."""
+        """The row of ``span`` at which the running sum, the row included, first exceeds ``target``."""
         place, levels = 0, self._levels[span]
         for below in reversed(levels[:-1]):
             place *= 2
@@ -94,7 +94,7 @@ def _goes_left(left: float, right: float, target: float) -> bool:
 
 
 def find_span(parts: dict[Span, float], total: int, target: float) -> tuple[Span, float]:
-    """The span in which ``target`` lies, and what is left of it there."""
+    """The span in which ``target`` lies, and the target relative to that span."""
     begin, size = 0, _size(total)
     while (begin, min(begin + size, total)) not in parts:
         size //= 2
@@ -126,7 +126,7 @@ def digests(values: Tensor, begin: int) -> dict[str, Any]:
 
 
 def joined_digest(head: str, messages: Iterable[dict[str, Any]]) -> str:
-    """Digest of the blocks of all holders, which does not depend on how the rows are shared out."""
+    """Digest of the blocks of all holders, which does not depend on how the rows are distributed."""
     messages = list(messages)
     blocks: dict[int, Any] = {}
     for row, piece in sorted(part for message in messages for part in message["rest"]):
@@ -141,7 +141,7 @@ def joined_digest(head: str, messages: Iterable[dict[str, Any]]) -> str:
 
 
 def digest(value: Tensor | None) -> str:
-    """Checksum of a tensor that everybody has; empty for None."""
+    """Checksum of a tensor that all ranks have; empty for None."""
     if value is None:
         return ""
     raw = value.detach().cpu().contiguous()
@@ -162,6 +162,6 @@ def occurrence(groups: Tensor) -> Tensor:
 
 
 def concatenated(messages: Sequence[dict[str, Any]], key: str) -> Tensor:
-    """One entry of all messages in their order; that of a single one as it is."""
+    """The entry ``key`` of all messages in their order; that of a single message as it is."""
     entries: list[Tensor] = [message[key] for message in messages]
     return entries[0] if len(entries) == 1 else torch.cat(entries)

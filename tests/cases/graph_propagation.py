@@ -12,7 +12,7 @@ from tests.opcase import Arguments, BadInput, OpCase, Sample
 def random_csr(
     nodes: int, edges: int, generator: torch.Generator, device: torch.device, targets: int | None = None
 ) -> tuple[torch.Tensor, torch.Tensor]:
-    """Rows of very different lengths, some empty; repeated edges allowed; `targets` other nodes, or the same."""
+    """Rows of very different lengths, some empty; edges may repeat. Targets are `targets` other nodes, or the same."""
     rows = nodes if targets is None else targets
     target = (torch.rand(edges, generator=generator) ** 2 * rows).long().sort().values
     rowptr = torch.zeros(rows + 1, dtype=torch.int64)
@@ -94,7 +94,7 @@ def _alternating_samples(device: torch.device, dtype: torch.dtype) -> list[Sampl
 
 
 def _unheard(arguments: Arguments) -> list[tuple[tuple[Any, ...], torch.Tensor]]:
-    """Without an own share (alpha 0) nobody reads a node that sends to nobody in the first half-step."""
+    """With alpha 0 a node keeps no share of itself: one that sends to no node in the first half-step is never read."""
     x, alternates = arguments["x"], "intra" in arguments
     if arguments.get("alpha", 0.1 if alternates else 0.0) != 0 or arguments.get("steps", 1) == 0:
         return []

@@ -10,7 +10,7 @@ from msacore import reference
 from tests.cases.propagation import changed
 from tests.opcase import Arguments, BadInput, OpCase, Sample
 
-# Few, because they are the expensive ones: every argument, every form of positives, one and two sides.
+# Few, because expensive tests run them: every argument, every form of positives, one direction and both.
 _SMALL = {
     "weighted",
     "symmetric and masked",
@@ -40,8 +40,8 @@ def _sample(device: torch.device, dtype: torch.dtype, name: str, sizes: tuple[in
         draw = [torch.randint(-1, classes, (k,), generator=generator).to(device) for k in (n, m)]
         arguments["labels"] = (draw[0], draw[1]) if "candidates" in arguments else draw[0]
     if "weights" in options:
-        share = options.pop("weights")  # of the pairs that are positive; below 1 the others have a weight of 0
-        weights = 0.1 + torch.rand(n, m, generator=generator)  # finite differences need room below
+        share = options.pop("weights")  # of the pairs that are positive; the others have a weight of 0
+        weights = 0.1 + torch.rand(n, m, generator=generator)  # finite differences must not make one negative
         if share < 1:
             weights *= torch.rand(n, m, generator=generator) < share
         arguments["weights"] = weights.to(device, dtype)

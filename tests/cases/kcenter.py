@@ -1,4 +1,4 @@
-"""Arguments of the selection kernels. They have no gradient, so they are no OpCases; see tests/test_kcenter.py."""
+"""Arguments of the selection kernels. They have no gradient, so they are not OpCases; see tests/test_kcenter.py."""
 
 from collections.abc import Callable
 from dataclasses import dataclass
@@ -19,7 +19,7 @@ class KernelCase:
     bad_inputs: dict[str, BadInput]
 
     def split(self, arguments: dict[str, Any]) -> tuple[tuple[Any, ...], dict[str, Any]]:
-        """Arguments before the `*` of the operator's schema, which go by position, and the others."""
+        """Arguments before the `*` of the operator's schema, which are passed by position, and the others."""
         names = [a.name for a in self.op._schema.arguments if not a.kwarg_only]
         return tuple(arguments[n] for n in names), {k: v for k, v in arguments.items() if k not in names}
 

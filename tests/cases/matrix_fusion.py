@@ -21,7 +21,7 @@ def fusion_arguments(
     missing: bool = False,
     **options: Any,
 ) -> dict[str, Any]:
-    """Random arguments for (B, L, k, M, q, C); weights are scaled so that activations see both of their sides."""
+    """Random arguments for (B, L, k, M, q, C); weights are scaled so that activations get inputs of both signs."""
     batch, length, width, modalities, rows, channels = sizes
     generator = torch.Generator().manual_seed(sum(n * 31**i for i, n in enumerate(sizes)))
 

@@ -17,7 +17,7 @@ def conversations(*lengths: int) -> Tensor:
 
 
 def gaps(lengths: Any, generator: torch.Generator) -> Tensor:
-    """Numbers of utterances some of which are not there; the last conversation spans all that an int64 can say."""
+    """Positions of utterances, with gaps between them; the last conversation spans the whole range of int64."""
     limits = torch.iinfo(torch.int64)
     steps = torch.randint(1, 4, (sum(lengths),), generator=generator)
     parts = [
@@ -59,7 +59,7 @@ SIZES = {
     "no width": ((3,), 3, 0),
     "large": ((24, 7, 0, 13, 1), 3, 37),
     "many modalities": ((14, 5), 6, 20),
-    "one long": ((60, *[1] * 9), 3, 5),  # on a GPU it goes through global memory
+    "one long": ((60, *[1] * 9), 3, 5),  # on a GPU its states are in global memory
     "real": ((24,) * 8, 3, 128),
 }
 SMALL = (
@@ -104,7 +104,7 @@ def _propagate_samples(device: torch.device, dtype: torch.dtype) -> list[Sample]
     sample("nobody in reach", "odd", ungated=True, include_self=False, window=0, steps=2)
     sample("alpha 0, never", "odd", alpha=0.0, send="never")
     sample("alpha 1", "odd", alpha=1.0)
-    # Lengths and width of real use, for counts of instructions: as many columns at a time as a block takes.
+    # Lengths and width of real use, for counting instructions: a block takes as many columns at a time as it can.
     sample("statistics", "real", steps=10, ungated=True)
     sample("statistics, whole window", "real", steps=10, window=-1, ungated=True)
     sample("statistics, gated", "real", steps=10, send="never")
@@ -156,7 +156,7 @@ def _bad_states(first: str, gate: str) -> dict[str, BadInput]:
 
 
 def _added(name: str, change: Callable[[Tensor], Tensor]) -> Callable[[Arguments], Arguments]:
-    """With `name` a change of the rows' numbers of the first sample."""
+    """Adds the argument `name`: the row numbers of the first sample after `change`."""
     return lambda arguments: {**arguments, name: change(torch.arange(7))}
 
 

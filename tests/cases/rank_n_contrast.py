@@ -12,7 +12,7 @@ from tests.opcase import Arguments, BadInput, OpCase, Sample
 
 
 def _sample(device: torch.device, dtype: torch.dtype, name: str, samples: int, width: int, **options: Any) -> Sample:
-    """Labels are multiples of 1/8 in [-3, 3], whose gaps every dtype holds exactly: the same ties in all of them."""
+    """Labels are multiples of 1/8 in [-3, 3]; every dtype holds their gaps exactly and therefore has the same ties."""
     generator = torch.Generator().manual_seed(samples + 31 * width)
     embeddings = torch.randn(samples, width, generator=generator) * options.pop("spread", 1.0) + options.pop("shift", 0)
     if apart := options.pop("in_pairs", 0.0):

@@ -1,8 +1,8 @@
-"""Compiles the CUDA sources for the host; with `--all` in every way the tests need, with a table of the kernels.
+"""Compiles the CUDA sources for the host; with `--all` in every way the tests need, and prints a table of the kernels.
 
-MAX_JOBS (all cores) at a time: for the host, and with `--all` for the host under sanitizers and, where nvcc is
-installed, with nvcc and for the interpreter of PTX. The tests take the results from their caches; what
-fails to compile here fails there, with the compiler's words.
+Runs MAX_JOBS builds at a time (default: all cores): for the host, and with `--all` for the host under sanitizers and,
+where nvcc is installed, with nvcc and for the interpreter of PTX. The tests take the results from their caches; what
+fails to compile here fails there, with the compiler's message.
 """
 
 import os

@@ -16,9 +16,9 @@ CACHE = ROOT / "build" / "cuda_on_host"
 SANITIZE = os.environ.get("CUDA_ON_HOST_SANITIZE") == "1"
 
 _TORCH = Path(torch.__file__).parent
-# Beside -O1 the compiler takes two thirds of the time, and the tests as long.
+# Compared with -O1 the compiler takes two thirds of the time, and the tests take as long.
 SANITIZERS = ["-Og", "-fsanitize=address,undefined", "-fno-sanitize=vptr", "-fno-sanitize-recover=all"]
-# What a CUDA source needs of any compiler.
+# What any compiler needs for a CUDA source.
 INCLUDES = [
     "-DTORCH_TARGET_VERSION=0x020b000000000000",
     f"-I{ROOT / 'csrc'}",
@@ -33,7 +33,7 @@ def compiler() -> str:
 
 @functools.cache
 def _included(path: Path) -> frozenset[Path]:
-    """The files of this project that a file names in its `#include` lines, whatever surrounds those."""
+    """The files of this project that a file names in its `#include` lines, whatever conditions surround these lines."""
     names = re.findall(r'^\s*#include "([^"]+)"', path.read_text(), re.MULTILINE)
     places = [folder / name for name in names for folder in (path.parent, ROOT / "csrc", HERE)]
     return frozenset(place.resolve() for place in places if place.is_file())
@@ -57,9 +57,9 @@ def content_hash(source: Path, command: list[str]) -> str:
 
 
 def cached(folder: Path, kind: str, suffix: str, source: Path, command: list[str]) -> tuple[Path, str]:
-    """What a command writes that ends with `-o`: path, and what the compiler said if it failed.
+    """What a command that ends with `-o` writes: its path, and the compiler's message if the command failed.
 
-    Made once for each content of what it depends on; the `kind` names it among all that is made of the source.
+    Built once for each content of its dependencies; `kind` distinguishes it from other outputs of the same source.
     """
     path = folder / f"{kind}.{content_hash(source, command)}.{suffix}"
     if not path.exists():
@@ -79,9 +79,9 @@ def build(source: Path, *options: str, sanitize: bool = SANITIZE, small: bool = 
 
     Args:
         source: A CUDA source, or one of the shim's own tests.
-        options: Further options of the compiler; they go into the file's name.
+        options: Further compiler options; they become part of the file's name.
         sanitize: With AddressSanitizer and UBSan.
-        small: With sizes of tests, not those of a CUDA build.
+        small: With the sizes of tests, not those of a CUDA build.
     """
     library, error = _compile(source, *options, sanitize=sanitize, small=small)
     if error:
@@ -89,7 +89,7 @@ def build(source: Path, *options: str, sanitize: bool = SANITIZE, small: bool = 
     return library
 
 
-@functools.cache  # of failures too: hundreds of tests may ask for the same library
+@functools.cache  # also of failures: hundreds of tests may ask for the same library
 def _compile(source: Path, *options: str, sanitize: bool, small: bool) -> tuple[Path, str]:
     command = [
         *(compiler(), "-x", "c++", "-std=c++17", "-O1", "-g1", "-fPIC", "-shared", "-fvisibility=hidden", "-pthread"),
@@ -114,7 +114,7 @@ def sanitizer_environment() -> dict[str, str]:
     """Environment of a Python process that can load sanitized libraries."""
     return {
         **os.environ,
-        # Python itself has no C++ runtime: without it loaded first, AddressSanitizer finds no `throw` to wrap.
+        # Python itself has no C++ runtime: unless one is loaded first, AddressSanitizer finds no `throw` to intercept.
         "LD_PRELOAD": f"{_runtime('libasan.so')} {_runtime('libstdc++.so')}",
         "ASAN_OPTIONS": "detect_leaks=0",
         "CUDA_ON_HOST_SANITIZE": "1",

@@ -1,10 +1,10 @@
 // Executes CUDA kernels on the CPU: grid, blocks, warps, shared memory, barriers, shuffles, votes, atomics.
 //
-// One fiber per device thread, one block after another, in an order the environment variable
+// One fiber per device thread, one block after another, in the order that the environment variable
 // CUDA_ON_HOST_SCHEDULE names: forward, reverse, interleaved (lane by lane across warps) or random:SEED. A thread runs
-// until it waits for others, so an order that a missing barrier lets through is one of these or close to one. What it
+// until it waits for others, so an order that only a missing barrier permits is one of these or close to one. What it
 // proves: index arithmetic, bounds (with AddressSanitizer), barriers, masks, independence of the order of threads and
-// blocks. What it cannot: speed, memory model, registers, rounding of hardware instructions.
+// blocks. What it cannot prove: speed, memory model, registers, rounding of hardware instructions.
 #pragma once
 
 #include "fiber.h"
@@ -40,8 +40,8 @@ namespace cuda_on_host {
 
 // The chip that launches see.
 #ifdef MSACORE_SMALL_SIZES
-// The least of all chips from sm_80 on (86, 89 and 120): a kernel that may use more asks shared_limit() in launch.cuh.
-// Few multiprocessors, so that small inputs fill them.
+// The smallest limit of all chips from sm_80 on (that of 86, 89 and 120): a kernel that may use more asks
+// shared_limit() in launch.cuh. Few multiprocessors, so that small inputs fill them.
 constexpr size_t kSharedLimit = 99 * 1024;
 constexpr int kMultiprocessors = 3;
 #else
@@ -116,7 +116,7 @@ class Machine {
     }
   }
 
-  // Waits until every thread of the block is here; returns the sum of what they brought.
+  // Waits until every thread of the block is here; returns the sum of their votes.
   int barrier(const char* name, int vote, Site site) {
     Thread& self = *current_;
     self.state = State::kAtBarrier;
@@ -157,7 +157,7 @@ class Machine {
     }
   }
 
-  // A `__shared__` variable: made when its first thread comes by, filled with NaN, freed with the block.
+  // A `__shared__` variable: created when the first thread reaches it, filled with NaN, freed with the block.
   void* shared_variable(const void* key, size_t bytes, size_t alignment) {
     for (const SharedVariable& v : variables_) {
       if (v.key == key) return v.memory;
@@ -226,7 +226,7 @@ class Machine {
     while (returned_ < count && failure_.empty()) {
       next_ = 0;
       if (Thread* thread = next_ready()) {
-        switch_fiber(scheduler_, make_current(*thread));  // comes back when all had their turn, or with a failure
+        switch_fiber(scheduler_, make_current(*thread));  // returns when all have had their turn, or on a failure
       } else {
         release_barrier();
       }
@@ -243,7 +243,7 @@ class Machine {
     }
   }
 
-  // The next thread in this round's order that need not wait, or null.
+  // The next thread in this round's order that does not have to wait, or null.
   Thread* next_ready() {
     while (next_ < order_.size()) {
       Thread& thread = threads_[order_[next_++]];
@@ -258,8 +258,8 @@ class Machine {
     return thread.fiber;
   }
 
-  // Leaves a thread that waits or, with `last`, has returned, for the one whose turn it is: a way round by the
-  // scheduler would be most of the time of a barrier.
+  // Switches directly from a thread that waits or, with `last`, has returned, to the one whose turn it is: a detour
+  // through the scheduler would take most of the time of a barrier.
   void run_next(bool last = false) {
     Fiber& self = current_->fiber;
     Thread* thread = next_ready();
@@ -268,7 +268,7 @@ class Machine {
 
   static void enter();
 
-  // Nobody can run: either all threads stand at one barrier, or the kernel is wrong.
+  // No thread can run: either all of them wait at one barrier, or the kernel is wrong.
   void release_barrier() {
     bool same = at_barrier_ == threads_.size();
     for (const Thread& t : threads_) same = same && t.wait.site == threads_[0].wait.site;
@@ -315,8 +315,8 @@ class Machine {
   std::vector<Thread> threads_;
   Thread* current_ = nullptr;
   const std::function<void()>* kernel_ = nullptr;
-  std::vector<size_t> order_;      // of this round, in which every thread that is ready has a turn
-  size_t next_ = 0;                // the place in it
+  std::vector<size_t> order_;      // of this round, in which every ready thread has a turn
+  size_t next_ = 0;                // the position in it
   std::vector<unsigned> waiting_;  // per warp, the lanes inside a collective
   std::vector<SharedVariable> variables_;
   void* dynamic_ = nullptr;
@@ -356,7 +356,7 @@ void launch(void (*kernel)(P...), dim3 grid, dim3 block, size_t shared_bytes, A.
 #include "../ptx/launch.h"
 #endif
 
-// Kernels launched so far by the library this is built into.
+// The number of kernels launched so far by the library that this is built into.
 extern "C" __attribute__((visibility("default"), used)) inline int64_t cuda_on_host_launches() {
   return cuda_on_host::machine().launches();
 }

@@ -14,7 +14,7 @@
 #define __launch_bounds__(...)
 #define __grid_constant__
 #define __constant__ static const
-// A plain `__shared__` could neither be filled with NaN nor be bounded: MSACORE_SHARED of device.cuh is used instead.
+// A plain `__shared__` could be neither filled with NaN nor bounds-checked: use MSACORE_SHARED of device.cuh instead.
 #define __shared__ static_assert(false, "declare shared memory with MSACORE_SHARED");
 
 using cudaStream_t = void*;

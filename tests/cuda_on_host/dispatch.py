@@ -1,4 +1,4 @@
-"""Runs the operators' CUDA code on CPU tensors: their `_cuda.cu` files, built for the host, take the calls over."""
+"""Runs the operators' CUDA code on CPU tensors: their `_cuda.cu` files, built for the host, take over the calls."""
 
 import ctypes
 import functools
@@ -31,13 +31,13 @@ def _library() -> torch.library.Library:
 
 
 def launches() -> int:
-    """Kernels that all operators together have launched on the host."""
+    """The number of kernels that all operators together have launched on the host."""
     _library()
     return sum(ctypes.CDLL(str(build(source))).cuda_on_host_launches() for source in SOURCES)
 
 
 def operators_of(source: Path) -> list[str]:
-    """Names of the operators a source registers; read off its text, so that collecting tests compiles nothing."""
+    """Names of the operators that a source registers, read from its text so that collecting tests compiles nothing."""
     return re.findall(r'm\.impl\("(\w+)"', source.read_text())
 
 
@@ -49,7 +49,7 @@ def operators_with_cuda_code() -> frozenset[str]:
 class CudaOnHost(TorchDispatchMode):
     """While active, calls of `torch.ops.msacore`, forward and backward, run the CUDA code on the CPU.
 
-    A process may choose other sources, and another way to their binaries, before the first use.
+    Before the first use, a process may choose other sources and another way to build them.
     """
 
     sources: Sequence[Path] = SOURCES

@@ -29,13 +29,13 @@ struct Fiber {
 #else
   void* position = nullptr;  // stack pointer, the callee-saved registers pushed above it
 #endif
-  const void* stack = nullptr;  // lowest address; AddressSanitizer wants to know every stack it is moved to
+  const void* stack = nullptr;  // lowest address; AddressSanitizer must be told of every stack that is switched to
   size_t stack_bytes = 0;
   void* fake_stack = nullptr;
 };
 
 #ifndef CUDA_ON_HOST_PORTABLE_SWITCH
-// swapcontext makes a system call to save the signal mask, which would be most of the time of a barrier.
+// swapcontext makes a system call to save the signal mask, which would take most of the time of a barrier.
 __attribute__((naked, noinline)) static void switch_stack(void** /*save*/, void* /*load*/) {
   __asm__ volatile(
       "pushq %rbp\n pushq %rbx\n pushq %r12\n pushq %r13\n pushq %r14\n pushq %r15\n"
@@ -45,7 +45,7 @@ __attribute__((naked, noinline)) static void switch_stack(void** /*save*/, void*
 }
 #endif
 
-// Called first thing on the stack that was switched to; `left` is the fiber that was left.
+// Called first on the stack that was switched to; `left` is the fiber that was left.
 inline void arrive([[maybe_unused]] void* fake_stack, [[maybe_unused]] Fiber* left) {
 #ifdef __SANITIZE_ADDRESS__
   __sanitizer_finish_switch_fiber(fake_stack, left ? &left->stack : nullptr, left ? &left->stack_bytes : nullptr);
@@ -81,7 +81,7 @@ class Stacks {
   // Makes `fiber` start in `entry` on the i-th stack when first switched to.
   void prepare(Fiber& fiber, size_t i, void (*entry)()) {
     fiber.stack = memory_ + i * kStride + kGuardBytes;
-    // Tops at equal offsets would all fall into one set of the cache.
+    // Stack tops at equal offsets would all fall into one set of the cache.
     fiber.stack_bytes = kStackBytes - (i % 64) * 128;
     fiber.fake_stack = nullptr;
 #ifdef CUDA_ON_HOST_PORTABLE_SWITCH

@@ -1,5 +1,5 @@
-// Kernels that prove the shim and the interpreter of PTX (tests/ptx): right ones, and ones with a planted fault. Bound
-// by ctypes; an error comes back as text.
+// Kernels that test the shim and the interpreter of PTX (tests/ptx): correct ones, and ones with a planted fault.
+// They are called through ctypes; an error is returned as text.
 #include "cuda/launch.cuh"
 #include "cuda/tile_product.cuh"
 
@@ -41,7 +41,7 @@ __global__ void transpose_kernel(const float* __restrict__ in, float* __restrict
   }
 }
 
-// One warp, C [16, 8] = A [16, k] · B [k, 8], k a multiple of 16; the tiles come by cp.async, two groups in flight.
+// One warp, C [16, 8] = A [16, k] · B [k, 8], k a multiple of 16; cp.async copies the tiles, two groups in flight.
 // `Wait` false is the planted fault.
 template <typename T, bool Wait>
 __global__ void mma_kernel(const T* __restrict__ a, const T* __restrict__ b, float* __restrict__ out, int k) {
@@ -136,7 +136,7 @@ __global__ void stray_lane_kernel(int* out) {
 
 __global__ void shared_overrun_kernel(float* out) {
   MSACORE_SHARED(tile, float[32]);
-  volatile float* slot = tile + threadIdx.x + 1;  // that no compiler leaves it out
+  volatile float* slot = tile + threadIdx.x + 1;  // so that no compiler removes the access
   *slot = 1;
   out[threadIdx.x] = *slot;
 }
@@ -153,7 +153,7 @@ __global__ void global_overrun_kernel(float* out, int n) {
 
 __global__ void misaligned_kernel(const float* in, float* out) { store(out, load<4>(in + 1)); }
 
-// What another lane of the warp stored is read with nothing between, or with a __syncwarp.
+// Reads what another lane of the warp stored, with a __syncwarp in between or with nothing.
 template <bool Sync>
 __global__ void neighbour_kernel(int* __restrict__ out) {
   MSACORE_SHARED(values, int[32]);

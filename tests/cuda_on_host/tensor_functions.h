@@ -3,7 +3,7 @@
 
 namespace cuda_on_host {
 
-// The copy happens when it is waited for: data read too early is still what was there before.
+// The copy happens when it is waited for: a read that comes too early sees what was there before.
 inline void async_copy(void* to, const void* from, size_t bytes, bool valid) {
   std::vector<std::vector<Copy>>& groups = machine().current().copies;
   if (groups.empty()) groups.emplace_back();
@@ -42,7 +42,7 @@ struct Fragments {
   const uint32_t *a, *b;
 };
 
-// A factor with its exponent, at least that of its type's smallest normal number; 0 has one that no sum reaches.
+// A factor and its exponent, at least that of its type's smallest normal number; 0 has one that no sum reaches.
 struct Factor {
   float value;
   int exponent;
@@ -55,10 +55,10 @@ inline int exponent_of(float x, int least) {
 }
 
 // c + Σ left · right of `Count` products as tensor cores add: products are exact; every addend is cut off 24 bits below
-// the largest exponent, of a product the sum of its factors' exponents; what is left is added without error, and the
-// sum is cut off to float32. Low bits are lost, always towards zero, as published measurements of chips of compute
-// capability 8.0 say (Fasi, Higham, Mikaitis, Pranesh: Numerical behavior of NVIDIA tensor cores, 2021); later chips
-// keep a bit more.
+// the largest exponent (a product's exponent is the sum of its factors' exponents); what is left is added without
+// error, and the sum is cut off to float32. Low bits are lost, always towards zero, as in published measurements of
+// chips of compute capability 8.0 (Fasi, Higham, Mikaitis, Pranesh: Numerical behavior of NVIDIA tensor cores, 2021);
+// later chips keep one bit more.
 template <int Count>
 __attribute__((always_inline)) inline float cut_off_sum(float c, const Factor* left, const Factor* right) {
   constexpr int kBits = 24;
@@ -76,14 +76,14 @@ __attribute__((always_inline)) inline float cut_off_sum(float c, const Factor* l
   for (int k = 0; k < Count; ++k) sum += static_cast<int64_t>(product[k] * units);
   const double exact = static_cast<double>(sum) * power(top - kBits);
   const auto nearest = static_cast<float>(exact);
-  // One less in its bits is one step towards zero.
+  // Subtracting 1 from its bits is one step towards zero.
   return std::abs(static_cast<double>(nearest)) > std::abs(exact) ? __uint_as_float(__float_as_uint(nearest) - 1)
                                                                   : nearest;
 }
 
 // C += A · B for all lanes, half of the K steps at a time; `a(row, k)` and `b(k, column)` read the operands where they
-// lie. `Least`: the exponent of the smallest normal number of the factors' type. Most of the time of a test of products
-// is spent here.
+// lie. `Least`: the exponent of the smallest normal number of the factors' type. Tests of products spend most of their
+// time here.
 template <int K, int Least, typename A, typename B>
 __attribute__((optimize("O3"))) void multiply(Fragments* const* lanes, A a, B b) {
   Factor left[16][K], right[8][K];

@@ -37,7 +37,7 @@ class Source:
         return self.random.random() < share
 
     def size(self, most: int = 9, large: Sequence[int] = ()) -> int:
-        """Mostly small; 0 and 1 now and then; seldom a size near a block's edge."""
+        """Mostly small; 0 and 1 now and then; rarely a size near a block's edge."""
         draw = self.random.random()
         if draw < 0.12:
             return int(draw > 0.05)
@@ -47,12 +47,12 @@ class Source:
         return torch.randn(shape, generator=self.generator).to(self.dtype)
 
     def flags(self, *shape: int, share: float = 0.7) -> Tensor:
-        """Booleans; now and then all or none."""
+        """Booleans; now and then all are true, or none."""
         share = self.random.choice([0.0, 1.0]) if self.often(0.1) else share
         return torch.rand(shape, generator=self.generator) < share
 
     def rows(self, n: int, d: int, scale: Callable[[int], float] | None = None) -> Tensor:
-        """Rows with zero rows and doubles among them."""
+        """Rows; some are zero, and some are copies of others."""
         x = self.normal(n, d)
         doubles = {}
         for i in range(n):
@@ -64,7 +64,7 @@ class Source:
             elif scale is not None:
                 x[i] *= scale(i)
         for i, j in doubles.items() if scale is not None else ():
-            x[i] = x[j]  # of the scaled row, whichever came first
+            x[i] = x[j]  # a copy of the scaled row, whichever of the two came first
         return x
 
     def labels(self, n: int, classes: int) -> Tensor:

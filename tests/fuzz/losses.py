@@ -9,7 +9,7 @@ from torch import Tensor
 
 
 def _unit(row: Tensor) -> Tensor:
-    """A row over its norm, in the row's dtype; the zero row stays and has no gradient."""
+    """A row divided by its norm, in the row's dtype; a zero row stays zero and has no gradient."""
     largest = float(row.detach().abs().max()) if len(row) else 0.0
     if largest == 0:
         return row.detach() * 0
@@ -103,7 +103,7 @@ def info_nce(
     directions = [_per_anchor(a, c, queue, takes_part, weights, temperature, denominator)]
     if symmetric:
         directions.append(_per_anchor(c, a, [], lambda j, i: takes_part(i, j), weights.T, temperature, denominator))
-    # A zero that depends on every argument keeps the graph whole where nothing is left.
+    # A zero that depends on the anchors keeps a graph where no term is left.
     nothing = anchors.sum() * 0
     if reduction == "none":
         each = [[nothing if loss is None else loss for loss in losses] for losses in directions]
@@ -182,7 +182,7 @@ def rank_n_contrast(
         gaps = [_gap(y, i, j) for j in others]
         for at, gap in enumerate(gaps):
             as_far = s[[k for k, other in enumerate(gaps) if other >= gap]]
-            # Beside the largest: next to similarities of 1e36 the logarithm of how many tie would be lost.
+            # Relative to the largest: beside similarities of 1e36 the logarithm of the number of ties would be lost.
             top = as_far.detach().max()
             terms.append((as_far - top).logsumexp(0) - (s[at] - top))
     return torch.stack(terms).sum() / max(1, len(used) * (len(used) - 1))

@@ -85,7 +85,7 @@ def sides(window: Any) -> tuple[int, int]:
 def neighbours(
     offsets: Tensor, positions: Tensor | None, window: Any, include_self: bool, utterances: int
 ) -> list[list[int]]:
-    """Utterances that utterance i hears within its modality."""
+    """For each utterance i, the utterances that it hears within its modality."""
     past, future = sides(window)
     p = list(range(utterances)) if positions is None else positions.tolist()
     bounds = offsets.tolist()

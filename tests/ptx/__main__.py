@@ -36,7 +36,7 @@ def arguments() -> argparse.Namespace:
     parser.add_argument("--production-sizes", action="store_true", help="sizes of a CUDA build, not of tests")
     parser.add_argument("--schedule", default="forward", help="order of threads: forward, reverse or random:SEED")
     parser.add_argument("--stats", metavar="FILE", type=Path, help="write what each launch issues and moves, as CSV")
-    parser.add_argument("--list", action="store_true", help="names of operators and samples, no run")
+    parser.add_argument("--list", action="store_true", help="list operators and samples, and run nothing")
     parser.add_argument(
         "--verbose", action="store_true", help="every finding of a case; kernels that were not launched"
     )

@@ -51,7 +51,7 @@ inline uint64_t real_bits(Type t, double x) {
   }
 }
 
-// The low bits of a register that an operand of the type is made of: as they are, and as a signed number.
+// The low bits of a register that form an operand of type `t`: as they are, and as a signed number.
 inline uint64_t low(Type t, uint64_t v) {
   const int bits = 8 * size_of(t);
   return bits == 64 ? v : v & ((uint64_t{1} << bits) - 1);
@@ -117,7 +117,7 @@ inline uint64_t to_integer(Type to, Rounding rounding, double x) {
     default:
       x = std::trunc(x);
   }
-  // Out of range: the nearest number there is.
+  // Out of range: the nearest representable number.
   if (is_signed(to)) {
     const double limit = std::ldexp(1.0, bits - 1);
     if (x < -limit) return uint64_t{1} << (bits - 1);
@@ -166,7 +166,7 @@ uint64_t convert(const In& in, uint64_t a, uint64_t b) {
   }
   if (is_signed(from)) {
     const int64_t x = signed_low(from, a);
-    if (to == Type::F32) return bits_of(static_cast<float>(x));  // not by way of double: one rounding
+    if (to == Type::F32) return bits_of(static_cast<float>(x));  // not through double: rounded once
     return is_float(to) ? real_bits(to, static_cast<double>(x)) : low(to, static_cast<uint64_t>(x));
   }
   const uint64_t x = low(from, a);
@@ -179,7 +179,7 @@ inline uint64_t permute_bytes(uint64_t bytes, uint32_t selectors) {
   for (int i = 0; i < 4; ++i) {
     const uint32_t selector = (selectors >> (4 * i)) & 15;
     uint32_t byte = (bytes >> (8 * (selector & 7))) & 0xff;
-    if (selector & 8) byte = byte & 0x80 ? 0xff : 0;  // its sign, repeated
+    if (selector & 8) byte = byte & 0x80 ? 0xff : 0;  // its sign bit, repeated
     result |= byte << (8 * i);
   }
   return result;
@@ -203,13 +203,13 @@ inline uint64_t insert_bits(uint64_t field, uint64_t into, uint32_t position, ui
   return (into & ~mask) | ((field << position) & mask);
 }
 
-// Applies `op` in the instruction's floating type; 16-bit types are computed in double and rounded once.
+// Applies `operation` in the instruction's floating type; 16-bit types are computed in double and rounded once.
 template <typename In, typename Op>
 uint64_t real(const In& in, uint64_t a, uint64_t b, uint64_t c, Op operation) {
   const auto op = [&](auto x, auto y, auto z) {
     const auto result = operation(x, y, z);
     if (!in.saturate) return result;
-    return result > 0 ? std::min(result, decltype(result)(1)) : decltype(result)(0);  // of NaN: 0
+    return result > 0 ? std::min(result, decltype(result)(1)) : decltype(result)(0);  // NaN becomes 0
   };
   if (in.type == Type::F64) return bits_of(static_cast<double>(op(as_double(a), as_double(b), as_double(c))));
   if (in.type != Type::F32) {
@@ -221,8 +221,8 @@ uint64_t real(const In& in, uint64_t a, uint64_t b, uint64_t c, Op operation) {
   return bits_of(in.flush ? flushed(result) : result);
 }
 
-// The result of an instruction with up to four operands, or of `mad`, `fma`, ... ; block.cpp stores it.
-// `In` is Instruction, or what steps.cpp knows of one while it is compiled.
+// The result of an instruction with up to four operands, which block.cpp stores. `In` is Instruction, or what steps.cpp
+// knows of one at compile time.
 template <typename In>
 uint64_t arithmetic(const In& in, uint64_t a, uint64_t b, uint64_t c, uint64_t d) {
   const Type t = in.type;
@@ -263,7 +263,7 @@ uint64_t arithmetic(const In& in, uint64_t a, uint64_t b, uint64_t c, uint64_t d
     case Opcode::Div:
       if (is_float(t)) return real(in, a, b, 0, [](auto x, auto y, auto) { return x / y; });
       if (low(t, b) == 0) return low(t, ~uint64_t{0});
-      if (is_signed(t) && signed_low(t, b) == -1) return low(t, 0 - a);  // the least number has no opposite
+      if (is_signed(t) && signed_low(t, b) == -1) return low(t, 0 - a);  // the smallest number cannot be negated
       return integer([](auto x, auto y) { return x / y; });
     case Opcode::Rem:
       if (low(t, b) == 0 || (is_signed(t) && signed_low(t, b) == -1)) return low(t, b) == 0 ? low(t, a) : 0;
@@ -348,7 +348,7 @@ uint64_t arithmetic(const In& in, uint64_t a, uint64_t b, uint64_t c, uint64_t d
     case Opcode::Rsqrt: {
       const bool root = in.op == Opcode::Rsqrt;
       const uint64_t result = real(in, a, 0, 0, [&](auto x, auto, auto) { return 1 / (root ? std::sqrt(x) : x); });
-      // Of a double the approximation has the upper half only; code that nvcc adds refines it.
+      // For a double the approximation has only the upper half; code that nvcc adds refines it.
       return t == Type::F64 && in.approximate ? result & 0xffffffff00000000ull : result;
     }
     default:

@@ -46,8 +46,8 @@ void Block::run(unsigned x, unsigned y, unsigned z) {
 
 void Block::begin(unsigned x, unsigned y, unsigned z) {
   position_[0] = x, position_[1] = y, position_[2] = z;
-  // Registers and memory begin as NaN of every type, -1 as an integer; registers whose beginning nobody can read are
-  // left as they are.
+  // Registers and memory start as NaN in every floating type and as -1 in every integer type; registers whose initial
+  // value nothing can read are left as they are.
   memory_.assign(launch_.shared_bytes + kAlignment, char(0xff));
   const auto begin = reinterpret_cast<uint64_t>(memory_.data());
   shared_ = reinterpret_cast<char*>((begin + kAlignment - 1) / kAlignment * kAlignment);

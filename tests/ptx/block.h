@@ -1,4 +1,4 @@
-// The machine: a launch, and its blocks as they are executed.
+// The machine: a launch, and the execution of its blocks.
 #pragma once
 
 #include <memory>
@@ -19,7 +19,7 @@ struct State {
   std::map<std::string, std::unique_ptr<Module>> modules;  // by the library whose launches run them
   std::unique_ptr<Statistics> statistics;
   SharedShadow shadow;
-  // Times something was found, by kernel, words, instruction and the one it conflicts with.
+  // How often something was found, by kernel, module, message, instruction and the one it conflicts with.
   std::map<std::tuple<const Kernel*, const Module*, std::string, int, int>, uint64_t> findings;
   uint64_t launches = 0, instructions = 0;
 };
@@ -46,7 +46,7 @@ struct Thread {
   int index, pc;
   int syncs, meetings;  // see SharedShadow::Access
   unsigned position[3];
-  uint32_t mask;  // of the warp operation it waits in
+  uint32_t mask;  // of the warp operation that it waits in
   uint64_t* registers;
   char* local;
   std::vector<std::vector<Copy>> copies;  // committed groups of cp.async, oldest first; the last is still open

@@ -1,9 +1,9 @@
 """`python -m tests.ptx.bounds [NAME …]` prints the table of bench/results/ptx.md: bounds by counted instructions.
 
-A benchmark of bench/ runs in the interpreter at a size it can do; its instructions grow to a real size as the
-benchmark's own count of flops does. Where it runs at two sizes they are a sum of two parts, of which one grows as the
-flops and one as the bytes: what is done once a row must not be scaled as what is done once a pair. Rough bounds by
-arithmetic, no measurement and no prediction: tests/ptx/README.md.
+A benchmark of bench/ runs in the interpreter at a size that is feasible there; its instructions are scaled to a real
+size in proportion to the benchmark's own count of flops. If it runs at two sizes, they are split into two parts, one in
+proportion to the flops and one to the bytes: work that is done once per row must not be scaled like work that is done
+once per pair. These are rough bounds by arithmetic, neither measurements nor predictions: tests/ptx/README.md.
 """
 
 import csv
@@ -25,7 +25,7 @@ from tests.opcase import map_tensors, tensors_of
 from tests.ptx.build import interpreter, preloaded
 from tests.ptx.machine import Machine
 
-# An H200: warp instructions and bytes a second, and flops of tensor cores, dense; float32 takes three products of tf32.
+# An H200: warp instructions, bytes and dense tensor-core flops per second; float32 takes three products of tf32.
 ISSUE, BYTES = 132 * 4 * 1.75e9, 4.3e12
 FLOPS = {torch.bfloat16: 790e12, torch.float32: 395e12 / 3}
 
@@ -40,8 +40,8 @@ class Row:
 
 
 BF16 = torch.bfloat16
-# Above the sizes whose similarities are kept for the backward pass, where the real size is: N * N > 2 ** 21 for
-# info_nce, 9 * N * N > 2 ** 22 for the hierarchical loss.
+# Above the sizes whose similarities are kept for the backward pass, as the real size is: N * N > 2 ** 21 for info_nce,
+# 9 * N * N > 2 ** 22 for the hierarchical loss.
 LARGE = (1472, 1728)
 PAIRS = [({"N": LARGE[0], "d": d}, {"N": LARGE[1], "d": d}) for d in (128, 256)]
 FUSED = {"B": 4, "L": 50, "k": 512, "q": 64}
@@ -81,7 +81,7 @@ def benchmark_of(row: Row) -> Benchmark:
 
 
 def run(row: Row, sizes: dict[str, int], machine: Machine) -> None:
-    """Forward, and backward where there is one, under the names "forward" and "backward" of the statistics."""
+    """Run forward, and backward if there is one, as the cases "forward" and "backward" of the statistics."""
     benchmark = benchmark_of(row)
     torch.manual_seed(0)
     inputs: dict[str, Any] = benchmark.inputs(sizes, torch.device("cpu"))

@@ -19,17 +19,17 @@ def _made(kind: str, suffix: str, source: Path, command: list[str]) -> Path:
 
 
 def interpreter() -> Path:
-    """The interpreter, a library."""
+    """The interpreter, a shared library."""
     flags = ["-std=c++20", "-O3", "-g1", "-fPIC", "-shared", "-pthread", "-Wall", "-Wextra", "-ffp-contract=off"]
-    flags += ["-fno-semantic-interposition", "-Wl,-Bsymbolic-functions"]  # its own calls are its own: no table between
+    flags += ["-fno-semantic-interposition", "-Wl,-Bsymbolic-functions"]  # its calls to itself go through no table
     return _made("libptx", "so", HERE / "interpreter.cpp", [compiler(), *flags, str(HERE / "interpreter.cpp"), "-o"])
 
 
 def ptx_of(source: Path) -> Path:
     """The PTX that nvcc makes of a source for compute_80, which serves all architectures.
 
-    csrc asks for nothing beyond. For compute_90 nvcc converts bfloat16 by another instruction; nothing else differs.
-    Sizes of tests are of launch code alone (`tests/test_build.py` sees to it), so that it serves those, too.
+    csrc needs nothing newer. For compute_90 nvcc converts bfloat16 with another instruction; nothing else differs.
+    Only launch code depends on the sizes of tests (`tests/test_build.py` checks this), so the same PTX serves both.
     """
     command = ["nvcc", "-x", "cu", "-std=c++17", "-O3", "--ptx", "-lineinfo", "-arch=compute_80", "-DUSE_CUDA"]
     command += [*INCLUDES, str(source), "-o"]
@@ -42,7 +42,7 @@ def host_of(source: Path, small: bool = True) -> Path:
 
 
 def preloaded() -> dict[str, str]:
-    """Environment of a Python process with the interpreter before libc: there it sees what torch allocates."""
+    """Environment of a Python process that loads the interpreter before libc, so that it sees what torch allocates."""
     return {**os.environ, "LD_PRELOAD": str(interpreter())}
 
 

@@ -1,4 +1,4 @@
-// Reads the body of a kernel into instructions, when it is first launched.
+// Reads the body of a kernel into instructions at its first launch.
 #include <set>
 
 #include "text.h"
@@ -35,13 +35,13 @@ class Decoder {
          "`" + text + "` in " + kernel_.short_name() + "; how to add an instruction: tests/ptx/README.md");
   }
 
-  // Splits at `;` and `:`. A brace opens a scope where a statement begins, and a vector inside one.
+  // Splits at `;` and `:`. A brace opens a scope at the beginning of a statement, and a vector inside one.
   void split_statements() {
     std::string current;
     bool in_vector = false;
     for (size_t i = 0; i < kernel_.lines.size(); ++i) {
       const int line = kernel_.numbers[i];
-      if (starts(kernel_.lines[i], ".loc")) {  // the one directive without an end
+      if (starts(kernel_.lines[i], ".loc")) {  // the one directive without a terminator
         statements_.push_back({kernel_.lines[i], line});
         continue;
       }
@@ -88,7 +88,7 @@ class Decoder {
       symbols_[name] = {Space::Shared, static_cast<uint64_t>(kernel_.shared_bytes)};
       kernel_.shared_bytes += variable.size;
     }
-    // Dynamic shared memory follows the static; the least alignment a declaration may count on is 16.
+    // Dynamic shared memory follows the static part; a declaration may rely on an alignment of 16, but not more.
     if (!dynamic.empty()) kernel_.shared_bytes = aligned(kernel_.shared_bytes, 16);
     for (const std::string& name : dynamic) symbols_[name] = {Space::Shared, uint64_t(kernel_.shared_bytes)};
     for (const auto& [name, offset] : kernel_.parameter_offset) symbols_[name] = {Space::Param, uint64_t(offset)};
@@ -164,7 +164,7 @@ class Decoder {
     return o;
   }
 
-  // A number inside of a vector becomes a register that holds it from the start; `_` is one that nobody reads.
+  // A number inside a vector becomes a register that holds it from the start; `_` becomes one that is never read.
   int element_of_vector(const std::string& text) {
     if (text == "_") return numbered("_");
     const Operand e = operand(text);

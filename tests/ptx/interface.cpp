@@ -1,5 +1,5 @@
-// What the tests (Python, by ctypes) and launches (launch.h) call; and the memory that torch allocates, which is known
-// to the byte.
+// The functions that the tests (Python, through ctypes) and launches (launch.h) call, and the hooks that record, to the
+// byte, the memory that torch allocates.
 #include <algorithm>
 #include <cerrno>
 #include <cstring>
@@ -13,7 +13,7 @@ State& state() {
   return instance;
 }
 
-// Never destroyed: memory is freed until the very end of the process.
+// Never destroyed, because memory is freed until the very end of the process.
 Allocations& allocations() {
   static auto* instance = new Allocations;
   return *instance;
@@ -49,7 +49,7 @@ using ptx::state;
 
 extern "C" {
 
-// For launch.h. Throws; the caller is C++ of the same run time library.
+// For launch.h. It may throw, because the caller is C++ code with the same runtime library.
 void ptx_launch(const char* library, const char* mangled, const unsigned* grid, const unsigned* block, size_t dynamic,
                 int count, const void* const* arguments, const size_t* sizes) {
   const auto module = state().modules.find(library);
@@ -85,7 +85,7 @@ void ptx_launch(const char* library, const char* mangled, const unsigned* grid, 
   if (state().statistics) state().statistics->end_launch();
 }
 
-// For the tests. Those that can fail return an error text, or null; it lives until the next call.
+// For the tests. Functions that can fail return an error text or null; the text lives until the next call.
 const char* ptx_load(const char* library, const char* path) {
   static std::string error;
   try {
@@ -109,7 +109,7 @@ void ptx_name_case(const char* name) {
 uint64_t ptx_launches() { return state().launches; }
 uint64_t ptx_instructions() { return state().instructions; }
 
-// What was found since the last call, a line each.
+// What was found since the last call, one line each.
 const char* ptx_findings() {
   static std::string text;
   text.clear();
@@ -124,7 +124,7 @@ const char* ptx_findings() {
   return text.c_str();
 }
 
-// Kernels of all that was loaded which were launched, or which were not, a line each.
+// The kernels of all loaded modules that were launched, or those that were not, one line each.
 const char* ptx_kernels(int launched) {
   static std::string text;
   text.clear();
@@ -141,8 +141,8 @@ int ptx_knows(const void* address) {
   return ptx::allocations().holding(reinterpret_cast<uint64_t>(address), 1).second != 0;
 }
 
-// ---- with LD_PRELOAD these stand before libc's: torch's CPU allocator uses no others. Fresh memory is filled with
-// NaN, as device memory may be.
+// ---- with LD_PRELOAD these functions come before libc's; torch's CPU allocator uses no others. Fresh memory is filled
+// with NaN, which device memory may hold too.
 void* __libc_memalign(size_t alignment, size_t bytes);
 void __libc_free(void* pointer);
 

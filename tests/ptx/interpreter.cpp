@@ -1,4 +1,4 @@
-// The whole interpreter as one unit: the compiler sees through all of it.
+// The whole interpreter as one translation unit, so that the compiler can optimise across its files.
 #include "block.cpp"
 #include "decode.cpp"
 #include "interface.cpp"

@@ -1,5 +1,5 @@
 // For a CUDA source that is built for the host with -DCUDA_ON_HOST_PTX: a launch runs the PTX that nvcc made of the
-// kernel, and not the host's code of it. Grids, buffers and constants come from the operator's own launch code.
+// kernel instead of its host code. Grids, buffers and constants come from the operator's own launch code.
 #pragma once
 
 #include <dlfcn.h>

@@ -22,7 +22,7 @@ class Machine:
     Args:
         mma: How tensor cores add, one of `MMA_MODELS`; see tests/ptx/README.md.
         schedule: Order of threads: "forward", "reverse" or "random:SEED".
-        stats: File of comma-separated values, a line for each launch; none is written without.
+        stats: File of comma-separated values, a line for each launch; None writes no file.
     """
 
     def __init__(self, mma: str = "exact", schedule: str = "forward", stats: Path | None = None) -> None:
@@ -40,7 +40,7 @@ class Machine:
             library.ptx_statistics(str(stats.absolute()).encode())
 
     def run_instead(self, sources: Sequence[Path], small: bool = True) -> None:
-        """Build sources, MAX_JOBS (all cores) at a time: `CudaOnHost` then runs their PTX in this process."""
+        """Build sources, MAX_JOBS (default: all cores) at a time; `CudaOnHost` then runs their PTX in this process."""
         host = partial(host_of, small=small)
         with compilers_alone(), ThreadPoolExecutor(int(os.environ.get("MAX_JOBS") or os.cpu_count() or 1)) as pool:
             texts = pool.map(ptx_of, sources)
@@ -50,7 +50,7 @@ class Machine:
         CudaOnHost.sources, CudaOnHost.binary_of = sources, host
 
     def load(self, library: Path, ptx: Path) -> None:
-        """Launches from a library run the kernels of a PTX file."""
+        """Make launches from a library run the kernels of a PTX file."""
         if error := self._library.ptx_load(str(library).encode(), str(ptx).encode()):
             raise RuntimeError(f"{ptx.name}: {error.decode()}")
 
@@ -66,7 +66,7 @@ class Machine:
         return self._library.ptx_kernels(launched).decode().splitlines()
 
     def idle(self) -> list[str]:
-        """Kernels of which nothing was launched, for no dtype."""
+        """Kernels that were not launched for any dtype."""
         ran, not_ran = ({re.split("[<(]", name)[0] for name in self.kernels(launched)} for launched in (True, False))
         return sorted(not_ran - ran)
 

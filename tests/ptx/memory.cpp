@@ -138,7 +138,7 @@ void Block::atomic(Thread& t, const Instruction& in) {
   if (at) t.registers[in.o[0].reg] = is_signed(type) ? static_cast<uint64_t>(signed_low(type, old)) : old;
 }
 
-// The copy happens when it is waited for: what is read too early is what was there before.
+// The copy happens when it is waited for: a read that comes too early sees what was there before.
 void Block::copy_async(Thread& t, const Instruction& in) {
   const auto to = static_cast<uint32_t>(in.o[0].value + (in.o[0].reg >= 0 ? t.registers[in.o[0].reg] : 0));
   const uint64_t from = in.o[1].value + (in.o[1].reg >= 0 ? t.registers[in.o[1].reg] : 0);

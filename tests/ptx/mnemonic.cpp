@@ -1,4 +1,4 @@
-// From a mnemonic and its modifiers to an opcode: what is not known here stops the kernel.
+// From a mnemonic and its modifiers to an opcode. An instruction that is not known here stops the kernel.
 #include <unordered_map>
 
 #include "text.h"
@@ -37,7 +37,7 @@ class Mnemonic {
 
   bool has(const char* part) const { return std::find(parts_.begin(), parts_.end(), part) != parts_.end(); }
 
-  // Position in `names` of the one modifier the instruction has, or `otherwise`.
+  // Position in `names` of the modifier that the instruction has, or `otherwise`.
   int which(std::initializer_list<const char*> names, int otherwise = -1) const {
     int i = 0;
     for (const char* name : names) {
@@ -71,7 +71,7 @@ class Mnemonic {
     }
     if (name == "cvt") {
       in.variant = 1 + which({"rn", "rz", "rm", "rp", "rni", "rzi", "rmi", "rpi", "rna"});
-      in.detail = has("tf32") ? 1 : has("f16x2") ? 2 : has("bf16x2") ? 3 : 0;  // kinds that are no Type
+      in.detail = has("tf32") ? 1 : has("f16x2") ? 2 : has("bf16x2") ? 3 : 0;  // kinds that are not a Type
       return Opcode::Cvt;
     }
     if (name == "cvta") return has("to") ? Opcode::CvtaTo : Opcode::Cvta;

@@ -1,4 +1,4 @@
-// Reads a file of PTX text into a Module; the bodies of its kernels stay text until one is first launched.
+// Reads a file of PTX text into a Module; the body of a kernel stays text until its first launch.
 #include <cxxabi.h>
 
 #include <cstdlib>
@@ -59,7 +59,7 @@ std::string comparable_signature(const std::string& mangled) {
   std::free(demangled);
   const std::string anonymous = "(anonymous namespace)::";
   for (size_t p; (p = text.find(anonymous)) != std::string::npos;) text.erase(p, anonymous.size());
-  if (starts(text, "void ")) text.erase(0, 5);  // of templates only
+  if (starts(text, "void ")) text.erase(0, 5);  // only templates have it
   for (const char* prefix : {"_GLOBAL__N__", "_INTERNAL_"}) {
     for (size_t p; (p = text.find(prefix)) != std::string::npos;) text.erase(p, text.find("::", p) + 2 - p);
   }

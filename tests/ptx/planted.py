@@ -1,6 +1,6 @@
-"""Runs the kernels of tests/cuda_on_host/shim_kernels.cpp through the interpreter, and prints as JSON what it says.
+"""Runs the kernels of tests/cuda_on_host/shim_kernels.cpp through the interpreter, and prints what it finds as JSON.
 
-A process of its own, started with `tests.ptx.build.preloaded`.
+It runs as a process of its own, started with `tests.ptx.build.preloaded`.
 """
 
 import ctypes

@@ -1,4 +1,4 @@
-"""A pytest plugin: tests that run CUDA code on the host (`CudaOnHost`) run its PTX, and fail by what was found.
+"""A pytest plugin: tests that run CUDA code on the host (`CudaOnHost`) run its PTX instead, and fail on any finding.
 
 `python -m pytest -p tests.ptx.plugin FILES`, in the environment of `tests.ptx.build.preloaded`. MSACORE_PTX_SOURCES
 names the folders in csrc that the tests need, all by default; MSACORE_PTX_SIZES=production gives them the sizes of a
@@ -13,7 +13,7 @@ import pytest
 from tests.nvcc import SOURCES
 from tests.ptx.machine import Machine
 
-_machine: list[Machine] = []  # one; none where the module is only looked at
+_machine: list[Machine] = []  # one entry; none if the module is only imported
 
 
 def pytest_configure() -> None:

@@ -20,7 +20,7 @@ inline int size_of(Type t) {
 inline bool is_signed(Type t) { return t >= Type::S8 && t <= Type::S64; }
 inline bool is_float(Type t) { return t >= Type::F16 && t <= Type::F64; }
 
-// One per mnemonic the interpreter tells apart. To add one: here, in mnemonic.cpp, and where it is executed
+// One per mnemonic that the interpreter distinguishes. To add one: here, in mnemonic.cpp, and where it is executed
 // (arithmetic.h for what only reads and writes registers, block.cpp for everything else).
 enum class Opcode : uint8_t {
   // registers only
@@ -138,7 +138,7 @@ struct Instruction {
   Space space = Space::Generic;
   uint8_t vector = 1;   // elements of ld and st
   uint8_t variant = 0;  // Rounding, Compare, AtomicOp, Shuffle, VoteKind, or yes/no
-  uint8_t detail = 0;   // a second modifier, said where it is read
+  uint8_t detail = 0;   // a second modifier, described where it is read
   bool flush = false;   // .ftz
   bool approximate = false;
   bool saturate = false;  // .sat of a floating type: to [0, 1]
@@ -151,14 +151,14 @@ struct Instruction {
   std::string text;
 };
 
-// An instruction as the inner loop reads it, beside `Instruction` of the same index.
+// An instruction as the inner loop reads it, next to the `Instruction` of the same index.
 struct Step {
-  // Executes what only reads and writes registers; none where that takes more than a Step.
+  // Executes an instruction that only reads and writes registers; null where a Step is not enough.
   using Run = void (*)(uint64_t* registers, const uint64_t* numbers, const Step& step);
   Run run = nullptr;
   int predicate = -1;
   bool predicate_negated = false;
-  int to = -1;                     // the register that is written; of a branch its target
+  int to = -1;                     // the register that is written, or a branch's target
   int from[4] = {-1, -1, -1, -1};  // registers; ~i is the number i of Kernel::numbers_used
 };
 
@@ -175,7 +175,7 @@ struct Kernel {
   std::vector<int> numbers;
   std::vector<Instruction> code;  // filled by decode()
   int registers = 0, local_bytes = 0, shared_bytes = 0;
-  std::vector<Step> steps;  // filled by make_steps(), as the two below
+  std::vector<Step> steps;  // filled by make_steps(), as are the two below
   std::vector<uint64_t> numbers_used;
   std::vector<int> unwritten;  // registers that may be read before they are written: a block begins with NaN in them
   std::vector<std::pair<int, uint64_t>> constants;  // registers that hold a number from the start
@@ -191,7 +191,7 @@ struct Module {
   std::map<std::string, std::unique_ptr<Kernel>> kernels;  // by signature
   std::map<std::string, std::vector<char>> globals;        // .global and .const
   std::map<std::string, Shared> shared;
-  std::map<int, std::string> sources;  // by the number .loc gives
+  std::map<int, std::string> sources;  // by their number in .loc
 
   bool owns(uint64_t address, uint64_t bytes) const {
     for (const auto& [name, data] : globals) {
@@ -202,7 +202,7 @@ struct Module {
   }
 };
 
-// `kind` is a word a report sorts by: "misaligned", "out of bounds", "barrier", "unsupported", ...
+// `kind` is a word by which a report sorts: "misaligned", "out of bounds", "barrier", "unsupported", ...
 [[noreturn]] inline void fail(const std::string& kind, const std::string& what) {
   throw std::runtime_error("ptx [" + kind + "] " + what);
 }
@@ -219,7 +219,7 @@ void decode(Module& module, Kernel& kernel);
 // steps.cpp
 void make_steps(Kernel& kernel);
 
-// mnemonic.cpp; the first throws UnknownInstruction
+// mnemonic.cpp; read_mnemonic() throws UnknownInstruction
 void read_mnemonic(const std::string& text, Instruction& in);
 Class class_of(const Instruction& in);
 

@@ -1,4 +1,4 @@
-"""Runs the operators' cases through the interpreter, and judges what comes out by the rules of the other tests."""
+"""Runs the operators' cases through the interpreter, and judges the results by the rules of the other tests."""
 
 import re
 import time
@@ -35,7 +35,7 @@ def source_of(case: Case) -> Path:
 
 
 def samples(case: Case, dtype: torch.dtype, parts: Sequence[str]) -> Iterator[tuple[str, dict[str, Any]]]:
-    """The samples whose name holds one of the `parts`; those too large for a run on the host need their whole name."""
+    """Samples whose name contains one of the `parts`; those too large for a run on the host need their whole name."""
     if isinstance(case, kcenter.KernelCase):
         if "" in parts:
             yield "", case.arguments(CPU, dtype)
@@ -55,7 +55,7 @@ class Run:
     """Counts what passes and what fails, and prints a line for each case.
 
     Args:
-        machine: The interpreter, with the PTX of all sources that are asked for.
+        machine: The interpreter, with the PTX of all requested sources.
         verbose: Print every finding, not only the first.
     """
 

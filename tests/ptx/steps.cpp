@@ -1,5 +1,5 @@
-// Makes steps of decoded instructions: code for their operation and type, operands that are looked up already, and the
-// registers that have to be cleared. Runs once for each kernel.
+// Turns decoded instructions into steps: code for their operation and type, and operands that are already looked up.
+// Also finds the registers that have to be cleared. Runs once for each kernel.
 #include <algorithm>
 #include <unordered_map>
 
@@ -8,7 +8,7 @@
 namespace ptx {
 namespace {
 
-// ---- code for one operation and type: arithmetic() itself, whose branches the compiler then decides
+// ---- code for one operation and type: arithmetic() itself, whose branches the compiler resolves
 
 template <Opcode kOp, Type kType, int kVariant, Type kSecond>
 struct Fixed {  // what arithmetic() reads of an Instruction
@@ -56,7 +56,7 @@ void add_comparisons_of_floats(Table& table) {
   (add<Opcode::Setp, int(kCompares), Type::F32, Type::F64>(table), ...);
 }
 
-// What nvcc makes most kernels of. An instruction that is not here runs all the same, only slower.
+// The instructions that make up most of nvcc's code. An instruction that is not here runs too, only slower.
 const Table& table() {
   static const Table made = [] {
     using enum Type;
@@ -151,7 +151,7 @@ void for_registers_of(const Operand& o, Visit visit) {
   }
 }
 
-// Takes what an instruction writes for certain out of the set, and puts in what it reads.
+// Removes from the set what an instruction certainly writes, and adds what it reads.
 void step_back(const Instruction& in, std::vector<bool>& live) {
   const bool writes = writes_first_operand(in.op) && in.o[0].kind != Operand::Memory;
   if (writes && in.predicate < 0) for_registers_of(in.o[0], [&](int r) { live[r] = false; });
@@ -159,11 +159,11 @@ void step_back(const Instruction& in, std::vector<bool>& live) {
   if (in.predicate >= 0) live[in.predicate] = true;
 }
 
-// Those live at the kernel's begin, by going round the control flow backwards until nothing changes. All others are
-// written on every way to a read, so that what they hold before cannot be seen.
+// The registers that are live at the kernel's entry, found by going backwards over the control flow until nothing
+// changes. All others are written on every path to a read, so that their initial values cannot be seen.
 std::vector<int> read_before_written(const Kernel& kernel) {
   const int size = static_cast<int>(kernel.code.size());
-  std::vector<bool> begins(size + 1, false);  // a stretch without branches into it or out of it
+  std::vector<bool> begins(size + 1, false);  // whether a basic block begins here
   begins[0] = begins[size] = true;
   for (int i = 0; i < size; ++i) {
     const Instruction& in = kernel.code[i];
@@ -174,7 +174,7 @@ std::vector<int> read_before_written(const Kernel& kernel) {
   for (int i = 0; i <= size; ++i) {
     if (begins[i]) starts.push_back(i);
   }
-  std::vector<std::vector<bool>> live(size + 1);  // at each start
+  std::vector<std::vector<bool>> live(size + 1);  // at the start of each basic block
   for (int start : starts) live[start].assign(kernel.registers, false);
   for (bool changed = true; changed;) {
     changed = false;
@@ -216,7 +216,7 @@ void make_steps(Kernel& kernel) {
         s.from[i] = ~static_cast<int>(kernel.numbers_used.size());
         kernel.numbers_used.push_back(o.value);
       } else {
-        s.run = nullptr;  // of each thread or launch: Block::value() finds it
+        s.run = nullptr;  // differs by thread or launch: Block::value() finds it
       }
     }
     s.to = in.op == Opcode::Bra ? in.target : in.o[0].reg;

@@ -1,4 +1,4 @@
-// The products of tensor cores, and how they add.
+// Products on tensor cores, and how they are added.
 #pragma once
 
 #include "arithmetic.h"
@@ -7,12 +7,12 @@ namespace ptx {
 
 enum class MmaModel { Exact, A100, H100 };
 
-// The exponent an addend is aligned by. Numbers below the least normal one of their type keep its exponent.
+// The exponent by which an addend is aligned. Subnormal numbers have that of the smallest normal number of their type.
 inline int exponent_of(double x, int least) { return std::max(std::ilogb(x), least); }
 
-// c + Σ a·b over `count` factors, as a tensor core is thought to do it: every addend is cut off at `bits` bits below
-// the largest exponent (of a product: the sum of its factors' exponents), what is left is added exactly, and the sum is
-// cut off to float32. See README.md.
+// c + Σ a·b over `count` products, as a tensor core is believed to compute it: every addend is cut off at `bits` bits
+// below the largest exponent (a product's exponent is the sum of its factors' exponents), what is left is added
+// exactly, and the sum is cut off to float32. See README.md.
 inline float truncated_sum(const double* a, const double* b, int count, float c, int bits, int least) {
   constexpr int kNone = -100000;
   double plain = c;
@@ -31,7 +31,7 @@ inline float truncated_sum(const double* a, const double* b, int count, float c,
   return static_cast<float>(std::trunc(sum / last_place) * last_place);
 }
 
-// One element of C += A · B, of `k` products, each exact in double.
+// One element of C += A · B: a sum of `k` products, each exact in double.
 inline float tensor_core_sum(MmaModel model, const double* a, const double* b, int k, float c, int least) {
   if (model == MmaModel::Exact) {
     double sum = c;
@@ -44,7 +44,7 @@ inline float tensor_core_sum(MmaModel model, const double* a, const double* b, i
 }
 
 // Where value v of a lane's fragment lies: A [16, k] as (row, k), B [8, k] as (column, k), C [16, 8] as (row, column).
-// Checked once against the layouts that CuTe states for the same instructions: every element, no difference.
+// Every element was checked once against the layouts that CuTe gives for the same instructions: no difference.
 struct Place {
   int row, column;
 };
@@ -79,7 +79,7 @@ inline void multiply_matrices(const Instruction& in, MmaModel model, uint64_t* c
       b[p.row][p.column] = value(in.o[2], lane, v);
     }
   }
-  uint64_t sums[32][4];  // all are found before any is written: the registers of C and D may be the same
+  uint64_t sums[32][4];  // all are computed before any is written: the registers of C and D may be the same
   for (int lane = 0; lane < 32; ++lane) {
     for (int v = 0; v < 4; ++v) {
       const Place p = place_of_c(lane, v);

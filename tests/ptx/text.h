@@ -1,4 +1,4 @@
-// Words of PTX text, which the readers of a module and of a kernel share.
+// Helpers for PTX text, shared by the readers of a module and of a kernel.
 #pragma once
 
 #include <algorithm>
@@ -50,7 +50,7 @@ inline bool is_float_literal(const std::string& s) {
   return s.size() > 2 && s[0] == '0' && (std::tolower(s[1]) == 'f' || std::tolower(s[1]) == 'd');
 }
 
-// `.align 16 .b8 name[64]` of a variable or parameter, whatever stands before it.
+// `.align 16 .b8 name[64]` of a variable or parameter, whatever precedes it.
 struct Declaration {
   std::string name;
   Type type = Type::B8;

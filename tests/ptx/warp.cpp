@@ -6,7 +6,7 @@
 
 namespace ptx {
 
-// Completes one operation of the warp for which all lanes of its mask have come; false if there is none.
+// Completes one operation of the warp for which all lanes of its mask have arrived; false if there is none.
 bool Block::complete_warp_operation(int first) {
   const int lanes = std::min(32, count_ - first);
   for (int lane = 0; lane < lanes; ++lane) {
@@ -117,7 +117,7 @@ void Block::match(int first, const std::vector<int>& members, const Instruction&
   for (int m : members) threads_[first + m].registers[in.o[0].reg] = matches_[m];
 }
 
-// Lane 8m + i gives the address of row i of matrix m; every lane gets two neighbours of each matrix.
+// Lane 8m + i gives the address of row i of matrix m; every lane gets two adjacent elements of each matrix.
 void Block::load_matrices(int first, const Instruction& in) {
   uint16_t rows[4][8][8];
   for (int lane = 0; lane < 8 * in.detail; ++lane) {
@@ -137,7 +137,7 @@ void Block::load_matrices(int first, const Instruction& in) {
   }
 }
 
-// Nobody can run: all threads stand at one barrier, or the kernel is wrong.
+// No thread can run: either all of them wait at one barrier, or the kernel is wrong.
 void Block::release_barrier() {
   const auto first =
       std::find_if(threads_.begin(), threads_.end(), [](auto& t) { return t.state == Thread::AtBarrier; });

@@ -1,4 +1,5 @@
-// From sums over tiles to the losses of anchors, and from what was kept of these to their weights in the gradient.
+// From sums over tiles to the losses of anchors, and from what the forward pass kept of anchors to their weights in the
+// gradient.
 #pragma once
 #include <limits>
 
@@ -6,8 +7,8 @@
 
 namespace msacore::contrastive::cpu {
 
-// The highest similarity in the denominator of anchor i (1 for all where exponents are bounded; 0 without any), and the
-// logarithm (base 2) of the sum of exponentials relative to it; -inf without any.
+// The highest similarity in the denominator of anchor i (1 for all where exponents are bounded; 0 where it is empty),
+// and the logarithm (base 2) of the sum of exponentials relative to it; -inf where it is empty.
 template <typename A>
 struct Denominator {
   double highest, log;
@@ -19,9 +20,9 @@ struct Denominator {
   }
 };
 
-// Losses per anchor of one direction, zero where dropped, and how many count. Fills stats [4, n]: highest similarity,
-// logarithm of the sum of exponentials relative to it, mean similarity of the positives, their total weight. With
-// `disjoint` the denominators hold no positive, and an anchor without any other candidate drops out.
+// Losses per anchor of one direction, zero for anchors that drop out, and how many count. Fills stats [4, n]: highest
+// similarity, logarithm of the sum of exponentials relative to it, mean similarity of the positives, their total
+// weight. With `disjoint` the denominators hold no positive, and an anchor without any other candidate drops out.
 template <typename A>
 std::vector<double> anchor_losses(const Term<A>& term, const Direction<A>& direction, int64_t n, bool disjoint,
                                   A* stats, int64_t* count) {
@@ -48,8 +49,8 @@ int64_t count_anchors(const A* stats, int64_t n) {
 }
 
 // Weights of softmax and positives in the gradient, from the stats of the forward pass (null: no anchors here) for the
-// first n rows of a side; gradient_of(i) is the gradient of the loss of anchor i, which the softmax counts
-// softmax_of(i) times. Without `choice_matters` an only candidate has a gradient too.
+// first n rows of a side. gradient_of(i) is the gradient of the loss of anchor i; softmax_of(i) times that is the
+// weight of its softmax. Without `choice_matters`, an anchor with a single candidate has a gradient too.
 template <typename A, typename GradientOf, typename SoftmaxOf>
 void load_shares(const Term<A>& term, Direction<A>& direction, const Side<A>& side, int64_t n, const A* stats,
                  bool choice_matters, GradientOf&& gradient_of, SoftmaxOf&& softmax_of) {

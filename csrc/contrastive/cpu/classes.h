@@ -67,7 +67,7 @@ MSACORE_SIMD void attract_row(A* __restrict__ gradient, double own, const double
   for (int64_t k = 0; k < d; ++k) gradient[k] -= static_cast<A>(own * sum[k] + weighted[k]);
 }
 
-// Number and mean similarity of the positives of each row of `own`; row i is row i + offset of `other`.
+// Number and mean similarity of the positives of each row of `own`; its row i is row i + offset of `other`.
 template <typename A>
 void class_positives(const Side<A>& own, const Labels& labels, const Side<A>& other, const Labels& other_labels,
                      bool exclude_self, int64_t offset, Direction<A>& direction) {

@@ -1,6 +1,6 @@
-// Contrastive terms of so few rows that a term is one tile. The tiles of exponentials are kept from the forward pass to
-// the backward pass, which then computes no similarity again. For two-sided terms with diagonal positives and bounded
-// exponents; results do not depend on the number of threads.
+// Contrastive terms with so few rows that each term is one tile. The tiles of exponentials are kept from the forward
+// pass for the backward pass, which then computes no similarity again. For two-sided terms with diagonal positives and
+// bounded exponents; results do not depend on the number of threads.
 #pragma once
 #include <vector>
 
@@ -48,7 +48,7 @@ MSACORE_SIMD void weigh_exponentials(const Tile<A>& t, const A* __restrict__ exp
   }
 }
 
-// Numbers that a term keeps.
+// How many exponentials a term keeps.
 template <typename A>
 int64_t exponential_count(const Term<A>& term) {
   return term.a->rows * term.b->rows;
@@ -74,8 +74,8 @@ int64_t few_grain(const std::vector<Term<A>>& terms) {
   return std::max<int64_t>(1, 200000 / most);
 }
 
-// Sums of exponentials and positives of every term, then then(index) on the same thread. The exponentials [rows of a,
-// rows of b] of one term after the other go to `kept`, unless it is null.
+// Sums of exponentials and positives of every term; then calls then(index) on the same thread. The exponentials [rows
+// of a, rows of b] of the terms, one after the other, go to `kept`, unless it is null.
 template <typename A, typename Then>
 void sum_few_exponentials(std::vector<Term<A>>& terms, A* kept, Then&& then) {
   parallel_for(0, static_cast<int64_t>(terms.size()), few_grain(terms), [&](int64_t begin, int64_t end) {
@@ -101,7 +101,7 @@ void sum_few_exponentials(std::vector<Term<A>>& terms, A* kept, Then&& then) {
   });
 }
 
-// Gradients of terms whose shares are loaded, from their exponentials.
+// Gradients of terms whose weights load_shares has set, from their exponentials.
 template <typename A>
 class FewGradients {
  public:
@@ -131,7 +131,7 @@ class FewGradients {
     int64_t blocks = 0;
     for (const Side<A>& side : sides) blocks = std::max(blocks, ceil_div(side.rows, kRows));
     const int64_t all = static_cast<int64_t>(sides.size());
-    // Blocks outermost: equal shares of every side for every part.
+    // Blocks are the outermost index, so that every part of the loop has an equal share of every side.
     parallel_for(0, blocks * all, few_grain(terms_), [&](int64_t begin, int64_t end) {
       Buffer<A> gradient;
       int64_t held = 0;
@@ -150,7 +150,7 @@ class FewGradients {
 
  private:
   int64_t count() const { return static_cast<int64_t>(terms_.size()); }
-  A* tile(int64_t k) const { return tiles_.get() + k * terms_[k].a->rows * kTileRow; }  // terms have equally many rows
+  A* tile(int64_t k) const { return tiles_.get() + k * terms_[k].a->rows * kTileRow; }  // all terms are of one size
 
   // gradient [rows, width] ← Σ over the terms of a side, in their order, of gradients of similarities · other rows.
   void gather(const Side<A>& side, int64_t row, int64_t rows, A* gradient) const {

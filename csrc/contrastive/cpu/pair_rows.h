@@ -1,5 +1,5 @@
-// The rows of one embedding in bfloat16, as they came, for the matrix instructions: products of raw rows come first,
-// factors of both rows in float32 make cosines of them.
+// The rows of one embedding in bfloat16, as they came, for the matrix instructions: raw rows are multiplied first, and
+// the factors of both rows, in float32, turn the products into cosines.
 #pragma once
 #include <cmath>
 #include <type_traits>
@@ -72,12 +72,12 @@ MSACORE_SIMD inline void scale_tile(float* __restrict__ s, int64_t m, int64_t n,
     for (int64_t j = 0; j < n; ++j) s[i * kTileRow + j] = s[i * kTileRow + j] * row[i] * column[j];
 }
 
-// Gradients of cosines in bfloat16 on their way to the two sides of a tile: `rows` [m, kBlock] times the factors of the
-// columns, and `columns` [n, kBlock] times those of the rows. Zeros up to whole depths.
+// Gradients of cosines in bfloat16 for the products with the two sides of a tile: `rows` [m, kBlock], multiplied by the
+// factors of the columns, and `columns` [n, kBlock], multiplied by those of the rows. Zeros up to whole depths.
 struct NarrowTile {
   uint16_t rows[kBlock * kBlock];
   Pair pairs[kBlock / 2 * kBlock];    // [m / 2, kBlock], of neighbouring rows
-  Pair columns[kBlock * kBlock / 2];  // those transposed
+  Pair columns[kBlock * kBlock / 2];  // `pairs` transposed
 };
 
 MSACORE_SIMD inline void narrow_tile(const float* __restrict__ s, int64_t m, int64_t n, const float* __restrict__ row,
@@ -120,7 +120,8 @@ class PairRows {
   explicit operator bool() const { return rows_ > 0; }
   const float* factors() const { return factor_.get(); }
 
-  // Row i, whose reciprocal norm is `inverse` (1 where it is taken as it is; 0: zeros); null where it takes no part.
+  // Sets row i from x [d], null where the row takes no part. `inverse` is its reciprocal norm: 1 where rows are taken
+  // as they are, 0 for a row of zeros.
   void set_row(int64_t i, const BFloat16* x, int64_t d, double inverse, bool normalize) {
     uint16_t* const row = raw_.get() + i * stride_;
     std::fill(row + (inverse == 0 ? 0 : d), row + depth_, uint16_t(0));
@@ -131,7 +132,7 @@ class PairRows {
       return;
     }
     std::memcpy(row, x, d * sizeof(*row));
-    // The instructions take the smallest numbers for 0, and factors have to be numbers in float32.
+    // The instructions treat subnormal numbers as 0, and factors must be in range of float32.
     constexpr double kFar = 1e12;
     const double largest = normalize ? 1 / inverse : largest_of(x, d);
     if ((largest > 1 / kFar && largest < kFar) || largest == 0 || !std::isfinite(largest)) return;
@@ -145,7 +146,7 @@ class PairRows {
                panels_.get() + panel * kPanel * depth_ / 2);
   }
 
-  // Pairs of neighbouring rows, which gradients are multiplied with: their memory, then `open` for all.
+  // Pairs of neighbouring rows, by which gradients are multiplied: allocates their memory, which `open` then fills.
   void allocate_pairs() { pairs_ = Buffer<Pair>(rows_ / 2 * width_); }
   int64_t groups() const { return rows_ / kPairDepth; }
   void open(int64_t begin, int64_t end) {
@@ -159,7 +160,8 @@ class PairRows {
                   kPanel * b.depth_ / 2, kPanel, s, kTileRow, false});
     scale_tile(s, m, n, a.factors() + i, b.factors() + j);
   }
-  // From gradients s of those cosines to those of the rows of a at `to_a` [m, width] and, unless null, of b.
+  // Adds to the gradients of the rows of a, at `to_a` [m, width], and of b, at `to_b` unless null, from the gradients s
+  // of those cosines.
   static void add_gradients(const PairRows& a, const PairRows& b, int64_t i, int64_t j, int64_t m, int64_t n,
                             const float* s, float* to_a, float* to_b) {
     thread_local const Buffer<NarrowTile> narrow(1);
@@ -189,10 +191,10 @@ class PairRows {
   Buffer<Pair> pairs_;    // [rows / 2, width], of neighbouring rows
 };
 
-// Whether sides of at least so many rows of T go through the matrix instructions.
+// Whether sides with at least `rows` rows [d] of T go through the matrix instructions.
 template <typename T>
 bool takes_pairs(int64_t rows, int64_t d) {
-  constexpr int64_t kFewRows = 128, kNarrow = 32;  // below them packing costs what the products save
+  constexpr int64_t kFewRows = 128, kNarrow = 32;  // below these, packing costs what the products save
   return std::is_same_v<T, BFloat16> && rows >= kFewRows && d >= kNarrow && has_pair_products();
 }
 

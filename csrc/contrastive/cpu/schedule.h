@@ -1,5 +1,5 @@
-// The terms of a loss, and in which order their tiles are worked off: threads take any tile whose rows are free, and
-// yet every row sees its tiles in one fixed order, so that results do not depend on who was quick.
+// The terms of a loss, and the order in which their tiles are processed: threads take any tile whose rows are free, yet
+// every row meets its tiles in one fixed order, so that results do not depend on which thread was faster.
 #pragma once
 #include <torch/csrc/stable/ops.h>
 
@@ -19,7 +19,7 @@ namespace msacore::contrastive::cpu {
 template <typename A>
 struct Direction {
   uint8_t* used;        // row takes part, as anchor and as candidate
-  int64_t* candidates;  // how many it has
+  int64_t* candidates;  // how many candidates it has
   A* exponent_bias;     // see Tile
   double* sum;          // Σ_j 2^(exponent) of the denominator
   A* highest;           // its highest similarity so far, for unbounded exponents
@@ -28,9 +28,9 @@ struct Direction {
   A* softmax_weight;    // weight of the softmax
   A *shift, *log;       // and its log2-sum-exp relative to the similarity `shift`
   A* attract;           // backward: weight of each positive pair
-  Buffer<char> memory;  // of all of them: of few rows, a block each would cost more than what goes in
+  Buffer<char> memory;  // one block for all: with few rows, a block each would cost more than filling it
 
-  // For n rows, padded; uninitialised.
+  // Allocates for n rows, padded, and leaves them uninitialised.
   void allocate(int64_t n) {
     const int64_t rows = padded(n);
     memory = Buffer<char>(rows * (sizeof(*used) + sizeof(*candidates) + 3 * sizeof(double) + 6 * sizeof(A)));
@@ -44,7 +44,7 @@ struct Direction {
     take(used);
   }
 
-  // An only candidate has probability 1: loss and gradient are zero, exactly.
+  // A single candidate has probability 1: loss and gradient are exactly zero.
   bool choice(int64_t i) const { return candidates[i] != 1; }
   Softmax<A> softmax(int64_t first) const { return {softmax_weight + first, shift + first, log + first}; }
 };
@@ -62,13 +62,13 @@ template <typename A>
 struct Term {
   Side<A>*a, *b;   // equal for a loss of an embedding with itself
   double scale;    // log2(e) / temperature
-  bool two_sided;  // are columns anchors too
+  bool two_sided;  // columns are anchors too
   bool diagonal;   // positives are the pairs (i, i + offset)
   bool exclude_self;
   int64_t offset = 0;          // the partner of row i is column i + offset
-  A* kept = nullptr;           // [rows of a, rows of b]: similarities that one sweep leaves to the next; null: to none
-  bool known = false;          // has it
-  Direction<A> rows, columns;  // of a self term, only rows
+  A* kept = nullptr;           // [rows of a, rows of b] or null: similarities that one sweep keeps for the next
+  bool known = false;          // `kept` holds them already
+  Direction<A> rows, columns;  // a self term keeps its sums in `rows` alone
 
   bool self() const { return a == b; }
   bool bounded() const { return a->normalize && is_bounded<A>(scale); }
@@ -79,8 +79,8 @@ struct TileIndex {
   int64_t term, row, column;  // row and column count blocks
 };
 
-// Rounds of tiles no two of which touch the same rows of a side: their threads add up without locks, in one fixed
-// order.
+// Rounds of tiles. No two tiles of a round touch the same rows of a side, so that threads add up without locks and in
+// one fixed order.
 template <typename A>
 std::vector<std::vector<TileIndex>> schedule(const std::vector<Term<A>>& terms, int64_t block) {
   std::vector<TileIndex> tiles;
@@ -137,8 +137,8 @@ int64_t block_size(const std::vector<Term<A>>& terms) {
   return block;
 }
 
-// The tiles of all rounds as steps. A step waits for those of earlier rounds that touch the same rows, and for no
-// other: there is no barrier, and a thread that another process holds up delays only what needs its rows.
+// The tiles of all rounds as steps. A step waits for the steps of earlier rounds that touch the same rows, and for no
+// others: there is no barrier, and a thread that another process holds up delays only the threads that need its rows.
 template <typename A>
 class Steps {
  public:
@@ -174,7 +174,7 @@ class Steps {
   }
   int64_t workers() const { return workers_; }
 
-  // Of one thread: calls work(tile) until no step is left for it.
+  // Called by every thread: calls work(tile) until no step is left.
   template <typename Work>
   void run(Work&& work) {
     for (int64_t k = take(); k >= 0; k = take()) {
@@ -193,8 +193,8 @@ class Steps {
  private:
   struct Step {
     TileIndex tile;
-    int64_t row, column;                // blocks of rows, of all sides
-    int64_t before_row, before_column;  // steps that touch them earlier
+    int64_t row, column;                // blocks of rows, numbered over all sides
+    int64_t before_row, before_column;  // earlier steps that touch them
   };
 
   bool ready(const Step& step) const {
@@ -202,15 +202,15 @@ class Steps {
            done_[step.column].load(std::memory_order_acquire) == step.before_column;
   }
 
-  // A step that nothing stands in the way of, or -1 once all are taken.
+  // Takes a step that is ready; returns its index, or -1 once all are taken or one has failed.
   int64_t take() {
-    constexpr int64_t kAhead = 256;  // steps looked at beyond the first that is left
+    constexpr int64_t kAhead = 256;  // steps examined from the first that is left on
     const int64_t all = static_cast<int64_t>(steps_.size());
     while (!failed_.load(std::memory_order_relaxed)) {
       int64_t first = first_left_.load(std::memory_order_relaxed);
       while (first < all && taken_[first].load(std::memory_order_relaxed)) ++first;
       if (first == all) return -1;
-      first_left_.store(first, std::memory_order_relaxed);  // a hint: an older one costs a few looks
+      first_left_.store(first, std::memory_order_relaxed);  // a hint: an older value costs a few more checks
       for (int64_t k = first; k < std::min(all, first + kAhead); ++k)
         if (!taken_[k].load(std::memory_order_relaxed) && ready(steps_[k]) && !taken_[k].exchange(true)) return k;
       std::this_thread::yield();
@@ -220,7 +220,7 @@ class Steps {
 
   std::vector<Step> steps_;
   std::unique_ptr<std::atomic<bool>[]> taken_;
-  std::unique_ptr<std::atomic<int64_t>[]> done_;  // steps of a block of rows
+  std::unique_ptr<std::atomic<int64_t>[]> done_;  // steps done, per block of rows
   std::atomic<int64_t> first_left_{0};
   std::atomic<bool> failed_{false};
   int64_t workers_ = 1;

@@ -54,8 +54,8 @@ MSACORE_INLINE double square_of(const A* __restrict__ x, int64_t d, double& lift
   return square;
 }
 
-// unit [rows, stride] ← x / |x|, or x where not `normalize`, and the same transposed in panels of kPanel rows unless
-// that is null; rows that take no part stay unread and become zero, as do zero rows. Handles rows begin … end,
+// unit [rows, stride] ← x / |x|, or x where not `normalize`; panels, unless null, ← the same transposed in panels of
+// kPanel rows. Rows that take no part are not read and become zero, as do zero rows. Handles rows begin … end,
 // multiples of kPanel.
 template <typename T, typename A>
 MSACORE_SIMD void normalise_rows(const Source<T>& x, const uint8_t* __restrict__ used, bool normalize,
@@ -106,7 +106,7 @@ MSACORE_INLINE void project_row(const A* __restrict__ g, const A* __restrict__ u
   if (lift == 1 && (sizeof(A) == 8 || (factor > 1e-30 && factor < 1e30))) {
     const A narrow = static_cast<A>(factor);
     for (int64_t k = 0; k < d; ++k) grad_x[k] = static_cast<T>((g[k] - dot * u[k]) * narrow);
-  } else {  // beyond the range of A before the result is, perhaps
+  } else {  // intermediate values may leave the range of A where the result does not
     for (int64_t k = 0; k < d; ++k)
       grad_x[k] = static_cast<T>(static_cast<A>(static_cast<double>(g[k] - dot * u[k]) * factor * lift * lift));
   }
@@ -118,13 +118,13 @@ struct Side {
   int64_t n = 0, d = 0, rows = 0, width = 0, stride = 0;
   bool normalize = true;
   Buffer<A> unit, panels, gradient;
-  Buffer<double> inverse_norm, lift;  // `lift` in float64 alone, whose squares may leave its range
-  PairRows pairs;                     // in place of panels where the matrix instructions serve
+  Buffer<double> inverse_norm, lift;  // `lift` only for float64, whose squares may leave its range
+  PairRows pairs;                     // in place of panels where the matrix instructions are used
 
-  // What products with the rows on the right take: panels, pairs, or nothing where there are none.
+  // What products that have these rows on their right read: panels, pairs, or nothing where there are no such products.
   enum class Right { kPanels, kPairs, kNone };
 
-  // Allocates; `fill` fills.
+  // Only allocates; `fill` writes the rows.
   Side(int64_t n, int64_t d, bool normalize, Right right)
       : n(n), d(d), rows(padded(n)), width(padded(d)), normalize(normalize) {
     stride = width / kPanel % 2 ? width : width + kPanel;  // odd number of lines, see kTileRow
@@ -141,7 +141,7 @@ struct Side {
     parallel_for(0, rows / kPanel, grain(kPanel * width), [&](int64_t b, int64_t e) { fill(x, used, b, e); });
   }
 
-  // Panels begin … end of kPanel rows.
+  // Fills the panels begin … end, of kPanel rows each.
   template <typename T>
   void fill(const Source<T>& x, const uint8_t* used, int64_t begin, int64_t end) {
     normalise_rows(x, used, normalize, unit.get(), panels.get(), inverse_norm.get(), lift.get(), n, d, width, stride,
@@ -156,7 +156,7 @@ struct Side {
     }
   }
 
-  // Memory for the gradient, all zeros.
+  // Allocates the gradient, all zeros.
   void open_gradient() {
     gradient = Buffer<A>(rows * width, A(0));
     if (!pairs) return;

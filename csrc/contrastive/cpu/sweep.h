@@ -21,7 +21,7 @@ void similarities(const Side<A>& a, const Side<A>& b, int64_t i, int64_t j, int6
       {m, n, a.d, a.row(i), a.stride, 1, b.panels.get() + j * b.width, kPanel * b.width, kPanel, s, kTileRow, false});
 }
 
-// Between the memory that keeps similarities, rows `stride` apart, and a tile.
+// Copies similarities between a tile and the memory that keeps them, in either direction.
 template <typename A>
 void copy_tile(const A* from, int64_t from_stride, A* to, int64_t to_stride, int64_t m, int64_t n) {
   for (int64_t i = 0; i < m; ++i) std::memcpy(to + i * to_stride, from + i * from_stride, n * sizeof(A));
@@ -37,7 +37,7 @@ void tile_similarities(const Term<A>& term, int64_t i, int64_t j, int64_t m, int
   if (kept) copy_tile(s, kTileRow, kept, stride, m, n);
 }
 
-// Adds to the gradients of both sides, from those of the tile; to that of b only with `both`.
+// Adds what the gradients of the tile give to the gradient of a and, with `both`, to that of b.
 template <typename A>
 void add_tile_gradients(const Side<A>& a, const Side<A>& b, int64_t i, int64_t j, const Tile<A>& tile, bool both) {
   A *const to_a = a.gradient.get() + i * a.width, *const to_b = both ? b.gradient.get() + j * b.width : nullptr;
@@ -73,7 +73,8 @@ void sweep(const std::vector<Term<A>>& terms, Work&& work) {
   });
 }
 
-// What is added to exponents (where all are bounded) or similarities of rows: -scale or 0; -inf without a row.
+// Sets what is added to the exponents of rows, where all are bounded (-scale), or else to their similarities (0); -inf
+// for rows that take no part.
 template <typename A>
 void open_rows(Direction<A>& direction, const Side<A>& side, double scale, bool bounded) {
   std::fill_n(direction.exponent_bias, side.rows, -std::numeric_limits<A>::infinity());
@@ -88,7 +89,7 @@ void init_sums(Direction<A>& direction, const Side<A>& side, bool bounded) {
 }
 
 // First sweep: sums of exponentials, and the positives of diagonal terms. `inspect` sees the plain similarities first;
-// `hide` may then set those to -inf that no denominator holds.
+// `hide` may then set to -inf those that no denominator holds.
 template <typename A, typename Inspect, typename Hide>
 void sum_exponentials(std::vector<Term<A>>& terms, Inspect&& inspect, Hide&& hide) {
   for (Term<A>& term : terms) {

@@ -49,7 +49,7 @@ inline void exclude_diagonal(const Tile<A>& t) {
 template <typename A>
 MSACORE_SIMD void add_exponentials(const Tile<A>& t, double* __restrict__ sum_a, double* __restrict__ sum_b) {
   A columns[kBlock] = {};
-  // Read once: the compiler takes the stores below for possible changes of the tile, and would not vectorise.
+  // Read once: otherwise the compiler assumes that the stores below may change the tile, and does not vectorise.
   const A scale = t.scale;
   const A* __restrict__ bias = t.exponent_bias_b;
   for (int64_t i = 0; i < t.m; ++i) {
@@ -128,13 +128,13 @@ MSACORE_SIMD void softmax_gradient(const Tile<A>& t, const A* __restrict__ softm
   }
 }
 
-// What the softmax of rows or columns counts in a gradient: softmax_weight · 2^((s - shift)·scale - log).
+// The softmax of rows or columns in a gradient: softmax_weight · 2^((s - shift)·scale - log).
 template <typename A>
 struct Softmax {
   const A *softmax_weight, *shift, *log;
 };
 
-// The same for log-sum-exps of any size.
+// softmax_gradient for log-sum-exps of any size.
 template <typename A>
 MSACORE_SIMD void softmax_gradient_with_maxima(const Tile<A>& t, const Softmax<A>& a, const Softmax<A>& b) {
   const A* __restrict__ softmax_weight_b = b.softmax_weight, * __restrict__ shift_b = b.shift, * __restrict__ log_b = b.log;

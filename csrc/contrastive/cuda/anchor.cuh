@@ -1,6 +1,6 @@
 // An anchor of a contrastive loss on CUDA: statistics of its similarities, its loss, and what its gradients need.
-// Exponents are to base 2. They are taken relative to the highest similarity before they are scaled: small temperatures
-// make them so large that differences of scaled ones would be rounding errors.
+// Exponents are to base 2. The highest similarity is subtracted before the scaling: small temperatures make scaled
+// similarities so large that their differences would be rounding errors.
 #pragma once
 #include <limits>
 
@@ -9,7 +9,7 @@
 namespace msacore::contrastive::cuda {
 using namespace msacore::cuda;
 
-// 2^x. For float one instruction, which gives 0 where exp2f gives less than the smallest normal number.
+// 2^x. For float this is one instruction, which gives 0 where exp2f gives less than the smallest normal number.
 __device__ __forceinline__ float power2(float x) {
 #ifdef __CUDACC__
   float y;
@@ -61,7 +61,7 @@ __device__ __forceinline__ TwoPowers<A> two_powers(int exponent) {
   const auto power = [](int e) { return static_cast<A>(ldexp(1.0, e)); };
   return {power(exponent / 2), power(exponent - exponent / 2), exponent};
 }
-// The power of two that brings `x` > 0 into [1/2, 1); of 0 it is 1.
+// The power of two that brings `x` > 0 into [1/2, 1); for 0 it is 1.
 __device__ __forceinline__ TwoPowers<double> inverse_power(double x) {
   int exponent = 0;
   frexp(x, &exponent);
@@ -77,7 +77,7 @@ struct InverseNorm {
 };
 constexpr double kLargest = std::numeric_limits<double>::max();
 
-// From the square of |x · 2^shrunk|.
+// 1 / |x| from the square of |x · 2^shrunk|.
 __device__ __forceinline__ InverseNorm<double> inverse_root(double square, int shrunk) {
   if (square == 0) return {0, 0};
   if (!(square <= kLargest)) return {NAN, 0};
@@ -90,7 +90,7 @@ __device__ __forceinline__ InverseNorm<double> inverse_root(double square, int s
 __device__ __forceinline__ bool used(float factor) { return !(factor < 0); }
 __device__ __forceinline__ bool used(double factor) { return !(factor < 0); }
 
-// An only candidate has probability 1: loss and gradient are zero, exactly.
+// A single candidate has probability 1: loss and gradient are exactly zero.
 __device__ __forceinline__ bool is_choice(int64_t candidates, bool without_self) {
   return candidates - without_self != 1;
 }
@@ -170,7 +170,7 @@ __device__ __forceinline__ Stats<double> in_double(const Stats<A>& stats) {
   return {in_double(stats.softmax), in_double(stats.positives)};
 }
 
-// Over the lanes that differ in the bits First … Last.
+// Reduces over the lanes whose indices differ in the bits First … Last.
 template <int First, int Last, typename A, typename Op>
 __device__ __forceinline__ A lanes_reduce(A value, Op op) {
 #pragma unroll
@@ -178,7 +178,8 @@ __device__ __forceinline__ A lanes_reduce(A value, Op op) {
   return value;
 }
 
-// Softmax over `Count` candidates of each of those lanes; kNothing marks one that takes no part.
+// Softmax over `Count` candidates of each lane, reduced as in lanes_reduce; kNothing marks a candidate that takes no
+// part.
 template <int First, int Last, int Count, typename A>
 __device__ __forceinline__ Softmax<A> softmax_of(const A (&similarity)[Count], A scale) {
   Softmax<A> softmax = no_softmax<A>();
@@ -191,7 +192,7 @@ __device__ __forceinline__ Softmax<A> softmax_of(const A (&similarity)[Count], A
   softmax.sum = lanes_reduce<First, Last>(softmax.sum, Sum{});
   return softmax;
 }
-// The same, of powers 2^((similarity - 1) · scale) that stay in range.
+// The same from powers 2^((similarity - 1) · scale), which stay in range.
 template <int First, int Last, int Count, typename A>
 __device__ __forceinline__ Softmax<A> sum_of_powers(const A (&power)[Count]) {
   A sum = 0;
@@ -212,22 +213,22 @@ __device__ __forceinline__ Positives<A> positives_of(const A (&weight)[Count], c
   return positives;
 }
 
-// Which candidates an anchor's denominator holds: all; for each positive itself and those that are not positive; only
-// those that are not positive.
+// Which candidates an anchor's denominator holds: all; for each positive, itself and the candidates that are not
+// positive; only those that are not positive.
 enum class Denominator : uint8_t { kAll, kNegatives, kDecoupled };
 
-// What the forward pass leaves of an anchor, in numbers of their own arrays: highest similarity of the denominator,
+// What the forward pass keeps of an anchor, each number in an array of its own: highest similarity of the denominator,
 // natural logarithm of its sum relative to that (-inf where it is empty), mean similarity of the positives (kNegatives:
 // the loss), their total weight (0: the anchor dropped out), and with kNegatives alone Σ weight · share of the
-// negatives in the denominator, over the total.
+// negatives in the denominator, divided by the total weight.
 enum AnchorStat : int { kHighest, kLog, kPositive, kTotal, kRest };
 constexpr int kAnchorStats = 4;
 
 constexpr double kLn2 = 0.6931471805599453, kLog2E = 1.4426950408889634;
 
 // Writes what the backward pass needs of anchor i to stats [4, n]; returns its loss, zero where it drops out. `total`
-// and `positive`: weight and mean similarity of the positives; `choice`: the loss is not zero for sure; `scale`: of
-// exponents.
+// and `positive`: weight and mean similarity of the positives; `choice`: false where the loss is certainly zero;
+// `scale`: that of exponents.
 template <typename A>
 __device__ __forceinline__ double finish_anchor(Softmax<double> all, double total, double positive, bool choice,
                                                 double scale, A* stats, int64_t n, int64_t i) {
@@ -242,8 +243,9 @@ __device__ __forceinline__ double finish_anchor(Softmax<double> all, double tota
   return loss;
 }
 
-// The gradient of an anchor's loss: that of a reduced loss, or of its own, over the anchors where the loss is a mean,
-// and over the temperature, because similarities are those before the division by it.
+// The gradient of an anchor's loss: that of the reduced loss or, with `per_anchor`, its own. It is divided by the
+// number of anchors where the loss is a mean, and by the temperature, because similarities are those before the
+// division by it.
 template <typename A>
 struct LossGradient {
   const A *out, *term;  // `out`: one number, or [n] where `per_anchor`
@@ -261,13 +263,14 @@ struct LossGradient {
   }
 };
 
-// An anchor in the gradients of its similarities: weights of softmax and positives, what exponents are relative to
-// (their logarithm in base 2), and the positives' mean similarity (kNegatives: the loss).
+// An anchor in the gradients of its similarities: the weight of its softmax, the highest similarity and the logarithm
+// (base 2) that exponents are relative to, the weight of its positives, and their mean similarity (kNegatives: the
+// loss).
 template <typename A>
 struct AnchorGradient {
   A softmax_weight, highest, log, attract, positive;
 
-  // That of a candidate over that of the denominator.
+  // The exponent of a candidate, relative to that of the denominator.
   __device__ A exponent(A similarity, A scale) const { return (similarity - highest) * scale - log; }
 };
 
@@ -292,8 +295,8 @@ __device__ __forceinline__ A probability(const AnchorGradient<A>& anchor, A simi
   return power2(anchor.exponent(similarity, scale));
 }
 
-// A positive against a sum that excludes it, with its exponent relative to that of the sum: the sum's softmax weight
-// among the two, and the loss log(1 + sum / exponential).
+// A positive against a sum that excludes it, where the exponent is relative to that of the sum: the softmax weight of
+// the sum among the two, and the loss log(1 + sum / exponential).
 template <typename A>
 __device__ __forceinline__ A rest_of(A exponent) {
   return 1 / (1 + power2(exponent));
@@ -304,15 +307,15 @@ __device__ __forceinline__ A loss_against_rest(A exponent) {
   return exponent > 0 ? small : small - exponent * static_cast<A>(kLn2);
 }
 
-// Adds to `slope` what the pair counts in Σ gradient · (similarity - highest of the anchor). The gradients of an anchor
-// add up to nothing, so this is Σ gradient · similarity, but of small differences.
+// Adds the pair's term of Σ gradient · (similarity - highest of the anchor) to `slope`. The gradients of an anchor add
+// up to zero, so this is Σ gradient · similarity, but of small differences.
 template <typename A>
 __device__ __forceinline__ A relative(A gradient, const AnchorGradient<A>& anchor, A similarity, A& slope) {
   slope += gradient * (similarity - anchor.highest);
   return gradient;
 }
 
-// What the softmax counts in the gradient of the similarity of two rows that each may be the other's anchor.
+// The softmax's part of the gradient of the similarity of two rows, each of which may be the other's anchor.
 template <typename A>
 __device__ __forceinline__ A softmax_gradient(const AnchorGradient<A>& a, const AnchorGradient<A>& b, A similarity,
                                               A scale, A& slope) {

@@ -1,4 +1,4 @@
-// Launches of positives that are sums over classes on CUDA.
+// Launches for positives that are sums over classes on CUDA.
 #pragma once
 #include <algorithm>
 
@@ -11,12 +11,13 @@
 namespace msacore::contrastive::cuda {
 using namespace msacore::cuda;
 
-// Up to so many rows pairs of labels are compared in the tiles, by an estimate that costs less than these launches.
+// With at most this many rows, labels are compared pair by pair in the tiles, which is estimated to cost less than
+// these launches.
 #ifndef MSACORE_SMALL_SIZES
 constexpr int64_t kPairwiseRows = 4096;
 constexpr int kChunk = kMostChunk;
 #else
-constexpr int64_t kPairwiseRows = 8;  // little, so that small inputs already have sums over classes
+constexpr int64_t kPairwiseRows = 8;  // small, so that even small inputs have sums over classes
 constexpr int kChunk = 8;             // and classes of several pieces
 #endif
 static_assert(kChunk % kAhead == 0 && kChunk <= kMostChunk);
@@ -59,7 +60,8 @@ class Classes {
     }
   }
 
-  // Positives of those of the first `count` terms that have them by class, before the statistics of their tiles.
+  // The positives of those of the first `count` terms that have them by class; called before the statistics of their
+  // tiles.
   template <typename T, int Most>
   void sum_positives(const Terms<T, Most>& terms, unsigned count, unsigned directions,
                      const AnchorResults<acc_t<T>>& rows, const AnchorResults<acc_t<T>>& columns) const {
@@ -70,7 +72,7 @@ class Classes {
       });
   }
 
-  // Their gradients, once those of the tiles are there.
+  // The gradients of those positives; called after the gradients of the tiles.
   template <typename T, int Most>
   void add_gradients(const Terms<T, Most>& terms, unsigned count) const {
     for (unsigned t = 0; t < count; ++t)
@@ -114,7 +116,7 @@ class Classes {
   ClassOrder order_[2];
 };
 
-// Labels of so many rows that positives are sums over classes.
+// Whether positives are sums over classes: there are labels, and too many rows to compare them pair by pair.
 inline bool by_classes(const int64_t* labels, int64_t n, int64_t m) {
   return labels && std::max(n, m) > limit_from("MSACORE_CUDA_PAIRWISE_ROWS", kPairwiseRows);
 }

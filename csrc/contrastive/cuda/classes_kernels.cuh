@@ -1,6 +1,6 @@
-// Positives of equal label on CUDA as sums over classes, as on the CPU (contrastive_classes.h): O(n d) beside the
-// tiles. Labels become numbers of classes in a hash table, each side is sorted by them, and the rows of a class are
-// summed in their order: piece by piece where they are many, then piece after piece.
+// Positives of equal label on CUDA as sums over classes, as on the CPU (contrastive/cpu/classes.h): O(n d) besides the
+// tiles. Labels become class numbers in a hash table, each side is sorted by them, and the rows of a class are summed
+// in their order: large classes in pieces first, whose sums are then added up.
 #pragma once
 #include "cuda/rows.cuh"
 #include "contrastive/cuda/gradient_kernels.cuh"
@@ -20,7 +20,7 @@ struct Labels {
   __device__ int64_t at(int64_t i) const { return i < n[0] ? label[0][i] : label[1][i - n[0]]; }
 };
 
-// Open addressing, zeros to begin with.
+// A hash table with open addressing, initially zeros.
 struct ClassTable {
   unsigned long long* key;   // label + 1
   unsigned long long* left;  // rows from the first of the label to the end
@@ -35,12 +35,12 @@ struct ClassTable {
 
 namespace {  // several families include this file
 
-// A read of what other threads may be writing; an old value costs an atomic operation, no more.
+// Reads what other threads may be writing; an old value costs one atomic operation, no more.
 __device__ __forceinline__ unsigned long long peek(const unsigned long long* at) {
   return *static_cast<const volatile unsigned long long*>(at);
 }
 
-// slot[i] ← where the label of row i is. Slots depend on the order of threads, ClassTable::left does not.
+// slot[i] ← the slot of the label of row i. Slots depend on the order of threads, ClassTable::left does not.
 __global__ void __launch_bounds__(kRowThreads)
     find_labels_kernel(Labels labels, ClassTable table, int64_t* __restrict__ slot) {
   for (int64_t i = grid_thread(); i < labels.rows(); i += grid_threads()) {
@@ -58,7 +58,8 @@ __global__ void __launch_bounds__(kRowThreads)
   }
 }
 
-// number [rows] ← the first row of the same label; `rows` where there is none.
+// first, second ← the class number of each row of either side: the first row of the same label; `rows` where a row has
+// no label.
 __global__ void __launch_bounds__(kRowThreads)
     number_classes_kernel(Labels labels, ClassTable table, const int64_t* __restrict__ slot,
                           int64_t* __restrict__ first, int64_t* __restrict__ second) {
@@ -72,9 +73,9 @@ __global__ void __launch_bounds__(kRowThreads)
 
 // The rows of a side by class.
 struct ClassOrder {
-  const int64_t* number;  // [n] of a row's class; `classes` where it has none
+  const int64_t* number;  // [n] a row's class number; `classes` where it has none
   const int64_t* row;     // [n] sorted by `number`, then by index
-  int64_t* begin;         // [classes] where a class begins in `row`, plus 1; 0: it is not on this side
+  int64_t* begin;         // [classes] where a class begins in `row`, plus 1; 0 where it is not on this side
   int64_t n, classes;
 
   __device__ int64_t class_at(int64_t position) const { return number[row[position]]; }
@@ -82,8 +83,8 @@ struct ClassOrder {
   __device__ int64_t begin_of(int64_t c) const { return c < classes ? begin[c] - 1 : -1; }
 };
 
-// Sums over the rows of a side that take part in a term. Those of a class are where it begins in ClassOrder::row, those
-// of a later piece where that begins.
+// Sums over the rows of a side that take part in a term. The sum of a class is stored where the class begins in
+// ClassOrder::row, the sum of a later piece where that piece begins.
 template <typename A>
 struct ClassSums {
   A* plain;      // [n, width] Σ unit row
@@ -91,7 +92,7 @@ struct ClassSums {
   int* members;  // [n]
 };
 
-// A term with labels; index 0 are the anchors, 1 the candidates.
+// A term with labels; index 0 stands for the anchors, 1 for the candidates.
 template <typename T>
 struct ClassProblem {
   Problem<T> problem;
@@ -103,7 +104,7 @@ struct ClassProblem {
   __device__ AnchorGradient<acc_t<T>> gradient(int s, int64_t i) const {
     return anchor_gradient(problem, side(s), side(1 - s), i);
   }
-  // Row i of side s is a positive of its own index, were it not left out.
+  // Whether the row of the same index, which is left out, would be a positive of row i of side s.
   __device__ bool without_self(int s, int64_t i) const {
     const Side<T>& other = side(1 - s);
     return problem.exclude_self && i < other.n && used(other.factor_of(i)) &&
@@ -111,8 +112,8 @@ struct ClassProblem {
   }
 };
 
-// Grid [chunks of ClassOrder::row, parts of the width, sides]: sums over the pieces that chunk borders cut classes
-// into, and where classes begin.
+// Grid [chunks of ClassOrder::row, parts of the width, sides]: sums over the pieces into which the borders of chunks
+// cut classes; also writes where classes begin.
 template <typename T>
 __global__ void __launch_bounds__(kRowThreads) sum_pieces_kernel(const __grid_constant__ ClassProblem<T> p) {
   using A = acc_t<T>;
@@ -196,8 +197,8 @@ __global__ void __launch_bounds__(kRowThreads) merge_pieces_kernel(const __grid_
     for (int64_t piece = border; piece < end; piece += p.chunk) sums.members[begin] += sums.members[piece];
 }
 
-// Grid [blocks, directions]: number and mean similarity of the positives of each row, a warp each. Where columns are no
-// anchors their direction repeats that of the rows.
+// Grid [blocks, directions]: number and mean similarity of the positives of each row, a warp each. Where columns are
+// not anchors, their direction repeats that of the rows.
 template <typename T>
 __global__ void __launch_bounds__(kRowThreads, 4)
     class_positives_kernel(const __grid_constant__ ClassProblem<T> p,
@@ -229,7 +230,8 @@ __global__ void __launch_bounds__(kRowThreads, 4)
   }
 }
 
-// Row i of side s, a warp: its gradient -= factor · Σ (attract of either) · unit rows of its class on the other side.
+// Row i of side s, called by a warp: its gradient -= factor · Σ (attract of both rows) · unit row, over the rows of its
+// class on the other side.
 template <typename T>
 __device__ __forceinline__ void attract_row(const ClassProblem<T>& p, int s, int64_t i) {
   using A = acc_t<T>;
@@ -248,7 +250,8 @@ __device__ __forceinline__ void attract_row(const ClassProblem<T>& p, int s, int
   }
 }
 
-// Grid [blocks, gradients]: adds what the positives give to the gradient of each side, or of both where that is one.
+// Grid [blocks, gradients]: adds what the positives give to the gradient of each side; where both sides share one
+// gradient, it gets the parts of both.
 template <typename T>
 __global__ void __launch_bounds__(kRowThreads, 4) attract_kernel(const __grid_constant__ ClassProblem<T> p) {
   const int64_t warps = int64_t{gridDim.x} * (kRowThreads / kWarp);

@@ -25,7 +25,7 @@ __device__ __forceinline__ AnchorGradient<acc_t<T>> anchor_gradient(const Proble
                          problem.denominator);
 }
 
-// Neighbours in one access; of 16 bits each nvcc would make two.
+// Stores neighbours in one access; for 16-bit numbers nvcc would make two.
 template <typename G>
 __device__ __forceinline__ void store_pair(G* to, const Vector<G, 2>& pair) {
 #ifdef __CUDACC__
@@ -46,8 +46,8 @@ __device__ __forceinline__ void attract_pairs(const SimilarityTile<T>& tile, con
   });
 }
 
-// Similarities c ← their gradients, pair by pair: for denominators without positives, and where a pair alone tells what
-// it counts in the slope (anchor.cuh), which is returned.
+// c: similarities ← their gradients, pair by pair. For denominators without positives, and where what a pair adds to
+// the slope (anchor.cuh) must be known from that pair alone. Returns the slope.
 template <typename T>
 __device__ __forceinline__ acc_t<T> gradients_apart(const SimilarityTile<T>& tile, const AnchorGradient<acc_t<T>>* rows,
                                                     const AnchorGradient<acc_t<T>>* columns, acc_t<T> scale,
@@ -123,7 +123,8 @@ __global__ void __launch_bounds__(kTileThreads, sizeof(T) == 8 ? 1 : 3)
   const bool bounded = !Apart && problem.bounded(scale);
   double slope = 0;  // an anchor's positives count in the first tile of its row or column
   const auto load_anchor = [&](AnchorGradient<A>& to, const AnchorGradient<A>& anchor, bool first_tile) {
-    // Relative to what the softmax's part is: statistics of few samples have their highest also where it is bounded.
+    // Relative to the same similarity as the softmax's part: statistics of few samples hold their highest even where
+    // exponents are bounded.
     if (!Apart && first_tile)
       slope -= static_cast<double>(anchor.softmax_weight) * (anchor.positive - (bounded ? A(1) : anchor.highest));
     to = anchor;
@@ -247,7 +248,7 @@ __global__ void __launch_bounds__(kTileThreads, sizeof(T) == 8 ? 2 : 3)
   }
 }
 
-// Where the gradient of a learned temperature goes; of a number nowhere.
+// Where the gradient of a learned temperature goes; a plain number has none.
 struct TemperatureGradient {
   void* at;
   Temperature::Kind kind;
@@ -282,7 +283,7 @@ __device__ __forceinline__ double sum_of(const double* values, int64_t count) {
   return block_sum(sum);
 }
 
-// One block: the gradient of a temperature, -Σ slopes / temperature. The gradients in the slopes are over the
+// One block: the gradient of a temperature, -Σ slopes / temperature. The gradients in the slopes are divided by the
 // temperature already.
 __global__ void __launch_bounds__(kSumThreads, 1)
     temperature_kernel(const double* __restrict__ slopes, int64_t count,
@@ -316,7 +317,7 @@ __global__ void __launch_bounds__(kRowThreads, 4)
   const Side<T>&own = projection.own, &second = projection.second;
   const int64_t warps = int64_t{gridDim.x} * (kRowThreads / kWarp);
   for (int64_t i = int64_t{blockIdx.x} * (kRowThreads / kWarp) + warp_id(); i < own.n; i += warps) {
-    // `gradient` is that of products of `unit` rows, so that of a unit row still has its factor in it.
+    // `gradient` is with respect to the rows of `unit`; divided by the factor it is that of a unit row.
     const A factor = own.factor[i], second_factor = projection.two_roles ? second.factor[i] : A(0);
     const bool first = !(factor <= 0), other = !(second_factor <= 0);
     const InverseNorm<A> inverse_norm = first ? own.inverse_norm[i] : second.inverse_norm[i];

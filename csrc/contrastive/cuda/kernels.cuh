@@ -1,16 +1,16 @@
-// Contrastive losses on CUDA: terms between sides, as on the CPU (contrastive_sweep.h), of which a launch takes several
-// at once. Rows are scaled once, then the similarities are computed in tiles, forward and again backward. Forward, a
-// tile leaves partial statistics of its rows and of its columns, which are merged in order. Backward, the gradients of
-// a strip of similarities are kept, for the products with the rows. Positives that are the diagonal concern the tiles
-// on it alone; those of equal label are sums over classes (contrastive_classes_kernels.cuh) and concern none. Exponents
-// are to base 2 here too.
+// Contrastive losses on CUDA: terms between sides, as on the CPU (contrastive/cpu/sweep.h); a launch takes several
+// terms at once. Rows are scaled once, then the similarities are computed in tiles, forward and again backward.
+// Forward, a tile leaves partial statistics of its rows and of its columns, which are merged in order. Backward, the
+// gradients of a strip of similarities are kept, for the products with the rows. Positives that are the diagonal
+// concern the tiles on it alone; those of equal label are sums over classes (contrastive/cuda/classes_kernels.cuh) and
+// concern no tile. Exponents are to base 2 here too.
 #pragma once
 #include "contrastive/cuda/tile.cuh"
 
 namespace msacore::contrastive::cuda {
 
-// 1 / |x| of a row, the mantissa in double; called by a warp. In double the row is scaled by a power of two first, for
-// squares would overflow or underflow; of narrower types they cannot. A NaN or an infinity gives NaN.
+// 1 / |x| of a row, the mantissa in double; called by a warp. A row of doubles is scaled by a power of two first,
+// because its squares could overflow or underflow; those of narrower types cannot. A NaN or an infinity gives NaN.
 template <typename T>
 __device__ __forceinline__ InverseNorm<double> inverse_norm_of(const T* x, int64_t d) {
   double largest = 0.5;
@@ -50,8 +50,8 @@ __device__ __forceinline__ void prepare_row(const Side<T>& side, const T* x, boo
   }
 }
 
-// The rows of a side, a warp each, shared out to all blocks of grid.x but `others`; row_of(i) and takes_part(i) are
-// asked of i < count, the rest is padding.
+// Prepares the rows of a side, a warp each, in all blocks of grid.x but the last `others`; row_of(i) and takes_part(i)
+// are called for i < count, the remaining rows are padding.
 template <typename T, typename RowOf, typename TakesPart>
 __device__ __forceinline__ void prepare_rows(const Side<T>& side, int64_t count, bool normalize, int others,
                                              RowOf row_of, TakesPart takes_part) {
@@ -62,7 +62,7 @@ __device__ __forceinline__ void prepare_rows(const Side<T>& side, int64_t count,
   }
 }
 
-// counts[0] ← rows below `end` for which takes_part(i), counts[1] ← anchors, of n, that count; called by a block.
+// counts[0] ← how many rows i < end have takes_part(i), counts[1] ← how many of the n anchors count; called by a block.
 template <typename A, typename TakesPart>
 __device__ __forceinline__ void count_rows(int64_t n, int64_t end, const A* stats, int64_t* counts,
                                            TakesPart takes_part) {
@@ -85,8 +85,8 @@ struct Terms {
   Problem<T> at[Most];
 };
 
-// Where statistics [4 or 5, n] and losses [n] of a direction go, `step` numbers per row and term apart. Positives come
-// first: until the loss is known, their mean similarity is in its place.
+// Where statistics [4 or 5, n] and losses [n] of a direction go, `stats_step` and `losses_step` numbers per row and
+// term apart. The positives are set first: until the loss is known, their mean similarity is in its place.
 template <typename A>
 struct AnchorResults {
   A* stats;
@@ -111,7 +111,7 @@ struct Parts {
 };
 
 // Grid [column tiles, row tiles of the strip that begins at `first`, terms]: partial statistics of the strip's rows
-// [terms, column tiles, strip] and, of a two-sided term, of all columns [terms, row tiles, b.rows]; diagonal positives
+// [terms, column tiles, strip] and, for a two-sided term, of all columns [terms, row tiles, b.rows]; diagonal positives
 // go straight to the results. `Apart`: denominators without positives.
 template <typename T, int Most, bool Apart>
 __global__ void __launch_bounds__(kTileThreads, sizeof(T) == 8 ? 2 : 3)
@@ -185,8 +185,8 @@ struct Merge {
   Parts<double> running;  // [terms, own.n]
   AnchorResults<A> results;
 
-  // Row r of a role of `own` rows: add(all, part) over all tiles so far, from `all` on; after the last of them, over
-  // all.
+  // Row r of a role that has `own` rows: calls add(all, part) for all tiles so far, starting from `all`, and returns
+  // the result, which after the last merge covers every tile.
   template <typename All, typename Part, typename Add>
   __device__ All merge_parts(All all, const Part* part, All* sums, int64_t term, int64_t own, int64_t r,
                              Add add) const {
@@ -202,7 +202,7 @@ struct Merge {
   }
 };
 
-// Grid [blocks, directions, terms]. Where columns are not anchors their direction repeats that of the rows.
+// Grid [blocks, directions, terms]. Where columns are not anchors, their direction repeats that of the rows.
 template <typename T, int Most>
 __global__ void __launch_bounds__(kRowThreads, 3)
     merge_kernel(const __grid_constant__ Terms<T, Most> terms, const __grid_constant__ Merge<acc_t<T>> rows,

@@ -16,15 +16,15 @@ using namespace msacore::cuda;
 constexpr int64_t kStatsBytes = int64_t{128} << 20, kGradientStripBytes = int64_t{512} << 20;
 #else
 constexpr int64_t kStatsBytes = 24 << 10,
-                  kGradientStripBytes = 96 << 10;  // little, so that small inputs already take several strips
+                  kGradientStripBytes = 96 << 10;  // small, so that even small inputs take several strips
 #endif
 
-// How many of the `most` members that its parameters hold a launch takes.
+// How many members a launch takes, of the `most` that its parameters can hold.
 constexpr int group_size(int most) {
 #ifndef MSACORE_SMALL_SIZES
   return most;
 #else
-  return std::min(most, 4);  // few, so that the terms of three modalities already are several groups
+  return std::min(most, 4);  // few, so that even the terms of three modalities are several groups
 #endif
 }
 
@@ -38,28 +38,28 @@ void for_strips(int64_t rows, int64_t strip, Body&& body) {
   for (int64_t first = 0; first < rows; first += strip) body(first, std::min(strip, rows - first));
 }
 
-// Rows of a strip, whole tiles of which each takes `bytes` of the `memory`.
+// Rows of a strip that fits into `memory`, in whole tiles; each tile of rows takes `bytes`.
 inline int64_t strip_rows(int64_t rows, int64_t bytes, int64_t memory) {
   constexpr int64_t kMostTiles = 65535;  // the limit of gridDim.y
   const int64_t most = std::clamp<int64_t>(memory / std::max<int64_t>(1, bytes), 1, kMostTiles);
   return std::min(rows, most * kTile);
 }
 
-// Partial statistics of a row tile of a term, at most.
+// Bytes of the partial statistics of a row tile of a term, at most.
 template <typename T>
 int64_t stats_bytes(const Problem<T>& term) {
   return (tiles(term.b.rows) * kTile + term.b.rows) * sizeof(Stats<acc_t<T>>);
 }
 
-// Gradients of the similarities of a row tile of a term.
+// Bytes of the gradients of the similarities of a row tile of a term.
 template <typename T, typename K>
 int64_t gradient_bytes(const Problem<T>& term) {
   return term.b.rows * kTile * K::kParts * sizeof(typename K::Number);
 }
 
 // Sums over the similarities of the first `count` terms, which are of one size, strip after strip. `softmax` and
-// `positives`: what a sweep leaves of an anchor. sweep(first, size, row parts, column parts) launches one over a strip,
-// merge(rows, columns, grid) adds its parts up.
+// `positives`: which statistics of an anchor a sweep finds. sweep(first, grid, row parts, column parts) launches one
+// sweep over a strip, merge(rows, columns, grid) adds its parts up.
 template <typename T, int Most, typename Sweep, typename Add>
 void sum_strips(const Terms<T, Most>& terms, unsigned count, unsigned directions, bool softmax, bool positives,
                 const AnchorResults<acc_t<T>>& row_results, const AnchorResults<acc_t<T>>& column_results,
@@ -106,8 +106,8 @@ void sum_strips(const Terms<T, Most>& terms, unsigned count, unsigned directions
   }
 }
 
-// Fills the results of the first `count` terms, which are of one size and whose sums over classes are there already; of
-// `directions` 2 columns are anchors too. `Apart`: denominators without positives.
+// Fills the results of the first `count` terms, which are of one size and whose sums over classes have been taken
+// already; with 2 `directions`, columns are anchors too. `Apart`: denominators without positives.
 template <bool Apart, typename T, int Most>
 void sum_statistics(const Terms<T, Most>& terms, unsigned count, unsigned directions,
                     const AnchorResults<acc_t<T>>& row_results, const AnchorResults<acc_t<T>>& column_results,
@@ -142,8 +142,8 @@ void sum_against_negatives(const Terms<T, Most>& terms, unsigned count, unsigned
       });
 }
 
-// Adds what the first `count` terms, which are of one size, give to the outputs, or begins these. Gradients of
-// similarities are kept as K; `grad_weights` and `slopes` as for gradient_kernel.
+// Adds what the first `count` terms, which are of one size, give to the outputs or, without `add`, overwrites them with
+// it. Gradients of similarities are kept as K; `grad_weights` and `slopes` as for gradient_kernel.
 template <int MostOutputs, typename K, bool Apart, typename T, int MostTerms>
 void sum_gradients(const Terms<T, MostTerms>& terms, unsigned count, const std::vector<Output<acc_t<T>>>& outputs,
                    bool add, T* grad_weights, double* slopes, const Tensor& like, cudaStream_t stream) {
@@ -188,7 +188,7 @@ inline Temperature temperature_of(const char* op, const OptionalTensor& learned,
   });
 }
 
-// Its gradient, of the same dtype.
+// The gradient of a temperature, of the same dtype.
 inline TemperatureGradient gradient_of(const Temperature& temperature, Tensor& gradient) {
   return {temperature.kind == Temperature::kNumber ? nullptr : gradient.mutable_data_ptr(), temperature.kind};
 }

@@ -1,18 +1,18 @@
-// Denominators that hold one positive each, beside all negatives, on CUDA: a second sweep, once the statistics of the
+// Denominators that hold one positive each besides all negatives, on CUDA: a second sweep, once the statistics of the
 // negatives are known.
 #pragma once
 #include "contrastive/cuda/kernels.cuh"
 
 namespace msacore::contrastive::cuda {
 
-// What the second sweep needs of anchor i, in the terms of the gradients; `attract` tells whether the row is an anchor.
+// What the second sweep needs of anchor i, as in its gradients; `attract` is 1 for an anchor and 0 for other rows.
 template <typename A>
 __device__ __forceinline__ AnchorGradient<A> anchor_against(const A* stats, int64_t n, int64_t i) {
   if (i >= n) return no_anchor<A>();
   return {0, stats[kHighest * n + i], static_cast<A>(stats[kLog * n + i] * kLog2E), 1, 0};
 }
 
-// Grid as for statistics_kernel. Of rows and columns Σ weight · share of the negatives, in place of Σ weight, and
+// Grid as for statistics_kernel. For rows and columns: Σ weight · share of the negatives, in place of Σ weight, and
 // Σ weight · loss, in place of Σ weight · similarity.
 template <typename T, int Most>
 __global__ void __launch_bounds__(kTileThreads, sizeof(T) == 8 ? 2 : 3)

@@ -1,5 +1,5 @@
-// A tile of similarities on CUDA: the term and the sides that it is between, its pairs, and what these add up to for
-// its rows and columns.
+// A tile of similarities on CUDA: its term and the two sides, its pairs, and the sums over them for its rows and
+// columns.
 #pragma once
 #include <type_traits>
 
@@ -11,13 +11,13 @@ using namespace msacore::cuda;
 
 constexpr int kRowThreads = 256;  // one warp per row
 
-// One role of a term, anchors or candidates; of an embedding that plays several, only the last four fields differ.
+// One role of a term, anchors or candidates. Where an embedding plays several roles, only the last four fields differ.
 template <typename T>
 struct Side {
   using A = acc_t<T>;
   const T* x;  // [n, d]
   int64_t n, d;
-  int64_t rows, width;  // n, with candidates beyond that are positive for none, and d, padded to whole tiles
+  int64_t rows, width;  // n and further candidates, positive for none, in whole tiles; d padded to 32
   // Set by prepare_row: `unit` · `factor` are the unit rows, or the rows themselves. 16-bit rows are scaled by a power
   // of two only, so that they stay exact. A negative factor marks a row that takes no part, 0 one of zeros.
   T* unit;                       // [rows, width]
@@ -48,7 +48,7 @@ struct Problem {
   bool unit_rows;
   Denominator denominator;
   LossGradient<A> gradient;
-  // Similarities that the first sweep leaves to the others [kept_rows, kept_columns], whose sizes are even; null: they
+  // Similarities that the first sweep keeps for the others [kept_rows, kept_columns], whose sizes are even; null: they
   // are computed again.
   A* kept;
   int kept_rows, kept_columns;
@@ -65,7 +65,7 @@ struct Problem {
   }
 };
 
-// What a tile needs of its 64 rows and of its 64 columns, in shared memory.
+// What a tile needs to know of its 64 rows or its 64 columns, in shared memory.
 template <typename A>
 struct TileSide {
   A factor[kTile];
@@ -81,7 +81,8 @@ __device__ __forceinline__ bool load_tile_side(TileSide<acc_t<T>>& tile, const S
   return used(tile.factor[r]);
 }
 
-// Tile (row, column) of the similarities, and what its threads ask of a pair; i, j: within the tile.
+// The tile of similarities at (row, column), and what its threads need to know of a pair; i and j count within the
+// tile.
 template <typename T>
 struct SimilarityTile {
   using A = acc_t<T>;
@@ -90,7 +91,7 @@ struct SimilarityTile {
   int64_t row, column;  // of the first pair
   bool whole;           // every pair takes part
 
-  // Rows of b from b.n on are not those of any index.
+  // Rows of b from b.n on have no counterpart in a.
   __device__ bool same(int i, int j) const {
     return row + i + problem.offset == column + j && column + j < problem.b.n;
   }
@@ -126,9 +127,9 @@ __device__ __forceinline__ void rotate(V (&values)[Count]) {
   assign(values[Count - 1], first);
 }
 
-// Calls body(i, values[i]…), i < Count, of sums that stay in registers. An exponential in double is some forty
-// instructions: instead of as many copies of the body there is one, for the first place, to which the sums come in
-// turn.
+// Calls body(i, values[i]…) for i < Count, where the values stay in registers. An exponential in double takes some
+// forty instructions, so that the loop over doubles is not unrolled: its body works on the first place, and the values
+// rotate through it.
 template <typename C, int Count, typename Body, typename... V>
 __device__ __forceinline__ void for_each_place(const Body& body, V (&... values)[Count]) {
   if constexpr (std::is_same_v<C, double>) {
@@ -192,7 +193,7 @@ __device__ __forceinline__ void find_similarities(const SimilarityTile<T>& tile,
   for_pairs(c, [&](acc_t<T>& similarity, int i, int j) { similarity *= tile.a.factor[i] * tile.b.factor[j]; });
 }
 
-// Calls body(place, first, second) for neighbours among this thread's pairs that have a place in what is kept.
+// Calls body(place, first, second) for neighbours among this thread's pairs whose similarities are kept.
 template <typename T, typename Body>
 __device__ __forceinline__ void for_kept(const SimilarityTile<T>& tile, TileSums<acc_t<T>>& c, const Body& body) {
   using A = acc_t<T>;
@@ -204,7 +205,7 @@ __device__ __forceinline__ void for_kept(const SimilarityTile<T>& tile, TileSums
   });
 }
 
-// c ← the tile's similarities, of which a first sweep leaves a copy where they are kept. Called by all threads.
+// c ← the tile's similarities, of which the first sweep keeps a copy unless `kept` is null. Called by all threads.
 template <typename T>
 __device__ __forceinline__ void find_first_similarities(const SimilarityTile<T>& tile, TileSums<acc_t<T>>& c) {
   using A = acc_t<T>;
@@ -225,7 +226,7 @@ __device__ __forceinline__ void find_similarities_again(const SimilarityTile<T>&
   });
 }
 
-// In shared memory: what the warps of a tile find of its rows, or of its columns.
+// In shared memory: what the warps of a tile find for its rows, or for its columns.
 template <typename Found>
 using TileStats = Found[2][kTile];
 
@@ -247,8 +248,8 @@ struct Pair {
   int i, j;
 };
 
-// For the tile's rows and, if it is two-sided, for its columns: what find(lanes, values, pair_of) makes of those of c;
-// pair_of(k) is the place of values[k].
+// Fills of_rows and, in a two-sided term, of_columns with what find(lanes, values, pair_of) makes of the values of c in
+// a row or column; pair_of(k) is the place of values[k].
 template <typename T, typename Found, typename Find>
 __device__ __forceinline__ void reduce_tile(const SimilarityTile<T>& tile, TileSums<acc_t<T>>& c,
                                             TileStats<Found>& of_rows, TileStats<Found>& of_columns, const Find& find) {
@@ -281,7 +282,7 @@ __device__ __forceinline__ void reduce_tile(const SimilarityTile<T>& tile, TileS
       c[0], c[1]);
 }
 
-// Positives of the tile's rows and, if it is two-sided, of its columns.
+// Positives of the tile's rows and, in a two-sided term, of its columns.
 template <typename T>
 __device__ __forceinline__ void weigh_pairs(const SimilarityTile<T>& tile, TileSums<acc_t<T>>& c,
                                             TileStats<Positives<acc_t<T>>>& of_rows,
