@@ -261,9 +261,9 @@ void over_conversations(const char* op, const Call& call, const Tensor& h, Tenso
     T* to = out.mutable_data_ptr<T>();
     dispatch_modalities(s.modalities, [&](auto count) {
       for_each_tile<acc_t<T>>(call, [&](const Conversation<acc_t<T>>& c, int64_t at, int64_t width) {
-        load_rows(from + at, s.width, c.nodes, width, c.h);
+        const bool beyond = load_rows(from + at, s.width, c.nodes, width, c.h, c.headroom.limit);
         if constexpr (kNeedsHeadroom<T>) {
-          const ScaledColumns<acc_t<T>> scaled(call, c);
+          const ScaledColumns<acc_t<T>> scaled(call, c, beyond);
           Row<acc_t<T>>* result = tile(count, call, c);
           scaled.restore(c, result);
           store_rows(result, c.nodes, width, to + at, s.width);

@@ -42,6 +42,9 @@ class Reaches {
  public:
   // `positions` [length] or null; past and future as in the operator, -1 for the whole side.
   void find(int64_t length, const int64_t* positions, int64_t past, int64_t future) {
+    by_number_ = !positions;
+    past_ = past < 0 ? length - 1 : std::min(past, length - 1);
+    future_ = future < 0 ? length - 1 : std::min(future, length - 1);
     first_.resize(length);
     last_.resize(length);
     int64_t first = 0, last = 0;
@@ -58,10 +61,12 @@ class Reaches {
       last_[i] = last;
     }
   }
-  Reach view() const { return {first_.data(), last_.data()}; }
+  Reach view() const { return {first_.data(), last_.data(), past_, future_, by_number_}; }
 
  private:
   std::vector<int64_t> first_, last_;
+  int64_t past_, future_;
+  bool by_number_;
 };
 
 // The scales (1-α)/count of one conversation and its tile buffers, kept by a thread from task to task.
@@ -70,6 +75,7 @@ struct Conversation {
   using Bits = typename Row<A>::Bits;
   int64_t length = 0, nodes = 0;
   bool include_self = true;
+  Headroom<A> headroom{0};
   Reach reach, heard_by;  // the rows that a row hears; the rows that hear it (gradients only)
   std::vector<A> intra, gated_intra, inter, gated_inter;
   std::vector<Bits> gate, everybody;
@@ -83,6 +89,7 @@ struct Conversation {
     const A keep = static_cast<A>(1 - call.alpha);
     length = end - begin;
     nodes = length * M;
+    headroom = Headroom<A>(nodes);
     include_self = call.include_self;
     const int64_t* positions = call.positions ? call.positions + begin : nullptr;
     reaches_.find(length, positions, call.past, call.future);
@@ -165,9 +172,10 @@ struct Conversation {
 template <typename A>
 class ScaledColumns {
  public:
-  // Scales c.h in place.
-  ScaledColumns(const Call& call, const Conversation<A>& c) : headroom_(c.nodes), average_(!call.backward) {
-    if (call.steps == 0 || !any_beyond(c.h, c.nodes, headroom_.limit)) return;
+  // Scales c.h in place; `any_beyond`: some |value| exceeds the limit.
+  ScaledColumns(const Call& call, const Conversation<A>& c, bool any_beyond)
+      : headroom_(c.headroom), average_(!call.backward) {
+    if (call.steps == 0 || !any_beyond) return;
     const bool gated = call.gate && !call.backward && (call.send == Send::kNever || call.alpha == 0);
     for (int64_t k = 0; k < kWidth; ++k) {
       bool beyond = false;
@@ -188,7 +196,7 @@ class ScaledColumns {
   static constexpr int64_t kWidth = Row<A>::kWidth;
   static A& at(Row<A>* rows, int64_t e, int64_t k) { return reinterpret_cast<A*>(rows + e)[k]; }
 
-  Headroom<A> headroom_;
+  const Headroom<A>& headroom_;
   bool average_, any_ = false;
   bool scaled_[kWidth] = {};
 };

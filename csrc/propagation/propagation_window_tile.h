@@ -27,20 +27,25 @@ struct alignas(64) Row {
   }
 };
 
-// Whether |value| > limit for any value; true for inf, false for NaN.
+// The largest |value| of rows, column by column of half a row. Comparisons with NaN leave it as it is.
 template <typename A>
-MSACORE_SIMD bool any_beyond(const Row<A>* rows, int64_t count, A limit) {
-  using Bits = typename Row<A>::Bits;
-  typename Row<A>::BitVector sizes = typename Row<A>::BitVector{} + std::numeric_limits<Bits>::max(), any{};
-  const typename Row<A>::Vector limits = typename Row<A>::Vector{} + limit;
-  for (int64_t r = 0; r < count; ++r) {
-    any |= (typename Row<A>::Vector)((typename Row<A>::BitVector)rows[r].low & sizes) > limits;
-    any |= (typename Row<A>::Vector)((typename Row<A>::BitVector)rows[r].high & sizes) > limits;
+struct Largest {
+  using Vector = typename Row<A>::Vector;
+  using BitVector = typename Row<A>::BitVector;
+  Vector low{}, high{};
+
+  MSACORE_INLINE void take(const Row<A>& row) {
+    const BitVector sizes = BitVector{} + std::numeric_limits<typename Row<A>::Bits>::max();
+    const Vector row_low = (Vector)((BitVector)row.low & sizes), row_high = (Vector)((BitVector)row.high & sizes);
+    low = row_low > low ? row_low : low;
+    high = row_high > high ? row_high : high;
   }
-  Bits found = 0;
-  for (int64_t k = 0; k < Row<A>::kWidth / 2; ++k) found |= any[k];
-  return found != 0;
-}
+  MSACORE_INLINE bool exceeds(A limit) const {
+    typedef int64_t Words __attribute__((vector_size(32)));
+    const Words any = (Words)((low > high ? low : high) > Vector{} + limit);
+    return (any[0] | any[1] | any[2] | any[3]) != 0;
+  }
+};
 
 template <typename A>
 MSACORE_INLINE Row<A> operator+(const Row<A>& a, const Row<A>& b) {
@@ -52,22 +57,27 @@ MSACORE_INLINE Row<A> operator*(A scale, const Row<A>& a) {
   return {scale * a.low, scale * a.high};
 }
 
-// Reads `rows` rows of `width` ≤ Row::kWidth columns, `stride` apart.
+// Reads `rows` rows of `width` ≤ Row::kWidth columns, `stride` apart; returns whether any |value| > limit, as is
+// the case for inf and not for NaN.
 template <typename T, typename A>
-MSACORE_SIMD void load_rows(const T* __restrict__ from, int64_t stride, int64_t rows, int64_t width,
-                            Row<A>* __restrict__ to) {
+MSACORE_SIMD bool load_rows(const T* __restrict__ from, int64_t stride, int64_t rows, int64_t width,
+                            Row<A>* __restrict__ to, A limit) {
   constexpr int64_t kWidth = Row<A>::kWidth;
+  Largest<A> largest;
   if (width == kWidth) {
     for (int64_t r = 0; r < rows; ++r) {
       A* row = reinterpret_cast<A*>(to + r);
       for (int64_t c = 0; c < kWidth; ++c) row[c] = static_cast<A>(from[r * stride + c]);
+      largest.take(to[r]);
     }
-    return;
+    return largest.exceeds(limit);
   }
   for (int64_t r = 0; r < rows; ++r) {
     A* row = reinterpret_cast<A*>(to + r);
     for (int64_t c = 0; c < kWidth; ++c) row[c] = c < width ? static_cast<A>(from[r * stride + c]) : A(0);
+    largest.take(to[r]);
   }
+  return largest.exceeds(limit);
 }
 
 template <typename T, typename A>
@@ -119,9 +129,12 @@ struct SlidingSum {
   }
 };
 
-// Rows [first[i], last[i]] are within reach of row i, i itself among them.
+// Rows [first[i], last[i]] are within reach of row i, i itself among them. Where no positions are given, these are the
+// rows i - past … i + future, as far as they exist; both numbers are less than the length, and `by_number` is set.
 struct Reach {
   const int64_t *first, *last;
+  int64_t past, future;
+  bool by_number;
 };
 
 // Memory of for_each_window, in rows: `stored` [2, length + 1, M], `sums` [3, M].
@@ -130,11 +143,46 @@ struct WindowRows {
   Row<A>*stored, *sums;
 };
 
+// for_each_window for rows i - past … i + future, with `past` and `future` less than `length`: the additions of a
+// SlidingSum with fewer instructions around them, as its stored sums always serve past + future + 1 rows. `ends` holds
+// (length + 1) · M rows, `sums` 2 M rows.
+template <int kM, typename A, typename Use>
+MSACORE_INLINE void for_each_equal_window(const Row<A>* __restrict__ h, int64_t length, int64_t modalities,
+                                          int64_t past, int64_t future, Row<A>* __restrict__ ends, Row<A>* sums,
+                                          const Use& use) {
+  const int64_t M = kM > 0 ? kM : modalities;
+  const int64_t window = past + future + 1;
+  Row<A> in_registers[kM > 0 ? 2 * kM : 1];
+  Row<A>* sum = kM > 0 ? in_registers : sums;
+  Row<A>* total = sum + M;
+  for (int64_t first = 0; first < length; first += window) {
+    const int64_t begin = first - past, count = std::min(window, length - first);
+    const int64_t before = std::max<int64_t>(0, -begin);  // rows of the first window that do not exist
+    for (int64_t m = 0; m < M; ++m) sum[m] = Row<A>{};
+    for (int64_t j = std::min(begin + window, length) - 1; j >= begin + before; --j) {
+      for (int64_t m = 0; m < M; ++m) sum[m] = sum[m] + h[j * M + m];
+      if (j - begin < count)
+        for (int64_t m = 0; m < M; ++m) ends[(j - begin) * M + m] = sum[m];
+    }
+    for (int64_t m = 0; m < M; ++m) sum[m] = Row<A>{};
+    for (int64_t r = 0; r < count; ++r) {
+      const int64_t last = begin + window + r - 1;
+      if (r > 0 && last < length)
+        for (int64_t m = 0; m < M; ++m) sum[m] = sum[m] + h[last * M + m];
+      const Row<A>* end = ends + std::max(r, before) * M;
+      for (int64_t m = 0; m < M; ++m) total[m] = end[m] + sum[m];
+      use(first + r, total);
+    }
+  }
+}
+
 // Calls use(i, sums [M]) with the window sums of each of the `length` rows i of h [length, M]. Without `include_self`,
 // the rows before i and the rows after i are two windows. kM > 0 fixes M at compile time and keeps sums in registers.
 template <int kM, typename A, typename Use>
 MSACORE_INLINE void for_each_window(const Row<A>* h, int64_t length, int64_t modalities, const Reach& reach,
                                     bool include_self, const WindowRows<A>& rows, const Use& use) {
+  if (include_self && reach.by_number)
+    return for_each_equal_window<kM>(h, length, modalities, reach.past, reach.future, rows.stored, rows.sums, use);
   const int64_t M = kM > 0 ? kM : modalities;
   Row<A> in_registers[kM > 0 ? 2 * kM : 1];
   Row<A>* total = kM > 0 ? in_registers : rows.sums;
