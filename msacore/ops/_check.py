@@ -13,6 +13,7 @@ from torch import Tensor
 FLOATING = (torch.float16, torch.bfloat16, torch.float32, torch.float64)
 _SIGNED = (torch.int8, torch.int16, torch.int32, torch.int64)
 INTEGERS = (*_SIGNED, torch.uint8, torch.uint16, torch.uint32, torch.uint64)
+_INT64 = range(-(1 << 63), 1 << 63)
 
 
 def fail(op: str, message: str) -> NoReturn:
@@ -65,9 +66,13 @@ def describe(value: Any) -> str:
     return f"an object of type {type(value).__name__}"
 
 
+def _is_ordinary(value: Any) -> bool:
+    return isinstance(value, Tensor) and value.layout is torch.strided and not value.is_nested
+
+
 def as_tensor(op: str, name: str, value: Any) -> Tensor:
     """Return ``value`` if it is an ordinary tensor; NumPy arrays, numbers, nested and sparse tensors raise."""
-    if isinstance(value, Tensor) and value.layout is torch.strided and not value.is_nested:
+    if _is_ordinary(value):
         return value
     wanted = "a strided tensor" if isinstance(value, Tensor) else "a tensor"
     fail(op, f"expected `{name}` to be {wanted}, got {describe(value)}")
@@ -79,10 +84,12 @@ def as_optional_tensor(op: str, name: str, value: Any) -> Tensor | None:
 
 def as_tensors(op: str, name: str, value: Any) -> list[Tensor]:
     """Return a sequence of ordinary tensors (a list, a tuple, a ParameterList) as a list."""
-    if isinstance(value, (Tensor, str, Mapping, Set)) or not hasattr(value, "__iter__") or hasattr(value, "__array__"):
+    if type(value) not in (list, tuple) and (
+        isinstance(value, (Tensor, str, Mapping, Set)) or not hasattr(value, "__iter__") or hasattr(value, "__array__")
+    ):
         advice = "; unbind() makes a sequence of it" if isinstance(value, Tensor) and not value.is_nested else ""
         fail(op, f"expected `{name}` to be a sequence of tensors, got {describe(value)}{advice}")
-    return [as_tensor(op, f"{name}[{i}]", item) for i, item in enumerate(value)]
+    return [item if _is_ordinary(item) else as_tensor(op, f"{name}[{i}]", item) for i, item in enumerate(value)]
 
 
 def as_indices(op: str, name: str, value: Any) -> Tensor:
@@ -132,9 +139,11 @@ def as_number(op: str, name: str, value: Any) -> Any:
 def as_numbers(op: str, name: str, value: Any) -> list[float]:
     """Return a sequence of numbers, each as :func:`as_number` takes it."""
     whole = isinstance(value, Tensor) and (value.is_nested or value.dim() != 1)
-    if whole or isinstance(value, (str, Mapping, Set)) or not hasattr(value, "__iter__"):
+    if type(value) not in (list, tuple) and (
+        whole or isinstance(value, (str, Mapping, Set)) or not hasattr(value, "__iter__")
+    ):
         fail(op, f"expected `{name}` to be a sequence of numbers, got {describe(value)}")
-    return [as_number(op, f"{name}[{i}]", item) for i, item in enumerate(value)]
+    return [item if type(item) is float else as_number(op, f"{name}[{i}]", item) for i, item in enumerate(value)]
 
 
 def as_number_or_tensor(op: str, name: str, value: Any) -> tuple[float, Tensor | None]:
@@ -149,13 +158,15 @@ def as_number_or_tensor(op: str, name: str, value: Any) -> tuple[float, Tensor |
 
 def as_integer(op: str, name: str, value: Any) -> Any:
     """Return an integer of 64 bits that is not a bool; a tensor that holds one is read by value."""
+    if type(value) is int and value in _INT64:  # asking abstract classes would take most of a microsecond
+        return value
     if isinstance(value, Tensor):
         value = _item(op, name, value)
     if isinstance(value, bool) or not isinstance(value, (Integral, torch.SymInt)):
         fail(op, f"expected `{name}` to be an integer, got {describe(value)}")
     if not isinstance(value, Integral):
         return value  # symbolic numbers stay what they are
-    if not -(1 << 63) <= int(value) < 1 << 63:
+    if int(value) not in _INT64:
         fail(op, f"expected `{name}` to be an integer of 64 bits, got {int(value).bit_length()} bits")
     return int(value)
 
@@ -181,7 +192,7 @@ def as_window(op: str, value: Any) -> tuple[int, int]:
     if isinstance(value, (tuple, list)) and len(value) == 2:
         past, future = value
         return as_integer(op, "window[0]", past), as_integer(op, "window[1]", future)
-    if isinstance(value, (Integral, torch.SymInt, Tensor)):
+    if isinstance(value, (int, Integral, torch.SymInt, Tensor)):
         side = as_integer(op, "window", value)
         return side, side
     fail(op, f"expected `window` to be (past, future) or one integer for both, got {describe(value)}")
