@@ -84,6 +84,17 @@ def test_includes_run_from_operators_to_engines_to_devices_to_core() -> None:
             assert other not in f"/{included}", f"{source.relative_to(ROOT)} includes {included}"
 
 
+def test_comments_name_files_that_exist() -> None:
+    known = {path.name for folder in ("csrc", "tests") for path in (ROOT / folder).rglob("*")}
+    named = 0
+    for source in (path for path in (ROOT / "csrc").rglob("*") if path.is_file()):
+        for comment in re.findall(r"//(.*)", source.read_text()):
+            for name in re.findall(r"\b(?:\w+/)*([a-z]\w{2,}\.(?:cuh|cu|cpp|h))\b", comment):
+                named += 1
+                assert name in known, f"{source.relative_to(ROOT)} names {name}, which does not exist"
+    assert named
+
+
 def test_no_source_file_is_too_long_to_read() -> None:
     kinds = {".py", ".cpp", ".h", ".cu", ".cuh"}
     folders = ("csrc", "msacore", "tests", "bench", "examples")
