@@ -80,9 +80,10 @@ def build_extensions() -> list:
         sys.exit("msacore: csrc holds no operator; this source distribution is incomplete")
     if cuda:
         kernels = sorted(glob.glob("csrc/*/*_cuda.cu"))
-        if len(kernels) != len(sources):
+        without = sorted({os.path.dirname(s) for s in sources} - {os.path.dirname(k) for k in kernels})
+        if without:
             sys.exit(
-                f"msacore: CUDA is on, but csrc holds {len(kernels)} `_cuda.cu` files for {len(sources)} operators; "
+                f"msacore: CUDA is on, but {', '.join(without)} holds no `_cuda.cu` file; "
                 "this source distribution is incomplete. MSACORE_CUDA=0 builds for the CPU alone"
             )
         sources += kernels

@@ -164,3 +164,32 @@ def test_without_torch_the_build_stops_with_the_command_to_run() -> None:
     done = subprocess.run([sys.executable, "-I", "-S", "setup.py"], cwd=ROOT, capture_output=True, text=True)
     assert done.returncode == 1 and "finds no torch" in done.stderr, done.stderr
     assert "pip install --no-build-isolation '.[faiss]'" in done.stderr
+
+
+_SOURCES_OF_A_CUDA_BUILD = """
+import sys
+import setuptools, torch, torch.utils.cpp_extension
+torch.version.cuda, torch.utils.cpp_extension.CUDA_HOME = "13.0", sys.argv[2]
+setuptools.setup = lambda ext_modules, **others: print(*ext_modules[0].sources, sep="\\n")
+exec(compile(open(sys.argv[1]).read(), sys.argv[1], "exec"))
+"""
+
+
+def _sources_of_a_cuda_build(folder: Path) -> subprocess.CompletedProcess[str]:
+    """Run setup.py in ``folder`` as if torch were a CUDA build, up to the list of sources."""
+    command = [sys.executable, "-c", _SOURCES_OF_A_CUDA_BUILD, str(ROOT / "setup.py"), str(folder)]
+    return subprocess.run(command, cwd=folder, capture_output=True, text=True)
+
+
+def test_a_cuda_build_compiles_every_source_and_stops_where_one_is_missing(tmp_path: Path) -> None:
+    sources = [path.relative_to(ROOT) for end in ("cpp", "cu") for path in (ROOT / "csrc").glob(f"*/*.{end}")]
+    assert {path.parent.name for path in sources if path.suffix == ".cu"} == {path.parent.name for path in sources}
+    for path in sources:
+        (tmp_path / path).parent.mkdir(parents=True, exist_ok=True)
+        (tmp_path / path).touch()
+    done = _sources_of_a_cuda_build(tmp_path)
+    assert done.returncode == 0, done.stderr
+    assert set(done.stdout.splitlines()[1:]) == {str(path) for path in sources}
+    (tmp_path / "csrc/kcenter/kcenter_cuda.cu").unlink()
+    done = _sources_of_a_cuda_build(tmp_path)
+    assert done.returncode == 1 and "csrc/kcenter holds no `_cuda.cu` file" in done.stderr, done.stderr
