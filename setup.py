@@ -93,7 +93,8 @@ def build_extensions() -> list:
         sources=sources,
         include_dirs=[os.path.abspath("csrc")],
         depends=glob.glob("csrc/**/*.h", recursive=True) + glob.glob("csrc/**/*.cuh", recursive=True),
-        extra_compile_args={"cxx": cxx, "nvcc": ["-O3", "-DUSE_CUDA", *stable]},
+        # Compressed machine code takes a quarter of the space.
+        extra_compile_args={"cxx": cxx, "nvcc": ["-O3", "-DUSE_CUDA", "-Xfatbin=-compress-all", *stable]},
     )
     library.libraries.remove("torch_python")
     module = CppExtension(

@@ -1,6 +1,7 @@
 """What the build promises: a stable ABI, complete registrations, a layout in which an operator is found by its name."""
 
 import ast
+import os
 import re
 import shlex
 import shutil
@@ -178,7 +179,8 @@ exec(compile(open(sys.argv[1]).read(), sys.argv[1], "exec"))
 def _sources_of_a_cuda_build(folder: Path) -> subprocess.CompletedProcess[str]:
     """Run setup.py in ``folder`` as if torch were a CUDA build, up to the list of sources."""
     command = [sys.executable, "-c", _SOURCES_OF_A_CUDA_BUILD, str(ROOT / "setup.py"), str(folder)]
-    return subprocess.run(command, cwd=folder, capture_output=True, text=True)
+    environment = {**os.environ, "MSACORE_CUDA": "1", "TORCH_CUDA_ARCH_LIST": "8.0;9.0+PTX"}
+    return subprocess.run(command, cwd=folder, env=environment, capture_output=True, text=True)
 
 
 def test_a_cuda_build_compiles_every_source_and_stops_where_one_is_missing(tmp_path: Path) -> None:
