@@ -164,3 +164,21 @@ def test_every_operator_names_an_argument_of_a_wrong_kind(case: OpCase, name: st
             case.op(**{**arguments, name: wrong})
         words = str(raised.value)
         assert f"msacore::{case.name}: " in words and name in words, f"{_check.describe(wrong)}: {words}"
+
+
+_GRAPH = (torch.tensor([0, 2, 2, 3]), torch.tensor([1, 2, 0]), torch.ones(3))
+_INTEGERS: dict[str, Callable[[torch.Tensor, int], torch.Tensor]] = {
+    "propagate": lambda x, k: msacore.propagate(x, torch.tensor([0, 2, 3]), window=(k, 1), steps=k),
+    "one number for a window": lambda x, k: msacore.window_mean(x, torch.tensor([0, 2, 3]), window=k),
+    "graph_propagate": lambda x, k: msacore.graph_propagate(x[:, 0], *_GRAPH, steps=k),
+    "alternating": lambda x, k: msacore.alternating_graph_propagate(x[:, 0], _GRAPH, _GRAPH, steps=k),
+}
+
+
+@pytest.mark.parametrize("name", _INTEGERS)
+def test_integers_may_be_symbols_of_a_compiler(name: str) -> None:
+    call = _INTEGERS[name]
+    compiled = torch.compile(call, fullgraph=True, dynamic=True, backend="aot_eager")
+    x = torch.randn(3, 2, 4)
+    for k in (2, 3, 5):
+        torch.testing.assert_close(compiled(x, k), call(x, k))

@@ -13,7 +13,7 @@ from torch import Tensor
 FLOATING = (torch.float16, torch.bfloat16, torch.float32, torch.float64)
 _SIGNED = (torch.int8, torch.int16, torch.int32, torch.int64)
 INTEGERS = (*_SIGNED, torch.uint8, torch.uint16, torch.uint32, torch.uint64)
-_INT64 = range(-(1 << 63), 1 << 63)
+_LEAST, _MOST = -(1 << 63), (1 << 63) - 1  # of int64
 
 
 def fail(op: str, message: str) -> NoReturn:
@@ -158,7 +158,7 @@ def as_number_or_tensor(op: str, name: str, value: Any) -> tuple[float, Tensor |
 
 def as_integer(op: str, name: str, value: Any) -> Any:
     """Return an integer of 64 bits that is not a bool; a tensor that holds one is read by value."""
-    if type(value) is int and value in _INT64:  # asking abstract classes would take most of a microsecond
+    if type(value) is int and _LEAST <= value <= _MOST:  # asking abstract classes would take most of a microsecond
         return value
     if isinstance(value, Tensor):
         value = _item(op, name, value)
@@ -166,7 +166,7 @@ def as_integer(op: str, name: str, value: Any) -> Any:
         fail(op, f"expected `{name}` to be an integer, got {describe(value)}")
     if not isinstance(value, Integral):
         return value  # symbolic numbers stay what they are
-    if int(value) not in _INT64:
+    if not _LEAST <= int(value) <= _MOST:
         fail(op, f"expected `{name}` to be an integer of 64 bits, got {int(value).bit_length()} bits")
     return int(value)
 
